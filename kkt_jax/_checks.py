@@ -1,0 +1,87 @@
+"""Argument checks shared by the public functions.
+
+Every message names the argument, what it got and what it needs. Only static facts (shapes, dtypes, Python numbers) are
+checked here, so that all of these work under ``jax.jit``; ``check_finite`` looks at values and is for set-up code only.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+  """Raises ValueError unless ``value`` is one of ``choices``."""
+  if value not in choices:
+    needs = ", ".join(repr(choice) for choice in choices)
+    raise ValueError(f"{name} must be one of {needs}; got {value!r}.")
+
+
+def check_rank(name: str, value: Any, rank: int, axes: str) -> None:
+  """Raises ValueError unless ``value`` has ``rank`` axes; ``axes`` names them in the message."""
+  if jnp.ndim(value) != rank:
+    raise ValueError(f"{name} must have shape {axes}; got shape {jnp.shape(value)}.")
+
+
+def check_shape(name: str, value: Any, shape: tuple[int, ...], axes: str) -> None:
+  """Raises ValueError unless ``value`` has exactly ``shape``; ``axes`` names it in the message."""
+  if jnp.shape(value) != shape:
+    raise ValueError(f"{name} must have shape {axes} = {shape}; got shape {jnp.shape(value)}.")
+
+
+def check_batch(name: str, value: Any) -> None:
+  """Raises ValueError unless ``value`` is a non-empty batch of floating-point samples."""
+  if jnp.ndim(value) < 2:
+    raise ValueError(f"{name} must be a batch of shape [M, ...]; got shape {jnp.shape(value)}.")
+  if jnp.shape(value)[0] == 0:
+    raise ValueError(f"{name} must hold at least one sample; got shape {jnp.shape(value)}.")
+  if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+    raise ValueError(f"{name} must be floating point; got dtype {jnp.result_type(value)}.")
+
+
+def check_labels(name: str, value: Any, num_samples: int) -> None:
+  """Raises ValueError unless ``value`` is an integer vector of length ``num_samples``."""
+  check_shape(name, value, (num_samples,), "[M]")
+  if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+    raise ValueError(f"{name} must be integers; got dtype {jnp.result_type(value)}.")
+
+
+def check_label_range(name: str, value: Any, num_classes: int) -> None:
+  """Raises ValueError unless the concrete labels lie in 0..num_classes - 1 and hold at least two classes."""
+  labels = np.asarray(value)
+  if labels.min() < 0 or labels.max() >= num_classes:
+    raise ValueError(f"{name} must lie in 0..{num_classes - 1}; got {labels.min()}..{labels.max()}.")
+  if len(np.unique(labels)) < 2:
+    raise ValueError(f"{name} must hold at least two classes; got only class {labels[0]}.")
+
+
+def check_at_least(name: str, value: float, bound: float) -> None:
+  """Raises ValueError unless the Python number ``value >= bound``."""
+  if not value >= bound:
+    raise ValueError(f"{name} must be at least {bound}; got {value}.")
+
+
+def check_positive(name: str, value: float) -> None:
+  """Raises ValueError unless the Python number ``value > 0``."""
+  if not value > 0:
+    raise ValueError(f"{name} must be positive; got {value}.")
+
+
+def check_same_structure(name: str, tree: PyTree, like_name: str, like: PyTree) -> None:
+  """Raises ValueError unless two pytrees have the same structure."""
+  if jax.tree.structure(tree) != jax.tree.structure(like):
+    raise ValueError(
+      f"{name} must have the tree structure of {like_name}, {jax.tree.structure(like)}; got {jax.tree.structure(tree)}."
+    )
+
+
+def check_finite(name: str, tree: PyTree) -> None:
+  """Raises ValueError naming the first leaf of a concrete pytree that holds a NaN or an infinity."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if not np.all(np.isfinite(np.asarray(leaf))):
+      where = jax.tree_util.keystr(path, simple=True, separator="/")
+      raise ValueError(f"{name} must be finite; {where or 'the array'} holds a NaN or an infinity.")

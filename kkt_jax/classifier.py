@@ -1,0 +1,151 @@
+"""What the library needs of a trained classifier: a function, its parameters, and how its batch norm is meant."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kkt_jax import _checks
+
+PyTree = Any
+ApplyFn = Callable[[PyTree, jax.Array], jax.Array]
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["params", "statistics"],
+  meta_fields=["apply_fn", "predict_fn", "statistics_fn", "input_shape", "labels", "batch_coupled"],
+)
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+  """A trained classifier Phi(.; zeta); build it with `make_classifier`, which checks its parts.
+
+  It is a pytree whose leaves are ``params`` and ``statistics``, so it can be an argument of a jitted function.
+
+  Attributes:
+    apply_fn: ``(params, x[M, *input_shape]) -> logits[M, C]``, the function that gradient descent trained. Its
+      parameter gradients enter the stationarity condition. With batch norm it uses the statistics of the batch.
+    params: zeta, the trained parameters.
+    input_shape: shape of one input.
+    labels: the label that each output stands for, C of them: the classes that the training data held. Several
+      classifiers share one numbering; a classifier of the digits 5-9 has ``labels=(5, 6, 7, 8, 9)``.
+    predict_fn: ``(params, x) -> logits`` at inference, where no samples interact. Margins are measured on it.
+    batch_coupled: whether the samples of a batch interact in ``apply_fn`` (batch norm on batch statistics).
+    statistics_fn: ``(params, x) -> statistics`` of a batch inside the classifier, or None.
+    statistics: the stored statistics of the training data, same tree as ``statistics_fn`` returns, or None.
+  """
+
+  apply_fn: ApplyFn
+  params: PyTree
+  input_shape: tuple[int, ...]
+  labels: tuple[int, ...]
+  predict_fn: ApplyFn
+  batch_coupled: bool = False
+  statistics_fn: Callable[[PyTree, jax.Array], PyTree] | None = None
+  statistics: PyTree | None = None
+
+  @property
+  def num_classes(self) -> int:
+    """C, the number of outputs."""
+    return len(self.labels)
+
+  def local_labels(self, y: ArrayLike) -> jax.Array:
+    """The output indices [M] that stand for the labels ``y`` [M]; every label must be in ``labels``."""
+    return jnp.argmax(jnp.asarray(y)[:, None] == jnp.asarray(self.labels)[None, :], axis=1)
+
+
+def make_classifier(
+  apply_fn: ApplyFn,
+  params: PyTree,
+  input_shape: Sequence[int],
+  *,
+  labels: Sequence[int],
+  predict_fn: ApplyFn | None = None,
+  batch_coupled: bool = False,
+  statistics_fn: Callable[[PyTree, jax.Array], PyTree] | None = None,
+  statistics: PyTree | None = None,
+) -> Classifier:
+  """Checks the parts of a classifier and puts them together.
+
+  Args:
+    apply_fn: ``(params, x[M, *input_shape]) -> logits[M, C]``.
+    params: zeta.
+    input_shape: shape of one input.
+    labels: the label of each output, distinct, at least two.
+    predict_fn: inference; ``apply_fn`` where None. Required when ``batch_coupled``.
+    batch_coupled: whether samples interact in ``apply_fn``.
+    statistics_fn: statistics of a batch inside the classifier.
+    statistics: their stored values; given together with ``statistics_fn``.
+
+  Returns:
+    A `Classifier`.
+
+  Raises:
+    ValueError: fewer than two labels, repeated labels, non-finite parameters, logits of another shape than
+      [M, C], or parts that do not belong together. The message names the argument.
+
+  >>> import jax.numpy as jnp
+  >>> linear = make_classifier(lambda w, x: x @ w, jnp.ones((2, 3)), (2,), labels=(0, 1, 2))
+  >>> linear.num_classes
+  3
+  """
+  labels = tuple(int(label) for label in labels)
+  input_shape = tuple(int(size) for size in input_shape)
+  if len(labels) < 2:
+    raise ValueError(f"labels must hold at least two classes; got {labels}.")
+  if len(set(labels)) != len(labels):
+    raise ValueError(f"labels must be distinct; got {labels}.")
+  if batch_coupled and predict_fn is None:
+    raise ValueError("predict_fn must be given when batch_coupled is True: margins are measured at inference.")
+  if (statistics_fn is None) != (statistics is None):
+    raise ValueError("statistics_fn and statistics must be given together; got only one of them.")
+  _checks.check_finite("params", params)
+  for name, function in (("apply_fn", apply_fn), ("predict_fn", predict_fn or apply_fn)):
+    probe = jax.ShapeDtypeStruct((2, *input_shape), jnp.result_type(float))
+    logits = jax.eval_shape(function, params, probe)
+    if logits.shape != (2, len(labels)):
+      raise ValueError(
+        f"{name} must map [M, {', '.join(map(str, input_shape))}] to logits [M, C] with C = {len(labels)} labels;"
+        f" for M = 2 it gives shape {logits.shape}."
+      )
+  return Classifier(
+    apply_fn=apply_fn,
+    params=params,
+    input_shape=input_shape,
+    labels=labels,
+    predict_fn=predict_fn or apply_fn,
+    batch_coupled=batch_coupled,
+    statistics_fn=statistics_fn,
+    statistics=statistics,
+  )
+
+
+def samples_interact(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> bool:
+  """Whether the first sample's logits change when another sample joins it.
+
+  Args:
+    apply_fn: ``(params, x[M, ...]) -> logits[M, C]``.
+    params: its parameters.
+    x: inputs [M, ...], floating point. The sample that joins is the last one moved by 1, so M = 1 is enough.
+
+  Returns:
+    A Python bool. Values must be concrete; under `jax.jit` the answer is False, since nothing can be seen there.
+
+  >>> import jax.numpy as jnp
+  >>> x = jnp.array([[1.0], [3.0]])
+  >>> samples_interact(lambda w, x: w * x, 2.0, x)
+  False
+  >>> samples_interact(lambda w, x: w * (x - x.mean()), 2.0, x)
+  True
+  """
+  x = jnp.asarray(x)
+  alone = apply_fn(params, x[:1])[0]
+  together = apply_fn(params, jnp.concatenate([x[:1], x[-1:] + 1.0]))[0]
+  try:
+    return not bool(jnp.allclose(together, alone, rtol=1e-3, atol=1e-5))
+  except jax.errors.ConcretizationTypeError:
+    return False

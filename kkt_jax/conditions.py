@@ -1,0 +1,101 @@
+"""The left-hand side of the stationarity condition: what the weighted gradients must add up to, tensor by tensor.
+
+Two forms share everything else. The max-margin form (Theorem 1, Eq. 2a) asks ``Lambda-tilde zeta`` of the fastest group
+of parameters and 0 of the slower ones. The weight-decay form holds at every stationary point of the cross-entropy
+plus ``w / 2 |zeta|^2``, for any differentiable network: ``w zeta = mean_i sum_c p_c(x_i) [grad Phi_y - grad Phi_c]``.
+That is Lambda = I with the classifier's own probabilities as multipliers.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kkt_jax import _checks
+from kkt_jax.classifier import PyTree
+from kkt_jax.homogeneity import parameter_groups, ParameterGroups, RateSolution
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["target", "mask"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+  """The stationarity condition of one classifier: ``mask * (target - stationarity sum) = 0``.
+
+  Both are constants of the training; no gradient flows into them.
+
+  Attributes:
+    target: ``Lambda-bar zeta / N`` of Eq. 4, a pytree like the parameters; 0 where the condition is 0.
+    mask: 1 where the condition holds, 0 for parameters that are left out; a pytree like the parameters.
+  """
+
+  target: PyTree
+  mask: PyTree
+
+
+def max_margin_conditions(
+  params: PyTree,
+  solution: RateSolution,
+  *,
+  alpha: ArrayLike | None = None,
+  num_samples: int = 1,
+  groups: ParameterGroups | None = None,
+) -> Conditions:
+  """Stationarity of the max-margin problem, Eqs. 2a and 4: ``Lambda-bar zeta / N`` on the target group, else 0.
+
+  Where it departs from the paper: Lambda-bar of Eq. 3 carries the factor ``e^(alpha (2 lambda_max - 1)) / N``. On the
+  target group it is one scalar, which the free scale of the multipliers absorbs, so neither alpha nor N need be known
+  and the default leaves both at 1. A gradient through it would have a trivial minimum (target and mu to 0).
+
+  Args:
+    params: zeta.
+    solution: Lambda.
+    alpha: the paper's alpha; the factor is left out where None.
+    num_samples: the paper's N, at least 1.
+    groups: the groups of parameters; `parameter_groups(solution)` where None.
+
+  Returns:
+    `Conditions`.
+
+  Raises:
+    ValueError: ``num_samples`` below 1.
+
+  >>> import jax.numpy as jnp
+  >>> from kkt_jax.homogeneity import given_rates
+  >>> params = {"first": jnp.array([3.0]), "last": jnp.array([4.0])}
+  >>> conditions = max_margin_conditions(params, given_rates({"first": 0.0, "last": 1.0}, params))
+  >>> print(conditions.target["first"], conditions.target["last"], conditions.mask["first"])
+  [0.] [4.] [1.]
+  """
+  _checks.check_at_least("num_samples", num_samples, 1)
+  groups = parameter_groups(solution) if groups is None else groups
+  rate = solution.target_rate
+  scale = rate / num_samples
+  if alpha is not None:
+    scale = scale * jnp.exp(jnp.asarray(alpha) * (2 * rate - 1))
+  target = jax.tree.map(lambda p, inside: jnp.where(inside, scale * p, jnp.zeros_like(p)), params, groups.target)
+  mask = jax.tree.map(lambda p, out: jnp.where(out, jnp.zeros_like(p), jnp.ones_like(p)), params, groups.left_out)
+  return Conditions(*jax.lax.stop_gradient((target, mask)))
+
+
+def weight_decay_conditions(params: PyTree, *, weight_decay: float = 1.0) -> Conditions:
+  """Stationarity of cross-entropy plus ``weight_decay / 2 |zeta|^2``: the target is ``weight_decay * zeta`` everywhere.
+
+  Args:
+    params: zeta.
+    weight_decay: w, positive; where unknown leave it at 1 and let the multipliers have a free scale.
+
+  Returns:
+    `Conditions` with no parameter left out.
+
+  Raises:
+    ValueError: ``weight_decay`` not positive.
+
+  >>> import jax.numpy as jnp
+  >>> print(weight_decay_conditions({"w": jnp.array([2.0])}, weight_decay=0.5).target["w"])
+  [1.]
+  """
+  _checks.check_positive("weight_decay", weight_decay)
+  target = jax.tree.map(lambda p: weight_decay * p, params)
+  return Conditions(*jax.lax.stop_gradient((target, jax.tree.map(jnp.ones_like, params))))

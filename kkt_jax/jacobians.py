@@ -1,0 +1,53 @@
+"""Per-sample parameter Jacobians: the explicit route, and the reference for the fast one in `kkt_jax.losses`."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kkt_jax import _checks
+from kkt_jax.classifier import ApplyFn, PyTree, samples_interact
+
+
+def per_sample_jacobians(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, chunk_size: int | None = None) -> PyTree:
+  """Jacobians of every logit of every sample with respect to the parameters, grad_zeta Phi_c(x_i; zeta).
+
+  Memory is M x C x P numbers for the result, and chunk_size x C x P while it is built; only `jax.lax.map` chunks are
+  alive at once. For the stationarity sum alone use `kkt_jax.losses.stationarity_sum`, which needs none of it.
+
+  Args:
+    apply_fn: ``(params, x[M, ...]) -> logits[M, C]``; the samples of a batch must not interact.
+    params: zeta.
+    x: inputs [M, ...], floating point.
+    chunk_size: samples whose Jacobians are built at once, at least 1; all of them where None. It changes memory and
+      speed, not the result.
+
+  Returns:
+    A pytree like ``params`` with leaves [M, C, *leaf.shape].
+
+  Raises:
+    ValueError: ``x`` is no batch of floats, ``chunk_size`` is below 1, or the samples interact (batch norm on batch
+      statistics), in which case a per-sample Jacobian does not exist.
+
+  >>> import jax.numpy as jnp
+  >>> jacobians = per_sample_jacobians(lambda w, x: x @ w, jnp.ones((2, 3)), jnp.array([[5.0, 7.0]]))
+  >>> jacobians.shape
+  (1, 3, 2, 3)
+  >>> print(jacobians[0, 1])  # the gradient of logit 1: x in column 1
+  [[0. 5. 0.]
+   [0. 7. 0.]]
+  """
+  x = jnp.asarray(x)
+  _checks.check_batch("x", x)
+  if chunk_size is not None:
+    _checks.check_at_least("chunk_size", chunk_size, 1)
+  if samples_interact(apply_fn, params, x):
+    raise ValueError(
+      "apply_fn must treat the samples of a batch independently; its logits change with the rest of the batch"
+      " (batch norm on batch statistics?). Use kkt_jax.losses.stationarity_sum(..., route='vjp'), which"
+      " differentiates through the batch, or an apply_fn with stored statistics."
+    )
+
+  jacobian = jax.jacrev(lambda p, x_i: apply_fn(p, x_i[None])[0])
+  if chunk_size is None:
+    return jax.vmap(jacobian, in_axes=(None, 0))(params, x)
+  return jax.lax.map(lambda x_i: jacobian(params, x_i), x, batch_size=min(chunk_size, x.shape[0]))

@@ -1,0 +1,82 @@
+"""Where the KKT multipliers mu >= 0 come from: the network h of the paper, or the classifier's own probabilities."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kkt_jax import _checks
+from kkt_jax.classifier import PyTree
+
+FORMS = ("softplus", "relu", "softmax")
+
+
+def from_network(raw: ArrayLike, *, form: str = "softplus", log_scale: ArrayLike = 0.0) -> jax.Array:
+  """Multipliers from the output mu' of the network h: dual feasibility, Eq. 3c.
+
+  Where it departs from the paper: ``mu = ReLU(mu')`` is form ``"relu"``. Started at random it dies within a hundred
+  steps (every mu 0, no gradient). Softplus, the default, cannot: its gradient is positive everywhere.
+
+  Args:
+    raw: mu' [M, C].
+    form: ``"softplus"`` or ``"relu"``.
+    log_scale: logarithm of a learned positive factor, a scalar; see `initial_log_scale`.
+
+  Returns:
+    mu [M, C], not negative.
+
+  Raises:
+    ValueError: another form or rank.
+
+  >>> import jax.numpy as jnp
+  >>> print(from_network(jnp.array([[-1.0, 2.0]]), form="relu"))
+  [[0. 2.]]
+  """
+  _checks.check_choice("form", form, ("softplus", "relu"))
+  _checks.check_rank("raw", raw, 2, "[M, C]")
+  positive = jax.nn.softplus if form == "softplus" else jax.nn.relu
+  return jnp.exp(log_scale) * positive(jnp.asarray(raw))
+
+
+def from_softmax(logits: ArrayLike, *, log_scale: ArrayLike = 0.0) -> jax.Array:
+  """Multipliers tied to the classifier: its own probabilities p_c, exact at a minimum with weight decay.
+
+  Cross-entropy's gradient is ``-sum_c p_c [grad Phi_y - grad Phi_c]``; at a stationary point with weight decay w it
+  balances ``w zeta``, so that mu_c = p_c with the target ``w zeta``, or mu_c = p_c / w with the target ``zeta``.
+  Without weight decay the late gradients of gradient descent have the same form with an unknown factor.
+
+  Args:
+    logits: [M, C].
+    log_scale: logarithm of the factor, a scalar.
+
+  Returns:
+    mu [M, C], positive.
+
+  >>> import jax.numpy as jnp
+  >>> print(from_softmax(jnp.zeros((1, 4))))
+  [[0.25 0.25 0.25 0.25]]
+  """
+  _checks.check_rank("logits", logits, 2, "[M, C]")
+  return jnp.exp(log_scale) * jax.nn.softmax(jnp.asarray(logits))
+
+
+def initial_log_scale(target: PyTree, sums: PyTree) -> jax.Array:
+  """A start that cannot die: the factor that makes the first stationarity sum as long as its target.
+
+  Args:
+    target: `kkt_jax.conditions.Conditions.target`.
+    sums: `kkt_jax.losses.stationarity_sum` at the start, with ``log_scale`` 0.
+
+  Returns:
+    ``log(|target| / |sums|)``, a scalar; 0 where either is 0.
+
+  >>> import jax.numpy as jnp
+  >>> print(initial_log_scale({"w": jnp.array([jnp.e])}, {"w": jnp.array([1.0])}).round(3))
+  1.0
+  """
+
+  def norm(tree: PyTree) -> jax.Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+
+  wanted, got = norm(target), norm(sums)
+  usable = (wanted > 0) & (got > 0)
+  return jnp.where(usable, jnp.log(jnp.where(usable, wanted / jnp.where(usable, got, 1.0), 1.0)), 0.0)
