@@ -73,10 +73,10 @@ def check_positive(name: str, value: float) -> None:
 
 def check_same_structure(name: str, tree: PyTree, like_name: str, like: PyTree) -> None:
   """Raises ValueError unless two pytrees have the same structure."""
-  if jax.tree.structure(tree) != jax.tree.structure(like):
-    raise ValueError(
-      f"{name} must have the tree structure of {like_name}, {jax.tree.structure(like)}; got {jax.tree.structure(tree)}."
-    )
+  got: Any = jax.tree.structure(tree)
+  needed: Any = jax.tree.structure(like)
+  if got != needed:
+    raise ValueError(f"{name} must have the tree structure of {like_name}, {needed}; got {got}.")
 
 
 def check_finite(name: str, tree: PyTree) -> None:
