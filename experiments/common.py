@@ -1,0 +1,234 @@
+"""What every experiment shares: flags from a config, the working directory, progress, the seeds."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from typing import Any, cast, TypeVar
+
+from absl import app, flags
+from absl import logging as absl_logging
+import numpy as np
+
+from kkt_jax.checkpoint import CheckpointError
+
+ConfigT = TypeVar("ConfigT")
+
+
+class UsageError(ValueError):
+  """The user asked for something impossible; the message says what to change, and no traceback is shown."""
+
+
+def flag(
+  default: Any,
+  help_text: str,
+  *,
+  lower: float | None = None,
+  upper: float | None = None,
+  choices: tuple[str, ...] | None = None,
+) -> Any:
+  """A config field that is a command-line flag too: its default, its help, its bounds or choices."""
+  return dataclasses.field(
+    default=default, metadata={"help": help_text, "lower": lower, "upper": upper, "choices": choices}
+  )
+
+
+def check_config(config: Any) -> None:
+  """Raises UsageError unless every field of a config lies within its bounds or choices."""
+  for field in dataclasses.fields(config):
+    value, limits = getattr(config, field.name), field.metadata
+    if limits["choices"] is not None and value not in limits["choices"]:
+      raise UsageError(f"--{field.name} must be one of {', '.join(limits['choices'])}; got {value!r}.")
+    if limits["lower"] is not None and not value >= limits["lower"]:
+      raise UsageError(f"--{field.name} must be at least {limits['lower']}; got {value}.")
+    if limits["upper"] is not None and not value <= limits["upper"]:
+      raise UsageError(f"--{field.name} must be at most {limits['upper']}; got {value}.")
+
+
+def main(config_class: type[ConfigT], run: Callable[[ConfigT, pathlib.Path], Mapping[str, Any]]) -> None:
+  """Defines the flags of a config, parses the command line and runs the experiment.
+
+  Args:
+    config_class: a frozen dataclass whose fields are made by `flag`.
+    run: ``run(config, workdir) -> final metrics``.
+  """
+  for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+    _define_flag(field)
+  workdir = flags.DEFINE_string(
+    "workdir", None, "Folder for everything the run writes. An interrupted run resumes when run again with it."
+  )
+  flags.mark_flag_as_required("workdir")
+  absl_logging.set_verbosity(absl_logging.WARNING)  # jax and orbax chatter otherwise
+
+  def start(argv: list[str]) -> int | None:
+    if len(argv) > 1:
+      print(f"error: unexpected argument {argv[1]!r}; every setting is a flag --name=value.", file=sys.stderr)
+      return 2
+    values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    try:
+      metrics = run(config_class(**values), pathlib.Path(str(workdir.value)))
+    except (UsageError, CheckpointError, FloatingPointError, OSError) as error:
+      print(f"error: {error}", file=sys.stderr)
+      return 1
+    except KeyboardInterrupt:
+      print("\nstopped; the same command resumes from the last checkpoint.", file=sys.stderr)
+      return 130
+    print(json.dumps(metrics, indent=2))
+    return None
+
+  app.run(start)
+
+
+def _define_flag(field: dataclasses.Field[Any]) -> None:
+  limits, default = field.metadata, cast(Any, field.default)
+  if limits["choices"] is not None:
+    flags.DEFINE_enum(field.name, default, limits["choices"], limits["help"])
+  elif isinstance(default, bool):
+    flags.DEFINE_bool(field.name, default, limits["help"])
+  elif isinstance(default, int):
+    flags.DEFINE_integer(field.name, default, limits["help"], lower_bound=limits["lower"], upper_bound=limits["upper"])
+  elif isinstance(default, float):
+    flags.DEFINE_float(field.name, default, limits["help"], lower_bound=limits["lower"], upper_bound=limits["upper"])
+  else:
+    flags.DEFINE_string(field.name, default, limits["help"])
+
+
+class Workdir:
+  """The folder of one run: its config, its metrics, its figures, its checkpoints."""
+
+  def __init__(self, path: str | os.PathLike[str], config: Any, *, tensorboard: bool = False):
+    """Creates the folder, or opens the one of an earlier run of the same config.
+
+    Args:
+      path: the folder.
+      config: a frozen dataclass; written to ``config.json``.
+      tensorboard: also write the logged metrics for TensorBoard.
+
+    Raises:
+      UsageError: the folder belongs to a run of another config, or its config cannot be read.
+      OSError: the folder cannot be written.
+    """
+    check_config(config)
+    self.path = pathlib.Path(path)
+    self.path.mkdir(parents=True, exist_ok=True)
+    wanted = dataclasses.asdict(config)
+    config_file = self.path / "config.json"
+    if config_file.exists():
+      self._check_same(config_file, wanted)
+    else:
+      write_json(config_file, wanted)
+    self._metrics_file = self.path / "metrics.jsonl"
+    self._board: Any = None
+    if tensorboard:
+      import tensorboardX  # an option: imported only when asked for
+
+      self._board = tensorboardX.SummaryWriter(str(self.path / "tensorboard"))
+
+  def _check_same(self, config_file: pathlib.Path, wanted: Mapping[str, Any]) -> None:
+    try:
+      found = json.loads(config_file.read_text())
+      names = sorted(set(found) | set(wanted))
+    except (json.JSONDecodeError, TypeError) as error:
+      raise UsageError(f"--workdir={self.path}: config.json cannot be read ({error}); give another folder.") from error
+    different = [
+      f"--{name} was {found.get(name)!r}, now {wanted.get(name)!r}"
+      for name in names
+      if found.get(name) != wanted.get(name)
+    ]
+    if different:
+      raise UsageError(
+        f"--workdir={self.path} holds a run of another configuration ({'; '.join(different)}); use its flags to resume"
+        " it, or give another folder."
+      )
+
+  def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Appends one line to ``metrics.jsonl``."""
+    with self._metrics_file.open("a") as file:
+      file.write(json.dumps({"step": step, **metrics}) + "\n")
+    if self._board is not None:
+      for name, value in metrics.items():
+        self._board.add_scalar(name, value, step)
+
+  def forget_after(self, step: int) -> None:
+    """Drops the logged lines after ``step``, which a resumed run will write again, and a line cut short by a kill."""
+    if not self._metrics_file.exists():
+      return
+    kept = []
+    for line in self._metrics_file.read_text().splitlines():
+      try:
+        if json.loads(line)["step"] <= step:
+          kept.append(line)
+      except (json.JSONDecodeError, KeyError, TypeError):
+        continue
+    self._metrics_file.write_text("".join(line + "\n" for line in kept))
+
+  def finish(self, metrics: Mapping[str, Any]) -> None:
+    """Writes the final figures to ``metrics.json``."""
+    write_json(self.path / "metrics.json", metrics)
+    if self._board is not None:
+      self._board.close()
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON so that a kill leaves either the old file or the new one."""
+  scratch = path.with_suffix(".tmp")
+  scratch.write_text(json.dumps(value, indent=2) + "\n")
+  scratch.replace(path)
+
+
+class Progress:
+  """Progress on stderr with a rate and a time left: one line that rewrites itself on a terminal, plain lines else."""
+
+  def __init__(self, what: str, total: int, *, start: int = 0):
+    """Starts the clock.
+
+    Args:
+      what: what is going on, a word or two.
+      total: number of steps altogether.
+      start: steps done by an earlier run.
+    """
+    self._what, self._total, self._start = what, total, start
+    self._began = self._shown = time.monotonic()
+    self._terminal = sys.stderr.isatty()
+
+  def update(self, step: int, shown: Mapping[str, float] | None = None) -> None:
+    """Shows that ``step`` steps are done, with a few figures; cheap enough to call often."""
+    now = time.monotonic()
+    finished = step >= self._total
+    if not finished and now - self._shown < (0.2 if self._terminal else 15):
+      return
+    self._shown = now
+    rate = (step - self._start) / max(now - self._began, 1e-9)
+    left = (self._total - step) / rate if rate > 0 else math.inf
+    figures = "".join(f"  {name} {value:.4g}" for name, value in (shown or {}).items())
+    line = f"{self._what} {step}/{self._total}  {rate:.1f}/s  {_duration(left)} left{figures}"
+    if self._terminal:
+      print(f"\r\033[K{line}", end="\n" if finished else "", file=sys.stderr, flush=True)
+    else:
+      print(line, file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+  """Prints a line for the person who watches, on stderr: stdout is for the final figures."""
+  print(text, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+  """A time for people.
+
+  >>> _duration(75), _duration(math.inf)
+  ('1:15', '?')
+  """
+  if not math.isfinite(seconds):
+    return "?"
+  minutes, seconds = divmod(round(seconds), 60)
+  return f"{minutes}:{seconds:02d}"
+
+
+def seeded(seed: int) -> np.random.Generator:
+  """The generator of every random choice about data: which samples are for training, which for evaluation."""
+  return np.random.default_rng(seed)
