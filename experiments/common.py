@@ -1,6 +1,6 @@
 """What every experiment shares: flags from a config, the working directory, progress, the seeds."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import math
@@ -14,7 +14,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 import numpy as np
 
-from kkt_jax.checkpoint import CheckpointError
+from kkt_jax import training
+from kkt_jax.checkpoint import Checkpointer, CheckpointError
+from kkt_jax.classifier import Classifier
+from kkt_jax.conditions import Conditions
 
 ConfigT = TypeVar("ConfigT")
 
@@ -166,6 +169,11 @@ class Workdir:
         continue
     self._metrics_file.write_text("".join(line + "\n" for line in kept))
 
+  def last_logged(self) -> dict[str, float]:
+    """The last line of ``metrics.jsonl``; empty where nothing was logged."""
+    lines = self._metrics_file.read_text().splitlines() if self._metrics_file.exists() else []
+    return json.loads(lines[-1]) if lines else {}
+
   def finish(self, metrics: Mapping[str, Any]) -> None:
     """Writes the final figures to ``metrics.json``."""
     write_json(self.path / "metrics.json", metrics)
@@ -210,6 +218,65 @@ class Progress:
       print(f"\r\033[K{line}", end="\n" if finished else "", file=sys.stderr, flush=True)
     else:
       print(line, file=sys.stderr, flush=True)
+
+
+def train(
+  method: training.Method,
+  state: training.TrainState,
+  classifiers: Sequence[Classifier],
+  conditions: Sequence[Conditions],
+  out: Workdir,
+  *,
+  num_steps: int,
+  log_every: int,
+  checkpoint_every: int,
+  on_checkpoint: Callable[[training.TrainState], None] | None = None,
+) -> training.TrainState:
+  """Trains the generator with logs, checkpoints and progress, from its last checkpoint if the workdir has one.
+
+  Args:
+    method: the method.
+    state: where to start if there is no checkpoint.
+    classifiers: T classifiers.
+    conditions: the stationarity condition of each.
+    out: the workdir; checkpoints go to its folder ``generator``.
+    num_steps: step at which to stop.
+    log_every: steps between logged metrics.
+    checkpoint_every: steps between checkpoints.
+    on_checkpoint: called with the state after each, to draw a picture.
+
+  Returns:
+    The trained state.
+  """
+  with Checkpointer(out.path / "generator") as checkpointer:
+    restored = checkpointer.restore(state)
+    if restored:
+      state = restored[1]
+      say(f"resuming the generator at step {restored[0]}")
+    start = int(state.step)
+    out.forget_after(start)
+    progress = Progress("generator", num_steps, start=start)
+
+    def on_log(step: int, metrics: dict[str, float]) -> None:
+      out.log(step, metrics)
+      progress.update(step, {k: v for k, v in metrics.items() if k.startswith(("total", "residual"))})
+
+    step = training.make_train_step(method)
+    while state.step < num_steps:
+      state = training.fit(
+        step,
+        state,
+        classifiers,
+        conditions,
+        num_steps=min((int(state.step) // checkpoint_every + 1) * checkpoint_every, num_steps),
+        log_every=log_every,
+        on_log=on_log,
+        checkpointer=checkpointer,
+        checkpoint_every=checkpoint_every,
+      )
+      if on_checkpoint is not None:
+        on_checkpoint(state)
+  return state
 
 
 def say(text: str) -> None:

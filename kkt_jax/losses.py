@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+import optax
 
 from kkt_jax import _checks
 from kkt_jax.classifier import ApplyFn, PyTree
@@ -102,14 +103,18 @@ def u_shape(margin: ArrayLike, alpha: ArrayLike, *, delta: float) -> jax.Array:
   return jax.nn.relu(above - delta) + jax.nn.relu(-above)  # relu, not maximum: gradient 0 at the kink
 
 
-def duality_loss(logits: ArrayLike, y: ArrayLike, alpha: ArrayLike, *, delta: float) -> jax.Array:
+def duality_loss(
+  logits: ArrayLike, y: ArrayLike, alpha: ArrayLike, *, delta: float, relative: bool = False
+) -> jax.Array:
   """Eq. 6: primal feasibility and complementary slackness, the U-shape summed over the runners-up of each sample.
 
   Args:
     logits: [M, C].
     y: true classes [M].
     alpha: scalar.
-    delta: width of the flat bottom, in logits.
+    delta: width of the flat bottom, in logits, or in units of e^-alpha where ``relative``.
+    relative: divide by e^-alpha, as a constant without gradient. Beyond the paper: the loss then has the same size for
+      every classifier, and e^-alpha cannot shrink to make it small.
 
   Returns:
     [M]; the mean over M is the paper's L_duality.
@@ -118,6 +123,10 @@ def duality_loss(logits: ArrayLike, y: ArrayLike, alpha: ArrayLike, *, delta: fl
   >>> print(duality_loss(jnp.array([[3.0, 0.0, 0.0]]), jnp.array([0]), 0.0, delta=0.5))  # two runners-up, 1.5 each
   [3.]
   """
+  unit = jax.lax.stop_gradient(jnp.exp(-jnp.asarray(alpha))) if relative else 1.0
+  logits = jnp.asarray(logits) / unit
+  # In these units e^-alpha is 1, but alpha keeps its gradient.
+  alpha = jnp.asarray(alpha) + jnp.log(unit)
   values = margins(logits, y)
   runners_up = jax.lax.stop_gradient(runner_up_set(logits, y))
   # The inner where keeps the infinite margin of the true class out of the gradient.
@@ -250,81 +259,50 @@ def stationarity_residual(conditions: Conditions, sums: PyTree) -> StationarityR
   )
 
 
-def cosine_distance(conditions: Conditions, sums: PyTree) -> jax.Array:
-  """Scale-free stationarity: ``1 - cos^2`` of the angle between the target and the sum, over all masked parameters.
+def best_scale(conditions: Conditions, sums: PyTree) -> jax.Array:
+  """The factor on all multipliers that makes a stationarity sum fit its target best: ``<target, sum> / |sum|^2``.
 
-  It equals the least relative residual over a free positive scale of the multipliers, so mu cannot shrink to 0 and the
-  factor of Lambda-bar need not be known.
+  It makes a residual scale-free: neither the factor of Lambda-bar nor a weight decay need be known.
+
+  Args:
+    conditions: target and mask.
+    sums: `stationarity_sum`, a pytree like the target.
+
+  Returns:
+    A scalar; 0 where the sum is 0, and below 0 where it points away from the target.
+
+  >>> import jax.numpy as jnp
+  >>> conditions = Conditions(target={"w": jnp.array([3.0, 4.0])}, mask={"w": jnp.ones(2)})
+  >>> float(best_scale(conditions, {"w": jnp.array([6.0, 8.0])}))
+  0.5
+  """
+  product, size, _ = _inner_products(conditions, sums)
+  return product / _positive(size)
+
+
+def cosine_distance(conditions: Conditions, sums: PyTree) -> jax.Array:
+  """Scale-free stationarity, ``1 - cos |cos|`` of the angle between the target and the sum over all masked parameters.
+
+  Where the sum points towards the target, it is the relative residual at the `best_scale`. Multipliers that shrink to 0
+  gain nothing, and it keeps a gradient where the sum points away.
 
   Args:
     conditions: target and mask.
     sums: `stationarity_sum`.
 
   Returns:
-    A scalar in [0, 1]; 1 where the sum is 0 or points away from the target.
+    A scalar in [0, 2]: 0 for parallel, 1 for orthogonal or a sum of 0, 2 for opposite.
 
   >>> import jax.numpy as jnp
   >>> conditions = Conditions(target={"w": jnp.array([3.0, 4.0])}, mask={"w": jnp.ones(2)})
-  >>> round(float(cosine_distance(conditions, {"w": jnp.array([30.0, 40.0])})), 6)
-  0.0
+  >>> [round(float(cosine_distance(conditions, {"w": scale * jnp.array([3.0, 4.0])})), 6) for scale in (10.0, -1.0)]
+  [0.0, 2.0]
   """
-  _checks.check_same_structure("sums", sums, "conditions.target", conditions.target)
-  masked = jax.tree.map(jnp.multiply, conditions.mask, sums)
-  product = _sum_leaves(jax.tree.map(lambda t, s: jnp.sum(t * s), conditions.target, masked))
-  norms = _sum_leaves(jax.tree.map(lambda s: jnp.sum(s * s), masked)) * _sum_leaves(
-    jax.tree.map(lambda t, m: jnp.sum(jnp.square(m * t)), conditions.target, conditions.mask)
-  )
-  return 1.0 - jnp.square(jax.nn.relu(product)) / _positive(norms)
+  product, size, target_size = _inner_products(conditions, sums)
+  return 1.0 - product * jnp.abs(product) / _positive(size * target_size)
 
 
-def total_variation(x: ArrayLike) -> jax.Array:
-  """Anisotropic total variation: mean absolute difference between neighbouring pixels, per image.
-
-  Args:
-    x: images [M, H, W, C] or [M, H, W]. Any other rank is an error.
-
-  Returns:
-    [M], in units of the pixel values.
-
-  Raises:
-    ValueError: ``x`` is not a batch of images.
-
-  >>> import jax.numpy as jnp
-  >>> print(total_variation(jnp.array([[[0.0, 1.0], [0.0, 1.0]]])))  # 1 along rows, 0 along columns
-  [1.]
-  """
-  x = jnp.asarray(x)
-  if x.ndim not in (3, 4):
-    raise ValueError(f"x must be images of shape [M, H, W] or [M, H, W, C]; got shape {x.shape}.")
-  axes = tuple(range(1, x.ndim))
-  return jnp.mean(jnp.abs(jnp.diff(x, axis=1)), axis=axes) + jnp.mean(jnp.abs(jnp.diff(x, axis=2)), axis=axes)
-
-
-def statistics_distance(statistics: PyTree, stored: PyTree) -> jax.Array:
-  """How far a batch's internal statistics are from the classifier's stored ones, relative to the stored ones' size.
-
-  Beyond the paper: with batch norm the stored means and variances are part of the given parameters.
-
-  Args:
-    statistics: means and variances of a generated batch, a pytree.
-    stored: the classifier's own, same tree.
-
-  Returns:
-    A scalar: the mean over tensors of ``|a - b|^2 / |b|^2``.
-
-  Raises:
-    ValueError: the trees differ.
-
-  >>> import jax.numpy as jnp
-  >>> float(statistics_distance({"mean": jnp.array([1.0, 0.0])}, {"mean": jnp.array([2.0, 0.0])}))
-  0.25
-  """
-  _checks.check_same_structure("statistics", statistics, "stored", stored)
-  ratios = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)) / _positive(jnp.sum(jnp.square(b))), statistics, stored)
-  return jnp.mean(jnp.stack(jax.tree.leaves(ratios)))
-
-
-def total_loss(terms: Mapping[str, jax.Array], weights: Mapping[str, float]) -> jax.Array:
+def total_loss(terms: Mapping[str, jax.Array], weights: Mapping[str, float | jax.Array]) -> jax.Array:
   """Eq. 7, ``L = L_stationarity + beta L_duality``, and Eq. 13 when a term holds one value for each classifier.
 
   Args:
@@ -332,20 +310,25 @@ def total_loss(terms: Mapping[str, jax.Array], weights: Mapping[str, float]) -> 
     weights: their weights by name; a missing name is an error, so that no term is lost silently.
 
   Returns:
-    A scalar. A term of weight 0 is left out altogether, so that a NaN in it cannot spread.
+    A scalar. A term whose weight is the number 0 is left out altogether, so that a NaN in it cannot spread.
 
   Raises:
     ValueError: a term has no weight.
 
   >>> import jax.numpy as jnp
   >>> float(total_loss({"stationarity": jnp.array([1.0, 2.0]), "duality": jnp.array([3.0, 4.0])},
-  ...                    {"stationarity": 1.0, "duality": 10.0}))
+  ...                  {"stationarity": 1.0, "duality": 10.0}))
   73.0
   """
   missing = set(terms) - set(weights)
   if missing:
     raise ValueError(f"weights must name every term; {sorted(missing)} are missing from {sorted(weights)}.")
-  return sum((weights[name] * jnp.sum(term) for name, term in terms.items() if weights[name] != 0), jnp.zeros(()))
+  total = jnp.zeros(())
+  for name, term in terms.items():
+    weight = weights[name]
+    if isinstance(weight, jax.Array) or weight != 0:
+      total = total + weight * jnp.sum(term)
+  return total
 
 
 def _checked_logits(logits: ArrayLike, y: ArrayLike) -> tuple[jax.Array, jax.Array]:
@@ -360,6 +343,18 @@ def _checked_logits(logits: ArrayLike, y: ArrayLike) -> tuple[jax.Array, jax.Arr
 def _is_true_class(values: jax.Array, y: jax.Array) -> jax.Array:
   """Boolean [M, C], True in the column of the true class."""
   return jnp.arange(values.shape[1])[None, :] == y[:, None]
+
+
+def _inner_products(conditions: Conditions, sums: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """``<target, sum>``, ``|sum|^2`` and ``|target|^2`` over the masked parameters."""
+  _checks.check_same_structure("sums", sums, "conditions.target", conditions.target)
+  masked_sums = jax.tree.map(jnp.multiply, conditions.mask, sums)
+  masked_target = jax.tree.map(jnp.multiply, conditions.mask, conditions.target)
+  return (
+    optax.tree.vdot(masked_target, masked_sums),
+    optax.tree.norm(masked_sums, squared=True),
+    optax.tree.norm(masked_target, squared=True),
+  )
 
 
 def _sum_leaves(tree: PyTree) -> jax.Array:

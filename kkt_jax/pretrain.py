@@ -56,8 +56,9 @@ def log_cross_entropy(logits: ArrayLike, y: ArrayLike) -> jax.Array:
   -200.0
   """
   log_odds = jax.nn.logsumexp(-losses.margins(logits, y), axis=1)  # log sum_c exp(Phi_c - Phi_y)
-  # log(log(1 + e^v)) is v for very negative v; the clip keeps the unused branch finite.
-  log_losses = jnp.where(log_odds < -12, log_odds, jnp.log(jax.nn.softplus(jnp.maximum(log_odds, -12))))
+  # log(log(1 + e^v)) is v for very negative v; the inner where keeps the gradient of the unused branch finite.
+  tiny = log_odds < -12
+  log_losses = jnp.where(tiny, log_odds, jnp.log(jax.nn.softplus(jnp.where(tiny, 0.0, log_odds))))
   return jax.nn.logsumexp(log_losses) - jnp.log(log_losses.shape[0])
 
 
@@ -133,7 +134,8 @@ def gradient_descent(
   dtypes = jax.tree.map(jnp.result_type, params)
   with jax.enable_x64(True) if double_precision else contextlib.nullcontext():
     if double_precision:
-      params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (params, x))
+      params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+      x = x.astype(jnp.float64)
     params = jax.tree.map(jnp.array, params)  # a copy: the steps reuse the memory of their argument
     optimizer = optax.chain(optax.trace(decay=momentum), optax.scale_by_learning_rate(learning_rate))
     gradient_of = functools.partial(_gradient, apply_fn, weight_decay, loss_scaled)

@@ -1,0 +1,94 @@
+"""Generated images against the data, beside the controls without which no figure means anything."""
+
+from collections.abc import Mapping
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import figures
+from experiments.data import Images, Split
+from experiments.judge import Judge
+from kkt_jax import metrics
+
+_COLUMNS = ("eval_accuracy", "ssim_nearest", "ssim_cover", "distinct_nearest", "spread", "label_agreement", "residual")
+
+
+def controls(data: Split, y: np.ndarray, key: jax.Array) -> dict[str, Images]:
+  """What generated images are compared with.
+
+  Args:
+    data: the training data and real data that no classifier has seen.
+    y: labels [S], sorted; the controls have the same ones.
+    key: of the noise.
+
+  Returns:
+    Real held-out images, training images, class means, the mean of all training data, uniform noise; S of each, or as
+    many as there are.
+  """
+  labels, counts = np.unique(y, return_counts=True)
+
+  def first(images: Images) -> Images:
+    chosen = [np.flatnonzero(images.y == label)[:count] for label, count in zip(labels, counts, strict=True)]
+    indices = np.concatenate(chosen)
+    return Images(images.x[indices], images.y[indices])
+
+  train = data.train
+  shape = train.x.shape[1:]
+  means = {label: train.x[train.y == label].mean(axis=0) for label in labels}
+  return {
+    "real_held_out": first(data.held_out),
+    "training_data": first(train),
+    "class_means": Images(np.stack([means[label] for label in y]), y),
+    "dataset_mean": Images(np.broadcast_to(train.x.mean(axis=0), (len(y), *shape)), y),
+    "uniform_noise": uniform_noise(Images(np.empty((len(y), *shape)), y), key),
+  }
+
+
+def uniform_noise(like: Images, key: jax.Array) -> Images:
+  """Uniform noise in [0, 1] with the shapes and labels of other images."""
+  return Images(np.asarray(jax.random.uniform(key, like.x.shape)), like.y)
+
+
+def measure(judge: Judge, data: Split, images: Images) -> dict[str, float]:
+  """How recognisable, near, diverse and rightly labelled images are; see `kkt_jax.metrics`."""
+  real = metrics.within_class_distance(judge.features(data.held_out.x), data.held_out.y)
+  return {
+    "eval_accuracy": judge.accuracy(images.x, images.y),
+    **metrics.similarity_metrics(images.x, images.y, data.train.x, data.train.y),
+    "spread": metrics.within_class_distance(judge.features(images.x), images.y) / real,
+  }
+
+
+def similar_pairs(path: pathlib.Path, images: Images, train: Images, *, columns: int = 2, rows: int = 5) -> None:
+  """Figs. 6 to 8: generated images in odd rows, the SSIM-nearest training image of the class below each.
+
+  The first images of every class, unselected; a last row shows the mean of the whole training set.
+
+  Args:
+    path: PNG file.
+    images: generated images.
+    train: training images.
+    columns: images of each class in a row.
+    rows: pairs of rows.
+  """
+  labels = np.unique(images.y)
+  of_class = {label: np.flatnonzero(images.y == label) for label in labels}
+  nearest = np.asarray(metrics.ssim_nearest_indices(images.x, images.y, train.x, train.y))
+  drawn = []
+  for row in range(rows):
+    chosen = np.concatenate([of_class[label][row * columns : (row + 1) * columns] for label in labels])
+    drawn += [("generated", images.x[chosen]), ("nearest training image", train.x[nearest[chosen]])]
+  drawn.append(("mean of the training set", train.x.mean(axis=0, keepdims=True)))
+  figures.image_rows(path, drawn)
+
+
+def table(results: Mapping[str, Any]) -> str:
+  """The figures of merit as a table for people, one row a set of images."""
+  lines = [f"{'':<16}" + "".join(f"{name:>18}" for name in _COLUMNS)]
+  for name, row in results.items():
+    if isinstance(row, dict) and "ssim_cover" in row:
+      cells = [np.mean(row[column]) for column in _COLUMNS]
+      lines.append(f"{name:<16}" + "".join(f"{cell:18.3f}" for cell in cells))
+  return "\n".join(lines)

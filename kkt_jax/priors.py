@@ -1,0 +1,191 @@
+"""What the equations do not say: priors on the generated samples that choose among the solutions.
+
+The stationarity condition alone does not identify the data; see the README. Only total variation is the paper's. Each
+of these is a term that the caller weighs, and each is data-free: it looks at generated samples and at the classifier.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kkt_jax import _checks
+from kkt_jax.classifier import PyTree
+
+
+def total_variation(x: ArrayLike) -> jax.Array:
+  """Anisotropic total variation: mean absolute difference between neighbouring pixels, per image.
+
+  Args:
+    x: images [M, H, W, C] or [M, H, W]. Any other rank is an error.
+
+  Returns:
+    [M], in units of the pixel values.
+
+  Raises:
+    ValueError: ``x`` is not a batch of images.
+
+  >>> import jax.numpy as jnp
+  >>> print(total_variation(jnp.array([[[0.0, 1.0], [0.0, 1.0]]])))  # 1 along rows, 0 along columns
+  [1.]
+  """
+  x = jnp.asarray(x)
+  if x.ndim not in (3, 4):
+    raise ValueError(f"x must be images of shape [M, H, W] or [M, H, W, C]; got shape {x.shape}.")
+  axes = tuple(range(1, x.ndim))
+  return jnp.mean(jnp.abs(jnp.diff(x, axis=1)), axis=axes) + jnp.mean(jnp.abs(jnp.diff(x, axis=2)), axis=axes)
+
+
+def binarisation(x: ArrayLike) -> jax.Array:
+  """Pixels of drawings are black or white: ``mean x (1 - x)`` per sample, for x in [0, 1].
+
+  Args:
+    x: samples [M, ...]; values are clipped to [0, 1].
+
+  Returns:
+    [M], between 0 (all pixels black or white) and 1/4 (all grey).
+
+  >>> import jax.numpy as jnp
+  >>> print(binarisation(jnp.array([[0.0, 1.0], [0.5, 0.5]])))
+  [0.   0.25]
+  """
+  x = jnp.clip(jnp.asarray(x), 0.0, 1.0)
+  _checks.check_batch("x", x)
+  return jnp.mean((x * (1 - x)).reshape(x.shape[0], -1), axis=1)
+
+
+def mean_distance(x: ArrayLike, mean: ArrayLike) -> jax.Array:
+  """How far the mean of a batch is from a known mean, relative to its size: ``|mean_i x_i - mean|^2 / |mean|^2``.
+
+  Args:
+    x: samples [M, ...].
+    mean: the data's mean where the classifier gives it away, such as a stored preprocessing constant; [...].
+
+  Returns:
+    A scalar.
+
+  >>> import jax.numpy as jnp
+  >>> float(mean_distance(jnp.array([[0.0], [2.0]]), jnp.array([2.0])))
+  0.25
+  """
+  x, mean = jnp.asarray(x), jnp.asarray(mean)
+  _checks.check_shape("mean", mean, x.shape[1:], "x.shape[1:]")
+  return _relative_square(jnp.mean(x, axis=0), mean)
+
+
+def statistics_distance(statistics: PyTree, stored: PyTree) -> jax.Array:
+  """How far a batch's internal statistics are from the classifier's stored ones, in units of the stored deviations.
+
+  With batch norm the stored means and variances are part of the given parameters, and the training data reproduce them
+  exactly.
+
+  Args:
+    statistics: of a generated batch: a tree with a mapping ``{"mean": [F], "var": [F]}`` for each layer.
+    stored: the classifier's own, same tree.
+
+  Returns:
+    A scalar: the sum over layers of the means over features of ``(mean - stored mean)^2 / stored variance`` and
+    ``(deviation / stored deviation - 1)^2``. Dead features (variance 0) count with a variance of 1e-5.
+
+  Raises:
+    ValueError: the trees differ.
+
+  >>> import jax.numpy as jnp
+  >>> batch = {"layer": {"mean": jnp.array([1.0]), "var": jnp.array([9.0])}}
+  >>> stored = {"layer": {"mean": jnp.array([0.0]), "var": jnp.array([4.0])}}
+  >>> print(statistics_distance(batch, stored).round(3))  # 1 / 4 + (3 / 2 - 1)^2
+  0.5
+  """
+  _checks.check_same_structure("statistics", statistics, "stored", stored)
+  tiny = 1e-5
+
+  def distance(own: Mapping[str, jax.Array], reference: Mapping[str, jax.Array]) -> jax.Array:
+    means = jnp.square(own["mean"] - reference["mean"]) / (reference["var"] + tiny)
+    deviations = jnp.square(jnp.sqrt((own["var"] + tiny) / (reference["var"] + tiny)) - 1)
+    return jnp.mean(means) + jnp.mean(deviations)
+
+  def is_layer(node: PyTree) -> bool:
+    return isinstance(node, Mapping) and set(node) == {"mean", "var"}
+
+  layers = jax.tree.map(distance, statistics, stored, is_leaf=is_layer)
+  return jax.tree.reduce(jnp.add, layers, jnp.zeros(()))
+
+
+def mode_seeking(features: ArrayLike, noise: ArrayLike, y: ArrayLike, *, floor: float = 0.05) -> jax.Array:
+  """Different noise must give different samples (Mao et al. 2019): mean of noise distance over feature distance.
+
+  Args:
+    features: [M, F], such as the classifier's first hidden layer, in units of their typical size: distances are root
+      mean squares over F.
+    noise: [M, D].
+    y: labels [M]; pairs of one label count.
+    floor: added to the feature distance, positive, so that equal samples cost much but not infinitely much.
+
+  Returns:
+    A scalar; 0 where no label has two samples.
+
+  Raises:
+    ValueError: shapes do not fit or ``floor`` is not positive.
+
+  >>> import jax.numpy as jnp
+  >>> features, noise = jnp.array([[0.0], [2.0]]), jnp.array([[0.0], [1.0]])
+  >>> round(float(mode_seeking(features, noise, jnp.array([0, 0]))), 4)  # 1 / (2 + 0.05)
+  0.4878
+  """
+  _checks.check_rank("features", features, 2, "[M, F]")
+  _checks.check_rank("noise", noise, 2, "[M, D]")
+  _checks.check_positive("floor", floor)
+  pairs = _same_label_pairs(y, jnp.shape(features)[0])
+  ratio = _root_mean_square_distance(noise) / (_root_mean_square_distance(features) + floor)
+  return jnp.sum(jnp.where(pairs, ratio, 0.0)) / jnp.maximum(jnp.sum(pairs), 1)
+
+
+def repulsion(x: ArrayLike, y: ArrayLike, *, bandwidth: float) -> jax.Array:
+  """Samples of one label push one another apart: mean over pairs of ``exp(-|x_i - x_j|^2 / (2 bandwidth^2))``.
+
+  Args:
+    x: samples [M, D].
+    y: labels [M]; pairs of one label count.
+    bandwidth: distance at which the push fades, in units of ``x``, positive.
+
+  Returns:
+    A scalar in [0, 1]; 0 where no label has two samples.
+
+  Raises:
+    ValueError: shapes do not fit or ``bandwidth`` is not positive.
+
+  >>> import jax.numpy as jnp
+  >>> print(repulsion(jnp.array([[0.0], [0.0], [9.0]]), jnp.array([0, 0, 0]), bandwidth=1.0).round(4))  # 1 pair of 3
+  0.3333
+  """
+  _checks.check_rank("x", x, 2, "[M, D]")
+  _checks.check_positive("bandwidth", bandwidth)
+  pairs = _same_label_pairs(y, jnp.shape(x)[0])
+  nearness = jnp.exp(-_squared_distances(jnp.asarray(x)) / (2 * bandwidth**2))
+  return jnp.sum(jnp.where(pairs, nearness, 0.0)) / jnp.maximum(jnp.sum(pairs), 1)
+
+
+def _same_label_pairs(y: ArrayLike, num_samples: int) -> jax.Array:
+  """Boolean [M, M]: two different samples of one label."""
+  _checks.check_labels("y", y, num_samples)
+  y = jnp.asarray(y)
+  return (y[:, None] == y[None, :]) & ~jnp.eye(num_samples, dtype=bool)
+
+
+def _squared_distances(x: jax.Array) -> jax.Array:
+  """[M, M] through one matrix product; never below 0."""
+  square = jnp.sum(x * x, axis=1)
+  return jax.nn.relu(square[:, None] + square[None, :] - 2 * x @ x.T)
+
+
+def _root_mean_square_distance(x: ArrayLike) -> jax.Array:
+  """[M, M]; a tiny number under the root keeps the gradient finite where two rows are equal."""
+  x = jnp.asarray(x)
+  return jnp.sqrt(_squared_distances(x) / x.shape[1] + 1e-8)
+
+
+def _relative_square(value: jax.Array, reference: jax.Array) -> jax.Array:
+  """``|value - reference|^2 / |reference|^2``; against 1 where the reference is 0."""
+  size = jnp.sum(jnp.square(reference))
+  return jnp.sum(jnp.square(value - reference)) / jnp.where(size > 0, size, 1.0)
