@@ -230,6 +230,7 @@ def train(
   num_steps: int,
   log_every: int,
   checkpoint_every: int,
+  steps_per_call: int = 1,
   on_checkpoint: Callable[[training.TrainState], None] | None = None,
 ) -> training.TrainState:
   """Trains the generator with logs, checkpoints and progress, from its last checkpoint if the workdir has one.
@@ -243,6 +244,7 @@ def train(
     num_steps: step at which to stop.
     log_every: steps between logged metrics.
     checkpoint_every: steps between checkpoints.
+    steps_per_call: see `kkt_jax.training.make_train_step`; all the other numbers must be multiples of it.
     on_checkpoint: called with the state after each, to draw a picture.
 
   Returns:
@@ -261,7 +263,7 @@ def train(
       out.log(step, metrics)
       progress.update(step, {k: v for k, v in metrics.items() if k.startswith(("total", "residual"))})
 
-    step = training.make_train_step(method)
+    step = training.make_train_step(method, steps_per_call=steps_per_call)
     while state.step < num_steps:
       state = training.fit(
         step,

@@ -250,7 +250,7 @@ def _weights(config: Config) -> dict[str, Any]:
   """Only the classification counts in the warm-up; afterwards the stationarity takes its place."""
 
   def switch(before: float, after: float) -> training.Schedule:
-    return lambda step: jnp.where(step < config.warmup, before, after)
+    return lambda step: jnp.where(jnp.asarray(step) < config.warmup, before, after)
 
   return {
     "stationarity": switch(0.0, config.stationarity_weight),
@@ -357,7 +357,7 @@ def _own(classifier: Classifier, images: Images) -> tuple[jax.Array, jax.Array]:
 
 def _multipliers(classifier: Classifier, images: Images) -> jax.Array:
   x, _ = _own(classifier, images)
-  return multipliers.from_softmax(classifier.apply_fn(classifier.params, x))
+  return multipliers.from_softmax(classifier.predict_fn(classifier.params, x))
 
 
 def _residuals(config: Config, classifiers: Sequence[Classifier], images: Images) -> list[float]:
@@ -366,7 +366,7 @@ def _residuals(config: Config, classifiers: Sequence[Classifier], images: Images
   for classifier, conditions in zip(classifiers, weight_decay_conditions_of(config, classifiers), strict=True):
     x, y = _own(classifier, images)
     mu = _multipliers(classifier, images)
-    sums = losses.stationarity_sum(classifier.apply_fn, classifier.params, x, classifier.local_labels(y), mu)
+    sums = losses.stationarity_sum(classifier.gradient_fn, classifier.params, x, classifier.local_labels(y), mu)
     residuals.append(float(losses.stationarity_residual(conditions, sums).relative))
   return residuals
 

@@ -79,6 +79,16 @@ def check_same_structure(name: str, tree: PyTree, like_name: str, like: PyTree) 
     raise ValueError(f"{name} must have the tree structure of {like_name}, {needed}; got {got}.")
 
 
+def check_same_shapes(name: str, tree: PyTree, like_name: str, like: PyTree) -> None:
+  """Raises ValueError unless two pytrees have the same structure and the same shapes of leaves."""
+  check_same_structure(name, tree, like_name, like)
+  for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True):
+    if jnp.shape(leaf) != jnp.shape(other):
+      where = jax.tree_util.keystr(path, simple=True, separator="/") or "the array"
+      needs, got = jnp.shape(other), jnp.shape(leaf)
+      raise ValueError(f"{name} must have the shapes of {like_name}, {needs} at {where}; got {got}.")
+
+
 def check_finite(name: str, tree: PyTree) -> None:
   """Raises ValueError naming the first leaf of a concrete pytree that holds a NaN or an infinity."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import math
+import operator
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ ApplyFn = Callable[[PyTree, jax.Array], jax.Array]
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["params", "statistics", "offset"],
-  meta_fields=["apply_fn", "predict_fn", "statistics_fn", "input_shape", "labels", "batch_coupled"],
+  meta_fields=["apply_fn", "gradient_fn", "predict_fn", "statistics_fn", "input_shape", "labels", "batch_coupled"],
 )
 @dataclasses.dataclass(frozen=True)
 class Classifier:
@@ -27,13 +29,16 @@ class Classifier:
   It is a pytree with leaves ``params``, ``statistics`` and ``offset``, so it can be an argument of a jitted function.
 
   Attributes:
-    apply_fn: ``(params, x[M, *input_shape]) -> logits[M, C]``, the function that gradient descent trained. Its
-      parameter gradients enter the stationarity condition. With batch norm it uses the statistics of the batch.
+    apply_fn: ``(params, x[M, *input_shape]) -> logits[M, C]``, the function that gradient descent trained, exactly.
+      Lambda is derived from it. With batch norm it uses the statistics of the batch.
+    gradient_fn: the same values, with the derivatives that enter the stationarity condition: ``apply_fn`` itself, or
+      one with relaxed ReLU gates. Lambda must not be derived from relaxed gates: they are not quasi-homogeneous.
     params: zeta, the trained parameters.
     input_shape: shape of one input.
     labels: the label that each output stands for, C of them: the classes that the training data held. Several
       classifiers share one numbering; a classifier of the digits 5-9 has ``labels=(5, 6, 7, 8, 9)``.
-    predict_fn: ``(params, x) -> logits`` at inference, where no samples interact. Margins are measured on it.
+    predict_fn: ``(params, x) -> logits`` at inference, where no samples interact. Margins are measured on it. With
+      batch norm it holds its own copy of the stored statistics.
     batch_coupled: whether the samples of a batch interact in ``apply_fn`` (batch norm on batch statistics).
     statistics_fn: ``(params, x) -> statistics`` of a batch inside the classifier, or None.
     statistics: the stored statistics of the training data, same tree as ``statistics_fn`` returns, or None.
@@ -45,6 +50,7 @@ class Classifier:
   params: PyTree
   input_shape: tuple[int, ...]
   labels: tuple[int, ...]
+  gradient_fn: ApplyFn
   predict_fn: ApplyFn
   batch_coupled: bool = False
   statistics_fn: Callable[[PyTree, jax.Array], PyTree] | None = None
@@ -67,6 +73,7 @@ def make_classifier(
   input_shape: Sequence[int],
   *,
   labels: Sequence[int],
+  gradient_fn: ApplyFn | None = None,
   predict_fn: ApplyFn | None = None,
   batch_coupled: bool = False,
   statistics_fn: Callable[[PyTree, jax.Array], PyTree] | None = None,
@@ -80,6 +87,7 @@ def make_classifier(
     params: zeta.
     input_shape: shape of one input.
     labels: the label of each output, distinct, at least two.
+    gradient_fn: ``apply_fn`` with other derivatives; ``apply_fn`` where None.
     predict_fn: inference; ``apply_fn`` where None. Required when ``batch_coupled``.
     batch_coupled: whether samples interact in ``apply_fn``.
     statistics_fn: statistics of a batch inside the classifier.
@@ -98,7 +106,7 @@ def make_classifier(
   >>> linear.num_classes
   3
   """
-  labels = tuple(int(label) for label in labels)
+  labels = tuple(operator.index(label) for label in labels)
   input_shape = tuple(int(size) for size in input_shape)
   if len(labels) < 2:
     raise ValueError(f"labels must hold at least two classes; got {labels}.")
@@ -109,7 +117,8 @@ def make_classifier(
   if (statistics_fn is None) != (statistics is None):
     raise ValueError("statistics_fn and statistics must be given together; got only one of them.")
   _checks.check_finite("params", params)
-  for name, function in (("apply_fn", apply_fn), ("predict_fn", predict_fn or apply_fn)):
+  functions = {"apply_fn": apply_fn, "gradient_fn": gradient_fn or apply_fn, "predict_fn": predict_fn or apply_fn}
+  for name, function in functions.items():
     probe = jax.ShapeDtypeStruct((2, *input_shape), jnp.result_type(float))
     logits = jax.eval_shape(function, params, probe)
     if logits.shape != (2, len(labels)):
@@ -118,11 +127,10 @@ def make_classifier(
         f" for M = 2 it gives shape {logits.shape}."
       )
   return Classifier(
-    apply_fn=apply_fn,
     params=params,
     input_shape=input_shape,
     labels=labels,
-    predict_fn=predict_fn or apply_fn,
+    **functions,
     batch_coupled=batch_coupled,
     statistics_fn=statistics_fn,
     statistics=statistics,
@@ -139,7 +147,8 @@ def samples_interact(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> bool:
     x: inputs [M, ...], floating point. The sample that joins is the last one moved by 1, so M = 1 is enough.
 
   Returns:
-    A Python bool. Values must be concrete; under `jax.jit` the answer is False, since nothing can be seen there.
+    A Python bool. Under `jax.jit`, where values are unknown, made-up values of the same shapes are tried instead; only
+    a function that closes over traced values cannot be judged, and the answer is then False.
 
   >>> import jax.numpy as jnp
   >>> x = jnp.array([[1.0], [3.0]])
@@ -148,10 +157,25 @@ def samples_interact(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> bool:
   >>> samples_interact(lambda w, x: w * (x - x.mean()), 2.0, x)
   True
   """
-  x = jnp.asarray(x)
-  alone = apply_fn(params, x[:1])[0]
-  together = apply_fn(params, jnp.concatenate([x[:1], x[-1:] + 1.0]))[0]
   try:
-    return not bool(jnp.allclose(together, alone, rtol=1e-3, atol=1e-5))
+    return _first_logits_change(apply_fn, params, jnp.asarray(x))
+  except jax.errors.ConcretizationTypeError:
+    pass
+
+  def made_up(leaf: Any) -> jax.Array:
+    shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+    return jnp.sin(1.0 + jnp.arange(math.prod(shape)).reshape(shape)).astype(dtype)
+
+  try:
+    with jax.ensure_compile_time_eval():
+      return _first_logits_change(apply_fn, jax.tree.map(made_up, params), made_up(x))
   except jax.errors.ConcretizationTypeError:
     return False
+
+
+def _first_logits_change(apply_fn: ApplyFn, params: PyTree, x: jax.Array) -> bool:
+  alone = apply_fn(params, x[:1])[0]
+  together = apply_fn(params, jnp.concatenate([x[:1], x[-1:] + 1.0]))[0]
+  size = jnp.maximum(jnp.max(jnp.abs(alone)), jnp.max(jnp.abs(together)))
+  close = (jnp.abs(alone - together) <= 1e-3 * size) | (jnp.isnan(alone) & jnp.isnan(together))
+  return not bool(jnp.all(close))

@@ -150,10 +150,10 @@ def diagnose(
     raise ValueError(f"y must hold labels of the classifier, {classifier.labels}; got {unknown}.")
   local = classifier.local_labels(y)
   if mu is None:
-    mu = nonnegative_multipliers(classifier.apply_fn, classifier.params, x, local, conditions, num_steps=num_steps)
+    mu = nonnegative_multipliers(classifier.gradient_fn, classifier.params, x, local, conditions, num_steps=num_steps)
   mu = jnp.asarray(mu)
   residual = losses.stationarity_residual(
-    conditions, losses.stationarity_sum(classifier.apply_fn, classifier.params, x, local, mu)
+    conditions, losses.stationarity_sum(classifier.gradient_fn, classifier.params, x, local, mu)
   )
   wrong = mu[jnp.arange(mu.shape[1])[None, :] != local[:, None]]
   margin = losses.runner_up_margin(classifier.predict_fn(classifier.params, x), local)

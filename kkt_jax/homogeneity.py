@@ -87,7 +87,8 @@ def derivative_equations(
   of Eq. 9 by zeta_j, and is computed so.
 
   Args:
-    apply_fn: ``(params, x[K, ...]) -> logits[K, C]``. With ``unknowns="tensor"`` the samples may interact.
+    apply_fn: ``(params, x[K, ...]) -> logits[K, C]`` with exact derivatives: relaxed ReLU gates, whose derivatives do
+      not belong to their values, give a wrong Lambda. With ``unknowns="tensor"`` the samples may interact.
     params: zeta.
     x: K inputs [K, ...]; any inputs will do, random ones are usual.
     unknowns: ``"tensor"``, one rate for each parameter tensor (U = number of tensors), or ``"parameter"``, one for
@@ -165,8 +166,10 @@ def solve_rates(
     rcond: singular values below ``rcond`` times the greatest count as 0; 1e-4 suits float32.
 
   Returns:
-    A `RateSolution`. Where the system is rank deficient the null-space dimension says by how much; where the network is
-    not quasi-homogeneous the residual does.
+    A `RateSolution`. Where the system is rank deficient the null-space dimension says by how much. Where no rates
+    solve it the residual says so; but a network whose last layer is linear, GELU networks included, always has the
+    solution ``"last_layer"``: a null space of dimension 0 with rates on the last layer alone is the sign that nothing
+    before it is quasi-homogeneous.
 
   Raises:
     ValueError: unknown ``rule``, ``last_layer`` that names no tensor, ``rcond`` not positive, or a system whose columns
@@ -234,7 +237,7 @@ def given_rates(rates: PyTree, params: PyTree, *, target_rate: float | None = No
   """Wraps a Lambda that the caller knows, so that it can stand wherever a solved one does.
 
   Args:
-    rates: a pytree like ``params`` whose leaves are scalars or broadcast against the parameters.
+    rates: a pytree like ``params`` whose leaves are scalars or shaped like the parameters.
     params: zeta.
     target_rate: rate of the target group; the greatest rate where None, as in the paper.
 
@@ -242,13 +245,16 @@ def given_rates(rates: PyTree, params: PyTree, *, target_rate: float | None = No
     A `RateSolution` with NaN residual and rank -1, since no equation was solved; `scaling_error` checks it.
 
   Raises:
-    ValueError: ``rates`` has another tree structure than ``params``.
+    ValueError: ``rates`` has another tree structure than ``params``, or a leaf of another shape.
 
   >>> import jax.numpy as jnp
   >>> given_rates({"w": 1.0}, {"w": jnp.ones((2, 3))}).rates["w"].shape
   (2, 3)
   """
   _checks.check_same_structure("rates", rates, "params", params)
+  for name, rate, p in zip(tensor_names(params), *map(jax.tree.leaves, (rates, params)), strict=True):
+    if jnp.ndim(rate) != 0:
+      _checks.check_shape(f"rates[{name!r}]", rate, jnp.shape(p), "() or that of the parameter")
   full = jax.tree.map(
     lambda rate, p: jnp.broadcast_to(jnp.asarray(rate, jnp.result_type(p)), jnp.shape(p)), rates, params
   )
@@ -294,8 +300,8 @@ def parameter_groups(solution: RateSolution, *, tolerance: float = 1e-3) -> Para
   """
   rate = solution.target_rate
   target = jax.tree.map(lambda r: jnp.abs(r - rate) <= tolerance, solution.rates)
-  zero = jax.tree.map(lambda r: r < rate - tolerance, solution.rates)
-  left_out = jax.tree.map(lambda r: r > rate + tolerance, solution.rates)
+  zero = jax.tree.map(lambda r, inside: ~inside & (r < rate), solution.rates, target)
+  left_out = jax.tree.map(lambda r, inside: ~inside & (r > rate), solution.rates, target)
   return ParameterGroups(target, zero, left_out)
 
 
@@ -357,6 +363,7 @@ def scaling_error(apply_fn: ApplyFn, params: PyTree, rates: PyTree, x: ArrayLike
   x, alphas = jnp.asarray(x), jnp.asarray(alphas)
   _checks.check_batch("x", x)
   _checks.check_rank("alphas", alphas, 1, "[A]")
+  _checks.check_at_least("len(alphas)", alphas.shape[0], 1)
   _checks.check_same_structure("rates", rates, "params", params)
   logits = apply_fn(params, x)
 
@@ -387,7 +394,7 @@ def _in_last_layer(params: PyTree, last_layer: str | None) -> list[bool]:
   names = tensor_names(params)
   if last_layer is None:
     natural = lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-    last_layer = max((name.rpartition("/")[0] for name in names), key=natural)
+    last_layer = max((name.rpartition("/")[0] or name for name in names), key=natural)
   inside = [name == last_layer or name.startswith(last_layer + "/") for name in names]
   if not any(inside):
     raise ValueError(f"last_layer must be the path of a layer; got {last_layer!r}, and the tensors are {names}.")
@@ -408,7 +415,9 @@ def _rows_per_tensor(apply_fn: ApplyFn, params: PyTree, x: jax.Array) -> jax.Arr
 def _rows_per_parameter(apply_fn: ApplyFn, params: PyTree, x: jax.Array) -> jax.Array:
   """[K * C, P]: every parameter times every logit's derivative by it."""
   jacobians = per_sample_jacobians(apply_fn, params, x)
-  scaled = jax.tree.map(lambda p, jacobian: (p * jacobian).reshape(-1, jnp.size(p)), params, jacobians)
+  scaled = jax.tree.map(
+    lambda p, jacobian: (jnp.asarray(p)[None, None] * jacobian).reshape(-1, jnp.size(p)), params, jacobians
+  )
   return jnp.concatenate(jax.tree.leaves(scaled), axis=1)
 
 

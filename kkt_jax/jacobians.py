@@ -11,15 +11,15 @@ from kkt_jax.classifier import ApplyFn, PyTree, samples_interact
 def per_sample_jacobians(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, chunk_size: int | None = None) -> PyTree:
   """Jacobians of every logit of every sample with respect to the parameters, grad_zeta Phi_c(x_i; zeta).
 
-  Memory is M x C x P numbers for the result, and chunk_size x C x P while it is built; only `jax.lax.map` chunks are
-  alive at once. For the stationarity sum alone use `kkt_jax.losses.stationarity_sum`, which needs none of it.
+  The result is M x C x P numbers; the backward passes that build it hold chunk_size samples at a time (`jax.lax.map`).
+  For the stationarity sum alone use `kkt_jax.losses.stationarity_sum`, which needs none of it.
 
   Args:
     apply_fn: ``(params, x[M, ...]) -> logits[M, C]``; the samples of a batch must not interact.
     params: zeta.
     x: inputs [M, ...], floating point.
-    chunk_size: samples whose Jacobians are built at once, at least 1; all of them where None. It changes memory and
-      speed, not the result.
+    chunk_size: samples whose Jacobians are built at once, at least 1; all of them where None. It changes working memory
+      and speed, not the result.
 
   Returns:
     A pytree like ``params`` with leaves [M, C, *leaf.shape].

@@ -27,7 +27,7 @@ def margins(logits: ArrayLike, y: ArrayLike) -> jax.Array:
 
   Args:
     logits: [M, C], C at least 2.
-    y: true classes [M].
+    y: true classes [M], in 0..C-1; values are not checked, so that it works under `jax.jit`.
 
   Returns:
     [M, C]; +inf in the column of the true class, so that a minimum over classes skips it.
@@ -77,7 +77,8 @@ def runner_up_set(logits: ArrayLike, y: ArrayLike, *, tolerance: float = 0.0) ->
   [[False  True  True]]
   """
   values = margins(logits, y)
-  return values <= jnp.min(values, axis=1, keepdims=True) + tolerance
+  # A NaN counts as a runner-up, so that it reaches the loss and stops the run.
+  return (values <= jnp.min(values, axis=1, keepdims=True) + tolerance) | jnp.isnan(values)
 
 
 def u_shape(margin: ArrayLike, alpha: ArrayLike, *, delta: float) -> jax.Array:
@@ -89,7 +90,8 @@ def u_shape(margin: ArrayLike, alpha: ArrayLike, *, delta: float) -> jax.Array:
     delta: width of the flat bottom, at least 0.
 
   Returns:
-    The shape of ``margin``; 0 on [e^-alpha, e^-alpha + delta], slope 1 outside. At the two kinks the gradient is 0.
+    The shape of ``margin``; 0 on [e^-alpha, e^-alpha + delta], slope -1 below and 1 above. At both kinks the gradient
+    is 0.
 
   Raises:
     ValueError: ``delta`` is negative.
@@ -142,7 +144,6 @@ def stationarity_sum(
   mu: ArrayLike,
   *,
   route: str = "vjp",
-  chunk_size: int | None = None,
 ) -> PyTree:
   """The right-hand side of Eq. 4 with the sign of Eq. 5: ``1/M sum_i sum_c mu_ic [grad Phi_y(x_i) - grad Phi_c(x_i)]``.
 
@@ -157,8 +158,7 @@ def stationarity_sum(
     y: output indices of the true classes [M].
     mu: multipliers [M, C]; the entry of the true class is ignored.
     route: ``"vjp"``, one vector-Jacobian product, whose memory grows neither with C nor with M x P; or ``"jacobian"``,
-      explicit per-sample Jacobians, the reference.
-    chunk_size: samples whose Jacobians are alive at once on the route ``"jacobian"``.
+      M x C x P explicit numbers, the reference.
 
   Returns:
     A pytree like ``params``. All multipliers 0 give zeros.
@@ -191,7 +191,7 @@ def stationarity_sum(
     logits, pull_back = jax.vjp(lambda p: apply_fn(p, x), params)
     return pull_back(weights(logits.shape).astype(logits.dtype))[0]
 
-  jacobians = per_sample_jacobians(apply_fn, params, x, chunk_size=chunk_size)
+  jacobians = per_sample_jacobians(apply_fn, params, x)
   cotangent = weights(jax.tree.leaves(jacobians)[0].shape[:2])
   return jax.tree.map(lambda jacobian: jnp.tensordot(cotangent, jacobian, axes=2), jacobians)
 
@@ -252,7 +252,7 @@ def stationarity_residual(conditions: Conditions, sums: PyTree) -> StationarityR
   >>> float(residual.absolute), float(residual.relative)
   (5.0, 1.0)
   """
-  _checks.check_same_structure("sums", sums, "conditions.target", conditions.target)
+  _checks.check_same_shapes("sums", sums, "conditions.target", conditions.target)
   return StationarityResidual(
     squared=jax.tree.map(lambda t, s, m: jnp.sum(jnp.square(m * (t - s))), conditions.target, sums, conditions.mask),
     target_squared=jax.tree.map(lambda t, m: jnp.sum(jnp.square(m * t)), conditions.target, conditions.mask),
@@ -347,7 +347,7 @@ def _is_true_class(values: jax.Array, y: jax.Array) -> jax.Array:
 
 def _inner_products(conditions: Conditions, sums: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
   """``<target, sum>``, ``|sum|^2`` and ``|target|^2`` over the masked parameters."""
-  _checks.check_same_structure("sums", sums, "conditions.target", conditions.target)
+  _checks.check_same_shapes("sums", sums, "conditions.target", conditions.target)
   masked_sums = jax.tree.map(jnp.multiply, conditions.mask, sums)
   masked_target = jax.tree.map(jnp.multiply, conditions.mask, conditions.target)
   return (

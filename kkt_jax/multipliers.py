@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+import optax
 
 from kkt_jax import _checks
 from kkt_jax.classifier import PyTree
+from kkt_jax.conditions import Conditions
 
 FORMS = ("softplus", "relu", "softmax")
 
@@ -59,24 +61,26 @@ def from_softmax(logits: ArrayLike, *, log_scale: ArrayLike = 0.0) -> jax.Array:
   return jnp.exp(log_scale) * jax.nn.softmax(jnp.asarray(logits))
 
 
-def initial_log_scale(target: PyTree, sums: PyTree) -> jax.Array:
+def initial_log_scale(conditions: Conditions, sums: PyTree) -> jax.Array:
   """A start that cannot die: the factor that makes the first stationarity sum as long as its target.
 
   Args:
-    target: `kkt_jax.conditions.Conditions.target`.
+    conditions: what the sum must be; parameters that are left out do not count.
     sums: `kkt_jax.losses.stationarity_sum` at the start, with ``log_scale`` 0.
 
   Returns:
     ``log(|target| / |sums|)``, a scalar; 0 where either is 0.
 
   >>> import jax.numpy as jnp
-  >>> print(initial_log_scale({"w": jnp.array([jnp.e])}, {"w": jnp.array([1.0])}).round(3))
+  >>> conditions = Conditions(target={"w": jnp.array([jnp.e])}, mask={"w": jnp.ones(1)})
+  >>> print(initial_log_scale(conditions, {"w": jnp.array([1.0])}).round(3))
   1.0
   """
+  _checks.check_same_shapes("sums", sums, "conditions.target", conditions.target)
 
   def norm(tree: PyTree) -> jax.Array:
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+    return jnp.asarray(optax.tree.norm(jax.tree.map(jnp.multiply, conditions.mask, tree)))
 
-  wanted, got = norm(target), norm(sums)
+  wanted, got = norm(conditions.target), norm(sums)
   usable = (wanted > 0) & (got > 0)
-  return jnp.where(usable, jnp.log(jnp.where(usable, wanted / jnp.where(usable, got, 1.0), 1.0)), 0.0)
+  return jnp.where(usable, jnp.log(jnp.where(usable, wanted, 1.0) / jnp.where(usable, got, 1.0)), 0.0)

@@ -130,8 +130,8 @@ def from_module(
 ) -> Classifier:
   """A `Classifier` from a trained flax classifier of this file.
 
-  Gradients for the stationarity use the module's ``gate_sharpness``, predictions exact ReLU. With batch norm the
-  training function uses the statistics of the batch, and the stored ones are kept for comparison.
+  Only ``gradient_fn`` has the module's relaxed gates; everything else is exact. With batch norm the training function
+  uses the statistics of the batch, and the stored ones are kept for comparison.
 
   Args:
     module: the classifier.
@@ -151,32 +151,29 @@ def from_module(
   >>> from_module(module, variables, input_shape=(2,), labels=(0, 1, 2)).num_classes
   3
   """
-  apply: Any = module.apply
-  predict: Any = module.clone(gate_sharpness=None).apply
-  shift = 0.0 if offset is None else jnp.asarray(offset)
-  if not module.batch_norm:
-    return make_classifier(
-      lambda params, x: apply({"params": params}, x - shift),
-      variables["params"],
-      input_shape,
-      labels=labels,
-      predict_fn=lambda params, x: predict({"params": params}, x - shift),
-      offset=offset,
+  exact, shift = module.clone(gate_sharpness=None), 0.0 if offset is None else jnp.asarray(offset)
+  if module.batch_norm and "batch_stats" not in variables:
+    raise ValueError(f"variables must hold 'batch_stats' for a module with batch norm; got {sorted(variables)}.")
+  constants = {name: tree for name, tree in variables.items() if name != "params"}
+
+  def trained(module: nn.Module) -> Callable[[PyTree, jax.Array], Any]:
+    """Logits and updated statistics as in training."""
+    return lambda params, x: module.apply(
+      {"params": params, **constants}, x - shift, train=True, mutable=["batch_stats"]
     )
-  stored = variables["batch_stats"]
 
-  def train_mode(params: PyTree, x: jax.Array) -> tuple[jax.Array, Mapping[str, PyTree]]:
-    return apply({"params": params, "batch_stats": stored}, x - shift, train=True, mutable=["batch_stats"])
-
+  predict: Any = exact.apply
+  statistics_fn = (lambda params, x: trained(exact)(params, x)[1]["batch_stats"]) if module.batch_norm else None
   return make_classifier(
-    lambda params, x: train_mode(params, x)[0],
+    lambda params, x: trained(exact)(params, x)[0],
     variables["params"],
     input_shape,
     labels=labels,
-    predict_fn=lambda params, x: predict({"params": params, "batch_stats": stored}, x - shift),
-    batch_coupled=True,
-    statistics_fn=lambda params, x: train_mode(params, x)[1]["batch_stats"],
-    statistics=stored,
+    gradient_fn=lambda params, x: trained(module)(params, x)[0],
+    predict_fn=lambda params, x: predict({"params": params, **constants}, x - shift),
+    batch_coupled=module.batch_norm,
+    statistics_fn=statistics_fn,
+    statistics=constants.get("batch_stats"),
     offset=offset,
   )
 

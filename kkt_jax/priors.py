@@ -18,23 +18,28 @@ def total_variation(x: ArrayLike) -> jax.Array:
   """Anisotropic total variation: mean absolute difference between neighbouring pixels, per image.
 
   Args:
-    x: images [M, H, W, C] or [M, H, W]. Any other rank is an error.
+    x: images [M, H, W, C] or [M, H, W], floating point, H and W at least 2.
 
   Returns:
     [M], in units of the pixel values.
 
   Raises:
-    ValueError: ``x`` is not a batch of images.
+    ValueError: ``x`` is not a batch of such images.
 
   >>> import jax.numpy as jnp
   >>> print(total_variation(jnp.array([[[0.0, 1.0], [0.0, 1.0]]])))  # 1 along rows, 0 along columns
   [1.]
   """
   x = jnp.asarray(x)
-  if x.ndim not in (3, 4):
-    raise ValueError(f"x must be images of shape [M, H, W] or [M, H, W, C]; got shape {x.shape}.")
+  _checks.check_batch("x", x)
+  if x.ndim not in (3, 4) or min(x.shape[1:3]) < 2:
+    raise ValueError(f"x must be images [M, H, W] or [M, H, W, C] with H, W >= 2; got shape {x.shape}.")
   axes = tuple(range(1, x.ndim))
-  return jnp.mean(jnp.abs(jnp.diff(x, axis=1)), axis=axes) + jnp.mean(jnp.abs(jnp.diff(x, axis=2)), axis=axes)
+
+  def size(difference: jax.Array) -> jax.Array:
+    return jax.nn.relu(difference) + jax.nn.relu(-difference)  # |difference| with gradient 0 at 0
+
+  return jnp.mean(size(jnp.diff(x, axis=1)), axis=axes) + jnp.mean(size(jnp.diff(x, axis=2)), axis=axes)
 
 
 def binarisation(x: ArrayLike) -> jax.Array:

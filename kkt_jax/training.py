@@ -130,6 +130,13 @@ class TrainState(NamedTuple):
   key: jax.Array
 
 
+class TrainStep(NamedTuple):
+  """A compiled step and how many steps one call of it takes; see `make_train_step`."""
+
+  call: Callable[[TrainState, Sequence[Classifier], Sequence[Conditions]], tuple[TrainState, dict[str, jax.Array]]]
+  steps_per_call: int
+
+
 class TrainingDiverged(FloatingPointError):
   """A loss term or the gradient became NaN or infinite; the message names it."""
 
@@ -189,31 +196,40 @@ def init_state(
   fixed = _new_noise(method, classifiers, noise_key) if method.fixed_noise else None
   state = TrainState(jnp.zeros((), jnp.int32), params, statistics, (), fixed, key)
   noise = fixed if fixed is not None else _new_noise(method, classifiers, first_key)
-  log_scales, alphas = [], []
-  batches, _ = _generate(method, params, statistics, classifiers, noise)
-  for index, (classifier, condition, batch) in enumerate(zip(classifiers, conditions, batches, strict=True)):
-    sums = _stationarity_sum(method, params, classifier, index, batch)
-    log_scales.append(multipliers.initial_log_scale(condition.target, sums) if method.learn_scale else jnp.zeros(()))
-    logits = classifier.predict_fn(classifier.params, batch.x)
-    first = jnp.median(jnp.abs(losses.runner_up_margin(logits, classifier.local_labels(batch.y))))
-    alphas.append(-jnp.log(first if margin is None else margin))
-  params["eta"]["log_scale"] = jnp.stack(log_scales)
-  params["alpha"] = jnp.stack([jnp.asarray(alpha) for alpha in alphas])
+
+  @jax.jit
+  def first_batch(
+    params: PyTree, classifiers: Sequence[Classifier], conditions: Sequence[Conditions]
+  ) -> tuple[jax.Array, jax.Array]:
+    """The log-scale and the median absolute margin of each classifier on a first batch."""
+    log_scales, margins = [], []
+    batches, _ = _generate(method, params, statistics, classifiers, noise)
+    for index, (classifier, condition, batch) in enumerate(zip(classifiers, conditions, batches, strict=True)):
+      sums = _stationarity_sum(method, params, classifier, index, batch)
+      log_scales.append(multipliers.initial_log_scale(condition, sums))
+      logits = classifier.predict_fn(classifier.params, batch.x)
+      margins.append(jnp.median(jnp.abs(losses.runner_up_margin(logits, classifier.local_labels(batch.y)))))
+    return jnp.stack(log_scales), jnp.stack(margins)
+
+  log_scales, margins = first_batch(params, classifiers, conditions)
+  if method.learn_scale:
+    params["eta"]["log_scale"] = log_scales
+  params["alpha"] = -jnp.log(margins if margin is None else jnp.full(num_classifiers, margin))
   return state._replace(params=params, opt_state=method.optimizer.init(params))
 
 
-def make_train_step(
-  method: Method,
-) -> Callable[[TrainState, Sequence[Classifier], Sequence[Conditions]], tuple[TrainState, dict[str, jax.Array]]]:
+def make_train_step(method: Method, *, steps_per_call: int = 1) -> "TrainStep":
   """The jitted step ``(state, classifiers, conditions) -> (state, metrics)`` over theta, eta and alpha.
 
   Args:
     method: the method.
+    steps_per_call: steps in one compiled call, by `jax.lax.scan`. More than 1 pays for tiny networks, whose steps are
+      shorter than the call itself; on a CPU convolutions run at half speed inside a scan.
 
   Returns:
-    The step. Its metrics are every term of the loss [T], ``"total"`` and ``"gradient_norm"`` (scalars),
-    ``"residual"`` (relative squared, [T]) and ``"margin"`` (e^-alpha, [T]), all before the update. Samples of a batch
-    interact through the stationarity sum, and through batch norm where the generator or a classifier has it.
+    The step. Its metrics, those of the last step of the call before its update, are every term of the loss [T],
+    ``"total"`` and ``"gradient_norm"`` (scalars), ``"residual"`` (relative squared, [T]) and ``"margin"`` (e^-alpha,
+    [T]). Samples of a batch interact through the stationarity sum, and through batch norm where a network has it.
   """
 
   def loss_fn(
@@ -248,8 +264,7 @@ def make_train_step(
     }
     return total, (metrics, statistics)
 
-  @jax.jit
-  def step(
+  def one_step(
     state: TrainState, classifiers: Sequence[Classifier], conditions: Sequence[Conditions]
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     noise_key, fresh_key, key = jax.random.split(state.key, 3)
@@ -263,11 +278,22 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, statistics, opt_state, state.noise, key), metrics
 
-  return step
+  @jax.jit
+  def steps(
+    state: TrainState, classifiers: Sequence[Classifier], conditions: Sequence[Conditions]
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    if steps_per_call == 1:
+      return one_step(state, classifiers, conditions)
+    state, metrics = jax.lax.scan(
+      lambda state, _: one_step(state, classifiers, conditions), state, length=steps_per_call
+    )
+    return state, jax.tree.map(lambda values: values[-1], metrics)
+
+  return TrainStep(steps, steps_per_call)
 
 
 def fit(
-  step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+  step: TrainStep,
   state: TrainState,
   classifiers: Sequence[Classifier],
   conditions: Sequence[Conditions],
@@ -289,7 +315,8 @@ def fit(
     classifiers: T classifiers.
     conditions: the stationarity condition of each.
     num_steps: step at which to stop.
-    log_every: steps between logged metrics.
+    log_every: steps between logged metrics. Like ``num_steps`` and ``checkpoint_every``, a multiple of the step's
+      ``steps_per_call``.
     on_log: called with (step, metrics as floats); metrics of several classifiers have names such as ``"residual/1"``.
     checkpointer: where to save, every ``checkpoint_every`` steps and at the end.
     checkpoint_every: steps between checkpoints.
@@ -299,9 +326,12 @@ def fit(
 
   Raises:
     TrainingDiverged: a NaN or an infinity appeared. Checkpoints written before are kept.
+    ValueError: an interval below 1 or not a multiple of ``steps_per_call``.
   """
-  _checks.check_at_least("log_every", log_every, 1)
-  _checks.check_at_least("checkpoint_every", checkpoint_every, 1)
+  for name, value in (("log_every", log_every), ("checkpoint_every", checkpoint_every), ("num_steps", num_steps)):
+    _checks.check_at_least(name, value, 1)
+    if value % step.steps_per_call:
+      raise ValueError(f"{name} must be a multiple of steps_per_call = {step.steps_per_call}; got {value}.")
   pending: tuple[int, dict[str, jax.Array]] | None = None
 
   def flush() -> None:
@@ -312,9 +342,9 @@ def fit(
       if on_log is not None:
         on_log(at, floats)
 
-  start = int(state.step)
-  for number in range(start + 1, num_steps + 1):
-    state, metrics = step(state, classifiers, conditions)
+  taken = step.steps_per_call
+  for number in range(int(state.step) + taken, num_steps + 1, taken):
+    state, metrics = step.call(state, classifiers, conditions)
     saving = checkpointer is not None and (number % checkpoint_every == 0 or number == num_steps)
     if saving or number % log_every == 0 or number == num_steps:
       flush()
@@ -424,12 +454,12 @@ def _stationarity_sum(method: Method, params: PyTree, classifier: Classifier, in
   if not method.learn_scale:
     log_scale = jax.lax.stop_gradient(log_scale)
   if method.raw_multipliers is None:
-    mu = multipliers.from_softmax(classifier.apply_fn(classifier.params, batch.x), log_scale=log_scale)
+    mu = multipliers.from_softmax(classifier.gradient_fn(classifier.params, batch.x), log_scale=log_scale)
   else:
     t = jnp.full(batch.y.shape, index)
     raw = method.raw_multipliers(params["eta"]["network"], batch.x, batch.y, t)[:, : classifier.num_classes]
     mu = multipliers.from_network(raw, form=method.multiplier_form, log_scale=log_scale)
-  return losses.stationarity_sum(classifier.apply_fn, classifier.params, batch.x, local, mu)
+  return losses.stationarity_sum(classifier.gradient_fn, classifier.params, batch.x, local, mu)
 
 
 def _duality(method: Method, params: PyTree, classifier: Classifier, index: int, batch: Batch) -> jax.Array:

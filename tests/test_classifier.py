@@ -174,10 +174,25 @@ class SamplesInteractTest(parameterized.TestCase):
     assert samples_interact(coupled.apply_fn, coupled.params, x)
     assert not samples_interact(coupled.predict_fn, coupled.params, x)
 
-  def test_under_jit_nothing_can_be_seen(self):
+  def test_interaction_is_seen_under_jit_too(self):
     @jax.jit
-    def traced(x):
-      assert samples_interact(centred, 2.0, x) is False
+    def traced(w, x):
+      assert samples_interact(centred, w, x) is True
+      assert samples_interact(lambda w, x: w * x, w, x) is False
       return x
 
-    traced(jnp.array([[1.0], [3.0]]))
+    traced(2.0, jnp.array([[1.0], [3.0]]))
+
+  def test_a_function_that_closes_over_traced_values_cannot_be_judged(self):
+    @jax.jit
+    def traced(w, x):
+      assert samples_interact(lambda _, x: centred(w, x), 2.0, x) is False
+      return x
+
+    traced(2.0, jnp.array([[1.0], [3.0]]))
+
+  def test_tiny_logits_hide_nothing(self):
+    assert samples_interact(centred, 1e-6, jnp.array([[1.0], [3.0]])) is True
+
+  def test_nan_in_the_inputs_is_no_interaction(self):
+    assert samples_interact(lambda w, x: w * x, 2.0, jnp.array([[jnp.nan], [3.0]])) is False

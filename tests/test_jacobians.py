@@ -96,7 +96,7 @@ def test_duplicate_rows_have_equal_jacobians():
 def test_relaxed_gates_reach_the_jacobians(relaxed):
   classifier, x, _ = random_mlp(gate_sharpness=relaxed)
   exact, _, _ = random_mlp()
-  jacobians = per_sample_jacobians(classifier.apply_fn, classifier.params, x)["Dense_0"]["kernel"]
+  jacobians = per_sample_jacobians(classifier.gradient_fn, classifier.params, x)["Dense_0"]["kernel"]
   reference = per_sample_jacobians(exact.apply_fn, exact.params, x)["Dense_0"]["kernel"]
   assert np.allclose(jacobians, reference, atol=1e-6) == (relaxed is None)
 

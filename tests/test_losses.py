@@ -1,7 +1,5 @@
 """The losses, one equation at a time: numbers by hand, explicit loops, both stationarity routes, edges."""
 
-import functools
-
 from absl.testing import parameterized
 import chex
 from example_networks import inputs, random_conv, random_mlp, to_float64
@@ -242,7 +240,7 @@ class StationaritySumTest(chex.TestCase):
       jnp.ones((2, 3)), x, y, mu
     )
     # Sample 0 puts (0.75, -0.5, -0.25) on the classes, sample 1 (-1, -2, 3); the column of class c is
-    # 1/2 (a_0c [1, 2] + a_1c [3, -1]): c = 0: (0.75 - 3, 1.5 + 1), c = 1: (-0.5 - 6, -1 + 2), c = 2: (-0.25 + 9, -0.5 - 3).
+    # 1/2 (a_0c [1, 2] + a_1c [3, -1]): (0.75 - 3, 1.5 + 1), (-0.5 - 6, -1 + 2) and (-0.25 + 9, -0.5 - 3), halved.
     np.testing.assert_allclose(found, [[-1.125, -3.25, 4.375], [1.25, 0.5, -1.75]])
 
   @chex.variants(with_jit=True, without_jit=True)
@@ -305,21 +303,6 @@ def test_batch_norm_classifier_is_refused_on_the_jacobian_route_with_the_other_n
   coupled, x, y = random_mlp(5, batch_norm=True)
   with pytest.raises(ValueError, match=r"^apply_fn must treat the samples .*route='vjp'"):
     losses.stationarity_sum(coupled.apply_fn, coupled.params, x, y, jnp.ones((5, 3)), route="jacobian")
-
-
-def test_chunk_size_changes_nothing():
-  classifier, x, y = random_mlp(7)
-  mu = multipliers_like((7, 3))
-
-  @jax.jit
-  def sums(p):
-    sizes = (None, 1, 3, 7, 50)  # 7 samples: divisors and non-divisors
-    by = functools.partial(losses.stationarity_sum, classifier.apply_fn, p, x, y, mu, route="jacobian")
-    return [by(chunk_size=size) for size in sizes]
-
-  whole, *chunked = sums(classifier.params)
-  for other in chunked:
-    chex.assert_trees_all_close(other, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_memory_of_the_vjp_route_holds_no_jacobian_and_does_not_grow_with_classes():
@@ -398,17 +381,15 @@ def test_unknown_route_is_refused():
     )
 
 
-def test_chunk_size_below_one_is_refused():
-  with pytest.raises(ValueError, match=r"^chunk_size must be at least 1"):
-    losses.stationarity_sum(
-      linear,
-      jnp.ones((2, 3)),
-      jnp.ones((2, 2)),
-      jnp.array([0, 1]),
-      jnp.ones((2, 3)),
-      route="jacobian",
-      chunk_size=0,
-    )
+def test_nan_logits_reach_the_duality_loss():
+  logits = jnp.array([[jnp.nan, 0.0, 1.0], [1.0, jnp.nan, 0.0]])
+  assert bool(jnp.all(jnp.isnan(losses.duality_loss(logits, jnp.array([0, 0]), 0.0, delta=0.1))))
+
+
+def test_sums_of_another_shape_are_named():
+  conditions = Conditions({"w": jnp.ones(2)}, {"w": jnp.ones(2)})
+  with pytest.raises(ValueError, match=r"^sums must have the shapes of conditions.target, \(2,\) at w; got \(1,\)"):
+    losses.stationarity_residual(conditions, {"w": jnp.ones(1)})
 
 
 CONDITIONS = Conditions(

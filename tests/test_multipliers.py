@@ -7,6 +7,7 @@ from jax.test_util import check_grads
 import numpy as np
 import pytest
 
+from kkt_jax.conditions import Conditions
 from kkt_jax.losses import stationarity_sum
 from kkt_jax.multipliers import from_network, from_softmax, initial_log_scale
 
@@ -97,13 +98,19 @@ class InitialLogScaleTest(chex.TestCase):
   def test_is_the_logarithm_of_the_ratio_of_norms(self):
     target = {"a": jnp.array([3.0]), "b": jnp.array([[0.0, 4.0]])}  # norm 5
     sums = {"a": jnp.array([0.06]), "b": jnp.array([[-0.08, 0.0]])}  # norm 0.1
-    assert float(self.variant(initial_log_scale)(target, sums)) == pytest.approx(np.log(50), rel=1e-5)
+    conditions = Conditions(target, jax.tree.map(jnp.ones_like, target))
+    assert float(self.variant(initial_log_scale)(conditions, sums)) == pytest.approx(np.log(50), rel=1e-5)
 
   @chex.variants(with_jit=True, without_jit=True)
   def test_zero_target_or_zero_sum_gives_zero(self):
     one, zero = {"a": jnp.array([2.0])}, {"a": jnp.array([0.0])}
-    function = self.variant(initial_log_scale)
+    function = self.variant(lambda target, sums: initial_log_scale(Conditions(target, {"a": jnp.ones(1)}), sums))
     assert [float(function(*pair)) for pair in ((one, zero), (zero, one), (zero, zero))] == [0.0, 0.0, 0.0]
+
+  def test_parameters_that_are_left_out_do_not_count(self):
+    target, sums = {"a": jnp.array([3.0, 100.0])}, {"a": jnp.array([1.0, 5.0])}
+    conditions = Conditions(target, {"a": jnp.array([1.0, 0.0])})
+    assert float(initial_log_scale(conditions, sums)) == pytest.approx(np.log(3), rel=1e-5)
 
 
 def test_the_scale_makes_the_first_sum_as_long_as_its_target():
@@ -111,6 +118,6 @@ def test_the_scale_makes_the_first_sum_as_long_as_its_target():
   x, y, raw = jnp.array([[1.0, 2.0], [0.5, -1.0]]), jnp.array([0, 2]), jnp.array([[0.1, -3.0, 0.4], [2.0, 1.0, 0.0]])
   target, w = jnp.full((2, 3), 40.0), jnp.ones((2, 3))
   sums = lambda log_scale: stationarity_sum(linear, w, x, y, from_network(raw, log_scale=log_scale))
-  start = initial_log_scale(target, sums(0.0))
+  start = initial_log_scale(Conditions(target, jnp.ones((2, 3))), sums(0.0))
   assert float(jnp.linalg.norm(sums(start))) == pytest.approx(40 * 6**0.5, rel=1e-5)
   assert float(jnp.linalg.norm(sums(0.0))) < 10

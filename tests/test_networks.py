@@ -121,14 +121,15 @@ def test_conv_classifier_with_batch_norm_predicts_each_sample_alone():
 
 
 @pytest.mark.parametrize("build", [random_mlp, random_conv], ids=["mlp", "conv"])
-def test_gates_shape_training_gradients_but_neither_values_nor_predictions(build):
+def test_gates_shape_the_gradient_function_but_neither_values_nor_anything_else(build):
   relaxed, x, _ = build(gate_sharpness=20.0)
   exact, _, _ = build()
-  np.testing.assert_allclose(relaxed.apply_fn(relaxed.params, x), exact.apply_fn(exact.params, x), rtol=1e-5)
+  np.testing.assert_allclose(relaxed.gradient_fn(relaxed.params, x), exact.apply_fn(exact.params, x), rtol=1e-5)
   gradient = lambda function: jax.jit(jax.grad(lambda p: jnp.sum(function(p, x)[:, 0])))(exact.params)
-  chex.assert_trees_all_close(gradient(relaxed.predict_fn), gradient(exact.apply_fn), rtol=1e-5, atol=1e-6)
+  for name in ("apply_fn", "predict_fn"):
+    chex.assert_trees_all_close(gradient(getattr(relaxed, name)), gradient(exact.apply_fn), rtol=1e-5, atol=1e-6)
   differences = jax.tree.map(
-    lambda a, b: float(jnp.max(jnp.abs(a - b))), gradient(relaxed.apply_fn), gradient(exact.apply_fn)
+    lambda a, b: float(jnp.max(jnp.abs(a - b))), gradient(relaxed.gradient_fn), gradient(exact.apply_fn)
   )
   assert max(jax.tree.leaves(differences)) > 1e-3
 
@@ -176,7 +177,7 @@ class InitialisationTest(parameterized.TestCase):
   @parameterized.parameters(1.0, 0.01)
   def test_kernels_are_kaiming_times_the_scale_and_biases_are_zero(self, init_scale):
     module = MLPClassifier(num_classes=10, hidden=(200, 200), init_scale=init_scale)
-    params = module.init(jax.random.key(0), jnp.zeros((1, 300)))["params"]
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 300)))["params"]
     for name, fan_in in (("Dense_0", 300), ("Dense_1", 200)):
       # Standard deviation sqrt(2 / fan_in), from at least 40,000 numbers: within 1 percent or so.
       assert float(jnp.std(params[name]["kernel"])) == pytest.approx(init_scale * (2 / fan_in) ** 0.5, rel=0.02)
@@ -184,7 +185,7 @@ class InitialisationTest(parameterized.TestCase):
 
   def test_convolutions_count_the_window_in_their_fan_in(self):
     module = ConvClassifier(num_classes=3, channels=(64, 64), init_scale=0.5)
-    params = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
     expected = 0.5 * (2 / (9 * 64)) ** 0.5  # 3 x 3 window of 64 channels; 36,864 numbers
     assert float(jnp.std(params["Conv_1"]["kernel"])) == pytest.approx(expected, rel=0.02)
 
@@ -195,7 +196,7 @@ class MultiplierNetworkTest(parameterized.TestCase):
     self.module = MultiplierNetwork(num_outputs=3, num_labels=5, num_classifiers=2, hidden=(16, 16))
     self.x = inputs(6, 2, 2)
     self.y, self.t = jnp.array([0, 1, 2, 3, 4, 0]), jnp.array([0, 1, 0, 1, 0, 1])
-    self.variables = self.module.init(jax.random.key(1), self.x, self.y, self.t)
+    self.variables = jax.jit(self.module.init)(jax.random.key(1), self.x, self.y, self.t)
 
   def test_input_is_the_flat_sample_with_both_one_hot_codes(self):
     assert self.variables["params"]["Dense_0"]["kernel"].shape == (4 + 5 + 2, 16)

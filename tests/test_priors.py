@@ -1,4 +1,4 @@
-"""Priors on generated samples: total variation and the distance of batch-norm statistics, by hand."""
+"""Priors on generated samples: total variation by hand."""
 
 import chex
 import jax
@@ -22,33 +22,79 @@ class TotalVariationTest(chex.TestCase):
     images = jnp.stack([image, 3 * image], axis=-1)[None]
     np.testing.assert_allclose(self.variant(priors.total_variation)(images), [7.0])  # (3.5 + 10.5) / 2
 
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_flat_image_has_zero_gradient(self):
-    gradient = jax.grad(lambda x: jnp.sum(self.variant(priors.total_variation)(x)))(jnp.ones((1, 3, 3)))
-    np.testing.assert_array_equal(gradient, jnp.zeros((1, 3, 3)))
 
-
-@pytest.mark.parametrize("shape", [(4,), (4, 4), (1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(4, 4), (1, 2, 3, 4, 5), (2, 1, 5), (2, 5, 1, 3)])
 def test_total_variation_refuses_what_is_no_image(shape):
   with pytest.raises(ValueError, match=r"^x must be images"):
     priors.total_variation(jnp.ones(shape))
 
 
-class StatisticsDistanceTest(chex.TestCase):
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_is_the_mean_over_tensors_of_relative_squares(self):
-    stored = {"mean": jnp.array([3.0, 4.0]), "var": jnp.array([2.0])}
-    statistics = {"mean": jnp.array([3.0, 5.0]), "var": jnp.array([1.0])}
-    # mean: 1 / 25; var: 1 / 4.
-    distance = self.variant(priors.statistics_distance)(statistics, stored)
-    assert float(distance) == pytest.approx((1 / 25 + 1 / 4) / 2, rel=1e-5)
-
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_stored_zeros_leave_the_plain_square(self):
-    distance = self.variant(priors.statistics_distance)({"mean": jnp.array([3.0])}, {"mean": jnp.array([0.0])})
-    assert float(distance) == 9.0
+def test_a_flat_image_has_no_gradient_of_total_variation():
+  gradient = jax.grad(lambda x: priors.total_variation(x)[0])(jnp.ones((1, 3, 3)))
+  np.testing.assert_array_equal(gradient, 0.0)
 
 
-def test_statistics_of_another_structure_are_refused():
-  with pytest.raises(ValueError, match=r"^statistics must have the tree structure of stored"):
-    priors.statistics_distance({"mean": jnp.ones(1)}, {"mean": jnp.ones(1), "var": jnp.ones(1)})
+def test_total_variation_refuses_integers():
+  with pytest.raises(ValueError, match=r"^x must be floating point"):
+    priors.total_variation(jnp.ones((1, 3, 3), jnp.uint8))
+
+
+def test_binarisation_is_zero_for_black_and_white_and_a_quarter_for_grey():
+  x = jnp.array([[0.0, 1.0, 1.0], [0.5, 0.5, 0.5], [-3.0, 2.0, 0.5]])  # out of range counts as clipped
+  np.testing.assert_allclose(priors.binarisation(x), [0.0, 0.25, 0.25 / 3], rtol=1e-6)
+
+
+def test_mean_distance_is_zero_at_the_mean_and_one_for_black():
+  mean = jnp.array([[0.2, 0.4]])
+  assert float(priors.mean_distance(jnp.stack([0.5 * mean, 1.5 * mean]), mean)) == 0.0
+  np.testing.assert_allclose(priors.mean_distance(jnp.zeros((3, 1, 2)), mean), 1.0, rtol=1e-6)
+  with pytest.raises(ValueError, match="mean must have shape"):
+    priors.mean_distance(jnp.zeros((3, 1, 2)), jnp.zeros(2))
+
+
+def test_statistics_of_the_same_data_have_no_distance_and_others_the_known_one():
+  stored = {"a": {"mean": jnp.array([1.0, 2.0]), "var": jnp.array([4.0, 4.0])}}
+  assert float(priors.statistics_distance(stored, stored)) == 0.0
+  # means are off by 2 and 0, in deviations 1 and 0: mean of squares 1/2; deviations 2 against 6: (3 - 1)^2 = 4, half.
+  moved = {"a": {"mean": jnp.array([3.0, 2.0]), "var": jnp.array([36.0, 4.0])}}
+  np.testing.assert_allclose(priors.statistics_distance(moved, stored), 0.5 + 2.0, rtol=1e-4)
+
+
+def test_statistics_of_several_layers_add_up():
+  layer = {"mean": jnp.array([0.0]), "var": jnp.array([1.0])}
+  moved = {"mean": jnp.array([1.0]), "var": jnp.array([1.0])}
+  one = priors.statistics_distance({"a": moved, "b": layer}, {"a": layer, "b": layer})
+  two = priors.statistics_distance({"a": moved, "b": moved}, {"a": layer, "b": layer})
+  np.testing.assert_allclose(two, 2 * one, rtol=1e-6)
+
+
+def test_statistics_of_another_tree_are_named():
+  with pytest.raises(ValueError, match="statistics must have the tree structure of stored"):
+    priors.statistics_distance({"a": {"mean": jnp.ones(1)}}, {"a": {"mean": jnp.ones(1), "var": jnp.ones(1)}})
+
+
+def test_mode_seeking_counts_pairs_of_one_label_only():
+  features, noise = jnp.array([[0.0], [2.0], [100.0]]), jnp.array([[0.0], [3.0], [0.0]])
+  # One pair within label 0, in both orders: 3 / (2 + 1).
+  np.testing.assert_allclose(priors.mode_seeking(features, noise, jnp.array([0, 0, 1]), floor=1.0), 1.0, rtol=1e-4)
+  assert float(priors.mode_seeking(features, noise, jnp.array([0, 1, 2]))) == 0.0
+
+
+def test_equal_samples_have_finite_gradients():
+  x, noise, y = jnp.ones((3, 2)), jnp.arange(6.0).reshape(3, 2), jnp.zeros(3, int)
+  for loss in (lambda x: priors.mode_seeking(x, noise, y), lambda x: priors.repulsion(x, y, bandwidth=0.3)):
+    assert bool(jnp.all(jnp.isfinite(jax.grad(loss)(x))))
+
+
+def test_repulsion_is_the_kernel_averaged_over_pairs_of_one_label():
+  x, y = jnp.array([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]]), jnp.array([0, 0, 1])
+  np.testing.assert_allclose(priors.repulsion(x, y, bandwidth=5.0), np.exp(-25 / 50), rtol=1e-5)
+  assert float(priors.repulsion(x, jnp.array([0, 1, 2]), bandwidth=5.0)) == 0.0
+
+
+def test_bad_scales_are_named():
+  x, y = jnp.ones((2, 2)), jnp.zeros(2, int)
+  with pytest.raises(ValueError, match="bandwidth must be positive"):
+    priors.repulsion(x, y, bandwidth=0.0)
+  with pytest.raises(ValueError, match="floor must be positive"):
+    priors.mode_seeking(x, x, y, floor=0.0)

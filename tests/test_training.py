@@ -96,13 +96,13 @@ def test_start_has_sums_as_long_as_their_targets_and_the_given_margin():
   )
   np.testing.assert_allclose(jnp.exp(-state.params["alpha"]), 2.5, rtol=1e-6)
   # |sum| = |target| bounds the relative residual by (1 + 1)^2 at the first step; without the scale it would be 10^2.
-  _, metrics = training.make_train_step(method)(state, classifiers, conditions)
+  _, metrics = training.make_train_step(method).call(state, classifiers, conditions)
   assert float(metrics["residual"][0]) < 4.5
 
 
 def test_step_reports_the_terms_that_make_up_the_total():
   method, state, classifiers, conditions = setup(num_fresh=4)
-  _, metrics = training.make_train_step(method)(state, classifiers, conditions)
+  _, metrics = training.make_train_step(method).call(state, classifiers, conditions)
   expected = sum(weight * float(metrics[name].sum()) for name, weight in method.weights.items())
   np.testing.assert_allclose(metrics["total"], expected, rtol=1e-5)
 
@@ -111,8 +111,8 @@ def test_weights_may_be_schedules_of_the_step():
   weights = {"stationarity": lambda step: jnp.where(step < 1, 0.0, 1.0), "duality": 0.0, "spread": 0.0}
   method, state, classifiers, conditions = setup(weights=weights)
   step = training.make_train_step(method)
-  state, first = step(state, classifiers, conditions)
-  _, second = step(state, classifiers, conditions)
+  state, first = step.call(state, classifiers, conditions)
+  _, second = step.call(state, classifiers, conditions)
   assert float(first["total"]) == 0.0
   np.testing.assert_allclose(second["total"], second["stationarity"][0], rtol=1e-6)
 
@@ -120,7 +120,7 @@ def test_weights_may_be_schedules_of_the_step():
 def test_total_is_the_sum_over_classifiers():
   classifiers = [linear_classifier((0, 1, 2), 0), linear_classifier((2, 3), 7)]
   method, state, classifiers, conditions = setup(classifiers)
-  _, metrics = training.make_train_step(method)(state, classifiers, conditions)
+  _, metrics = training.make_train_step(method).call(state, classifiers, conditions)
   assert metrics["stationarity"].shape == (2,)
   np.testing.assert_allclose(
     metrics["total"],
@@ -143,8 +143,8 @@ def test_the_step_compiles_once():
   method, state, classifiers, conditions = setup()
   step = training.make_train_step(method)
   for _ in range(4):
-    state, _ = step(state, classifiers, conditions)
-  assert step._cache_size() == 1
+    state, _ = step.call(state, classifiers, conditions)
+  assert step.call._cache_size() == 1
 
 
 @pytest.mark.parametrize("fixed_noise", [True, False])
@@ -163,6 +163,31 @@ def test_logging_and_checkpoints_do_not_change_the_result(tmp_path):
   with Checkpointer(tmp_path) as checkpointer:
     logged = run(method, state, classifiers, conditions, 5, log_every=1, checkpointer=checkpointer, checkpoint_every=1)
   assert_states_equal(logged, run(method, state, classifiers, conditions, 5))
+
+
+def test_steps_in_one_call_are_the_same_steps():
+  method, state, classifiers, conditions = setup(num_fresh=4)
+  single = run(method, state, classifiers, conditions, 6)
+  step = training.make_train_step(method, steps_per_call=3)
+  together = training.fit(step, state, classifiers, conditions, num_steps=6, log_every=3, checkpoint_every=3)
+  assert int(together.step) == 6
+  chex.assert_trees_all_close(single.params, together.params, rtol=1e-4, atol=1e-6)
+
+
+def test_intervals_must_be_multiples_of_the_steps_in_one_call():
+  method, state, classifiers, conditions = setup()
+  step = training.make_train_step(method, steps_per_call=3)
+  with pytest.raises(ValueError, match="log_every must be a multiple of steps_per_call = 3; got 4"):
+    training.fit(step, state, classifiers, conditions, num_steps=6, log_every=4, checkpoint_every=3)
+
+
+def test_stratified_noise_is_normal_and_falls_once_into_each_interval():
+  method, state, classifiers, conditions = setup(stratified_noise=True, fixed_noise=True, batch_size=3000)
+  first = np.asarray(state.noise[0, :, 0])
+  for label in range(3):
+    own = np.sort(np.asarray(jax.scipy.stats.norm.cdf(first[label::3])))
+    np.testing.assert_array_equal(np.floor(own * 1000 - 1e-3), np.arange(1000) - (own * 1000 - 1e-3 < np.arange(1000)))
+  np.testing.assert_allclose([first.mean(), first.std()], [0.0, 1.0], atol=0.02)
 
 
 def test_every_logged_step_is_reported_once_and_in_order():
@@ -252,7 +277,7 @@ def test_stationarity_alone_recovers_the_weights_of_the_classifier_it_is_given()
   x, _ = method.generate(state.params["theta"], state.statistics, state.noise[0], y, t, True)
   mu = jnp.exp(state.params["eta"]["log_scale"][0]) * jax.nn.softmax(x @ classifiers[0].params)
   sums = losses.stationarity_sum(classifiers[0].apply_fn, classifiers[0].params, x, y, mu)
-  _, metrics = training.make_train_step(method)(state, classifiers, conditions)
+  _, metrics = training.make_train_step(method).call(state, classifiers, conditions)
   np.testing.assert_allclose(
     losses.stationarity_residual(conditions[0], sums).relative, metrics["residual"][0], rtol=1e-4
   )

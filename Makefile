@@ -1,0 +1,73 @@
+# Everything runs in .venv, which holds exactly the versions in requirements.lock. It needs Python 3.11+ and make.
+# Another interpreter:  make test PYTHON=python3.12        Another number of test processes:  make test WORKERS=4
+
+PYTHON ?= python3
+WORKERS ?= logical
+
+VENV := .venv
+PY := $(VENV)/bin/python
+
+# Tests of kkt_jax that also run in double precision; a name without a test file is skipped.
+X64_NAMES := checkpoint classifier conditions diagnostics first_layer homogeneity jacobians losses metrics \
+  multipliers networks pretrain priors training
+X64_TESTS = $(sort $(foreach name,$(X64_NAMES),$(wildcard tests/test_$(name)*.py)))
+
+PYTEST := $(PY) -m pytest -n $(WORKERS) --maxprocesses=8 --dist=worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format lock clean check-python
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.installed ## create .venv with the locked versions and this project
+
+demo: setup ## train on 500 MNIST digits, forget them, rebuild them from the weights (minutes)
+	$(PY) -m experiments.mnist --workdir=runs/demo
+	@echo "The picture is in runs/demo/fig6.png: generated digits in odd rows, the most similar training digit below each."
+
+test: lint ## lint, then doctests and tests, then the library's tests in double precision
+	$(PYTEST)
+	JAX_ENABLE_X64=1 $(PYTEST) -o addopts="--strict-markers -ra" $(X64_TESTS)
+
+lint: setup ## check style, formatting and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup ## fix style and formatting in place
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# One version of a package for every Python and platform, so that what was tested is what everybody gets. setuptools, which
+# builds the project, is locked with the rest. uv finds the versions; it is not needed for anything else.
+lock: check-python ## write requirements.lock anew, with the newest versions
+	$(PYTHON) -m venv --clear build/lock
+	build/lock/bin/python -m pip install --quiet uv
+	echo setuptools | build/lock/bin/uv pip compile --quiet --no-config --upgrade \
+	  --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+	  --extra experiments --extra test --custom-compile-command "make lock" \
+	  --output-file requirements.lock pyproject.toml -
+	rm -rf build/lock
+
+clean: ## remove .venv, caches and build files (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find kkt_jax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The locked versions have wheels for these Pythons.
+check-python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || { \
+	  echo "This project needs Python 3.11, 3.12, 3.13 or 3.14; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+
+# A new lock file makes a new .venv; a changed pyproject.toml only installs the project again.
+$(VENV)/.locked: requirements.lock | check-python
+	@echo "Installing the packages of requirements.lock into $(VENV): about a minute, or longer on a slow connection."
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install --quiet --require-hashes -r requirements.lock
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.locked pyproject.toml
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(PY) -m pip check
+	@touch $@

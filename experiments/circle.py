@@ -1,0 +1,392 @@
+"""Figs. 4 and 5: points on a circle, recovered from the weights of classifiers of the plane.
+
+Eighteen points lie evenly on the unit circle in three classes. A batch-normalised classifier is trained on them by
+full-batch gradient descent, the points are forgotten, and a generator is trained so that the classifier's KKT
+conditions hold for what it generates. ``fig4.png`` shows the points, the classifier's regions and generated samples.
+
+Training has two phases. In the first, several generators are trained to lie where the classifier can have seen data at
+all (its stored statistics, its common margin), and the one with the least loss goes on; in the second the stationarity
+joins. Nothing in either looks at the points.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import common, figures
+from kkt_jax import diagnostics, first_layer, homogeneity, losses, metrics, networks, pretrain, priors, training
+from kkt_jax.checkpoint import Checkpointer
+from kkt_jax.classifier import Classifier, PyTree
+from kkt_jax.conditions import Conditions, max_margin_conditions
+
+_NUM_POINTS, _NUM_CLASSES = 18, 3
+_RADIUS = 0.15  # what counts as near a training point
+_NUM_SAMPLES = 900
+_STEPS_PER_CALL = 20  # a step here is shorter than the call of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Settings of the run; each is a flag of the same name."""
+
+  seed: int = common.flag(0, "Seed of everything random.", lower=0)
+  labels: str = common.flag(
+    "alternating", "Classes of neighbouring points: in turn, or six in a row.", choices=("alternating", "contiguous")
+  )
+  classifiers: int = common.flag(1, "2 splits the points evenly between two classifiers (Fig. 5).", lower=1, upper=2)
+  # The attacked classifier.
+  width: int = common.flag(64, "Width of its two hidden layers.", lower=3)
+  init_scale: float = common.flag(0.05, "Scale of its initial weights and of its last batch norm.", lower=1e-6)
+  pretrain_steps: int = common.flag(20_000, "Loss-scaled steps of full-batch gradient descent.", lower=1)
+  # The generator and its training.
+  restarts: int = common.flag(6, "Generators that are started; the best by a loss without data goes on.", lower=1)
+  restart_steps: int = common.flag(3200, "Steps of each before the choice.", lower=1)
+  steps: int = common.flag(8000, "Steps of the chosen one altogether.", lower=2)
+  learning_rate: float = common.flag(3e-3, "Peak learning rate of Adam.", lower=1e-8)
+  codes: int = common.flag(60, "Learned codes a class, each used once in every step.", lower=1)
+  code_dim: int = common.flag(8, "Size of a code.", lower=1)
+  jitter: float = common.flag(0.1, "Noise on a code before the choice.", lower=0)
+  final_jitter: float = common.flag(0.03, "Noise on a code after it.", lower=0)
+  rule: str = common.flag("balanced", "Which solution for Lambda.", choices=homogeneity.RULES)
+  stationarity_weight: float = common.flag(1.0, "Weight of the stationarity (0 is the ablation).", lower=0)
+  beta: float = common.flag(3.0, "Weight of the duality loss.", lower=0)
+  delta: float = common.flag(0.01, "Width of the flat bottom of the duality loss, in units of e^-alpha.", lower=0)
+  statistics_weight: float = common.flag(
+    100.0, "Weight of the distance from the stored batch-norm statistics.", lower=0
+  )
+  repulsion_weight: float = common.flag(0.3, "Weight of the repulsion at the start; it fades out.", lower=0)
+  repulsion_bandwidth: float = common.flag(0.3, "Its reach, in standard deviations of the data.", lower=1e-6)
+  # What is written.
+  log_every: int = common.flag(100, "Steps between logged metrics.", lower=1)
+  checkpoint_every: int = common.flag(1000, "Steps between checkpoints and pictures.", lower=1)
+  tensorboard: bool = common.flag(False, "Also write metrics for TensorBoard.")
+
+
+def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
+  """Runs or resumes the experiment; returns the final metrics."""
+  common.check_config(config)
+  if config.restart_steps >= config.steps:
+    raise common.UsageError(f"--restart_steps must be less than --steps = {config.steps}; got {config.restart_steps}.")
+  for name in ("steps", "restart_steps", "log_every", "checkpoint_every"):
+    if getattr(config, name) % _STEPS_PER_CALL:
+      raise common.UsageError(f"--{name} must be a multiple of {_STEPS_PER_CALL}; got {getattr(config, name)}.")
+  out = common.Workdir(workdir, config, tensorboard=config.tensorboard)
+  x, y = circle(config.labels)
+  parts = [np.arange(_NUM_POINTS) // _NUM_CLASSES % config.classifiers == t for t in range(config.classifiers)]
+  classifiers = [
+    trained_classifier(config, x[part], y[part], t, out.path / "classifier" / str(t)) for t, part in enumerate(parts)
+  ]
+  conditions = [conditions_of(config, classifier) for classifier in classifiers]
+  method, state = train_generator(config, classifiers, conditions, out)  # sees no points
+  return evaluate(config, out, (x, y, parts), classifiers, conditions, method, state)
+
+
+def circle(labels: str) -> tuple[np.ndarray, np.ndarray]:
+  """The training data: 18 points evenly on the unit circle [18, 2] and their labels [18].
+
+  >>> circle("alternating")[1][:6].tolist(), circle("contiguous")[1][:7].tolist()
+  ([0, 1, 2, 0, 1, 2], [0, 0, 0, 0, 0, 0, 1])
+  """
+  angle = 2 * np.pi * np.arange(_NUM_POINTS) / _NUM_POINTS
+  x = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+  index = np.arange(_NUM_POINTS)
+  return x, index % _NUM_CLASSES if labels == "alternating" else index // (_NUM_POINTS // _NUM_CLASSES)
+
+
+def trained_classifier(config: Config, x: np.ndarray, y: np.ndarray, index: int, directory: pathlib.Path) -> Classifier:
+  """Trains one classifier to its convergence point, or restores it; nothing else of the data leaves this function."""
+  module = networks.MLPClassifier(
+    num_classes=_NUM_CLASSES, hidden=(config.width, config.width), batch_norm=True, init_scale=config.init_scale
+  )
+  variables: Any = module.init(jax.random.fold_in(jax.random.key(config.seed), index), x, train=True)
+  # A small last normalisation, like small weights: with scale 1 the classifier ends far from its KKT point.
+  scale = variables["params"]["BatchNorm_1"]["scale"]
+  variables["params"]["BatchNorm_1"]["scale"] = config.init_scale * scale
+  with Checkpointer(directory) as checkpointer:
+    restored = checkpointer.restore(variables)
+    if restored:
+      variables = restored[1]
+    else:
+      variables = _train_classifier(config, module, variables, jnp.asarray(x), y)
+      checkpointer.save(0, variables)
+  return networks.from_module(module, variables, input_shape=(2,), labels=range(_NUM_CLASSES))
+
+
+def _train_classifier(
+  config: Config, module: networks.MLPClassifier, variables: PyTree, x: jax.Array, y: np.ndarray
+) -> PyTree:
+  apply: Any = module.apply
+
+  def train_mode(params: PyTree, x: jax.Array) -> Any:
+    return apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+
+  hold = config.pretrain_steps // 5
+  progress = common.Progress("classifier", config.pretrain_steps)
+  result = pretrain.gradient_descent(
+    lambda params, x: train_mode(params, x)[0],
+    variables["params"],
+    x,
+    y,
+    num_steps=config.pretrain_steps,
+    learning_rate=optax.schedules.exponential_decay(0.02, config.pretrain_steps - hold, 0.025, transition_begin=hold),
+    loss_scaled=True,
+    steps_per_call=1000,
+    on_progress=lambda step, log_loss: progress.update(step, {"log loss": log_loss}),
+  )
+  common.say(
+    f"classifier: log loss {result.log_loss:.1f}, margins {result.margins.min():.1f} to {result.margins.max():.1f}"
+  )
+  return {"params": result.params, "batch_stats": train_mode(result.params, x)[1]["batch_stats"]}
+
+
+def conditions_of(config: Config, classifier: Classifier) -> Conditions:
+  """Lambda from the derivative equations at random inputs, and the conditions that follow from it."""
+  x = jax.random.normal(jax.random.key(config.seed), (40, 2))
+  equations = homogeneity.derivative_equations(classifier.apply_fn, classifier.params, x)
+  solution = homogeneity.solve_rates(equations, classifier.params, rule=config.rule)
+  return max_margin_conditions(classifier.params, solution)
+
+
+def input_moments(classifier: Classifier) -> tuple[jax.Array, jax.Array]:
+  """The mean and the covariance's Cholesky factor of the training points, read off the first batch norm."""
+  layer, stored = classifier.params["Dense_0"], classifier.statistics["BatchNorm_0"]  # type: ignore[index]
+  mean, covariance = first_layer.input_moments(layer["kernel"], layer["bias"], stored["mean"], stored["var"])
+  return mean, jnp.linalg.cholesky(covariance)
+
+
+def train_generator(
+  config: Config, classifiers: Sequence[Classifier], conditions: Sequence[Conditions], out: common.Workdir
+) -> tuple[training.Method, training.TrainState]:
+  """Trains the generator from the classifiers alone, or resumes; no points enter this function."""
+  first = _method(config, classifiers, jitter=config.jitter, stationarity=False)
+  final = _method(config, classifiers, jitter=config.final_jitter, stationarity=True)
+  with Checkpointer(out.path / "generator") as checkpointer:
+    resuming = bool(checkpointer.steps())
+  # A resumed run needs a state of the right shapes only.
+  start = _start if resuming else _best_start
+  state = start(config, first, classifiers, conditions)
+  state = common.train(
+    final,
+    state,
+    classifiers,
+    conditions,
+    out,
+    num_steps=config.steps,
+    log_every=config.log_every,
+    checkpoint_every=config.checkpoint_every,
+    steps_per_call=_STEPS_PER_CALL,
+  )
+  return final, state
+
+
+def _method(config: Config, classifiers: Sequence[Classifier], *, jitter: float, stationarity: bool) -> training.Method:
+  moments = [input_moments(classifier) for classifier in classifiers]
+  mean = jnp.mean(jnp.stack([mean for mean, _ in moments]), axis=0)
+  factor = jnp.mean(jnp.stack([factor for _, factor in moments]), axis=0)
+  generator = networks.CodebookGenerator(
+    sample_shape=(2,),
+    num_labels=_NUM_CLASSES,
+    num_classifiers=len(classifiers),
+    codebook_size=config.codes,
+    jitter=jitter,
+    output=networks.affine_output(mean, factor, bound=2.5),
+  )
+  _, generate = networks.generator_functions(generator, 1 + config.code_dim)
+  multiplier_network: Any = _multiplier_network(classifiers).apply
+  ramp = optax.schedules.linear_schedule(0.0, config.stationarity_weight, config.steps // 10, config.restart_steps)
+  schedule = optax.schedules.cosine_decay_schedule(config.learning_rate, config.steps, alpha=0.02)
+  hold = config.steps // 5
+
+  def repulsion(classifier: Classifier, batch: training.Batch) -> jax.Array:
+    mean, factor = input_moments(classifier)
+    white = jax.scipy.linalg.solve_triangular(factor, (batch.x - mean[None]).T, lower=True).T
+    return priors.repulsion(white, batch.y, bandwidth=config.repulsion_bandwidth)
+
+  def statistics(classifier: Classifier, batch: training.Batch) -> jax.Array:
+    assert classifier.statistics_fn is not None  # the classifiers of this experiment have batch norm
+    return priors.statistics_distance(classifier.statistics_fn(classifier.params, batch.x), classifier.statistics)
+
+  return training.Method(
+    generate=generate,
+    optimizer=training.partitioned(
+      optax.adam(schedule),
+      optax.adam(schedule),
+      # e^-alpha waits until most samples are on their side; moving early, it follows the misplaced ones.
+      optax.adam(lambda step: jnp.where(step < hold, 0.0, schedule(step))),
+    ),
+    noise_dim=1 + config.code_dim,
+    batch_size=config.codes * _NUM_CLASSES,
+    weights={
+      "stationarity": ramp if stationarity and config.stationarity_weight else 0.0,
+      "duality": config.beta,
+      "statistics": config.statistics_weight,
+      "repulsion": optax.schedules.linear_schedule(config.repulsion_weight, 0.0, int(0.7 * config.steps)),
+    },
+    priors={"statistics": statistics, "repulsion": repulsion},
+    residual="cosine",
+    multiplier_form="softplus",
+    raw_multipliers=multiplier_network,
+    learn_scale=False,  # the cosine is free of it
+    delta=config.delta,
+    stratified_noise=True,
+  )
+
+
+def _multiplier_network(classifiers: Sequence[Classifier]) -> networks.MultiplierNetwork:
+  return networks.MultiplierNetwork(
+    num_outputs=_NUM_CLASSES, num_labels=_NUM_CLASSES, num_classifiers=len(classifiers), hidden=(64,)
+  )
+
+
+def _start(
+  config: Config,
+  method: training.Method,
+  classifiers: Sequence[Classifier],
+  conditions: Sequence[Conditions],
+  restart: int = 0,
+) -> training.TrainState:
+  """A random start of the generator and of the multipliers."""
+  generator_key, multiplier_key, state_key = jax.random.split(jax.random.key((config.seed + 1) * 1000 + restart), 3)
+  shape = networks.CodebookGenerator(
+    sample_shape=(2,), num_labels=_NUM_CLASSES, num_classifiers=len(classifiers), codebook_size=config.codes
+  )
+  init, _ = networks.generator_functions(shape, method.noise_dim)
+  theta, statistics = init(generator_key)
+  zero = jnp.zeros(1, jnp.int32)
+  eta = _multiplier_network(classifiers).init(multiplier_key, jnp.zeros((1, 2)), zero, zero)
+  return training.init_state(state_key, method, classifiers, conditions, theta=theta, statistics=statistics, eta=eta)
+
+
+def _best_start(
+  config: Config,
+  method: training.Method,
+  classifiers: Sequence[Classifier],
+  conditions: Sequence[Conditions],
+) -> training.TrainState:
+  """Trains several generators without stationarity and returns the one with the least loss; the points are not used."""
+  step = training.make_train_step(method, steps_per_call=_STEPS_PER_CALL)
+  scores: list[list[float]] = [[] for _ in range(config.restarts)]
+  states = []
+  progress = common.Progress("restarts", config.restarts * config.restart_steps)
+  for restart, own in enumerate(scores):
+
+    def on_log(number: int, now: Mapping[str, float], restart: int = restart, own: list[float] = own) -> None:
+      terms = {name: sum(v for k, v in now.items() if k.startswith(name)) for name in ("duality", "statistics")}
+      own.append(config.beta * terms["duality"] + config.statistics_weight * terms["statistics"])
+      progress.update(restart * config.restart_steps + number, terms)
+
+    state = _start(config, method, classifiers, conditions, restart)
+    states.append(
+      training.fit(
+        step,
+        state,
+        classifiers,
+        conditions,
+        num_steps=config.restart_steps,
+        log_every=_STEPS_PER_CALL,
+        on_log=on_log,
+        checkpoint_every=_STEPS_PER_CALL,
+      )
+    )
+  final = [float(np.mean(own[-10:])) for own in scores]  # the jitter makes single values uncertain
+  best = int(np.argmin(final))
+  common.say(f"restart {best + 1} goes on; losses: {', '.join(f'{value:.3g}' for value in final)}")
+  return states[best]
+
+
+def evaluate(
+  config: Config,
+  out: common.Workdir,
+  data: tuple[np.ndarray, np.ndarray, Sequence[np.ndarray]],
+  classifiers: Sequence[Classifier],
+  conditions: Sequence[Conditions],
+  method: training.Method,
+  state: training.TrainState,
+) -> Mapping[str, Any]:
+  """Looks at the points again: the figure, and every figure of merit beside its controls."""
+  x, y, parts = data
+  key = jax.random.key(config.seed + 3)
+  labels = np.arange(_NUM_SAMPLES) % _NUM_CLASSES
+  samples, index = training.sample(method, state, classifiers, key, labels)
+  mean, factor = input_moments(classifiers[0])
+  gaussian = mean[None] + jax.random.normal(key, samples.shape) @ factor.T
+  square = jax.random.uniform(key, samples.shape, minval=-1.5, maxval=1.5)
+
+  def score(points: jax.Array | np.ndarray, point_labels: np.ndarray) -> dict[str, float]:
+    return metrics.precision_coverage(points, point_labels, x, y, radius=_RADIUS)
+
+  results: dict[str, Any] = score(samples, labels)
+  results["controls"] = {
+    "training_data": score(x, y),
+    "gaussian_of_the_stored_moments": score(gaussian, labels),
+    "uniform_in_the_square": score(square, labels),
+  }
+  if len(classifiers) > 1:
+    results["per_classifier"] = [
+      _own_subset(np.asarray(samples)[np.asarray(index) == t], labels[np.asarray(index) == t], data, t)
+      for t in range(len(classifiers))
+    ]
+  results["residual"] = [
+    {
+      name: diagnostics.diagnose(classifier, condition, points, point_labels).residual
+      for name, (points, point_labels) in {
+        "training_data": (x[part], y[part]),
+        # Equal numbers for both: the more points, the more multipliers there are to fit with.
+        "generated": (samples[index == t][:180], labels[np.asarray(index) == t][:180]),
+        "gaussian_of_the_stored_moments": (gaussian[:180], labels[:180]),
+      }.items()
+    }
+    for t, (classifier, condition, part) in enumerate(zip(classifiers, conditions, parts, strict=True))
+  ]
+  results["exp_minus_alpha"] = np.exp(-np.asarray(state.params["alpha"])).tolist()
+  results["true_median_margin"] = [
+    float(jnp.median(losses.runner_up_margin(c.predict_fn(c.params, jnp.asarray(x[part])), y[part])))
+    for c, part in zip(classifiers, parts, strict=True)
+  ]
+  results["final_losses"] = out.last_logged()
+  _figure(out.path, data, classifiers, np.asarray(samples), labels, np.asarray(index))
+  out.finish(results)
+  return results
+
+
+def _own_subset(
+  samples: np.ndarray, labels: np.ndarray, data: tuple[np.ndarray, np.ndarray, Sequence[np.ndarray]], t: int
+) -> dict[str, float]:
+  """How well samples with fixed t stay on D_t (Fig. 5): nearest point of all in D_t, precision, coverage."""
+  x, y, parts = data
+  nearest = np.asarray(metrics.pairwise_distance(samples, x)).argmin(axis=1)
+  own = metrics.precision_coverage(samples, labels, x[parts[t]], y[parts[t]], radius=_RADIUS)
+  return {"nearest_in_own_subset": float(parts[t][nearest].mean()), **own}
+
+
+def _figure(
+  path: pathlib.Path,
+  data: tuple[np.ndarray, np.ndarray, Sequence[np.ndarray]],
+  classifiers: Sequence[Classifier],
+  samples: np.ndarray,
+  labels: np.ndarray,
+  index: np.ndarray,
+) -> None:
+  x, y, parts = data
+  panels: list[tuple[str, Any]] = []
+  for t, (classifier, part) in enumerate(zip(classifiers, parts, strict=True)):
+    of = f" of classifier {t + 1}" if len(classifiers) > 1 else ""
+
+    def logits(points: np.ndarray, classifier: Classifier = classifier) -> jax.Array:
+      return classifier.predict_fn(classifier.params, jnp.asarray(points))
+
+    panels += [(f"training data{of}", ("points", x[part], y[part])), (f"regions{of}", ("regions", logits))]
+    if len(classifiers) > 1:
+      panels.append((f"generated, t = {t + 1}", ("points", samples[index == t], labels[index == t])))
+  panels.append(("generated from fresh noise", ("points", samples, labels)))
+  figures.plane(path / ("fig4.png" if len(classifiers) == 1 else "fig5.png"), panels, num_classes=_NUM_CLASSES)
+
+
+if __name__ == "__main__":
+  common.main(Config, run)
