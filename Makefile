@@ -14,8 +14,15 @@ X64_TESTS = $(sort $(foreach name,$(X64_NAMES),$(wildcard tests/test_$(name)*.py
 
 PYTEST := $(PY) -m pytest -n $(WORKERS) --maxprocesses=8 --dist=worksteal
 
+# Stops unless PYTHON is one that the locked packages have wheels for.
+define CHECK_PYTHON
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null || { \
+  echo "This needs Python 3.11 to 3.14, and $(PYTHON) is $$($(PYTHON) --version 2>&1 || true)" >&2; \
+  echo "Name another one, for example: make setup PYTHON=python3.12" >&2; exit 1; }
+endef
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lock clean check-python
+.PHONY: help setup demo test lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -41,27 +48,23 @@ format: setup ## fix style and formatting in place
 
 # One version of a package for every Python and platform, so that what was tested is what everybody gets. setuptools, which
 # builds the project, is locked with the rest. uv finds the versions; it is not needed for anything else.
-lock: check-python ## write requirements.lock anew, with the newest versions
+lock: ## write requirements.lock anew, with the newest versions
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv --clear build/lock
 	build/lock/bin/python -m pip install --quiet uv
 	echo setuptools | build/lock/bin/uv pip compile --quiet --no-config --upgrade \
 	  --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
 	  --extra experiments --extra test --custom-compile-command "make lock" \
 	  --output-file requirements.lock pyproject.toml -
-	rm -rf build/lock
+	rm -rf build
 
 clean: ## remove .venv, caches and build files (runs/ stays)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find kkt_jax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The locked versions have wheels for these Pythons.
-check-python:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || { \
-	  echo "This project needs Python 3.11, 3.12, 3.13 or 3.14; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
-	  echo "Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
-
 # A new lock file makes a new .venv; a changed pyproject.toml only installs the project again.
-$(VENV)/.locked: requirements.lock | check-python
+$(VENV)/.locked: requirements.lock
+	$(CHECK_PYTHON)
 	@echo "Installing the packages of requirements.lock into $(VENV): about a minute, or longer on a slow connection."
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install --quiet --require-hashes -r requirements.lock

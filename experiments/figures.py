@@ -1,6 +1,6 @@
 """The pictures of the experiments, as PNG files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import pathlib
 from typing import Any
 
@@ -56,6 +56,17 @@ def u_shape(path: pathlib.Path, margin: ArrayLike, loss: ArrayLike, *, alpha: fl
   axes.axvspan(low, low + delta, alpha=0.15)
   axes.set_xticks([low, low + delta], [r"$e^{-\alpha}$", r"$e^{-\alpha}+\delta$"])
   axes.set(xlabel="margin to the runner-up", ylabel="duality loss")
+  _save(figure, path)
+
+
+def bars(path: pathlib.Path, values: Mapping[str, float], unit: str) -> None:
+  """Named values as horizontal bars on a logarithmic axis."""
+  figure, axes = plt.subplots(figsize=(8, 0.4 * len(values) + 1), constrained_layout=True)
+  drawn = axes.barh(list(values), list(values.values()))
+  axes.bar_label(drawn, fmt="%.3g", padding=3)
+  axes.set(xscale="log", xlabel=unit)
+  axes.margins(x=0.15)
+  axes.invert_yaxis()
   _save(figure, path)
 
 

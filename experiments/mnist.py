@@ -50,8 +50,8 @@ class Config:
   generator: str = common.flag(
     "mlp", "mlp is fast everywhere; conv is the paper's, for accelerators.", choices=("mlp", "conv")
   )
-  steps: int = common.flag(1200, "Training steps of the generator.", lower=1)
-  warmup: int = common.flag(300, "First steps, in which only the classification counts.", lower=0)
+  steps: int = common.flag(1000, "Training steps of the generator.", lower=1)
+  warmup: int = common.flag(150, "First steps, in which only the classification counts.", lower=0)
   learning_rate: float = common.flag(2e-3, "Peak learning rate of Adam.", lower=1e-8)
   batch_size: int = common.flag(500, "M, samples for each classifier in each step.", lower=2)
   num_fresh: int = common.flag(100, "Never-trained samples that must be classified right.", lower=0)
@@ -63,16 +63,18 @@ class Config:
     30.0, "Smoothness of the ReLU derivative in the stationarity; 0 is exact.", lower=0
   )
   multiplier_form: str = common.flag("softmax", "Where the multipliers come from.", choices=multipliers.FORMS)
-  stationarity_weight: float = common.flag(1.0, "Weight of the stationarity (0 is the ablation).", lower=0)
+  stationarity_weight: float = common.flag(8.0, "Weight of the stationarity (0 is the ablation).", lower=0)
   first_layer_weight: float = common.flag(8.0, "Weight of the first layer's residual among the tensors'.", lower=0)
   margin: float = common.flag(3.0, "e^-alpha at the start: the margin that generated digits are pushed to.", lower=1e-6)
   delta: float = common.flag(1.0, "Width of the flat bottom of the duality loss, in units of e^-alpha.", lower=0)
-  beta: float = common.flag(0.05, "Weight of the duality loss after the warm-up.", lower=0)
-  fresh_weight: float = common.flag(0.3, "Weight of the duality loss of never-trained samples.", lower=0)
-  binarisation_weight: float = common.flag(2.5, "Weight of the prior that pixels are black or white.", lower=0)
+  beta: float = common.flag(0.0, "Weight of the duality loss after the warm-up.", lower=0)
+  fresh_weight: float = common.flag(1.0, "Weight of the duality loss of never-trained samples.", lower=0)
+  binarisation_weight: float = common.flag(2.0, "Weight of the prior that pixels are black or white.", lower=0)
   mean_weight: float = common.flag(2.0, "Weight of the distance from the stored mean image.", lower=0)
+  ink_weight: float = common.flag(1.0, "Weight of the prior that no image is almost blank.", lower=0)
   mode_seeking_weight: float = common.flag(0.3, "Weight of the diversity term.", lower=0)
   total_variation_weight: float = common.flag(0.0, "Weight of the total variation.", lower=0)
+  judge_epochs: int = common.flag(8, "Passes over the data of the independent judge's training.", lower=1)
   # What is written.
   log_every: int = common.flag(50, "Steps between logged metrics.", lower=1)
   grid_every: int = common.flag(400, "Steps between sample grids and checkpoints.", lower=1)
@@ -96,8 +98,10 @@ def _check(config: Config) -> None:
   common.check_config(config)
   if config.warmup >= config.steps:
     raise common.UsageError(f"--warmup must be less than --steps = {config.steps}; got {config.warmup}.")
-  if not config.mean_image and config.mean_weight:
-    raise common.UsageError("--mean_weight must be 0 with --nomean_image: there is then no mean image to compare with.")
+  if not config.mean_image and (config.mean_weight or config.ink_weight):
+    raise common.UsageError(
+      "--mean_weight and --ink_weight must be 0 with --nomean_image: there is then no mean image to compare with."
+    )
 
 
 def label_groups(num_classifiers: int) -> list[tuple[int, ...]]:
@@ -146,7 +150,7 @@ def _train_classifier(
   result = pretrain.gradient_descent(
     lambda params, x: exact({"params": params}, x),
     params,
-    x - mean,
+    x - mean[None],
     y,
     num_steps=config.pretrain_steps,
     learning_rate=config.pretrain_learning_rate,
@@ -161,19 +165,19 @@ def _train_classifier(
   return {"params": result.params, "mean": mean}
 
 
-def train_generator(
-  config: Config, classifiers: Sequence[Classifier], out: common.Workdir
-) -> tuple[training.Method, training.TrainState]:
-  """Trains the generator from the classifiers alone, or resumes; no data enter this function."""
+def start(
+  config: Config, classifiers: Sequence[Classifier]
+) -> tuple[training.Method, training.TrainState, list[Conditions]]:
+  """The method, its random start, and the stationarity condition of each classifier; no data enter this function."""
   # Without a stored mean image the generator starts from dark grey, which every drawing on black is near.
   starts = [jnp.full(_SHAPE, 0.1) if c.offset is None else c.offset for c in classifiers]
-  start = jnp.mean(jnp.stack(starts), axis=0)
+  first_image = jnp.mean(jnp.stack(starts), axis=0)
   generators = {"mlp": networks.MLPGenerator, "conv": networks.ConvGenerator}
   generator = generators[config.generator](
     sample_shape=_SHAPE,
     num_labels=_NUM_LABELS,
     num_classifiers=len(classifiers),
-    output=networks.pixel_output(start, blur=config.blur),
+    output=networks.pixel_output(first_image, blur=config.blur),
   )
   init_generator, generate = networks.generator_functions(generator, config.noise_dim)
   schedule = optax.schedules.join_schedules(
@@ -200,7 +204,7 @@ def train_generator(
     weights=_weights(config),
     priors=_priors(config),
     residual="relative",
-    tensor_weights={"Dense_0/kernel": config.first_layer_weight},
+    tensor_weights={"Dense_0/kernel": config.first_layer_weight, "Dense_2/bias": 0.0},
     multiplier_form=config.multiplier_form,
     raw_multipliers=raw_multipliers,
     learn_scale=config.multiplier_form != "softmax",
@@ -220,6 +224,14 @@ def train_generator(
     eta=eta,
     margin=config.margin,
   )
+  return method, state, conditions
+
+
+def train_generator(
+  config: Config, classifiers: Sequence[Classifier], out: common.Workdir
+) -> tuple[training.Method, training.TrainState]:
+  """Trains the generator from the classifiers alone, or resumes; no data enter this function."""
+  method, state, conditions = start(config, classifiers)
   grid_labels = jnp.tile(jnp.arange(_NUM_LABELS), 4)
 
   def draw_grid(state: training.TrainState) -> None:
@@ -258,6 +270,7 @@ def _weights(config: Config) -> dict[str, Any]:
     "fresh_duality": config.fresh_weight,
     "binarisation": config.binarisation_weight,
     "mean": config.mean_weight,
+    "ink": config.ink_weight,
     "mode_seeking": config.mode_seeking_weight,
     "total_variation": config.total_variation_weight,
   }
@@ -274,6 +287,7 @@ def _priors(config: Config) -> dict[str, training.Prior]:
   }
   if config.mean_image:
     terms["mean"] = lambda classifier, batch: priors.mean_distance(batch.x, _offset(classifier))
+    terms["ink"] = lambda classifier, batch: priors.ink(batch.x, _offset(classifier))
   return terms
 
 
@@ -300,7 +314,7 @@ def evaluate(
 ) -> Mapping[str, Any]:
   """Looks at the data again: the figure, and every figure of merit beside its controls."""
   common.say("comparing with the data: independent judge, similarities, residuals")
-  judge = train_judge(data.evaluation, seed=config.seed + 2)
+  judge = train_judge(data.evaluation, seed=config.seed + 2, epochs=config.judge_epochs)
   y = np.repeat(np.arange(_NUM_LABELS), _NUM_SAMPLES // _NUM_LABELS)
   key = jax.random.key(config.seed + 3)
   fresh, _ = training.sample(method, state, classifiers, key, y)

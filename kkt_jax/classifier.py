@@ -116,6 +116,8 @@ def make_classifier(
     raise ValueError("predict_fn must be given when batch_coupled is True: margins are measured at inference.")
   if (statistics_fn is None) != (statistics is None):
     raise ValueError("statistics_fn and statistics must be given together; got only one of them.")
+  if offset is not None:
+    _checks.check_shape("offset", offset, input_shape, "input_shape")
   _checks.check_finite("params", params)
   functions = {"apply_fn": apply_fn, "gradient_fn": gradient_fn or apply_fn, "predict_fn": predict_fn or apply_fn}
   for name, function in functions.items():

@@ -138,7 +138,8 @@ def from_module(
     variables: ``{"params": ..., "batch_stats": ...}``, the latter with batch norm only.
     input_shape: shape of one input.
     labels: the label of each output.
-    offset: subtracted from every input before the network, a stored preprocessing constant, or None.
+    offset: subtracted from every input before the network, a stored preprocessing constant of shape input_shape,
+      or None.
 
   Returns:
     The `Classifier`.
@@ -151,7 +152,8 @@ def from_module(
   >>> from_module(module, variables, input_shape=(2,), labels=(0, 1, 2)).num_classes
   3
   """
-  exact, shift = module.clone(gate_sharpness=None), 0.0 if offset is None else jnp.asarray(offset)
+  exact = module.clone(gate_sharpness=None)
+  shift = 0.0 if offset is None else jnp.asarray(offset)[None]
   if module.batch_norm and "batch_stats" not in variables:
     raise ValueError(f"variables must hold 'batch_stats' for a module with batch norm; got {sorted(variables)}.")
   constants = {name: tree for name, tree in variables.items() if name != "params"}

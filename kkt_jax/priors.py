@@ -79,6 +79,28 @@ def mean_distance(x: ArrayLike, mean: ArrayLike) -> jax.Array:
   return _relative_square(jnp.mean(x, axis=0), mean)
 
 
+def ink(x: ArrayLike, mean: ArrayLike, *, least: float = 0.7) -> jax.Array:
+  """No drawing is almost blank: ``relu(least - mean(x_i) / mean(mean))^2`` per sample.
+
+  Args:
+    x: samples [M, ...], 0 where nothing is drawn.
+    mean: the data's mean where the classifier gives it away; [...].
+    least: share of the mean's ink below which a sample costs, positive.
+
+  Returns:
+    [M], 0 where a sample has enough ink.
+
+  >>> import jax.numpy as jnp
+  >>> print(ink(jnp.array([[0.0, 0.4], [1.0, 1.0]]), jnp.array([0.5, 0.5])).round(2))  # (0.7 - 0.2 / 0.5)^2
+  [0.09 0.  ]
+  """
+  x, mean = jnp.asarray(x), jnp.asarray(mean)
+  _checks.check_shape("mean", mean, x.shape[1:], "x.shape[1:]")
+  _checks.check_positive("least", least)
+  drawn = jnp.mean(x.reshape(x.shape[0], -1), axis=1) / jnp.mean(mean)
+  return jnp.square(jax.nn.relu(least - drawn))
+
+
 def statistics_distance(statistics: PyTree, stored: PyTree) -> jax.Array:
   """How far a batch's internal statistics are from the classifier's stored ones, in units of the stored deviations.
 

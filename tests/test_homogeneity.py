@@ -283,12 +283,12 @@ class SelectionRulesOnMLPTest(parameterized.TestCase):
     # layer is linear and always is an exact solution; it is the only one. Solve for Lambda on exact ReLU.
     relaxed, _, _ = random_mlp(gate_sharpness=5.0)
     x = inputs(40, 2)
-    solution = solve(relaxed.apply_fn, relaxed.params, x)
+    solution = solve(relaxed.gradient_fn, relaxed.params, x)
     assert int(solution.null_space_dimension) == 0
     assert_rates(
       solution, {name: float(name.startswith("Dense_2")) for name in tensor_names(relaxed.params)}, atol=1e-3
     )
-    exact = solve(relaxed.predict_fn, relaxed.params, x)  # predictions have exact gates
+    exact = solve(relaxed.apply_fn, relaxed.params, x)
     assert int(exact.null_space_dimension) == 2
     assert float(exact.target_rate) == pytest.approx(1 / 3, abs=2e-4)
 

@@ -139,7 +139,7 @@ def test_offset_is_subtracted_from_every_input(batch_norm):
   module = MLPClassifier(num_classes=3, hidden=(5, 4), batch_norm=batch_norm)
   plain, x, _ = random_mlp(batch_norm=batch_norm)
   variables = {"params": plain.params} | ({"batch_stats": plain.statistics} if batch_norm else {})
-  moved = from_module(module, variables, input_shape=(2,), labels=(0, 1, 2), offset=jnp.array([[0.5, -2.0]]))
+  moved = from_module(module, variables, input_shape=(2,), labels=(0, 1, 2), offset=jnp.array([0.5, -2.0]))
   x_moved = x + jnp.array([[0.5, -2.0]])
   for name in ("apply_fn", "predict_fn"):
     expected = getattr(plain, name)(plain.params, x)

@@ -1,0 +1,199 @@
+"""Speed and memory of the stationarity loss, beside one plain training step of the same classifier.
+
+For the classifier of the MNIST experiment: the value and gradient of the stationarity residual with respect to the
+generated samples, by one vector-Jacobian product (the default route) and by explicit per-sample Jacobians (the
+reference), at two widths and for ten and a hundred classes; what share of a training step of the demo's generator is
+spent in the classifier; and what fraction of the machine's measured rate of matrix products all of it reaches.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import pathlib
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments import common, figures, mnist
+from kkt_jax import losses, multipliers, networks, training
+from kkt_jax.classifier import Classifier, PyTree
+from kkt_jax.conditions import weight_decay_conditions
+
+_MEGA, _GIGA = 1e6, 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Settings of the run; each is a flag of the same name."""
+
+  samples: int = common.flag(300, "M, generated samples in the stationarity sum.", lower=2)
+  repeats: int = common.flag(15, "Timed calls, of which the median is reported.", lower=1)
+  wide: int = common.flag(1000, "The second width, beside 256.", lower=1)
+  jacobians: bool = common.flag(True, "Also time explicit Jacobians at width 256; at M = 300 they take 10 GB.")
+  seed: int = common.flag(0, "Seed of the weights and samples; times hardly depend on it.", lower=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+  """One timed function.
+
+  Attributes:
+    milliseconds: median time of a call.
+    megabytes: memory of the compiled function beside its arguments and results.
+    gigaflops: floating-point operations of a call by XLA's count, in units of 1e9.
+  """
+
+  milliseconds: float
+  megabytes: float
+  gigaflops: float
+
+
+def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
+  """Measures, prints a table, returns the figures."""
+  out = common.Workdir(workdir, config)
+  rate = matmul_rate(config.repeats)
+  rows: dict[str, Measurement] = {}
+  for width, num_classes in ((256, 10), (256, 100), (config.wide, 10)):
+    name = f"width {width}, {num_classes} classes"
+    common.say(f"measuring {name}")
+    classifier, x, y = problem(config, width, num_classes)
+    rows[f"{name}: plain training step"] = measure(_plain_step(classifier), config.repeats, x, y)
+    rows[f"{name}: stationarity, vjp"] = measure(_stationarity(classifier, "vjp"), config.repeats, x, y)
+    if config.jacobians and (width, num_classes) == (256, 10):
+      jacobian = measure(_stationarity(classifier, "jacobian"), min(config.repeats, 3), x, y)
+      rows[f"{name}: stationarity, explicit Jacobians"] = jacobian
+
+  table = {name: dataclasses.asdict(row) | {"of_matmul_rate": _fraction(row, rate)} for name, row in rows.items()}
+  step, generator_only = generator_step(config)
+
+  def ratio(name: str, other: str) -> float:
+    return rows[name].milliseconds / rows[other].milliseconds
+
+  base, wide = "width 256, 10 classes", f"width {config.wide}, 10 classes"
+  metrics: dict[str, Any] = {
+    "matmul_gigaflops_per_second": rate,
+    "functions": table,
+    "ratio_of_stationarity_to_plain_step": {
+      name: ratio(f"{name}: stationarity, vjp", f"{name}: plain training step") for name in (base, wide)
+    },
+    "ratio_of_100_classes_to_10": {
+      "time": ratio("width 256, 100 classes: stationarity, vjp", f"{base}: stationarity, vjp"),
+      "memory": rows["width 256, 100 classes: stationarity, vjp"].megabytes
+      / rows[f"{base}: stationarity, vjp"].megabytes,
+    },
+    "demo_step": {
+      "milliseconds": step,
+      "milliseconds_of_the_generator_alone": generator_only,
+      "share_spent_in_the_classifier": 1 - generator_only / step,
+    },
+  }
+  metrics["claim_holds"] = bool(
+    max(metrics["ratio_of_stationarity_to_plain_step"].values()) <= 2.0
+    and metrics["demo_step"]["share_spent_in_the_classifier"] >= 0.5
+  )
+  for name, row in table.items():
+    common.say(
+      f"{name:<52} {row['milliseconds']:9.2f} ms {row['megabytes']:9.1f} MB  {row['of_matmul_rate']:5.0%} of matmul"
+    )
+  figures.bars(out.path / "times.png", {name: row.milliseconds for name, row in rows.items()}, "milliseconds a call")
+  out.log(0, {name: row.milliseconds for name, row in rows.items()})
+  out.finish(metrics)
+  return metrics
+
+
+def problem(config: Config, width: int, num_classes: int) -> tuple[Classifier, jax.Array, jax.Array]:
+  """The MNIST classifier with random weights, random samples and labels: times do not depend on their values."""
+  module = networks.MLPClassifier(num_classes=num_classes, hidden=(width, width), gate_sharpness=30.0)
+  key = jax.random.key(config.seed)
+  x = jax.random.uniform(key, (config.samples, 28, 28, 1))
+  classifier = networks.from_module(
+    module, {"params": module.init(key, x)["params"]}, input_shape=(28, 28, 1), labels=range(num_classes)
+  )
+  return classifier, x, jnp.arange(config.samples) % num_classes
+
+
+def measure(function: Callable[..., Any], repeats: int, *args: Any) -> Measurement:
+  """Compiles a function for its arguments, and times it after one call that does not count."""
+  compiled = jax.jit(function).lower(*args).compile()
+  analysis: Any = compiled.memory_analysis()
+  cost: Any = compiled.cost_analysis()
+  jax.block_until_ready(compiled(*args))
+  times = []
+  for _ in range(repeats):
+    begin = time.perf_counter()
+    jax.block_until_ready(compiled(*args))
+    times.append(time.perf_counter() - begin)
+  return Measurement(
+    milliseconds=1e3 * statistics.median(times),
+    megabytes=analysis.temp_size_in_bytes / _MEGA,
+    gigaflops=cost.get("flops", float("nan")) / _GIGA,
+  )
+
+
+def matmul_rate(repeats: int, size: int = 2048) -> float:
+  """The machine's rate of float32 matrix products, in 1e9 operations a second."""
+  a = jnp.ones((size, size))
+  row = measure(lambda a: a @ a, repeats, a)
+  return 2 * size**3 / _GIGA / (row.milliseconds / 1e3)
+
+
+def generator_step(config: Config) -> tuple[float, float]:
+  """Milliseconds of one training step of the demo, and of the same step with a loss that skips the classifier."""
+  demo = mnist.Config(batch_size=500)
+  classifier, _, _ = problem(config, demo.width, 10)
+  method, state, conditions = mnist.start(demo, [classifier])
+  step = training.make_train_step(method).call
+  whole = measure(step, config.repeats, state, [classifier], conditions)
+
+  def without_classifier(state: training.TrainState) -> PyTree:
+    y = training.balanced_labels(classifier, method.batch_size)
+    t = jnp.zeros_like(y)
+    assert state.noise is not None  # the demo trains on fixed noise
+
+    def loss(theta: PyTree, noise: jax.Array) -> jax.Array:
+      x, _ = method.generate(theta, state.statistics, noise, y, t, True)
+      return jnp.mean(jnp.square(x))
+
+    gradient = jax.grad(loss)(state.params["theta"], state.noise[0])
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    updates, _ = method.optimizer.update({**zeros, "theta": gradient}, state.opt_state, state.params)
+    return optax.apply_updates(state.params, updates)
+
+  return whole.milliseconds, measure(without_classifier, config.repeats, state).milliseconds
+
+
+def _plain_step(classifier: Classifier) -> Callable[..., PyTree]:
+  """One step of gradient descent on the cross-entropy: what any training of this classifier costs."""
+
+  def step(x: jax.Array, y: jax.Array) -> PyTree:
+    def loss(params: PyTree) -> jax.Array:
+      logits = classifier.apply_fn(params, x)
+      return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, y))
+
+    gradient = jax.grad(loss)(classifier.params)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, classifier.params, gradient)
+
+  return step
+
+
+def _stationarity(classifier: Classifier, route: str) -> Callable[..., PyTree]:
+  """The relative residual and its gradient by the samples."""
+  conditions = weight_decay_conditions(classifier.params)
+
+  def residual(x: jax.Array, y: jax.Array) -> jax.Array:
+    mu = multipliers.from_softmax(classifier.gradient_fn(classifier.params, x))
+    sums = losses.stationarity_sum(classifier.gradient_fn, classifier.params, x, y, mu, route=route)
+    return losses.stationarity_residual(conditions, sums).relative
+
+  return jax.value_and_grad(residual)
+
+
+def _fraction(row: Measurement, rate: float) -> float:
+  return row.gigaflops / (row.milliseconds / 1e3) / rate
+
+
+if __name__ == "__main__":
+  common.main(Config, run)

@@ -1,0 +1,184 @@
+"""Every experiment runs for a few steps, leaves what it promises, resumes, and says clearly what is wrong."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import benchmark, circle, common, duality_loss, lambda_estimation, mnist
+from kkt_jax import training
+from kkt_jax.checkpoint import Checkpointer
+
+CIRCLE = circle.Config(
+  width=8, pretrain_steps=40, restarts=2, restart_steps=20, steps=60, log_every=20, checkpoint_every=20, codes=4
+)
+MNIST = mnist.Config(
+  samples_per_class=3,
+  width=12,
+  pretrain_steps=20,
+  steps=6,
+  warmup=2,
+  batch_size=20,
+  num_fresh=10,
+  log_every=2,
+  grid_every=2,
+  judge_epochs=1,
+)
+
+
+def assert_complete(workdir, *pictures):
+  for name in ("config.json", "metrics.jsonl", "metrics.json", *pictures):
+    assert (workdir / name).stat().st_size > 0, name
+  json.loads((workdir / "metrics.json").read_text())
+
+
+def test_lambda_estimation_meets_its_claim(tmp_path):
+  metrics = lambda_estimation.run(lambda_estimation.Config(), tmp_path)
+  assert metrics["claim_holds"]
+  assert metrics["null_space_dimension"] == 1  # two layers can be rescaled against each other
+  assert_complete(tmp_path, "fig3.png")
+
+
+def test_duality_loss_has_the_shape_of_fig_2(tmp_path):
+  metrics = duality_loss.run(duality_loss.Config(), tmp_path)
+  np.testing.assert_allclose([metrics[name] for name in ("below", "left_end", "right_end", "above")], [1, 0, 0, 1])
+  assert_complete(tmp_path, "fig2.png")
+
+
+@pytest.mark.parametrize("classifiers", [1, 2])
+def test_circle_runs_and_resumes(tmp_path, classifiers):
+  config = dataclasses.replace(CIRCLE, classifiers=classifiers)
+  metrics = circle.run(config, tmp_path)
+  assert_complete(tmp_path, "fig4.png" if classifiers == 1 else "fig5.png")
+  assert metrics["controls"]["training_data"]["precision"] == 1.0
+  assert len(metrics["exp_minus_alpha"]) == classifiers
+  assert circle.run(config, tmp_path) == metrics  # nothing is trained again
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {},
+    {"classifiers": 2},
+    {"multiplier_form": "softplus", "fixed_noise": False},
+    {"mean_image": False, "mean_weight": 0.0, "ink_weight": 0.0},
+  ],
+  ids=["default", "two classifiers", "network multipliers", "no mean image"],
+)
+def test_mnist_runs(tmp_path, settings):
+  metrics = mnist.run(dataclasses.replace(MNIST, **settings), tmp_path)
+  assert_complete(tmp_path, "fig6.png", "samples_000006.png")
+  controls = {"real_held_out", "training_data", "class_means", "dataset_mean", "uniform_noise"}
+  assert controls <= set(metrics)
+  assert ("trained_noise" in metrics) == settings.get("fixed_noise", True)
+  assert metrics["training_data"]["label_agreement"] == 1.0
+  assert metrics["class_means"]["spread"] == 0.0
+  for name in (*controls, "fresh_noise"):
+    assert np.all(np.isfinite(list(metrics[name].values())[:-1])), name
+
+
+def test_a_stopped_mnist_run_resumes_to_the_same_figures(tmp_path, monkeypatch):
+  straight = mnist.run(MNIST, tmp_path / "straight")
+  save, saved = Checkpointer.save, []
+
+  def save_then_stop(self, step, state):
+    save(self, step, state)
+    saved.append(step)
+    if step == 4:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(Checkpointer, "save", save_then_stop)
+  with pytest.raises(KeyboardInterrupt):
+    mnist.run(MNIST, tmp_path / "stopped")
+  monkeypatch.setattr(Checkpointer, "save", save)
+  resumed = mnist.run(MNIST, tmp_path / "stopped")
+  assert resumed == straight
+  steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
+  assert steps == [2, 4, 6]  # nothing lost, nothing twice
+
+
+def test_the_generator_is_trained_without_the_data(tmp_path):
+  # The function that trains it takes the configuration, the classifiers and the folder: no data can reach it.
+  names = mnist.train_generator.__code__.co_varnames[: mnist.train_generator.__code__.co_argcount]
+  assert names == ("config", "classifiers", "out")
+
+
+def test_sample_grids_and_logs_carry_every_loss_term(tmp_path):
+  mnist.run(MNIST, tmp_path)
+  line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+  assert {"stationarity", "duality", "fresh_duality", "total", "residual", "margin"} <= set(line)
+
+
+def test_benchmark_reports_every_figure(tmp_path):
+  metrics = benchmark.run(benchmark.Config(samples=4, repeats=1, wide=16), tmp_path)
+  assert_complete(tmp_path, "times.png")
+  assert len(metrics["functions"]) == 7
+  assert all(row["milliseconds"] > 0 for row in metrics["functions"].values())
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"warmup": 6}, "--warmup must be less than --steps = 6; got 6"),
+    ({"mean_image": False}, "--mean_weight and --ink_weight must be 0 with --nomean_image"),
+    ({"samples_per_class": 450}, "--samples_per_class=450 needs"),
+    ({"batch_size": 1}, "--batch_size must be at least 2"),
+  ],
+)
+def test_impossible_mnist_flags_are_named(tmp_path, settings, message):
+  with pytest.raises(common.UsageError, match=message):
+    mnist.run(dataclasses.replace(MNIST, **settings), tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"restart_steps": 60}, "--restart_steps must be less than --steps = 60; got 60"),
+    ({"log_every": 30}, "--log_every must be a multiple of 20; got 30"),
+  ],
+)
+def test_impossible_circle_flags_are_named(tmp_path, settings, message):
+  with pytest.raises(common.UsageError, match=message):
+    circle.run(dataclasses.replace(CIRCLE, **settings), tmp_path)
+
+
+def test_a_nan_stops_the_run_and_names_the_term(tmp_path):
+  with pytest.raises(training.TrainingDiverged, match="became"):
+    mnist.run(dataclasses.replace(MNIST, learning_rate=1e30), tmp_path)
+  assert (tmp_path / "config.json").exists()
+
+
+def command(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.lambda_estimation", *arguments], capture_output=True, text=True, check=False
+  )
+
+
+def test_the_command_line_prints_one_error_and_no_traceback(tmp_path):
+  (tmp_path / "config.json").write_text('{"seed": 5}')
+  result = command(f"--workdir={tmp_path}")
+  assert result.returncode == 1
+  assert result.stderr.startswith("error: --workdir=")
+  assert "--seed was 5, now 0" in result.stderr
+  assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+  ("argument", "named"),
+  [("--rule=best", "rule"), ("--hidden=0", "hidden"), ("--hiden=3", "hiden"), ("surplus", "surplus")],
+)
+def test_bad_flags_are_named_on_the_command_line(tmp_path, argument, named):
+  result = command(f"--workdir={tmp_path / 'new'}", argument)
+  assert result.returncode != 0
+  assert named in result.stderr
+  assert "Traceback" not in result.stderr
+  assert not (tmp_path / "new").exists()
+
+
+def test_the_workdir_is_required():
+  result = command()
+  assert result.returncode != 0
+  assert "--workdir" in result.stderr
