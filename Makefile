@@ -8,11 +8,15 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 # Tests of kkt_jax that also run in double precision; a name without a test file is skipped.
-X64_NAMES := checkpoint classifier conditions diagnostics first_layer homogeneity jacobians losses metrics \
-  multipliers networks pretrain priors training
+X64_NAMES := conditions diagnostics first_layer homogeneity jacobians losses multipliers priors
 X64_TESTS = $(sort $(foreach name,$(X64_NAMES),$(wildcard tests/test_$(name)*.py)))
 
-PYTEST := $(PY) -m pytest -n $(WORKERS) --maxprocesses=8 --dist=worksteal
+# Tests compile thousands of tiny functions once: compiling fast matters more to them than fast code, and workers share
+# what they have compiled. A fresh checkout starts with an empty cache.
+TEST_ENV := XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" \
+  JAX_COMPILATION_CACHE_DIR=$(VENV)/test_compilation_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+PYTEST := $(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --maxprocesses=8 --dist=worksteal
 
 # Stops unless PYTHON is one that the locked packages have wheels for.
 define CHECK_PYTHON

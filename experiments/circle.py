@@ -20,7 +20,18 @@ import numpy as np
 import optax
 
 from experiments import common, figures
-from kkt_jax import diagnostics, first_layer, homogeneity, losses, metrics, networks, pretrain, priors, training
+from kkt_jax import (
+  diagnostics,
+  first_layer,
+  generators,
+  homogeneity,
+  losses,
+  metrics,
+  networks,
+  pretrain,
+  priors,
+  training,
+)
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions, max_margin_conditions
@@ -189,15 +200,15 @@ def _method(config: Config, classifiers: Sequence[Classifier], *, jitter: float,
   moments = [input_moments(classifier) for classifier in classifiers]
   mean = jnp.mean(jnp.stack([mean for mean, _ in moments]), axis=0)
   factor = jnp.mean(jnp.stack([factor for _, factor in moments]), axis=0)
-  generator = networks.CodebookGenerator(
+  generator = generators.CodebookGenerator(
     sample_shape=(2,),
     num_labels=_NUM_CLASSES,
     num_classifiers=len(classifiers),
     codebook_size=config.codes,
     jitter=jitter,
-    output=networks.affine_output(mean, factor, bound=2.5),
+    output=generators.affine_output(mean, factor, bound=2.5),
   )
-  _, generate = networks.generator_functions(generator, 1 + config.code_dim)
+  _, generate = generators.generator_functions(generator, 1 + config.code_dim)
   multiplier_network: Any = _multiplier_network(classifiers).apply
   ramp = optax.schedules.linear_schedule(0.0, config.stationarity_weight, config.steps // 10, config.restart_steps)
   schedule = optax.schedules.cosine_decay_schedule(config.learning_rate, config.steps, alpha=0.02)
@@ -253,10 +264,10 @@ def _start(
 ) -> training.TrainState:
   """A random start of the generator and of the multipliers."""
   generator_key, multiplier_key, state_key = jax.random.split(jax.random.key((config.seed + 1) * 1000 + restart), 3)
-  shape = networks.CodebookGenerator(
+  shape = generators.CodebookGenerator(
     sample_shape=(2,), num_labels=_NUM_CLASSES, num_classifiers=len(classifiers), codebook_size=config.codes
   )
-  init, _ = networks.generator_functions(shape, method.noise_dim)
+  init, _ = generators.generator_functions(shape, method.noise_dim)
   theta, statistics = init(generator_key)
   zero = jnp.zeros(1, jnp.int32)
   eta = _multiplier_network(classifiers).init(multiplier_key, jnp.zeros((1, 2)), zero, zero)

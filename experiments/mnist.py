@@ -19,7 +19,7 @@ import optax
 from experiments import common, comparison, figures
 from experiments.data import Images, load_digits, SOURCES, Split, split
 from experiments.judge import train_judge
-from kkt_jax import diagnostics, losses, multipliers, networks, pretrain, priors, training
+from kkt_jax import diagnostics, generators, losses, multipliers, networks, pretrain, priors, training
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions, weight_decay_conditions
@@ -172,14 +172,14 @@ def start(
   # Without a stored mean image the generator starts from dark grey, which every drawing on black is near.
   starts = [jnp.full(_SHAPE, 0.1) if c.offset is None else c.offset for c in classifiers]
   first_image = jnp.mean(jnp.stack(starts), axis=0)
-  generators = {"mlp": networks.MLPGenerator, "conv": networks.ConvGenerator}
-  generator = generators[config.generator](
+  modules = {"mlp": generators.MLPGenerator, "conv": generators.ConvGenerator}
+  generator = modules[config.generator](
     sample_shape=_SHAPE,
     num_labels=_NUM_LABELS,
     num_classifiers=len(classifiers),
-    output=networks.pixel_output(first_image, blur=config.blur),
+    output=generators.pixel_output(first_image, blur=config.blur),
   )
-  init_generator, generate = networks.generator_functions(generator, config.noise_dim)
+  init_generator, generate = generators.generator_functions(generator, config.noise_dim)
   schedule = optax.schedules.join_schedules(
     [
       optax.schedules.constant_schedule(config.learning_rate),

@@ -7,12 +7,15 @@ modules, in the order of the method:
 - `kkt_jax.jacobians`: per-sample parameter Jacobians.
 - `kkt_jax.homogeneity`: the rates Lambda (Eqs. 8-10).
 - `kkt_jax.conditions`: what the weighted gradients must add up to (Eqs. 2a, 4).
-- `kkt_jax.losses`: stationarity, duality, total variation and their sum (Eqs. 5-7, 13).
+- `kkt_jax.losses`: margins, stationarity, duality and their sum (Eqs. 5-7, 13).
+- `kkt_jax.priors`: total variation and the other priors that choose among the solutions.
 - `kkt_jax.multipliers`: the KKT multipliers mu.
-- `kkt_jax.networks`: flax classifiers, generators, multiplier network.
+- `kkt_jax.networks`: flax classifiers and the multiplier network.
+- `kkt_jax.generators`: flax generators and their last layers.
 - `kkt_jax.pretrain`: gradient descent to the convergence point.
 - `kkt_jax.training`: the joint training of theta, eta and alpha (Algorithms 1 and 2).
 - `kkt_jax.diagnostics`: how well a classifier satisfies its own conditions.
+- `kkt_jax.first_layer`: what a batch-normalised first layer gives away.
 - `kkt_jax.metrics`: how near, how diverse and how recognisable samples are.
 - `kkt_jax.checkpoint`: saving and resuming.
 """

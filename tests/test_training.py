@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from kkt_jax import losses, networks, priors, training
+from kkt_jax import generators, losses, networks, priors, training
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifier import make_classifier
 from kkt_jax.conditions import weight_decay_conditions
@@ -21,10 +21,10 @@ def linear_classifier(labels, seed=0):
 def setup(classifiers=None, *, optimizer=None, **settings):
   """A tiny problem: linear classifiers of the plane, a small generator, tied multipliers unless told otherwise."""
   classifiers = classifiers or [linear_classifier((0, 1, 2))]
-  generator = networks.MLPGenerator(
+  generator = generators.MLPGenerator(
     sample_shape=(2,), num_labels=5, num_classifiers=len(classifiers), hidden=(8,), output_scale=1.0
   )
-  init, generate = networks.generator_functions(generator, noise_dim=3)
+  init, generate = generators.generator_functions(generator, noise_dim=3)
   eta = None
   if settings.get("multiplier_form", "softmax") != "softmax":
     network = networks.MultiplierNetwork(num_outputs=3, num_labels=5, num_classifiers=len(classifiers), hidden=(8,))

@@ -1,0 +1,230 @@
+"""Flax modules of generators g(noise, y, t; theta), and the last layers that hold what is known of the samples.
+
+`generator_functions` turns a module into the two functions that `kkt_jax.training` needs.
+"""
+
+from collections.abc import Callable, Sequence
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kkt_jax.classifier import PyTree
+from kkt_jax.networks import kaiming
+
+
+class MLPGenerator(nn.Module):
+  """A fully connected generator g(noise, y, t; theta): cheap enough that a training step is spent in the classifier.
+
+  Attributes:
+    sample_shape: shape of one sample.
+    num_labels: number of labels altogether.
+    num_classifiers: T.
+    hidden: widths of the hidden layers, each Linear-BatchNorm-ReLU.
+    batch_norm: whether the hidden layers have batch norm.
+    output: maps the last layer [M, *sample_shape] to samples, such as `pixel_output`.
+    output_scale: factor on the last layer's initial weights; small starts all samples near ``output(0)``.
+  """
+
+  sample_shape: Sequence[int]
+  num_labels: int
+  num_classifiers: int = 1
+  hidden: Sequence[int] = (256, 256)
+  batch_norm: bool = True
+  output: Callable[[jax.Array], jax.Array] = lambda x: x
+  output_scale: float = 0.1
+
+  @nn.compact
+  def __call__(self, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool = False) -> jax.Array:
+    """Maps noise [M, D], labels [M] and classifier indices [M] to samples [M, *sample_shape]."""
+    x = _conditioned(noise, y, t, self.num_labels, self.num_classifiers)
+    for width in self.hidden:
+      x = nn.Dense(width, kernel_init=kaiming())(x)
+      if self.batch_norm:
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, use_fast_variance=False)(x)
+      x = nn.relu(x)
+    last = kaiming(self.output_scale)
+    x = nn.Dense(math.prod(self.sample_shape), kernel_init=last)(x)
+    return self.output(x.reshape(-1, *self.sample_shape))
+
+
+class CodebookGenerator(nn.Module):
+  """A generator of few separate modes: the first noise coordinate picks a learned code, the others blur it a little.
+
+  A continuous network of Gaussian noise must bridge the gaps between separate points; this one need not. A fresh draw
+  is one of ``codebook_size`` learned codes of its label and classifier, moved by fresh noise.
+
+  Attributes:
+    sample_shape: shape of one sample.
+    num_labels: number of labels altogether.
+    num_classifiers: T.
+    codebook_size: codes for each label and classifier; equally likely.
+    jitter: size of the noise that is added to a code.
+    hidden: widths of the hidden layers (SiLU).
+    output: maps the last layer [M, *sample_shape] to samples, such as `affine_output`.
+  """
+
+  sample_shape: Sequence[int]
+  num_labels: int
+  num_classifiers: int = 1
+  codebook_size: int = 60
+  jitter: float = 0.1
+  hidden: Sequence[int] = (128, 128)
+  output: Callable[[jax.Array], jax.Array] = lambda x: x
+
+  @nn.compact
+  def __call__(self, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool = False) -> jax.Array:
+    """Maps noise [M, D], labels [M] and classifier indices [M] to samples [M, *sample_shape]; D is at least 2."""
+    shape = (self.num_classifiers, self.num_labels, self.codebook_size, noise.shape[1] - 1)
+    codebook = self.param("codebook", nn.initializers.normal(1.0), shape)
+    uniform = jax.scipy.stats.norm.cdf(noise[:, 0])
+    code = jnp.clip((uniform * self.codebook_size).astype(jnp.int32), 0, self.codebook_size - 1)
+    x = codebook[t, y, code] + self.jitter * noise[:, 1:]
+    x = jnp.concatenate(
+      [x, jax.nn.one_hot(y, self.num_labels, dtype=x.dtype), jax.nn.one_hot(t, self.num_classifiers, dtype=x.dtype)],
+      axis=1,
+    )
+    for width in self.hidden:
+      x = nn.silu(nn.Dense(width, kernel_init=kaiming())(x))
+    x = nn.Dense(math.prod(self.sample_shape), kernel_init=kaiming())(x)
+    return self.output(x.reshape(-1, *self.sample_shape))
+
+
+class ConvGenerator(nn.Module):
+  """The paper's generator: three fully connected layers, three transposed convolutions, ReLU, batch norm, Kaiming.
+
+  For accelerators: on a CPU it is many times slower than `MLPGenerator`.
+
+  Attributes:
+    sample_shape: height, width (multiples of 4) and channels of an image.
+    num_labels: number of labels altogether.
+    num_classifiers: T.
+    hidden: widths of the first two fully connected layers.
+    channels: channels of the three feature maps that the transposed convolutions take.
+    output: maps the last layer [M, H, W, C] to images, such as `pixel_output`.
+    output_scale: factor on the last layer's initial weights.
+  """
+
+  sample_shape: Sequence[int]
+  num_labels: int
+  num_classifiers: int = 1
+  hidden: Sequence[int] = (256, 256)
+  channels: Sequence[int] = (64, 32, 16)
+  output: Callable[[jax.Array], jax.Array] = lambda x: x
+  output_scale: float = 0.1
+
+  @nn.compact
+  def __call__(self, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool = False) -> jax.Array:
+    """Maps noise [M, D], labels [M] and classifier indices [M] to images [M, H, W, C]."""
+    height, width, out_channels = self.sample_shape
+    if height % 4 or width % 4:
+      raise ValueError(f"sample_shape must have height and width in multiples of 4; got {tuple(self.sample_shape)}.")
+
+    def normalised(x: jax.Array) -> jax.Array:
+      return nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, use_fast_variance=False)(x))
+
+    x = _conditioned(noise, y, t, self.num_labels, self.num_classifiers)
+    for size in (*self.hidden, height // 4 * (width // 4) * self.channels[0]):
+      x = normalised(nn.Dense(size, kernel_init=kaiming())(x))
+    x = x.reshape(-1, height // 4, width // 4, self.channels[0])
+    for size in self.channels[1:]:
+      x = normalised(nn.ConvTranspose(size, (4, 4), strides=(2, 2), kernel_init=kaiming())(x))
+    last = kaiming(self.output_scale)
+    return self.output(nn.ConvTranspose(out_channels, (3, 3), kernel_init=last)(x))
+
+
+def _conditioned(noise: jax.Array, y: jax.Array, t: jax.Array, num_labels: int, num_classifiers: int) -> jax.Array:
+  """Noise, label and classifier index side by side; the one-hot parts as strong as several noise dimensions."""
+  label, index = jax.nn.one_hot(y, num_labels, dtype=noise.dtype), jax.nn.one_hot(t, num_classifiers, dtype=noise.dtype)
+  return jnp.concatenate([noise, 3 * label, 3 * index], axis=1)
+
+
+def pixel_output(start: ArrayLike, *, blur: float = 0.0) -> Callable[[jax.Array], jax.Array]:
+  """Images in (0, 1) around a start: ``sigmoid(logit(start) + blur(x))``, a smoothness prior in the generator itself.
+
+  Args:
+    start: the image at x = 0, [H, W, C] with values in [0, 1]: the data's mean where it is known.
+    blur: standard deviation of a Gaussian blur of x, in pixels; none where 0.
+
+  Returns:
+    A function from [M, H, W, C] to [M, H, W, C].
+
+  >>> print(pixel_output(jnp.full((1, 1, 1), 0.25))(jnp.zeros((1, 1, 1, 1)))[0, 0, 0])
+  [0.25]
+  """
+  start = jnp.clip(jnp.asarray(start), 3e-3, 1 - 3e-3)  # the logit of pure black is not finite
+  base = jnp.log(start) - jnp.log1p(-start)
+  rows, columns = (_blur_matrix(size, blur) for size in start.shape[:2])
+
+  def output(x: jax.Array) -> jax.Array:
+    if blur:
+      x = jnp.einsum("ih,mhwc,jw->mijc", rows, x, columns)
+    return nn.sigmoid(base[None] + x)
+
+  return output
+
+
+def affine_output(mean: ArrayLike, factor: ArrayLike, *, bound: float) -> Callable[[jax.Array], jax.Array]:
+  """Samples around a known mean with a known shape, bounded: ``mean + factor @ (bound * tanh(x / bound))``.
+
+  Args:
+    mean: [D].
+    factor: [D, D], such as the Cholesky factor of the covariance.
+    bound: greatest coordinate before the factor, in standard deviations.
+
+  Returns:
+    A function from [M, D] to [M, D].
+
+  >>> print(affine_output(jnp.array([5.0]), jnp.array([[2.0]]), bound=3.0)(jnp.array([[0.0], [100.0]])))
+  [[ 5.]
+   [11.]]
+  """
+  mean, factor = jnp.asarray(mean), jnp.asarray(factor)
+  return lambda x: mean[None] + (bound * jnp.tanh(x / bound)) @ factor.T
+
+
+def _blur_matrix(size: int, blur: float) -> jax.Array:
+  """[size, size]: row i holds Gaussian weights around i that sum to 1."""
+  distance = jnp.arange(size)[:, None] - jnp.arange(size)[None, :]
+  weights = jnp.exp(-0.5 * jnp.square(distance / max(blur, 1e-6)))
+  return weights / jnp.sum(weights, axis=1, keepdims=True)
+
+
+def generator_functions(
+  module: MLPGenerator | CodebookGenerator | ConvGenerator, noise_dim: int
+) -> tuple[Callable[[jax.Array], tuple[PyTree, PyTree]], Callable[..., tuple[jax.Array, PyTree]]]:
+  """The two functions that `kkt_jax.training` needs of a generator module.
+
+  Args:
+    module: the generator.
+    noise_dim: D.
+
+  Returns:
+    ``init(key) -> (theta, statistics)`` and ``generate(theta, statistics, noise, y, t, train) -> (x, statistics)``.
+
+  >>> init, generate = generator_functions(MLPGenerator(sample_shape=(2,), num_labels=3, hidden=(4,)), noise_dim=5)
+  >>> theta, statistics = init(jax.random.key(0))
+  >>> label = jnp.zeros(7, int)
+  >>> generate(theta, statistics, jnp.zeros((7, 5)), label, label, False)[0].shape
+  (7, 2)
+  """
+  apply: Any = module.apply
+
+  def init(key: jax.Array) -> tuple[PyTree, PyTree]:
+    zeros = jnp.zeros(1, jnp.int32)
+    variables: Any = module.init(key, jnp.zeros((1, noise_dim)), zeros, zeros)
+    return variables["params"], variables.get("batch_stats", {})
+
+  def generate(
+    theta: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool
+  ) -> tuple[jax.Array, PyTree]:
+    variables = {"params": theta, "batch_stats": statistics}
+    if not train:
+      return apply(variables, noise, y, t), statistics
+    x, updated = apply(variables, noise, y, t, train=True, mutable=["batch_stats"])
+    return x, updated.get("batch_stats", {})
+
+  return init, generate
