@@ -65,6 +65,8 @@ def main(config_class: type[ConfigT], run: Callable[[ConfigT, pathlib.Path], Map
     "workdir", None, "Folder for everything the run writes. An interrupted run resumes when run again with it."
   )
   flags.mark_flag_as_required("workdir")
+  for name in ("workdir", *(field.name for field in dataclasses.fields(config_class))):  # type: ignore[arg-type]
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # so that --help shows them
   absl_logging.set_verbosity(absl_logging.WARNING)  # jax and orbax chatter otherwise
 
   def start(argv: list[str]) -> int | None:

@@ -178,6 +178,14 @@ def test_bad_flags_are_named_on_the_command_line(tmp_path, argument, named):
   assert not (tmp_path / "new").exists()
 
 
+def test_help_lists_every_flag_with_its_meaning():
+  text = command("--help").stdout
+  for field in dataclasses.fields(lambda_estimation.Config):
+    assert f"--{field.name}" in text.replace("--[no]", "--"), field.name
+  assert "--workdir" in text
+  assert "Width of the hidden layer." in text
+
+
 def test_the_workdir_is_required():
   result = command()
   assert result.returncode != 0
