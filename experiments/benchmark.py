@@ -30,7 +30,7 @@ class Config:
   """Settings of the run; each is a flag of the same name."""
 
   samples: int = common.flag(300, "M, generated samples in the stationarity sum.", lower=2)
-  repeats: int = common.flag(15, "Timed calls, of which the median is reported.", lower=1)
+  repeats: int = common.flag(25, "Timed calls, of which the median is reported.", lower=1)
   wide: int = common.flag(1000, "The second width, beside 256.", lower=1)
   jacobians: bool = common.flag(True, "Also time explicit Jacobians at width 256; at M = 300 they take 10 GB.")
   seed: int = common.flag(0, "Seed of the weights and samples; times hardly depend on it.", lower=0)
@@ -56,12 +56,15 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   out = common.Workdir(workdir, config)
   rate = matmul_rate(config.repeats)
   rows: dict[str, Measurement] = {}
+  ratios: dict[str, float] = {}
   for width, num_classes in ((256, 10), (256, 100), (config.wide, 10)):
     name = f"width {width}, {num_classes} classes"
     common.say(f"measuring {name}")
     classifier, x, y = problem(config, width, num_classes)
     rows[f"{name}: plain training step"] = measure(_plain_step(classifier), config.repeats, x, y)
     rows[f"{name}: stationarity, vjp"] = measure(_stationarity(classifier, "vjp"), config.repeats, x, y)
+    rows[f"{name}: the demo's stationarity"] = measure(_demo_stationarity(classifier), config.repeats, x, y)
+    ratios[name] = paired_ratio(_stationarity(classifier, "vjp"), _plain_step(classifier), config.repeats, x, y)
     if config.jacobians and (width, num_classes) == (256, 10):
       jacobian = measure(_stationarity(classifier, "jacobian"), min(config.repeats, 3), x, y)
       rows[f"{name}: stationarity, explicit Jacobians"] = jacobian
@@ -69,20 +72,19 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   table = {name: dataclasses.asdict(row) | {"of_matmul_rate": _fraction(row, rate)} for name, row in rows.items()}
   step, generator_only = generator_step(config)
 
-  def ratio(name: str, other: str) -> float:
-    return rows[name].milliseconds / rows[other].milliseconds
+  def flops_ratio(name: str, function: str) -> float:
+    return rows[f"{name}: {function}"].gigaflops / rows[f"{name}: plain training step"].gigaflops
 
-  base, wide = "width 256, 10 classes", f"width {config.wide}, 10 classes"
+  base, many = (rows[f"width 256, {count} classes: stationarity, vjp"] for count in (10, 100))
   metrics: dict[str, Any] = {
     "matmul_gigaflops_per_second": rate,
     "functions": table,
-    "ratio_of_stationarity_to_plain_step": {
-      name: ratio(f"{name}: stationarity, vjp", f"{name}: plain training step") for name in (base, wide)
-    },
+    "ratio_of_stationarity_to_plain_step": ratios,
+    "ratio_in_operations": {name: flops_ratio(name, "stationarity, vjp") for name in ratios},
+    "ratio_in_operations_of_the_demo": {name: flops_ratio(name, "the demo's stationarity") for name in ratios},
     "ratio_of_100_classes_to_10": {
-      "time": ratio("width 256, 100 classes: stationarity, vjp", f"{base}: stationarity, vjp"),
-      "memory": rows["width 256, 100 classes: stationarity, vjp"].megabytes
-      / rows[f"{base}: stationarity, vjp"].megabytes,
+      "time": many.milliseconds / base.milliseconds,
+      "memory": many.megabytes / base.megabytes,
     },
     "demo_step": {
       "milliseconds": step,
@@ -133,6 +135,20 @@ def measure(function: Callable[..., Any], repeats: int, *args: Any) -> Measureme
   )
 
 
+def paired_ratio(a: Callable[..., Any], b: Callable[..., Any], repeats: int, *args: Any) -> float:
+  """Time of ``a`` over time of ``b``: the median over calls in turn, which a drifting machine speed does not move."""
+  compiled = [jax.jit(function).lower(*args).compile() for function in (a, b)]
+  ratios = []
+  for _ in range(repeats + 1):
+    times = []
+    for function in compiled:
+      begin = time.perf_counter()
+      jax.block_until_ready(function(*args))
+      times.append(time.perf_counter() - begin)
+    ratios.append(times[0] / times[1])
+  return statistics.median(ratios[1:])  # the first calls do not count
+
+
 def matmul_rate(repeats: int, size: int = 2048) -> float:
   """The machine's rate of float32 matrix products, in 1e9 operations a second."""
   a = jnp.ones((size, size))
@@ -180,12 +196,24 @@ def _plain_step(classifier: Classifier) -> Callable[..., PyTree]:
 
 
 def _stationarity(classifier: Classifier, route: str) -> Callable[..., PyTree]:
-  """The relative residual and its gradient by the samples."""
+  """The relative residual with given multipliers and its gradient by the samples."""
+  conditions = weight_decay_conditions(classifier.params)
+
+  def residual(x: jax.Array, y: jax.Array) -> jax.Array:
+    mu = jnp.ones((x.shape[0], classifier.num_classes))
+    sums = losses.stationarity_sum(classifier.apply_fn, classifier.params, x, y, mu, route=route)
+    return losses.stationarity_residual(conditions, sums).relative
+
+  return jax.value_and_grad(residual)
+
+
+def _demo_stationarity(classifier: Classifier) -> Callable[..., PyTree]:
+  """The same with multipliers tied to the softmax and relaxed gates, through which gradients flow as well."""
   conditions = weight_decay_conditions(classifier.params)
 
   def residual(x: jax.Array, y: jax.Array) -> jax.Array:
     mu = multipliers.from_softmax(classifier.gradient_fn(classifier.params, x))
-    sums = losses.stationarity_sum(classifier.gradient_fn, classifier.params, x, y, mu, route=route)
+    sums = losses.stationarity_sum(classifier.gradient_fn, classifier.params, x, y, mu)
     return losses.stationarity_residual(conditions, sums).relative
 
   return jax.value_and_grad(residual)
