@@ -6,7 +6,7 @@ reference), at two widths and for ten and a hundred classes; what share of a tra
 spent in the classifier; and what fraction of the machine's measured rate of matrix products all of it reaches.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import pathlib
 import statistics
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import common, figures, mnist
+from experiments import common, figures, images, mnist
 from kkt_jax import losses, multipliers, networks, training
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import weight_decay_conditions
@@ -60,7 +60,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   for width, num_classes in ((256, 10), (256, 100), (config.wide, 10)):
     name = f"width {width}, {num_classes} classes"
     common.say(f"measuring {name}")
-    classifier, x, y = problem(config, width, num_classes)
+    classifier, x, y = problem(config, (width, width), num_classes)
     rows[f"{name}: plain training step"] = measure(_plain_step(classifier), config.repeats, x, y)
     rows[f"{name}: stationarity, vjp"] = measure(_stationarity(classifier, "vjp"), config.repeats, x, y)
     rows[f"{name}: the demo's stationarity"] = measure(_demo_stationarity(classifier), config.repeats, x, y)
@@ -106,9 +106,9 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   return metrics
 
 
-def problem(config: Config, width: int, num_classes: int) -> tuple[Classifier, jax.Array, jax.Array]:
+def problem(config: Config, hidden: Sequence[int], num_classes: int) -> tuple[Classifier, jax.Array, jax.Array]:
   """The MNIST classifier with random weights, random samples and labels: times do not depend on their values."""
-  module = networks.MLPClassifier(num_classes=num_classes, hidden=(width, width), gate_sharpness=30.0)
+  module = networks.MLPClassifier(num_classes=num_classes, hidden=hidden, gate_sharpness=30.0)
   key = jax.random.key(config.seed)
   x = jax.random.uniform(key, (config.samples, 28, 28, 1))
   classifier = networks.from_module(
@@ -158,9 +158,9 @@ def matmul_rate(repeats: int, size: int = 2048) -> float:
 
 def generator_step(config: Config) -> tuple[float, float]:
   """Milliseconds of one training step of the demo, and of the same step with a loss that skips the classifier."""
-  demo = mnist.Config(batch_size=500)
-  classifier, _, _ = problem(config, demo.width, 10)
-  method, state, conditions = mnist.start(demo, [classifier])
+  demo = common.resolve(mnist.Config())
+  classifier, _, _ = problem(config, (demo.width, demo.second_width), 10)
+  method, state, conditions = images.start(demo, [classifier])
   step = training.make_train_step(method).call
   whole = measure(step, config.repeats, state, [classifier], conditions)
 

@@ -40,6 +40,30 @@ def flag(
   )
 
 
+def flag_by(name: str, defaults: Mapping[str, Any], help_text: str, **limits: Any) -> Any:
+  """A flag whose default depends on the value of the flag ``name``, one for each of its choices; see `resolve`.
+
+  Args:
+    name: the flag on which it depends.
+    defaults: default by value of that flag.
+    help_text: what it means; the defaults are added to it.
+    **limits: as of `flag`.
+  """
+  shown = ", ".join(f"{value} for {choice}" for choice, value in defaults.items())
+  field = flag(None, f"{help_text} By --{name}: {shown}.", **limits)
+  return dataclasses.field(default=None, metadata={**field.metadata, "by": (name, dict(defaults))})
+
+
+def resolve(config: ConfigT) -> ConfigT:
+  """The config with every default that depends on another flag filled in; see `flag_by`."""
+  filled = {}
+  for field in dataclasses.fields(config):  # type: ignore[arg-type]
+    if "by" in field.metadata and getattr(config, field.name) is None:
+      name, defaults = field.metadata["by"]
+      filled[field.name] = defaults[getattr(config, name)]
+  return dataclasses.replace(config, **filled)  # type: ignore[type-var]
+
+
 def check_config(config: Any) -> None:
   """Raises UsageError unless every field of a config lies within its bounds or choices."""
   for field in dataclasses.fields(config):
@@ -90,13 +114,14 @@ def main(config_class: type[ConfigT], run: Callable[[ConfigT, pathlib.Path], Map
 
 def _define_flag(field: dataclasses.Field[Any]) -> None:
   limits, default = field.metadata, cast(Any, field.default)
+  example = next(iter(limits["by"][1].values())) if "by" in limits else default  # its type is the flag's
   if limits["choices"] is not None:
     flags.DEFINE_enum(field.name, default, limits["choices"], limits["help"])
-  elif isinstance(default, bool):
+  elif isinstance(example, bool):
     flags.DEFINE_bool(field.name, default, limits["help"])
-  elif isinstance(default, int):
+  elif isinstance(example, int):
     flags.DEFINE_integer(field.name, default, limits["help"], lower_bound=limits["lower"], upper_bound=limits["upper"])
-  elif isinstance(default, float):
+  elif isinstance(example, float):
     flags.DEFINE_float(field.name, default, limits["help"], lower_bound=limits["lower"], upper_bound=limits["upper"])
   else:
     flags.DEFINE_string(field.name, default, limits["help"])

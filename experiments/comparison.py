@@ -89,6 +89,6 @@ def table(results: Mapping[str, Any]) -> str:
   lines = [f"{'':<16}" + "".join(f"{name:>18}" for name in _COLUMNS)]
   for name, row in results.items():
     if isinstance(row, dict) and "ssim_cover" in row:
-      cells = [np.mean(row[column]) for column in _COLUMNS]
+      cells = [np.mean(row.get(column, np.nan)) for column in _COLUMNS]
       lines.append(f"{name:<16}" + "".join(f"{cell:18.3f}" for cell in cells))
   return "\n".join(lines)

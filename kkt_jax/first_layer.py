@@ -1,8 +1,9 @@
-"""What a batch-normalised first layer gives away about the data: their mean and covariance.
+"""What the first layer alone gives away about the data: the subspace they span, and with batch norm their moments.
 
-The stored statistics of the first layer are those of ``W^T x + b`` over the training data, so they are linear equations
-for the moments of x. Beyond the paper, and data-free: they are read off the given parameters.
+Beyond the paper, and data-free: everything is read off the given parameters.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,58 @@ from jax.typing import ArrayLike
 from kkt_jax import _checks
 
 
+class InputSpan(NamedTuple):
+  """A subspace in which the training inputs lie, less the constant that the classifier subtracts from them.
+
+  Attributes:
+    basis: orthonormal columns [D, r], the most important direction first.
+    strengths: how strongly each direction is written into the weights [r], positive, falling.
+  """
+
+  basis: jax.Array
+  strengths: jax.Array
+
+
+def input_span(kernel: ArrayLike, *, tolerance: float = 2e-7) -> InputSpan:
+  """The span of the training inputs, read off the weights of a fully connected first layer.
+
+  With weight decay w the stationarity of the first layer is ``W = (1 / w) mean_i x_i delta_i^T`` with back-propagated
+  signals delta: every column of W [D, F] is a combination of the training inputs. With F > N the singular values fall
+  off a cliff behind the rank of the data, at most N, and the left singular vectors before it span the training inputs
+  exactly. The classifier must be trained to convergence: what is left of the initialisation blurs the cliff.
+
+  Args:
+    kernel: W [D, F].
+    tolerance: singular values below this share of the greatest are taken for rounding errors, in (0, 1).
+
+  Returns:
+    An `InputSpan` of rank r <= min(D, F).
+
+  Raises:
+    ValueError: ``kernel`` is not such a matrix, holds NaN, infinities or only zeros, or ``tolerance`` is out of range.
+
+  >>> import jax.numpy as jnp
+  >>> span = input_span(jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 0.0, 0.0]]))
+  >>> span.basis.shape, span.strengths.tolist()
+  ((3, 2), [3.0, 2.0])
+  """
+  kernel = jnp.asarray(kernel)
+  _checks.check_rank("kernel", kernel, 2, "[D, F]")
+  _checks.check_finite("kernel", kernel)
+  if not 0 < tolerance < 1:
+    raise ValueError(f"tolerance must be in (0, 1); got {tolerance}.")
+  basis, strengths, _ = jnp.linalg.svd(kernel, full_matrices=False)
+  rank = int(jnp.sum(strengths > tolerance * strengths[0]))
+  if not rank:
+    raise ValueError("kernel must not be all zeros.")
+  return InputSpan(basis[:, :rank], strengths[:rank])
+
+
 def input_moments(kernel: ArrayLike, bias: ArrayLike, mean: ArrayLike, var: ArrayLike) -> tuple[jax.Array, jax.Array]:
   """Solves ``W^T m + b = mean`` and ``w_j^T S w_j = var_j`` for the mean m and covariance S of the inputs.
 
-  Least squares; exact where the layer is wide enough: F >= D for the mean, F >= D (D + 1) / 2 for the covariance.
+  The stored statistics of a batch-normalised first layer are those of ``W^T x + b`` over the training data. Least
+  squares; exact where the layer is wide enough: F >= D for the mean, F >= D (D + 1) / 2 for the covariance.
 
   Args:
     kernel: W [D, F].

@@ -1,6 +1,7 @@
 """Flax modules of generators g(noise, y, t; theta), and the last layers that hold what is known of the samples.
 
-`generator_functions` turns a module into the two functions that `kkt_jax.training` needs.
+`generator_functions` turns a module into the two functions that `kkt_jax.training` needs; `span_functions` makes them
+without a network.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from kkt_jax import _checks
 from kkt_jax.classifier import PyTree
+from kkt_jax.first_layer import InputSpan
 from kkt_jax.networks import kaiming
+
+InitFn = Callable[[jax.Array], tuple[PyTree, PyTree]]
+GenerateFn = Callable[..., tuple[jax.Array, PyTree]]
 
 
 class MLPGenerator(nn.Module):
@@ -80,9 +86,7 @@ class CodebookGenerator(nn.Module):
     """Maps noise [M, D], labels [M] and classifier indices [M] to samples [M, *sample_shape]; D is at least 2."""
     shape = (self.num_classifiers, self.num_labels, self.codebook_size, noise.shape[1] - 1)
     codebook = self.param("codebook", nn.initializers.normal(1.0), shape)
-    uniform = jax.scipy.stats.norm.cdf(noise[:, 0])
-    code = jnp.clip((uniform * self.codebook_size).astype(jnp.int32), 0, self.codebook_size - 1)
-    x = codebook[t, y, code] + self.jitter * noise[:, 1:]
+    x = codebook[t, y, _code(noise, self.codebook_size)] + self.jitter * noise[:, 1:]
     x = jnp.concatenate(
       [x, jax.nn.one_hot(y, self.num_labels, dtype=x.dtype), jax.nn.one_hot(t, self.num_classifiers, dtype=x.dtype)],
       axis=1,
@@ -142,6 +146,82 @@ def _conditioned(noise: jax.Array, y: jax.Array, t: jax.Array, num_labels: int, 
   return jnp.concatenate([noise, 3 * label, 3 * index], axis=1)
 
 
+def _code(noise: jax.Array, num_codes: int) -> jax.Array:
+  """Which of equally likely codes [M] the first coordinate of standard normal noise [M, D] picks."""
+  uniform = jax.scipy.stats.norm.cdf(noise[:, 0])
+  return jnp.clip((uniform * num_codes).astype(jnp.int32), 0, num_codes - 1)
+
+
+def span_functions(
+  starts: Sequence[ArrayLike],
+  spans: Sequence[InputSpan],
+  *,
+  num_labels: int,
+  num_codes: int,
+  deviation: float,
+  power: float = 0.5,
+) -> tuple[InitFn, GenerateFn]:
+  """A generator whose samples lie in the span of the first layer: each noise picks one of many learned combinations.
+
+  ``g(noise, y, t) = start_t + sum_j c_j s_j^power v_j`` with the basis v and the strengths s of classifier t's span and
+  the coefficients c of one of ``num_codes`` codes of label y. Nothing is shared between the codes but the equations:
+  a *finite* generator, whose distribution has num_codes equally likely images of each label and classifier. In the
+  coordinates c all directions are of comparable size, which gradient descent needs: the strengths span six decades.
+
+  Args:
+    starts: for each classifier the sample at c = 0 [*sample_shape], such as the stored mean image.
+    spans: the span of each classifier's inputs, of ``D = prod(sample_shape)`` dimensions.
+    num_labels: number of labels altogether.
+    num_codes: codes of each label and classifier.
+    deviation: root mean square of a coordinate of the random first samples around the start, in units of the samples.
+    power: how much of the strengths the coefficients are freed from: 1 leaves strong directions strong, 0 makes all
+      equal.
+
+  Returns:
+    ``init(key) -> (theta, statistics)`` and ``generate(theta, statistics, noise, y, t, train) -> (x, statistics)``, as
+    `generator_functions` returns them. Noise [M, 1] is enough. In training x may leave [0, 1], against which
+    `kkt_jax.priors.out_of_range` pulls; otherwise x is clipped to [0, 1].
+
+  Raises:
+    ValueError: no classifier, or spans that do not fit the starts.
+
+  >>> span = InputSpan(basis=jnp.eye(4)[:, :2], strengths=jnp.array([4.0, 1.0]))
+  >>> init, generate = span_functions([jnp.zeros((2, 2))], [span], num_labels=3, num_codes=5, deviation=0.1)
+  >>> theta, statistics = init(jax.random.key(0))
+  >>> theta[0].shape  # labels, codes, rank
+  (3, 5, 2)
+  >>> label = jnp.zeros(7, int)
+  >>> generate(theta, statistics, jnp.zeros((7, 1)), label, label, False)[0].shape
+  (7, 2, 2)
+  """
+  if not starts or len(starts) != len(spans):
+    raise ValueError(f"spans must hold one for each of {len(starts)} starts, at least one; got {len(spans)}.")
+  flat_starts = [jnp.asarray(start).reshape(-1) for start in starts]
+  sample_shape = jnp.shape(starts[0])
+  factors = []
+  for start, span in zip(flat_starts, spans, strict=True):
+    _checks.check_shape("spans[t].basis", span.basis, (start.size, span.strengths.size), "[D, r]")
+    scale = span.strengths**power
+    scale = scale * deviation * jnp.sqrt(start.size) / jnp.linalg.norm(scale)
+    factors.append(scale[:, None] * span.basis.T)
+
+  def init(key: jax.Array) -> tuple[PyTree, PyTree]:
+    keys = jax.random.split(key, len(spans))
+    sizes = [(num_labels, num_codes, span.strengths.size) for span in spans]
+    return [jax.random.normal(k, size) for k, size in zip(keys, sizes, strict=True)], {}
+
+  def generate(
+    theta: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool
+  ) -> tuple[jax.Array, PyTree]:
+    code = _code(noise, num_codes)
+    x = jnp.zeros((noise.shape[0], flat_starts[0].size))
+    for index, (coefficients, factor, start) in enumerate(zip(theta, factors, flat_starts, strict=True)):
+      x = jnp.where((t == index)[:, None], start[None] + coefficients[y, code] @ factor, x)
+    return (x if train else jnp.clip(x, 0, 1)).reshape(-1, *sample_shape), statistics
+
+  return init, generate
+
+
 def pixel_output(start: ArrayLike, *, blur: float = 0.0) -> Callable[[jax.Array], jax.Array]:
   """Images in (0, 1) around a start: ``sigmoid(logit(start) + blur(x))``, a smoothness prior in the generator itself.
 
@@ -195,7 +275,7 @@ def _blur_matrix(size: int, blur: float) -> jax.Array:
 
 def generator_functions(
   module: MLPGenerator | CodebookGenerator | ConvGenerator, noise_dim: int
-) -> tuple[Callable[[jax.Array], tuple[PyTree, PyTree]], Callable[..., tuple[jax.Array, PyTree]]]:
+) -> tuple[InitFn, GenerateFn]:
   """The two functions that `kkt_jax.training` needs of a generator module.
 
   Args:

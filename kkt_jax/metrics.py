@@ -81,6 +81,7 @@ def pairwise_ssim(a: ArrayLike, b: ArrayLike) -> jax.Array:
   return jax.lax.map(lambda image: ssim(image[None], jnp.asarray(b)), jnp.asarray(a))
 
 
+@jax.jit
 def pairwise_distance(a: ArrayLike, b: ArrayLike) -> jax.Array:
   """Euclidean distance of every row of ``a`` [A, ...] from every row of ``b`` [B, ...]; [A, B].
 
@@ -154,6 +155,11 @@ def similarity_metrics(
     "distinct_nearest": len(np.unique(jnp.argmax(similarity, axis=1))),
     "label_agreement": float(jnp.mean(jnp.asarray(data_labels)[nearest_of_any_class] == jnp.asarray(sample_labels))),
   }
+
+
+def best_similarity(samples: ArrayLike, sample_labels: ArrayLike, data: ArrayLike, data_labels: ArrayLike) -> jax.Array:
+  """The best SSIM [N] of each data image to a sample of its class; -inf where the class has no sample."""
+  return jnp.max(_within_class(pairwise_ssim(samples, data), sample_labels, data_labels, -jnp.inf), axis=0)
 
 
 def ssim_nearest_indices(

@@ -60,6 +60,27 @@ def binarisation(x: ArrayLike) -> jax.Array:
   return jnp.mean((x * (1 - x)).reshape(x.shape[0], -1), axis=1)
 
 
+def out_of_range(x: ArrayLike, low: float = 0.0, high: float = 1.0) -> jax.Array:
+  """Inputs have a known range: mean squared excess over it, per sample.
+
+  Args:
+    x: samples [M, ...].
+    low: least possible value.
+    high: greatest possible value.
+
+  Returns:
+    [M], in squared units of ``x``; 0 where every value lies in [low, high].
+
+  >>> import jax.numpy as jnp
+  >>> print(out_of_range(jnp.array([[0.2, 1.0], [-1.0, 2.0]])))
+  [0. 1.]
+  """
+  x = jnp.asarray(x)
+  _checks.check_batch("x", x)
+  excess = jax.nn.relu(low - x) + jax.nn.relu(x - high)
+  return jnp.mean(jnp.square(excess).reshape(x.shape[0], -1), axis=1)
+
+
 def mean_distance(x: ArrayLike, mean: ArrayLike) -> jax.Array:
   """How far the mean of a batch is from a known mean, relative to its size: ``|mean_i x_i - mean|^2 / |mean|^2``.
 

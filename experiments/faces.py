@@ -1,0 +1,53 @@
+"""Fig. 7: faces from nothing but the weights of a classifier of them.
+
+By default the classifier tells faces from other pictures, with the images that scikit-image ships; with
+``--data=celeba`` it tells one attribute of CelebA's faces. See `experiments.images` for what happens; ``fig7.png``
+shows generated images in odd rows.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import pathlib
+from typing import Any
+
+from experiments import common, images
+from experiments.data import FACE_SOURCES, load_faces, split
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(images.Config):
+  """Settings of the run; each is a flag of the same name."""
+
+  data: str = common.flag(
+    "lfw",
+    "Where the images come from. lfw: 100 faces and 100 other pictures, 25 x 25 grey, shipped by scikit-image. celeba:"
+    " a folder in CelebA's layout. tfds: downloads CelebA.",
+    choices=FACE_SOURCES,
+  )
+  celeba_dir: str = common.flag(
+    "", "celeba: folder with img_align_celeba/*.jpg and list_attr_celeba.txt, as CelebA is published."
+  )
+  attribute: str = common.flag("Male", "celeba, tfds: the attribute that the classifier tells, by CelebA's name.")
+  size: int = common.flag(32, "celeba, tfds: height and width to which the faces are scaled.", lower=8)
+  binarisation_weight: float = common.flag(0.0, "Weight of the prior that pixels are black or white.", lower=0)
+  judge_epochs: int = common.flag(30, "Passes over the data of the independent judge's training.", lower=1)
+
+
+def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
+  """Runs or resumes the experiment; returns the final metrics."""
+  config = common.resolve(config)
+  common.check_config(config)
+  if config.classifiers != 1:
+    raise common.UsageError(f"--classifiers must be 1: there are two classes only; got {config.classifiers}.")
+  faces = load_faces(config.data, attribute=config.attribute, celeba_dir=config.celeba_dir, size=config.size)
+  data = split(
+    faces,
+    train_per_class=config.samples_per_class,
+    held_out_per_class=25 if config.data == "lfw" else 50,
+    seed=config.seed,
+  )
+  return images.run(config, workdir, data, num_samples=100, figure="fig7.png")
+
+
+if __name__ == "__main__":
+  common.main(Config, run)

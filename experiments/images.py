@@ -1,0 +1,469 @@
+"""Figs. 6 to 8: a generator of images from nothing but the weights of classifiers; what `mnist` and `faces` share.
+
+Trains classifiers on real images by full-batch gradient descent with weight decay, forgets the images, trains a
+conditional generator so that the classifiers' own stationarity conditions hold for what it generates, and only then
+looks at the images again, to compare. The figure shows generated images in odd rows and below each the most similar
+training image.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import common, comparison, figures
+from experiments.data import Images, Split
+from experiments.judge import train_judge
+from kkt_jax import diagnostics, generators, losses, metrics, multipliers, networks, pretrain, priors, training
+from kkt_jax.checkpoint import Checkpointer
+from kkt_jax.classifier import Classifier, PyTree
+from kkt_jax.conditions import Conditions, weight_decay_conditions
+from kkt_jax.first_layer import input_span
+
+GENERATORS = ("span", "mlp", "conv")
+_COLUMNS = 20  # images in a row of a picture
+_POPULATION = 20_000  # fresh samples of which the residual of a whole distribution is measured
+
+
+def by_generator(span: Any, network: Any, help_text: str, **limits: Any) -> Any:
+  """A flag with one default for ``--generator=span`` and another for the networks."""
+  return common.flag_by("generator", {"span": span, "mlp": network, "conv": network}, help_text, **limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Settings of the run; each is a flag of the same name."""
+
+  seed: int = common.flag(0, "Seed of everything random.", lower=0)
+  samples_per_class: int = common.flag(50, "Training images a class.", lower=2)
+  classifiers: int = common.flag(1, "Number of classifiers among which the classes are shared out.", lower=1, upper=5)
+  # The attacked classifier.
+  width: int = common.flag(
+    1000, "Width of its first layer; above the number of training images it gives away their span.", lower=1
+  )
+  second_width: int = common.flag(256, "Width of its second layer.", lower=1)
+  weight_decay: float = common.flag(0.02, "Weight decay of its training.", lower=1e-6)
+  pretrain_steps: int = common.flag(4000, "Steps of full-batch gradient descent.", lower=1)
+  pretrain_learning_rate: float = common.flag(0.1, "Their step size.", lower=1e-6)
+  # The generator and its training.
+  generator: str = common.flag(
+    "span",
+    "span: images in the span of the first layer, one for each value of a discrete noise. mlp: a network of continuous"
+    " noise. conv: the paper's network, for accelerators.",
+    choices=GENERATORS,
+  )
+  codes: int = common.flag(50, "span: images that the noise picks from, for each class and classifier.", lower=1)
+  power: float = common.flag(0.6, "span: how much the weights' own strength scales the search directions.", lower=0)
+  steps: int = by_generator(1500, 1000, "Training steps of the generator.", lower=1)
+  warmup: int = by_generator(300, 150, "First steps, in which only the classification counts.", lower=0)
+  learning_rate: float = by_generator(0.05, 2e-3, "Peak learning rate of Adam.", lower=1e-8)
+  batch_size: int = common.flag(500, "mlp, conv: M, samples for each classifier in each step.", lower=2)
+  num_fresh: int = by_generator(0, 100, "Never-trained samples that must be classified right.", lower=0)
+  noise_dim: int = by_generator(1, 8, "Size of the noise.", lower=1)
+  fixed_noise: bool = common.flag(True, "Train on M fixed noise vectors for each classifier instead of new ones.")
+  blur: float = common.flag(1.0, "mlp, conv: blur inside the generator, in pixels.", lower=0.0)
+  mean_image: bool = common.flag(True, "Start from the mean image that the classifier stores for its preprocessing.")
+  gate_sharpness: float = by_generator(
+    20.0, 30.0, "Smoothness of the ReLU derivative in the stationarity; 0 is exact.", lower=0
+  )
+  multiplier_form: str = common.flag("softmax", "Where the multipliers come from.", choices=multipliers.FORMS)
+  stationarity_weight: float = by_generator(72.0, 8.0, "Weight of the stationarity (0 is the ablation).", lower=0)
+  first_layer_weight: float = common.flag(8.0, "Weight of the first layer's residual among the tensors'.", lower=0)
+  later_layers_weight: float = by_generator(4.0, 1.0, "Weight of the later layers' kernels among them.", lower=0)
+  margin: float = common.flag(3.0, "e^-alpha at the start: the margin that samples are pushed to.", lower=1e-6)
+  delta: float = common.flag(1.0, "Width of the flat bottom of the duality loss, in units of e^-alpha.", lower=0)
+  beta: float = by_generator(1.5, 0.0, "Weight of the duality loss after the warm-up.", lower=0)
+  fresh_weight: float = common.flag(1.0, "Weight of the duality loss of never-trained samples.", lower=0)
+  range_weight: float = by_generator(8000.0, 0.0, "Weight of the prior that pixels lie in [0, 1].", lower=0)
+  binarisation_weight: float = by_generator(15.0, 2.0, "Weight of the prior that pixels are black or white.", lower=0)
+  mean_weight: float = by_generator(0.0, 2.0, "Weight of the distance from the stored mean image.", lower=0)
+  ink_weight: float = by_generator(0.0, 1.0, "Weight of the prior that no image is almost blank.", lower=0)
+  mode_seeking_weight: float = by_generator(0.0, 0.3, "Weight of the diversity term.", lower=0)
+  total_variation_weight: float = by_generator(8.0, 0.0, "Weight of the total variation.", lower=0)
+  judge_epochs: int = common.flag(8, "Passes over the data of the independent judge's training.", lower=1)
+  # What is written.
+  log_every: int = common.flag(50, "Steps between logged metrics.", lower=1)
+  grid_every: int = common.flag(500, "Steps between sample grids and checkpoints.", lower=1)
+  tensorboard: bool = common.flag(False, "Also write metrics for TensorBoard.")
+
+
+def run(config: Config, workdir: pathlib.Path, data: Split, *, num_samples: int, figure: str) -> Mapping[str, Any]:
+  """Runs or resumes the experiment.
+
+  Args:
+    config: its settings, resolved (see `common.resolve`).
+    workdir: where everything is written.
+    data: what the classifiers are trained on, what the judge is trained on, and the control.
+    num_samples: samples that every figure of merit is measured on, the same number of each class.
+    figure: file name of the picture.
+
+  Returns:
+    The final metrics.
+  """
+  _check(config)
+  out = common.Workdir(workdir, config, tensorboard=config.tensorboard)
+  classifiers = trained_classifiers(config, data.train, out.path / "classifier")
+  method, state = train_generator(config, classifiers, out)  # sees no data
+  return evaluate(config, out, data, classifiers, method, state, num_samples=num_samples, figure=figure)
+
+
+def _check(config: Config) -> None:
+  """What the bounds of single flags cannot say."""
+  common.check_config(config)
+  if config.warmup >= config.steps:
+    raise common.UsageError(f"--warmup must be less than --steps = {config.steps}; got {config.warmup}.")
+  if not config.mean_image and (config.mean_weight or config.ink_weight):
+    raise common.UsageError(
+      "--mean_weight and --ink_weight must be 0 with --nomean_image: there is then no mean image to compare with."
+    )
+
+
+def label_groups(num_labels: int, num_classifiers: int) -> list[tuple[int, ...]]:
+  """The labels shared out in order: 0-4 and 5-9 of ten digits for two classifiers, as in Fig. 8.
+
+  >>> label_groups(10, 2)
+  [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
+  """
+  return [tuple(int(label) for label in part) for part in np.array_split(np.arange(num_labels), num_classifiers)]
+
+
+def trained_classifiers(config: Config, train: Images, directory: pathlib.Path) -> list[Classifier]:
+  """Trains the attacked classifiers, or restores them; nothing else of the data leaves this function.
+
+  Each classifier stores the mean of its training images, which it subtracts from its inputs.
+  """
+  classifiers = []
+  shape = train.x.shape[1:]
+  for index, labels in enumerate(label_groups(len(np.unique(train.y)), config.classifiers)):
+    module = networks.MLPClassifier(
+      num_classes=len(labels),
+      hidden=(config.width, config.second_width),
+      gate_sharpness=config.gate_sharpness or None,
+    )
+    key = jax.random.fold_in(jax.random.key(config.seed), index)
+    like = {"params": module.init(key, jnp.zeros((1, *shape)))["params"], "mean": jnp.zeros(shape)}
+    with Checkpointer(directory / str(index)) as checkpointer:
+      restored = checkpointer.restore(like)
+      stored = restored[1] if restored else _train_classifier(config, module, like["params"], train, labels)
+      if not restored:
+        checkpointer.save(0, stored)
+    offset = stored["mean"] if config.mean_image else None
+    classifiers.append(
+      networks.from_module(module, {"params": stored["params"]}, input_shape=shape, labels=labels, offset=offset)
+    )
+  return classifiers
+
+
+def _train_classifier(
+  config: Config, module: networks.MLPClassifier, params: PyTree, train: Images, labels: Sequence[int]
+) -> dict[str, PyTree]:
+  own = np.isin(train.y, labels)
+  x, y = jnp.asarray(train.x[own]), jnp.asarray(np.searchsorted(labels, train.y[own]))
+  mean = jnp.mean(x, axis=0) if config.mean_image else jnp.zeros(x.shape[1:])
+  exact: Any = module.clone(gate_sharpness=None).apply
+  progress = common.Progress("classifier", config.pretrain_steps)
+  result = pretrain.gradient_descent(
+    lambda params, x: exact({"params": params}, x),
+    params,
+    x - mean[None],
+    y,
+    num_steps=config.pretrain_steps,
+    learning_rate=config.pretrain_learning_rate,
+    weight_decay=config.weight_decay,
+    momentum=0.9,
+    on_progress=lambda step, log_loss: progress.update(step, {"loss": float(np.exp(log_loss))}),
+  )
+  common.say(
+    f"classifier of {labels[0]}-{labels[-1]}: loss {np.exp(result.log_loss):.3g}, median margin"
+    f" {np.median(result.margins):.3g}, |gradient| / |zeta| {result.relative_gradient:.2g}"
+  )
+  return {"params": result.params, "mean": mean}
+
+
+def start(
+  config: Config, classifiers: Sequence[Classifier]
+) -> tuple[training.Method, training.TrainState, list[Conditions]]:
+  """The method, its random start, and the stationarity condition of each classifier; no data enter this function."""
+  num_labels = 1 + max(max(c.labels) for c in classifiers)
+  init_generator, generate = _generator(config, classifiers, num_labels)
+  raw_multipliers, eta, keys = None, None, jax.random.split(jax.random.key(config.seed + 1), 3)
+  if config.multiplier_form != "softmax":
+    network = networks.MultiplierNetwork(
+      num_outputs=max(c.num_classes for c in classifiers), num_labels=num_labels, num_classifiers=len(classifiers)
+    )
+    zero = jnp.zeros(1, jnp.int32)
+    eta = network.init(keys[2], jnp.zeros((1, *classifiers[0].input_shape)), zero, zero)
+    apply: Any = network.apply
+    raw_multipliers = apply
+  every_code = config.codes * max(c.num_classes for c in classifiers)
+  method = training.Method(
+    generate=generate,
+    optimizer=training.partitioned(
+      _adam(config, config.learning_rate), *(_adam(config, min(config.learning_rate, 2e-3)) for _ in range(2))
+    ),
+    noise_dim=config.noise_dim,
+    batch_size=every_code if config.generator == "span" else config.batch_size,
+    weights=_weights(config),
+    priors=_priors(config),
+    residual="relative",
+    tensor_weights={
+      "Dense_0/kernel": config.first_layer_weight,
+      "Dense_1/kernel": config.later_layers_weight,
+      "Dense_2/kernel": config.later_layers_weight,
+      "Dense_2/bias": 0.0,
+    },
+    multiplier_form=config.multiplier_form,
+    raw_multipliers=raw_multipliers,
+    learn_scale=config.multiplier_form != "softmax",
+    delta=config.delta,
+    fixed_noise=config.fixed_noise,
+    stratified_noise=config.generator == "span",
+    num_fresh=config.num_fresh,
+  )
+  conditions = weight_decay_conditions_of(config, classifiers)
+  theta, statistics = init_generator(keys[0])
+  state = training.init_state(
+    keys[1],
+    method,
+    classifiers,
+    conditions,
+    theta=theta,
+    statistics=statistics,
+    eta=eta,
+    margin=config.margin,
+  )
+  return method, state, conditions
+
+
+def _generator(
+  config: Config, classifiers: Sequence[Classifier], num_labels: int
+) -> tuple[generators.InitFn, generators.GenerateFn]:
+  shape = classifiers[0].input_shape
+  if config.generator == "span":
+    spans = [input_span(c.params["Dense_0"]["kernel"]) for c in classifiers]
+    ranks = ", ".join(str(span.strengths.size) for span in spans)
+    common.say(f"the first layer's rows span {ranks} of {np.prod(shape)} dimensions: the training images' own")
+    # The random first samples deviate from the mean image as much as black and white pixels of that mean would.
+    means = [_offset(c) for c in classifiers]
+    deviation = jnp.sqrt(jnp.mean(jnp.stack([jnp.clip(mean * (1 - mean), 0.01) for mean in means])))
+    return generators.span_functions(
+      means, spans, num_labels=num_labels, num_codes=config.codes, deviation=float(deviation), power=config.power
+    )
+  # Without a stored mean image the generator starts from dark grey, which every drawing on black is near.
+  starts = [jnp.full(shape, 0.1) if c.offset is None else c.offset for c in classifiers]
+  modules = {"mlp": generators.MLPGenerator, "conv": generators.ConvGenerator}
+  module = modules[config.generator](
+    sample_shape=shape,
+    num_labels=num_labels,
+    num_classifiers=len(classifiers),
+    output=generators.pixel_output(jnp.mean(jnp.stack(starts), axis=0), blur=config.blur),
+  )
+  return generators.generator_functions(module, config.noise_dim)
+
+
+def _adam(config: Config, peak: float) -> optax.GradientTransformation:
+  """Adam with a constant learning rate for a third of the training and a cosine after it."""
+  held = config.steps // 3
+  schedule = optax.schedules.join_schedules(
+    [
+      optax.schedules.constant_schedule(peak),
+      optax.schedules.cosine_decay_schedule(peak, config.steps - held, alpha=0.02),
+    ],
+    boundaries=[held],
+  )
+  return optax.adam(schedule, b2=0.99)
+
+
+def train_generator(
+  config: Config, classifiers: Sequence[Classifier], out: common.Workdir
+) -> tuple[training.Method, training.TrainState]:
+  """Trains the generator from the classifiers alone, or resumes; no data enter this function."""
+  method, state, conditions = start(config, classifiers)
+  labels = np.unique([label for c in classifiers for label in c.labels])
+  grid_labels = np.tile(np.repeat(labels, _COLUMNS // len(labels)), 4)
+
+  def draw_grid(state: training.TrainState) -> None:
+    x, _ = training.sample(method, state, classifiers, jax.random.key(0), grid_labels)
+    rows = [("fresh noise", row) for row in np.split(np.asarray(x), 4)]
+    figures.image_rows(out.path / f"samples_{int(state.step):06d}.png", rows)
+
+  state = common.train(
+    method,
+    state,
+    classifiers,
+    conditions,
+    out,
+    num_steps=config.steps,
+    log_every=config.log_every,
+    checkpoint_every=config.grid_every,
+    on_checkpoint=draw_grid,
+  )
+  return method, state
+
+
+def weight_decay_conditions_of(config: Config, classifiers: Sequence[Classifier]) -> list[Conditions]:
+  """The stationarity condition of each classifier."""
+  return [weight_decay_conditions(c.params, weight_decay=config.weight_decay) for c in classifiers]
+
+
+def _weights(config: Config) -> dict[str, Any]:
+  """Only the classification counts in the warm-up; afterwards the stationarity takes its place."""
+
+  def switch(before: float, after: float) -> training.Schedule:
+    return lambda step: jnp.where(jnp.asarray(step) < config.warmup, before, after)
+
+  return {
+    "stationarity": switch(0.0, config.stationarity_weight),
+    "duality": switch(config.margin, config.beta),
+    "fresh_duality": config.fresh_weight,
+    "range": config.range_weight,
+    "binarisation": config.binarisation_weight,
+    "mean": config.mean_weight,
+    "ink": config.ink_weight,
+    "mode_seeking": config.mode_seeking_weight,
+    "total_variation": config.total_variation_weight,
+  }
+
+
+def _priors(config: Config) -> dict[str, training.Prior]:
+  def mode_seeking(classifier: Classifier, batch: training.Batch) -> jax.Array:
+    return priors.mode_seeking(_first_layer(classifier, batch.x), batch.noise, batch.y)
+
+  terms: dict[str, training.Prior] = {
+    "range": lambda classifier, batch: priors.out_of_range(batch.x),
+    "binarisation": lambda classifier, batch: priors.binarisation(batch.x),
+    "mode_seeking": mode_seeking,
+    "total_variation": lambda classifier, batch: priors.total_variation(batch.x),
+  }
+  if config.mean_image:
+    terms["mean"] = lambda classifier, batch: priors.mean_distance(batch.x, _offset(classifier))
+    terms["ink"] = lambda classifier, batch: priors.ink(batch.x, _offset(classifier))
+  return terms
+
+
+def _offset(classifier: Classifier) -> jax.Array:
+  return jnp.zeros(classifier.input_shape) if classifier.offset is None else classifier.offset
+
+
+def _first_layer(classifier: Classifier, x: jax.Array) -> jax.Array:
+  """The first layer's outputs, in units of the size they would have for independent black and white pixels."""
+  kernel = classifier.params["Dense_0"]["kernel"]
+  mean = jnp.clip(_offset(classifier), 0.05, 0.95) if classifier.offset is None else classifier.offset
+  variance = (mean * (1 - mean)).reshape(1, -1)
+  size = jnp.sqrt(jnp.mean(variance @ jnp.square(kernel)))
+  return (x.reshape(x.shape[0], -1) @ kernel) / size
+
+
+def evaluate(
+  config: Config,
+  out: common.Workdir,
+  data: Split,
+  classifiers: Sequence[Classifier],
+  method: training.Method,
+  state: training.TrainState,
+  *,
+  num_samples: int,
+  figure: str,
+) -> Mapping[str, Any]:
+  """Looks at the data again: the figure, and every figure of merit beside its controls."""
+  common.say("comparing with the data: independent judge, similarities, residuals")
+  judge = train_judge(data.evaluation, seed=config.seed + 2, epochs=config.judge_epochs)
+  labels = np.unique(data.train.y)
+  y = np.repeat(labels, num_samples // len(labels))
+  key = jax.random.key(config.seed + 3)
+  fresh, _ = training.sample(method, state, classifiers, key, y)
+  samples = {"fresh_noise": Images(np.asarray(fresh), y)}
+  if config.fixed_noise:
+    samples["trained_noise"] = _from_trained_noise(method, state, classifiers, y)
+  samples |= comparison.controls(data, y, key)
+  results: dict[str, Any] = {name: comparison.measure(judge, data, images) for name, images in samples.items()}
+  # A distribution's residual has no sampling error: of fresh noise many samples, of the training data all.
+  population = np.resize(labels, _POPULATION)
+  many, _ = training.sample(method, state, classifiers, key, population)
+  populations = {
+    "fresh_noise": Images(np.asarray(many), population),
+    "training_data": data.train,
+    "class_means": samples["class_means"],
+    "dataset_mean": samples["dataset_mean"],
+    "uniform_noise": comparison.uniform_noise(Images(np.asarray(many), population), key),
+  }
+  for name, images in populations.items():
+    results[name]["residual"] = _residuals(config, classifiers, images)
+  if config.fixed_noise:
+    results["recovered_by_all_trained_noise"] = _recovered(method, state, classifiers, data.train)
+  results["true_median_margin"] = [
+    diagnostics.diagnose(c, conditions, *_own(c, data.train), mu=_multipliers(c, data.train)).median_margin
+    for c, conditions in zip(classifiers, weight_decay_conditions_of(config, classifiers), strict=True)
+  ]
+  results["exp_minus_alpha"] = np.exp(-np.asarray(state.params["alpha"])).tolist()
+  results["final_losses"] = out.last_logged()
+  comparison.similar_pairs(out.path / figure, samples["fresh_noise"], data.train, columns=_COLUMNS // len(labels))
+  out.finish(results)
+  common.say(comparison.table(results))
+  return results
+
+
+def _from_trained_noise(
+  method: training.Method, state: training.TrainState, classifiers: Sequence[Classifier], y: np.ndarray
+) -> Images:
+  """Samples with labels y [S] from the noise that the generator was trained on."""
+  trained = np.asarray(state.noise)
+  noise, index = [], []
+  used: dict[int, int] = {}
+  for label in y.tolist():
+    t = next(i for i, c in enumerate(classifiers) if label in c.labels)
+    own = np.flatnonzero(np.asarray(training.balanced_labels(classifiers[t], method.batch_size)) == label)
+    position = used.get(label, 0)
+    used[label] = position + 1
+    noise.append(trained[t, own[position % len(own)]])
+    index.append(t)
+  x = training.generate_from(method, state, np.stack(noise), y, np.asarray(index))
+  return Images(np.asarray(x), y)
+
+
+def _own(classifier: Classifier, images: Images) -> tuple[jax.Array, jax.Array]:
+  """The images whose label a classifier knows."""
+  known = np.isin(images.y, classifier.labels)
+  return jnp.asarray(images.x[known]), jnp.asarray(images.y[known])
+
+
+def _multipliers(classifier: Classifier, images: Images) -> jax.Array:
+  x, _ = _own(classifier, images)
+  return multipliers.from_softmax(classifier.predict_fn(classifier.params, x))
+
+
+def _recovered(
+  method: training.Method, state: training.TrainState, classifiers: Sequence[Classifier], train: Images
+) -> dict[str, float]:
+  """How many training images come out, among the samples of every noise that the generator was trained on."""
+  y = np.concatenate([training.balanced_labels(c, method.batch_size) for c in classifiers])
+  t = np.repeat(np.arange(len(classifiers)), method.batch_size)
+  x = training.generate_from(method, state, jnp.asarray(state.noise).reshape(len(y), -1), y, t)
+  best = np.asarray(metrics.best_similarity(x, y, train.x, train.y))
+  return {"images": len(y), "ssim_cover": float(best.mean())} | {
+    f"above_{threshold}": int(np.sum(best > threshold)) for threshold in (0.4, 0.6, 0.9)
+  }
+
+
+def _residuals(config: Config, classifiers: Sequence[Classifier], images: Images) -> list[float]:
+  """The relative squared stationarity residual of images for each classifier, multipliers from the softmax."""
+  residuals = []
+  for classifier, conditions in zip(classifiers, weight_decay_conditions_of(config, classifiers), strict=True):
+    x, y = _own(classifier, images)
+    mean = jax.tree.map(jnp.zeros_like, classifier.params)
+    for part in np.array_split(np.arange(len(y)), -(-len(y) // 1000)):  # memory for a thousand samples at a time
+      share = len(part) / len(y)
+      mean = optax.tree.add_scale(mean, share, _mean_gradients(classifier, x[part], y[part]))
+    residuals.append(float(losses.stationarity_residual(conditions, mean).relative))
+  return residuals
+
+
+@jax.jit
+def _mean_gradients(classifier: Classifier, x: jax.Array, y: jax.Array) -> PyTree:
+  mu = multipliers.from_softmax(classifier.predict_fn(classifier.params, x))
+  return losses.stationarity_sum(classifier.gradient_fn, classifier.params, x, classifier.local_labels(y), mu)
