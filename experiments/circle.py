@@ -198,15 +198,15 @@ def train_generator(
 
 def _method(config: Config, classifiers: Sequence[Classifier], *, jitter: float, stationarity: bool) -> training.Method:
   moments = [input_moments(classifier) for classifier in classifiers]
-  mean = jnp.mean(jnp.stack([mean for mean, _ in moments]), axis=0)
-  factor = jnp.mean(jnp.stack([factor for _, factor in moments]), axis=0)
+  means, factors = (jnp.stack(parts) for parts in zip(*moments, strict=True))
+  size = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(factors), axis=2)))  # a coordinate's standard deviation
   generator = generators.CodebookGenerator(
     sample_shape=(2,),
     num_labels=_NUM_CLASSES,
     num_classifiers=len(classifiers),
     codebook_size=config.codes,
     jitter=jitter,
-    output=generators.affine_output(mean, factor, bound=2.5),
+    output=generators.affine_output(means, factors, bound=2.5),
   )
   _, generate = generators.generator_functions(generator, 1 + config.code_dim)
   multiplier_network: Any = _multiplier_network(classifiers).apply
@@ -215,9 +215,8 @@ def _method(config: Config, classifiers: Sequence[Classifier], *, jitter: float,
   hold = config.steps // 5
 
   def repulsion(classifier: Classifier, batch: training.Batch) -> jax.Array:
-    mean, factor = input_moments(classifier)
-    white = jax.scipy.linalg.solve_triangular(factor, (batch.x - mean[None]).T, lower=True).T
-    return priors.repulsion(white, batch.y, bandwidth=config.repulsion_bandwidth)
+    del classifier
+    return priors.repulsion(batch.x / size, batch.y, bandwidth=config.repulsion_bandwidth)
 
   def statistics(classifier: Classifier, batch: training.Batch) -> jax.Array:
     assert classifier.statistics_fn is not None  # the classifiers of this experiment have batch norm

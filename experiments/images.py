@@ -24,6 +24,7 @@ from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions, weight_decay_conditions
 from kkt_jax.first_layer import input_span
+from kkt_jax.last_layer import typical_margin
 
 GENERATORS = ("span", "mlp", "conv")
 _COLUMNS = 20  # images in a row of a picture
@@ -44,7 +45,7 @@ class Config:
   classifiers: int = common.flag(1, "Number of classifiers among which the classes are shared out.", lower=1, upper=5)
   # The attacked classifier.
   width: int = common.flag(
-    1000, "Width of its first layer; above the number of training images it gives away their span.", lower=1
+    600, "Width of its first layer; above the number of training images it gives away their span.", lower=1
   )
   second_width: int = common.flag(256, "Width of its second layer.", lower=1)
   weight_decay: float = common.flag(0.02, "Weight decay of its training.", lower=1e-6)
@@ -59,9 +60,13 @@ class Config:
   )
   codes: int = common.flag(50, "span: images that the noise picks from, for each class and classifier.", lower=1)
   power: float = common.flag(0.6, "span: how much the weights' own strength scales the search directions.", lower=0)
+  start: float = common.flag(
+    1.0, "span: first deviation from the mean image, over that of black and white pixels of this mean.", lower=1e-3
+  )
   steps: int = by_generator(1500, 1000, "Training steps of the generator.", lower=1)
   warmup: int = by_generator(300, 150, "First steps, in which only the classification counts.", lower=0)
   learning_rate: float = by_generator(0.05, 2e-3, "Peak learning rate of Adam.", lower=1e-8)
+  alpha_learning_rate: float = by_generator(2e-4, 2e-3, "Peak learning rate of alpha.", lower=0)
   batch_size: int = common.flag(500, "mlp, conv: M, samples for each classifier in each step.", lower=2)
   num_fresh: int = by_generator(0, 100, "Never-trained samples that must be classified right.", lower=0)
   noise_dim: int = by_generator(1, 8, "Size of the noise.", lower=1)
@@ -75,12 +80,15 @@ class Config:
   stationarity_weight: float = by_generator(72.0, 8.0, "Weight of the stationarity (0 is the ablation).", lower=0)
   first_layer_weight: float = common.flag(8.0, "Weight of the first layer's residual among the tensors'.", lower=0)
   later_layers_weight: float = by_generator(4.0, 1.0, "Weight of the later layers' kernels among them.", lower=0)
-  margin: float = common.flag(3.0, "e^-alpha at the start: the margin that samples are pushed to.", lower=1e-6)
+  margin: float = by_generator(
+    0.0, 3.0, "e^-alpha at the start, the margin that samples are pushed to; 0 reads it off the last layer.", lower=0
+  )
   delta: float = common.flag(1.0, "Width of the flat bottom of the duality loss, in units of e^-alpha.", lower=0)
-  beta: float = by_generator(1.5, 0.0, "Weight of the duality loss after the warm-up.", lower=0)
+  warmup_beta: float = by_generator(14.0, 3.0, "Weight of the duality loss in the warm-up.", lower=0)
+  beta: float = by_generator(14.0, 0.0, "Weight of the duality loss after the warm-up.", lower=0)
   fresh_weight: float = common.flag(1.0, "Weight of the duality loss of never-trained samples.", lower=0)
   range_weight: float = by_generator(8000.0, 0.0, "Weight of the prior that pixels lie in [0, 1].", lower=0)
-  binarisation_weight: float = by_generator(15.0, 2.0, "Weight of the prior that pixels are black or white.", lower=0)
+  binarisation_weight: float = by_generator(20.0, 2.0, "Weight of the prior that pixels are black or white.", lower=0)
   mean_weight: float = by_generator(0.0, 2.0, "Weight of the distance from the stored mean image.", lower=0)
   ink_weight: float = by_generator(0.0, 1.0, "Weight of the prior that no image is almost blank.", lower=0)
   mode_seeking_weight: float = by_generator(0.0, 0.3, "Weight of the diversity term.", lower=0)
@@ -117,6 +125,11 @@ def _check(config: Config) -> None:
   common.check_config(config)
   if config.warmup >= config.steps:
     raise common.UsageError(f"--warmup must be less than --steps = {config.steps}; got {config.warmup}.")
+  if config.generator == "span" and (config.num_fresh or not config.fixed_noise):
+    raise common.UsageError(
+      "--num_fresh must be 0 and --fixed_noise set with --generator=span: every image that its noise can pick is"
+      " trained in every step."
+    )
   if not config.mean_image and (config.mean_weight or config.ink_weight):
     raise common.UsageError(
       "--mean_weight and --ink_weight must be 0 with --nomean_image: there is then no mean image to compare with."
@@ -204,7 +217,7 @@ def start(
   method = training.Method(
     generate=generate,
     optimizer=training.partitioned(
-      _adam(config, config.learning_rate), *(_adam(config, min(config.learning_rate, 2e-3)) for _ in range(2))
+      _adam(config, config.learning_rate), _adam(config, 2e-3), _adam(config, config.alpha_learning_rate)
     ),
     noise_dim=config.noise_dim,
     batch_size=every_code if config.generator == "span" else config.batch_size,
@@ -235,9 +248,17 @@ def start(
     theta=theta,
     statistics=statistics,
     eta=eta,
-    margin=config.margin,
+    margin=config.margin or _typical_margin(config, classifiers),
   )
   return method, state, conditions
+
+
+def _typical_margin(config: Config, classifiers: Sequence[Classifier]) -> float:
+  """The margin of the training samples as their classifiers' last layers tell it."""
+  kernels = [c.params["Dense_2"]["kernel"] for c in classifiers]
+  margin = float(np.mean([typical_margin(kernel, weight_decay=config.weight_decay) for kernel in kernels]))
+  common.say(f"the last layer tells a typical margin of {margin:.3g}")
+  return margin
 
 
 def _generator(
@@ -252,7 +273,12 @@ def _generator(
     means = [_offset(c) for c in classifiers]
     deviation = jnp.sqrt(jnp.mean(jnp.stack([jnp.clip(mean * (1 - mean), 0.01) for mean in means])))
     return generators.span_functions(
-      means, spans, num_labels=num_labels, num_codes=config.codes, deviation=float(deviation), power=config.power
+      means,
+      spans,
+      num_labels=num_labels,
+      num_codes=config.codes,
+      deviation=config.start * float(deviation),
+      power=config.power,
     )
   # Without a stored mean image the generator starts from dark grey, which every drawing on black is near.
   starts = [jnp.full(shape, 0.1) if c.offset is None else c.offset for c in classifiers]
@@ -319,7 +345,7 @@ def _weights(config: Config) -> dict[str, Any]:
 
   return {
     "stationarity": switch(0.0, config.stationarity_weight),
-    "duality": switch(config.margin, config.beta),
+    "duality": switch(config.warmup_beta, config.beta),
     "fresh_duality": config.fresh_weight,
     "range": config.range_weight,
     "binarisation": config.binarisation_weight,

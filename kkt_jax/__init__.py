@@ -15,7 +15,8 @@ modules, in the order of the method:
 - `kkt_jax.pretrain`: gradient descent to the convergence point.
 - `kkt_jax.training`: the joint training of theta, eta and alpha (Algorithms 1 and 2).
 - `kkt_jax.diagnostics`: how well a classifier satisfies its own conditions.
-- `kkt_jax.first_layer`: what a batch-normalised first layer gives away.
+- `kkt_jax.first_layer`: what the first layer gives away: the data's span and moments.
+- `kkt_jax.last_layer`: what the last layer gives away: the data's margin.
 - `kkt_jax.metrics`: how near, how diverse and how recognisable samples are.
 - `kkt_jax.checkpoint`: saving and resuming.
 """

@@ -70,7 +70,7 @@ class CodebookGenerator(nn.Module):
     codebook_size: codes for each label and classifier; equally likely.
     jitter: size of the noise that is added to a code.
     hidden: widths of the hidden layers (SiLU).
-    output: maps the last layer [M, *sample_shape] to samples, such as `affine_output`.
+    output: maps the last layer [M, *sample_shape] and the classifier indices [M] to samples, such as `affine_output`.
   """
 
   sample_shape: Sequence[int]
@@ -79,7 +79,7 @@ class CodebookGenerator(nn.Module):
   codebook_size: int = 60
   jitter: float = 0.1
   hidden: Sequence[int] = (128, 128)
-  output: Callable[[jax.Array], jax.Array] = lambda x: x
+  output: Callable[[jax.Array, jax.Array], jax.Array] = lambda x, t: x
 
   @nn.compact
   def __call__(self, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool = False) -> jax.Array:
@@ -94,7 +94,7 @@ class CodebookGenerator(nn.Module):
     for width in self.hidden:
       x = nn.silu(nn.Dense(width, kernel_init=kaiming())(x))
     x = nn.Dense(math.prod(self.sample_shape), kernel_init=kaiming())(x)
-    return self.output(x.reshape(-1, *self.sample_shape))
+    return self.output(x.reshape(-1, *self.sample_shape), t)
 
 
 class ConvGenerator(nn.Module):
@@ -247,23 +247,25 @@ def pixel_output(start: ArrayLike, *, blur: float = 0.0) -> Callable[[jax.Array]
   return output
 
 
-def affine_output(mean: ArrayLike, factor: ArrayLike, *, bound: float) -> Callable[[jax.Array], jax.Array]:
-  """Samples around a known mean with a known shape, bounded: ``mean + factor @ (bound * tanh(x / bound))``.
+def affine_output(means: ArrayLike, factors: ArrayLike, *, bound: float) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """Samples around known means with known shapes, bounded: ``means[t] + factors[t] @ (bound * tanh(x / bound))``.
 
   Args:
-    mean: [D].
-    factor: [D, D], such as the Cholesky factor of the covariance.
+    means: for each classifier [T, D].
+    factors: for each classifier [T, D, D], such as Cholesky factors of the covariances.
     bound: greatest coordinate before the factor, in standard deviations.
 
   Returns:
-    A function from [M, D] to [M, D].
+    A function from [M, D] and classifier indices [M] to [M, D].
 
-  >>> print(affine_output(jnp.array([5.0]), jnp.array([[2.0]]), bound=3.0)(jnp.array([[0.0], [100.0]])))
+  >>> output = affine_output(jnp.array([[5.0], [0.0]]), jnp.array([[[2.0]], [[1.0]]]), bound=3.0)
+  >>> print(output(jnp.array([[0.0], [100.0], [100.0]]), jnp.array([0, 0, 1])))
   [[ 5.]
-   [11.]]
+   [11.]
+   [ 3.]]
   """
-  mean, factor = jnp.asarray(mean), jnp.asarray(factor)
-  return lambda x: mean[None] + (bound * jnp.tanh(x / bound)) @ factor.T
+  means, factors = jnp.asarray(means), jnp.asarray(factors)
+  return lambda x, t: means[t] + jnp.einsum("mde,me->md", factors[t], bound * jnp.tanh(x / bound))
 
 
 def _blur_matrix(size: int, blur: float) -> jax.Array:

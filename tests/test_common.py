@@ -14,6 +14,20 @@ class Config:
   kind: str = common.flag("a", "A kind.", choices=("a", "b"))
 
 
+@dataclasses.dataclass(frozen=True)
+class Dependent(Config):
+  rate: float = common.flag_by("kind", {"a": 0.5, "b": 2.0}, "A rate.", lower=0)
+
+
+def test_a_default_can_depend_on_another_flag():
+  assert common.resolve(Dependent()).rate == 0.5
+  assert common.resolve(Dependent(kind="b")).rate == 2.0
+  assert common.resolve(Dependent(kind="b", rate=0.0)).rate == 0.0  # what the user says counts
+  assert "By --kind: 0.5 for a, 2.0 for b." in dataclasses.fields(Dependent)[-1].metadata["help"]
+  with pytest.raises(common.UsageError, match="--rate must be at least 0; got -1"):
+    common.check_config(common.resolve(Dependent(rate=-1.0)))
+
+
 def test_config_is_written_and_the_same_one_resumes(tmp_path):
   common.Workdir(tmp_path / "run", Config())
   assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"size": 3, "kind": "a"}

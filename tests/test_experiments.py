@@ -8,25 +8,27 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import benchmark, circle, common, duality_loss, lambda_estimation, mnist
+from experiments import benchmark, circle, common, duality_loss, faces, images, lambda_estimation, mnist
 from kkt_jax import training
 from kkt_jax.checkpoint import Checkpointer
 
 CIRCLE = circle.Config(
   width=8, pretrain_steps=40, restarts=2, restart_steps=20, steps=60, log_every=20, checkpoint_every=20, codes=4
 )
-MNIST = mnist.Config(
-  samples_per_class=3,
-  width=12,
-  pretrain_steps=20,
-  steps=6,
-  warmup=2,
-  batch_size=20,
-  num_fresh=10,
-  log_every=2,
-  grid_every=2,
-  judge_epochs=1,
-)
+SMALL = {
+  "samples_per_class": 3,
+  "width": 12,
+  "second_width": 8,
+  "pretrain_steps": 20,
+  "codes": 2,
+  "steps": 6,
+  "warmup": 2,
+  "log_every": 2,
+  "grid_every": 2,
+  "judge_epochs": 1,
+}
+MNIST = mnist.Config(**SMALL)
+NETWORK = {"generator": "mlp", "batch_size": 20, "num_fresh": 10}
 
 
 def assert_complete(workdir, *pictures):
@@ -64,24 +66,39 @@ def test_circle_runs_and_resumes(tmp_path, classifiers):
   [
     {},
     {"classifiers": 2},
-    {"multiplier_form": "softplus", "fixed_noise": False},
-    {"mean_image": False, "mean_weight": 0.0, "ink_weight": 0.0},
+    {"mean_image": False},
+    NETWORK,
+    NETWORK | {"classifiers": 2},
+    NETWORK | {"multiplier_form": "softplus", "fixed_noise": False},
+    NETWORK | {"mean_image": False, "mean_weight": 0.0, "ink_weight": 0.0},
   ],
-  ids=["default", "two classifiers", "network multipliers", "no mean image"],
+  ids=str,
 )
 def test_mnist_runs(tmp_path, settings):
   metrics = mnist.run(dataclasses.replace(MNIST, **settings), tmp_path)
-  assert_complete(tmp_path, "fig6.png", "samples_000006.png")
+  figure = "fig8.png" if settings.get("classifiers", 1) > 1 else "fig6.png"
+  assert_complete(tmp_path, figure, "samples_000006.png")
   controls = {"real_held_out", "training_data", "class_means", "dataset_mean", "uniform_noise"}
   assert controls <= set(metrics)
   assert ("trained_noise" in metrics) == settings.get("fixed_noise", True)
   assert metrics["training_data"]["label_agreement"] == 1.0
   assert metrics["class_means"]["spread"] == 0.0
   for name in (*controls, "fresh_noise"):
-    assert np.all(np.isfinite(list(metrics[name].values())[:-1])), name
+    figures = {key: value for key, value in metrics[name].items() if key != "residual"}
+    assert np.all(np.isfinite(list(figures.values()))), name
+  for name in ("fresh_noise", "training_data", "uniform_noise"):
+    assert len(metrics[name]["residual"]) == settings.get("classifiers", 1)
   line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
   terms = {name.split("/")[0] for name in line}
-  assert {"stationarity", "duality", "fresh_duality", "total", "residual", "margin"} <= terms
+  assert {"stationarity", "duality", "total", "residual", "margin"} <= terms
+  assert ("fresh_duality" in terms) == ("num_fresh" in settings)
+
+
+def test_faces_run_on_what_a_package_ships(tmp_path):
+  metrics = faces.run(faces.Config(**SMALL), tmp_path)
+  assert_complete(tmp_path, "fig7.png")
+  assert metrics["training_data"]["ssim_cover"] > metrics["uniform_noise"]["ssim_cover"]
+  assert metrics["recovered_by_all_trained_noise"]["images"] == 4  # two codes of each of two classes
 
 
 def test_a_stopped_mnist_run_resumes_to_the_same_figures(tmp_path, monkeypatch):
@@ -106,7 +123,7 @@ def test_a_stopped_mnist_run_resumes_to_the_same_figures(tmp_path, monkeypatch):
 
 def test_the_generator_is_trained_without_the_data(tmp_path):
   # The function that trains it takes the configuration, the classifiers and the folder: no data can reach it.
-  names = mnist.train_generator.__code__.co_varnames[: mnist.train_generator.__code__.co_argcount]
+  names = images.train_generator.__code__.co_varnames[: images.train_generator.__code__.co_argcount]
   assert names == ("config", "classifiers", "out")
 
 
@@ -121,14 +138,29 @@ def test_benchmark_reports_every_figure(tmp_path):
   ("settings", "message"),
   [
     ({"warmup": 6}, "--warmup must be less than --steps = 6; got 6"),
-    ({"mean_image": False}, "--mean_weight and --ink_weight must be 0 with --nomean_image"),
+    (NETWORK | {"mean_image": False}, "--mean_weight and --ink_weight must be 0 with --nomean_image"),
     ({"samples_per_class": 450}, "--samples_per_class=450 needs"),
     ({"batch_size": 1}, "--batch_size must be at least 2"),
+    ({"codes": 0}, "--codes must be at least 1"),
+    ({"num_fresh": 5}, "--num_fresh must be 0 .* with --generator=span"),
   ],
 )
 def test_impossible_mnist_flags_are_named(tmp_path, settings, message):
   with pytest.raises(common.UsageError, match=message):
     mnist.run(dataclasses.replace(MNIST, **settings), tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"classifiers": 2}, "--classifiers must be 1"),
+    ({"data": "celeba"}, "--celeba_dir"),
+    ({"samples_per_class": 80}, "--samples_per_class=80 needs"),
+  ],
+)
+def test_impossible_faces_flags_are_named(tmp_path, settings, message):
+  with pytest.raises(common.UsageError, match=message):
+    faces.run(faces.Config(**SMALL | settings), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
-"""Moments of the data read off a first batch norm, against the moments themselves."""
+"""What the first layer gives away, against the data themselves: their moments and their span."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kkt_jax.first_layer import input_moments
+from kkt_jax import pretrain
+from kkt_jax.first_layer import input_moments, input_span
 
 
 def layer(width=64, seed=0):
@@ -41,3 +42,44 @@ def test_statistics_of_another_layer_are_named():
   _, kernel, bias, outputs = layer()
   with pytest.raises(ValueError, match="var must have shape"):
     input_moments(kernel, bias, outputs.mean(0), jnp.ones(3))
+
+
+def test_span_of_a_converged_classifier_lies_in_that_of_its_data():
+  x = jax.random.normal(jax.random.key(0), (6, 12))
+  y = jnp.arange(6) % 3
+  keys = jax.random.split(jax.random.key(1))
+  params = {"first": jax.random.normal(keys[0], (12, 32)) / 4, "last": jax.random.normal(keys[1], (32, 3)) / 4}
+
+  def apply(params, x):
+    return jax.nn.softplus(x @ params["first"]) @ params["last"]
+
+  result = pretrain.gradient_descent(
+    apply, params, x, y, num_steps=6000, learning_rate=0.5, weight_decay=0.02, momentum=0.9, steps_per_call=1000
+  )
+  span = input_span(result.params["first"], tolerance=1e-5)
+  rank = span.strengths.size
+  assert 3 <= rank <= 6  # of 12 possible ones; at most the number of samples
+  np.testing.assert_allclose(span.basis.T @ span.basis, np.eye(rank), atol=1e-5)
+  of_data = np.linalg.qr(np.asarray(x).T)[0]  # [12, 6]
+  np.testing.assert_allclose(of_data @ of_data.T @ span.basis, span.basis, atol=2e-3)
+
+
+def test_span_of_combinations_of_samples_is_that_of_the_samples():
+  x = jax.random.normal(jax.random.key(0), (6, 12))
+  span = input_span(x.T @ jax.random.normal(jax.random.key(1), (6, 32)), tolerance=1e-5)
+  assert span.strengths.shape == (6,)  # the number of samples, read off the weights
+  np.testing.assert_allclose(x @ span.basis @ span.basis.T, x, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("kernel", "tolerance", "message"),
+  [
+    (jnp.ones(3), 0.1, r"^kernel must"),
+    (jnp.zeros((2, 3)), 0.1, r"^kernel must not be all zeros"),
+    (jnp.full((2, 3), jnp.nan), 0.1, r"^kernel must"),
+    (jnp.ones((2, 3)), 1.0, r"^tolerance must be in \(0, 1\); got 1\.0"),
+  ],
+)
+def test_span_refuses_what_has_none(kernel, tolerance, message):
+  with pytest.raises(ValueError, match=message):
+    input_span(kernel, tolerance=tolerance)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kkt_jax import generators
+from kkt_jax.first_layer import InputSpan
 
 SHAPES = {
   "mlp": lambda **kw: generators.MLPGenerator(sample_shape=(8, 8, 1), num_labels=3, num_classifiers=2, **kw),
@@ -91,9 +92,70 @@ def test_blur_spreads_a_spot_and_leaves_a_flat_image_alone():
 
 def test_affine_output_is_bounded_in_units_of_the_factor():
   factor = jnp.array([[2.0, 0.0], [1.0, 1.0]])
-  output = generators.affine_output(jnp.array([1.0, -1.0]), factor, bound=2.5)
-  np.testing.assert_allclose(output(jnp.zeros((1, 2))), [[1.0, -1.0]])
-  np.testing.assert_allclose(output(jnp.full((1, 2), 1e3)), [[1 + 5.0, -1 + 5.0]], rtol=1e-5)
+  means, factors = jnp.array([[1.0, -1.0], [0.0, 0.0]]), jnp.stack([factor, jnp.eye(2)])
+  output = generators.affine_output(means, factors, bound=2.5)
+  t = jnp.array([0, 1])
+  np.testing.assert_allclose(output(jnp.zeros((2, 2)), t), means)
+  np.testing.assert_allclose(output(jnp.full((2, 2), 1e3), t), [[1 + 5.0, -1 + 5.0], [2.5, 2.5]], rtol=1e-5)
+
+
+class TestSpanFunctions:
+  """Two classifiers of 2 x 3 images with spans of rank 2 and 3."""
+
+  starts = (jnp.full((2, 3, 1), 0.5), jnp.full((2, 3, 1), 0.2))
+  spans = (InputSpan(jnp.eye(6)[:, :2], jnp.array([4.0, 1.0])), InputSpan(jnp.eye(6)[:, 3:], jnp.ones(3)))
+
+  def functions(self, **settings):
+    return generators.span_functions(
+      self.starts, self.spans, **{"num_labels": 3, "num_codes": 4, "deviation": 0.1} | settings
+    )
+
+  def test_samples_lie_in_the_span_of_their_classifier(self):
+    init, generate = self.functions()
+    theta, statistics = init(jax.random.key(0))
+    noise = jax.random.normal(jax.random.key(1), (40, 1))
+    y, t = jnp.arange(40) % 3, jnp.arange(40) % 2
+    x, _ = generate(theta, statistics, noise, y, t, True)
+    assert x.shape == (40, 2, 3, 1)
+    flat = x.reshape(40, 6)
+    np.testing.assert_array_equal(flat[t == 0][:, 2:], 0.5)
+    np.testing.assert_allclose(flat[t == 1][:, :3], 0.2)
+    assert float(jnp.min(jnp.abs(flat[t == 0][:, :2] - 0.5))) > 0
+
+  def test_first_samples_deviate_as_much_as_asked(self):
+    for power in (0.0, 0.5, 1.0):
+      init, generate = self.functions(num_codes=2000, power=power)
+      theta, statistics = init(jax.random.key(0))
+      noise = jax.scipy.stats.norm.ppf((jnp.arange(2000) + 0.5) / 2000)[:, None]
+      zero = jnp.zeros(2000, int)
+      x, _ = generate(theta, statistics, noise, zero, zero, True)
+      deviations = jnp.sqrt(jnp.mean(jnp.square(x - 0.5), axis=0)).reshape(-1)
+      np.testing.assert_allclose(jnp.sqrt(jnp.mean(jnp.square(deviations))), 0.1, rtol=0.05)
+      np.testing.assert_allclose(deviations[0] / deviations[1], 4.0**power, rtol=0.1)
+
+  def test_a_label_has_as_many_images_as_codes(self):
+    init, generate = self.functions()
+    theta, statistics = init(jax.random.key(0))
+    y, t = jnp.ones(200, int), jnp.zeros(200, int)
+    x, _ = generate(theta, statistics, jax.random.normal(jax.random.key(1), (200, 1)), y, t, False)
+    assert len(np.unique(np.asarray(x).reshape(200, -1), axis=0)) == 4
+
+  def test_samples_are_clipped_at_inference_only(self):
+    init, generate = self.functions(deviation=50.0)
+    theta, statistics = init(jax.random.key(0))
+    zero = jnp.zeros(4, int)
+    noise = jnp.linspace(-1.0, 1.0, 4)[:, None]
+    free, clipped = (generate(theta, statistics, noise, zero, zero, train)[0] for train in (True, False))
+    assert float(jnp.max(jnp.abs(free))) > 1
+    np.testing.assert_allclose(clipped, jnp.clip(free, 0, 1))
+
+  @pytest.mark.parametrize(
+    ("starts", "spans", "message"),
+    [((), (), "at least one"), (starts, spans[:1], "got 1"), ((jnp.zeros(5),), spans[:1], "basis")],
+  )
+  def test_what_does_not_fit_is_named(self, starts, spans, message):
+    with pytest.raises(ValueError, match=message):
+      generators.span_functions(starts, spans, num_labels=3, num_codes=4, deviation=0.1)
 
 
 def test_convolutional_generator_needs_multiples_of_four():

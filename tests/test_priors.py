@@ -23,6 +23,13 @@ class TotalVariationTest(chex.TestCase):
     np.testing.assert_allclose(self.variant(priors.total_variation)(images), [7.0])  # (3.5 + 10.5) / 2
 
 
+def test_out_of_range_counts_the_excess_only():
+  x = jnp.array([[[0.0, 1.0], [0.5, 3.0]], [[-1.0, -3.0], [0.0, 0.0]]])
+  np.testing.assert_allclose(priors.out_of_range(x), [1.0, 2.5])  # 2^2 / 4 and (1 + 9) / 4
+  np.testing.assert_allclose(priors.out_of_range(x, -3.0, 3.0), [0.0, 0.0])
+  np.testing.assert_allclose(jax.grad(lambda x: priors.out_of_range(x).sum())(x)[0], [[0.0, 0.0], [0.0, 1.0]])
+
+
 @pytest.mark.parametrize("shape", [(4, 4), (1, 2, 3, 4, 5), (2, 1, 5), (2, 5, 1, 3)])
 def test_total_variation_refuses_what_is_no_image(shape):
   with pytest.raises(ValueError, match=r"^x must be images"):
