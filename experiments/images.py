@@ -88,7 +88,7 @@ class Config:
   beta: float = by_generator(14.0, 0.0, "Weight of the duality loss after the warm-up.", lower=0)
   fresh_weight: float = common.flag(1.0, "Weight of the duality loss of never-trained samples.", lower=0)
   range_weight: float = by_generator(8000.0, 0.0, "Weight of the prior that pixels lie in [0, 1].", lower=0)
-  binarisation_weight: float = by_generator(20.0, 2.0, "Weight of the prior that pixels are black or white.", lower=0)
+  binarisation_weight: float = by_generator(12.0, 2.0, "Weight of the prior that pixels are black or white.", lower=0)
   mean_weight: float = by_generator(0.0, 2.0, "Weight of the distance from the stored mean image.", lower=0)
   ink_weight: float = by_generator(0.0, 1.0, "Weight of the prior that no image is almost blank.", lower=0)
   mode_seeking_weight: float = by_generator(0.0, 0.3, "Weight of the diversity term.", lower=0)

@@ -8,18 +8,19 @@ from jax.typing import ArrayLike
 from kkt_jax import _checks
 
 
-def typical_margin(kernel: ArrayLike, *, weight_decay: float) -> float:
+def typical_margin(kernel: ArrayLike, *, weight_decay: float, competitors: float | None = None) -> float:
   """The margin of a typical training sample, from the last layer of a classifier trained with weight decay.
 
   The stationarity of the last kernel W, multiplied by W, says ``w |W|^2 = mean_i sum_c p_c (Phi_y - Phi_c)`` (without
-  the last bias). Were all training samples equally sure, with equal logits of all C - 1 wrong classes, the right-hand
-  side would be ``q p(q)`` with the margin q and ``p(q) = (C - 1) / (C - 1 + e^q)``; the greater of its two solutions is
-  returned. Exact for two classes and equal margins; otherwise too great, as the nearest wrong class has most of p.
-  Beyond the paper, and data-free: multipliers of the right size need samples of the right margin.
+  the last bias). Were all training samples equally sure, with equal logits of k competing classes and no probability
+  for the others, the right-hand side would be ``q k / (k + e^q)`` with the margin q; the greater of the two solutions
+  is returned. Beyond the paper, and data-free: multipliers of the right size need samples of the right margin.
 
   Args:
     kernel: W [F, C].
     weight_decay: w, positive.
+    competitors: k, positive. Exact for two classes with 1 and for equal logits with C - 1; C / 2 where None, which is a
+      rule of thumb for classes that are not all alike.
 
   Returns:
     q in logits, at least 1.
@@ -34,9 +35,11 @@ def typical_margin(kernel: ArrayLike, *, weight_decay: float) -> float:
   """
   _checks.check_rank("kernel", kernel, 2, "[F, C]")
   _checks.check_positive("weight_decay", weight_decay)
-  others = jnp.shape(kernel)[1] - 1
-  if others < 1:
+  num_classes = jnp.shape(kernel)[1]
+  if num_classes < 2:
     raise ValueError(f"kernel must have at least two columns; got shape {jnp.shape(kernel)}.")
+  others = num_classes / 2 if competitors is None else competitors
+  _checks.check_positive("competitors", others)
   wanted = weight_decay * float(jnp.sum(jnp.square(jnp.asarray(kernel))))
 
   def product(q: float) -> float:
