@@ -31,7 +31,6 @@ class Config(images.Config):
   size: int = common.flag(32, "celeba, tfds: height and width to which the faces are scaled.", lower=8)
   weight_decay: float = common.flag(0.005, "Weight decay of the classifier's training.", lower=1e-6)
   pretrain_steps: int = common.flag(8000, "Steps of full-batch gradient descent.", lower=1)
-  power: float = common.flag(0.0, "span: how much the weights' own strength scales the search directions.", lower=0)
   start: float = common.flag(
     0.3, "span: first deviation from the mean image, over that of black and white pixels of this mean.", lower=1e-3
   )

@@ -59,7 +59,11 @@ class Config:
     choices=GENERATORS,
   )
   codes: int = common.flag(50, "span: images that the noise picks from, for each class and classifier.", lower=1)
-  power: float = common.flag(0.6, "span: how much the weights' own strength scales the search directions.", lower=0)
+  power: float = common.flag(
+    -1.0,
+    "span: how much the weights' own strengths scale the search directions, from 0, not at all, to 1; if negative, the"
+    " share of all dimensions that the span fills.",
+  )
   start: float = common.flag(
     1.0, "span: first deviation from the mean image, over that of black and white pixels of this mean.", lower=1e-3
   )
@@ -267,8 +271,11 @@ def _generator(
   shape = classifiers[0].input_shape
   if config.generator == "span":
     spans = [input_span(c.params["Dense_0"]["kernel"]) for c in classifiers]
-    ranks = ", ".join(str(span.strengths.size) for span in spans)
-    common.say(f"the first layer's rows span {ranks} of {np.prod(shape)} dimensions: the training images' own")
+    ranks = [span.strengths.size for span in spans]
+    dimensions = int(np.prod(shape))
+    common.say(f"the rows of the first layer span {', '.join(map(str, ranks))} of {dimensions} dimensions")
+    # The more of all directions the span fills, the less it says to lie in it, and the more the strengths must say.
+    power = config.power if config.power >= 0 else float(np.mean(ranks)) / dimensions
     # The random first samples deviate from the mean image as much as black and white pixels of that mean would.
     means = [_offset(c) for c in classifiers]
     deviation = jnp.sqrt(jnp.mean(jnp.stack([jnp.clip(mean * (1 - mean), 0.01) for mean in means])))
@@ -278,7 +285,7 @@ def _generator(
       num_labels=num_labels,
       num_codes=config.codes,
       deviation=config.start * float(deviation),
-      power=config.power,
+      power=power,
     )
   # Without a stored mean image the generator starts from dark grey, which every drawing on black is near.
   starts = [jnp.full(shape, 0.1) if c.offset is None else c.offset for c in classifiers]
