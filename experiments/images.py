@@ -96,7 +96,7 @@ class Config:
   mean_weight: float = by_generator(0.0, 2.0, "Weight of the distance from the stored mean image.", lower=0)
   ink_weight: float = by_generator(0.0, 1.0, "Weight of the prior that no image is almost blank.", lower=0)
   mode_seeking_weight: float = by_generator(0.0, 0.3, "Weight of the diversity term.", lower=0)
-  total_variation_weight: float = by_generator(14.0, 0.0, "Weight of the total variation.", lower=0)
+  total_variation_weight: float = by_generator(8.0, 0.0, "Weight of the total variation.", lower=0)
   judge_epochs: int = common.flag(8, "Passes over the data of the independent judge's training.", lower=1)
   # What is written.
   log_every: int = common.flag(50, "Steps between logged metrics.", lower=1)
