@@ -28,7 +28,6 @@ from kkt_jax.last_layer import typical_margin
 
 GENERATORS = ("span", "mlp", "conv")
 _COLUMNS = 20  # images in a row of a picture
-_POPULATION = 20_000  # fresh samples of which the residual of a whole distribution is measured
 
 
 def by_generator(span: Any, network: Any, help_text: str, **limits: Any) -> Any:
@@ -98,6 +97,9 @@ class Config:
   mode_seeking_weight: float = by_generator(0.0, 0.3, "Weight of the diversity term.", lower=0)
   total_variation_weight: float = by_generator(8.0, 0.0, "Weight of the total variation.", lower=0)
   judge_epochs: int = common.flag(8, "Passes over the data of the independent judge's training.", lower=1)
+  population: int = common.flag(
+    20_000, "Fresh samples of which the residual of the generator's whole distribution is measured.", lower=2
+  )
   # What is written.
   log_every: int = common.flag(50, "Steps between logged metrics.", lower=1)
   grid_every: int = common.flag(500, "Steps between sample grids and checkpoints.", lower=1)
@@ -416,7 +418,7 @@ def evaluate(
   samples |= comparison.controls(data, y, key)
   results: dict[str, Any] = {name: comparison.measure(judge, data, images) for name, images in samples.items()}
   # A distribution's residual has no sampling error: of fresh noise many samples, of the training data all.
-  population = np.resize(labels, _POPULATION)
+  population = np.resize(labels, config.population)
   many, _ = training.sample(method, state, classifiers, key, population)
   populations = {
     "fresh_noise": Images(np.asarray(many), population),

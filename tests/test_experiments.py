@@ -26,6 +26,7 @@ SMALL = {
   "log_every": 2,
   "grid_every": 2,
   "judge_epochs": 1,
+  "population": 40,
 }
 MNIST = mnist.Config(**SMALL)
 NETWORK = {"generator": "mlp", "batch_size": 20, "num_fresh": 10}
