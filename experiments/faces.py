@@ -14,6 +14,11 @@ from experiments import common, images
 from experiments.data import FACE_SOURCES, load_faces, split
 
 
+def by_data(lfw: Any, celeba: Any, help_text: str, **limits: Any) -> Any:
+  """A flag with one default for the grey images of scikit-image and another for CelebA's."""
+  return common.flag_by("data", {"lfw": lfw, "celeba": celeba, "tfds": celeba}, help_text, **limits)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(images.Config):
   """Settings of the run; each is a flag of the same name."""
@@ -29,12 +34,12 @@ class Config(images.Config):
   )
   attribute: str = common.flag("Male", "celeba, tfds: the attribute that the classifier tells, by CelebA's name.")
   size: int = common.flag(32, "celeba, tfds: height and width to which the faces are scaled.", lower=8)
-  weight_decay: float = common.flag(0.005, "Weight decay of the classifier's training.", lower=1e-6)
+  weight_decay: float = by_data(0.03, 0.005, "Weight decay of the classifier's training.", lower=1e-6)
   pretrain_steps: int = common.flag(8000, "Steps of full-batch gradient descent.", lower=1)
-  start: float = common.flag(
-    0.3, "span: first deviation from the mean image, over that of black and white pixels of this mean.", lower=1e-3
+  start: float = by_data(
+    1.0, 0.3, "span: first deviation from the mean image, over that of black and white pixels of this mean.", lower=1e-3
   )
-  total_variation_weight: float = common.flag(0.5, "Weight of the total variation.", lower=0)
+  total_variation_weight: float = by_data(2.0, 0.5, "Weight of the total variation.", lower=0)
   binarisation_weight: float = common.flag(0.0, "Weight of the prior that pixels are black or white.", lower=0)
   judge_epochs: int = common.flag(30, "Passes over the data of the independent judge's training.", lower=1)
 
