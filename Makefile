@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 # Tests of kkt_jax that also run in double precision; a name without a test file is skipped.
-X64_NAMES := conditions diagnostics first_layer homogeneity jacobians losses multipliers priors
+X64_NAMES := conditions diagnostics first_layer homogeneity jacobians last_layer losses multipliers priors
 X64_TESTS = $(sort $(foreach name,$(X64_NAMES),$(wildcard tests/test_$(name)*.py)))
 
 # Tests compile thousands of tiny functions once: compiling fast matters more to them than fast code, and workers share
