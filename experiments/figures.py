@@ -11,6 +11,7 @@ import numpy as np
 matplotlib.use("Agg")  # files only: works without a screen
 from matplotlib import pyplot as plt  # noqa: E402
 
+COLUMNS = 20  # images in a row of a picture
 _CLASS_COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#ff9900", "#0099c6", "#dd4477", "#66aa00")
 
 

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import common, comparison, figures
+from experiments import common, evaluation, figures
 from experiments.data import Images, Split
-from experiments.judge import train_judge
-from kkt_jax import diagnostics, generators, losses, metrics, multipliers, networks, pretrain, priors, training
+from kkt_jax import generators, multipliers, networks, pretrain, priors, training
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions, weight_decay_conditions
@@ -27,7 +26,6 @@ from kkt_jax.first_layer import input_span
 from kkt_jax.last_layer import typical_margin
 
 GENERATORS = ("span", "mlp", "conv")
-_COLUMNS = 20  # images in a row of a picture
 
 
 def by_generator(span: Any, network: Any, help_text: str, **limits: Any) -> Any:
@@ -123,7 +121,19 @@ def run(config: Config, workdir: pathlib.Path, data: Split, *, num_samples: int,
   out = common.Workdir(workdir, config, tensorboard=config.tensorboard)
   classifiers = trained_classifiers(config, data.train, out.path / "classifier")
   method, state = train_generator(config, classifiers, out)  # sees no data
-  return evaluate(config, out, data, classifiers, method, state, num_samples=num_samples, figure=figure)
+  return evaluation.evaluate(
+    out,
+    data,
+    classifiers,
+    weight_decay_conditions_of(config, classifiers),
+    method,
+    state,
+    seed=config.seed,
+    judge_epochs=config.judge_epochs,
+    num_samples=num_samples,
+    population=config.population,
+    figure=figure,
+  )
 
 
 def _check(config: Config) -> None:
@@ -269,7 +279,7 @@ def _typical_margin(config: Config, classifiers: Sequence[Classifier]) -> float:
 
 def _generator(
   config: Config, classifiers: Sequence[Classifier], num_labels: int
-) -> tuple[generators.InitFn, generators.GenerateFn]:
+) -> tuple[generators.InitFn, training.GenerateFn]:
   shape = classifiers[0].input_shape
   if config.generator == "span":
     spans = [input_span(c.params["Dense_0"]["kernel"]) for c in classifiers]
@@ -320,7 +330,7 @@ def train_generator(
   """Trains the generator from the classifiers alone, or resumes; no data enter this function."""
   method, state, conditions = start(config, classifiers)
   labels = np.unique([label for c in classifiers for label in c.labels])
-  grid_labels = np.tile(np.repeat(labels, _COLUMNS // len(labels)), 4)
+  grid_labels = np.tile(np.repeat(labels, figures.COLUMNS // len(labels)), 4)
 
   def draw_grid(state: training.TrainState) -> None:
     x, _ = training.sample(method, state, classifiers, jax.random.key(0), grid_labels)
@@ -392,113 +402,3 @@ def _first_layer(classifier: Classifier, x: jax.Array) -> jax.Array:
   variance = (mean * (1 - mean)).reshape(1, -1)
   size = jnp.sqrt(jnp.mean(variance @ jnp.square(kernel)))
   return (x.reshape(x.shape[0], -1) @ kernel) / size
-
-
-def evaluate(
-  config: Config,
-  out: common.Workdir,
-  data: Split,
-  classifiers: Sequence[Classifier],
-  method: training.Method,
-  state: training.TrainState,
-  *,
-  num_samples: int,
-  figure: str,
-) -> Mapping[str, Any]:
-  """Looks at the data again: the figure, and every figure of merit beside its controls."""
-  common.say("comparing with the data: independent judge, similarities, residuals")
-  judge = train_judge(data.evaluation, seed=config.seed + 2, epochs=config.judge_epochs)
-  labels = np.unique(data.train.y)
-  y = np.repeat(labels, num_samples // len(labels))
-  key = jax.random.key(config.seed + 3)
-  fresh, _ = training.sample(method, state, classifiers, key, y)
-  samples = {"fresh_noise": Images(np.asarray(fresh), y)}
-  if config.fixed_noise:
-    samples["trained_noise"] = _from_trained_noise(method, state, classifiers, y)
-  samples |= comparison.controls(data, y, key)
-  results: dict[str, Any] = {name: comparison.measure(judge, data, images) for name, images in samples.items()}
-  # A distribution's residual has no sampling error: of fresh noise many samples, of the training data all.
-  population = np.resize(labels, config.population)
-  many, _ = training.sample(method, state, classifiers, key, population)
-  populations = {
-    "fresh_noise": Images(np.asarray(many), population),
-    "training_data": data.train,
-    "class_means": samples["class_means"],
-    "dataset_mean": samples["dataset_mean"],
-    "uniform_noise": comparison.uniform_noise(Images(np.asarray(many), population), key),
-  }
-  for name, images in populations.items():
-    results[name]["residual"] = _residuals(config, classifiers, images)
-  if config.fixed_noise:
-    results["recovered_by_all_trained_noise"] = _recovered(method, state, classifiers, data.train)
-  results["true_median_margin"] = [
-    diagnostics.diagnose(c, conditions, *_own(c, data.train), mu=_multipliers(c, data.train)).median_margin
-    for c, conditions in zip(classifiers, weight_decay_conditions_of(config, classifiers), strict=True)
-  ]
-  results["exp_minus_alpha"] = np.exp(-np.asarray(state.params["alpha"])).tolist()
-  results["final_losses"] = out.last_logged()
-  comparison.similar_pairs(out.path / figure, samples["fresh_noise"], data.train, columns=_COLUMNS // len(labels))
-  out.finish(results)
-  common.say(comparison.table(results))
-  return results
-
-
-def _from_trained_noise(
-  method: training.Method, state: training.TrainState, classifiers: Sequence[Classifier], y: np.ndarray
-) -> Images:
-  """Samples with labels y [S] from the noise that the generator was trained on."""
-  trained = np.asarray(state.noise)
-  noise, index = [], []
-  used: dict[int, int] = {}
-  for label in y.tolist():
-    t = next(i for i, c in enumerate(classifiers) if label in c.labels)
-    own = np.flatnonzero(np.asarray(training.balanced_labels(classifiers[t], method.batch_size)) == label)
-    position = used.get(label, 0)
-    used[label] = position + 1
-    noise.append(trained[t, own[position % len(own)]])
-    index.append(t)
-  x = training.generate_from(method, state, np.stack(noise), y, np.asarray(index))
-  return Images(np.asarray(x), y)
-
-
-def _own(classifier: Classifier, images: Images) -> tuple[jax.Array, jax.Array]:
-  """The images whose label a classifier knows."""
-  known = np.isin(images.y, classifier.labels)
-  return jnp.asarray(images.x[known]), jnp.asarray(images.y[known])
-
-
-def _multipliers(classifier: Classifier, images: Images) -> jax.Array:
-  x, _ = _own(classifier, images)
-  return multipliers.from_softmax(classifier.predict_fn(classifier.params, x))
-
-
-def _recovered(
-  method: training.Method, state: training.TrainState, classifiers: Sequence[Classifier], train: Images
-) -> dict[str, float]:
-  """How many training images come out, among the samples of every noise that the generator was trained on."""
-  y = np.concatenate([training.balanced_labels(c, method.batch_size) for c in classifiers])
-  t = np.repeat(np.arange(len(classifiers)), method.batch_size)
-  x = training.generate_from(method, state, jnp.asarray(state.noise).reshape(len(y), -1), y, t)
-  best = np.asarray(metrics.best_similarity(x, y, train.x, train.y))
-  return {"images": len(y), "ssim_cover": float(best.mean())} | {
-    f"above_{threshold}": int(np.sum(best > threshold)) for threshold in (0.4, 0.6, 0.9)
-  }
-
-
-def _residuals(config: Config, classifiers: Sequence[Classifier], images: Images) -> list[float]:
-  """The relative squared stationarity residual of images for each classifier, multipliers from the softmax."""
-  residuals = []
-  for classifier, conditions in zip(classifiers, weight_decay_conditions_of(config, classifiers), strict=True):
-    x, y = _own(classifier, images)
-    mean = jax.tree.map(jnp.zeros_like, classifier.params)
-    for part in np.array_split(np.arange(len(y)), -(-len(y) // 1000)):  # memory for a thousand samples at a time
-      share = len(part) / len(y)
-      mean = optax.tree.add_scale(mean, share, _mean_gradients(classifier, x[part], y[part]))
-    residuals.append(float(losses.stationarity_residual(conditions, mean).relative))
-  return residuals
-
-
-@jax.jit
-def _mean_gradients(classifier: Classifier, x: jax.Array, y: jax.Array) -> PyTree:
-  mu = multipliers.from_softmax(classifier.predict_fn(classifier.params, x))
-  return losses.stationarity_sum(classifier.gradient_fn, classifier.params, x, classifier.local_labels(y), mu)

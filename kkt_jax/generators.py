@@ -17,9 +17,9 @@ from kkt_jax import _checks
 from kkt_jax.classifier import PyTree
 from kkt_jax.first_layer import InputSpan
 from kkt_jax.networks import kaiming
+from kkt_jax.training import GenerateFn
 
 InitFn = Callable[[jax.Array], tuple[PyTree, PyTree]]
-GenerateFn = Callable[..., tuple[jax.Array, PyTree]]
 
 
 class MLPGenerator(nn.Module):
