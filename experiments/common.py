@@ -41,21 +41,24 @@ def flag(
 
 
 def flag_by(name: str, defaults: Mapping[str, Any], help_text: str, **limits: Any) -> Any:
-  """A flag whose default depends on the value of the flag ``name``, one for each of its choices; see `resolve`.
+  """A flag whose default depends on another attribute of the config, one for each of its values; see `resolve`.
 
   Args:
-    name: the flag on which it depends.
-    defaults: default by value of that flag.
+    name: the flag, or property of the config, on which it depends.
+    defaults: default by value of that attribute.
     help_text: what it means; the defaults are added to it.
     **limits: as of `flag`.
   """
-  shown = ", ".join(f"{value} for {choice}" for choice, value in defaults.items())
-  field = flag(None, f"{help_text} By --{name}: {shown}.", **limits)
+  choices: dict[Any, list[str]] = {}
+  for choice, value in defaults.items():
+    choices.setdefault(value, []).append(choice)
+  shown = "; ".join(f"{value} for {', '.join(own)}" for value, own in choices.items())
+  field = flag(None, f"{help_text} Default: {shown}.", **limits)
   return dataclasses.field(default=None, metadata={**field.metadata, "by": (name, dict(defaults))})
 
 
 def resolve(config: ConfigT) -> ConfigT:
-  """The config with every default that depends on another flag filled in; see `flag_by`."""
+  """The config with every default that depends on another attribute filled in; see `flag_by`."""
   filled = {}
   for field in dataclasses.fields(config):  # type: ignore[arg-type]
     if "by" in field.metadata and getattr(config, field.name) is None:

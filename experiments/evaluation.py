@@ -11,7 +11,7 @@ import optax
 from experiments import common, comparison, figures
 from experiments.data import Images, Split
 from experiments.judge import train_judge
-from kkt_jax import losses, multipliers, training
+from kkt_jax import diagnostics, losses, multipliers, training
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions
 
@@ -60,7 +60,9 @@ def evaluate(
   samples |= comparison.controls(data, y, key)
   results: dict[str, Any] = {name: comparison.measure(judge, data, images) for name, images in samples.items()}
   # A distribution's residual has no sampling error: of fresh noise many samples, of the training data all.
-  many_labels = np.resize(labels, population)
+  # Where samples interact, or multipliers are fitted, as many of each as the classifiers were trained on.
+  coupled = any(classifier.batch_coupled for classifier in classifiers)
+  many_labels = np.resize(labels, len(data.train.y) if coupled else population)
   many = Images(np.asarray(training.sample(method, state, classifiers, key, many_labels)[0]), many_labels)
   populations = {
     "fresh_noise": many,
@@ -69,13 +71,14 @@ def evaluate(
     "dataset_mean": samples["dataset_mean"],
     "uniform_noise": comparison.uniform_noise(many, key),
   }
-  for name, images in populations.items():
-    results[name]["residual"] = _residuals(classifiers, conditions, images)
   if method.fixed_noise:
     everything = _from_all_trained_noise(method, state, classifiers)
+    populations["trained_noise"] = everything
     results["recovered_by_all_trained_noise"] = comparison.recovered(everything, data.train)
     results["recovered_by_real_held_out"] = comparison.recovered(data.held_out, data.train)
     results["recovered_by_class_means"] = comparison.recovered(samples["class_means"], data.train)
+  for name, images in populations.items():
+    results[name]["residual"] = _residuals(classifiers, conditions, images)
   results["true_median_margin"] = [
     float(jnp.median(losses.runner_up_margin(c.predict_fn(c.params, x), c.local_labels(y))))
     for c, (x, y) in ((c, _own(c, data.train)) for c in classifiers)
@@ -125,10 +128,16 @@ def _from_all_trained_noise(
 
 
 def _residuals(classifiers: Sequence[Classifier], conditions: Sequence[Conditions], images: Images) -> list[float]:
-  """The relative squared stationarity residual of images for each classifier, multipliers from the softmax."""
+  """The relative squared stationarity residual of images for each classifier.
+
+  Multipliers are the softmax's; with batch norm, where none are known, the best non-negative ones.
+  """
   residuals = []
   for classifier, condition in zip(classifiers, conditions, strict=True):
     x, y = _own(classifier, images)
+    if classifier.batch_coupled:
+      residuals.append(diagnostics.diagnose(classifier, condition, x, y, num_steps=200).residual)
+      continue
     mean = jax.tree.map(jnp.zeros_like, classifier.params)
     for part in np.array_split(np.arange(len(y)), -(-len(y) // 1000)):  # memory for a thousand samples at a time
       share = len(part) / len(y)

@@ -20,7 +20,16 @@ ApplyFn = Callable[[PyTree, jax.Array], jax.Array]
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["params", "statistics", "offset"],
-  meta_fields=["apply_fn", "gradient_fn", "predict_fn", "statistics_fn", "input_shape", "labels", "batch_coupled"],
+  meta_fields=[
+    "apply_fn",
+    "gradient_fn",
+    "predict_fn",
+    "statistics_fn",
+    "features_fn",
+    "input_shape",
+    "labels",
+    "batch_coupled",
+  ],
 )
 @dataclasses.dataclass(frozen=True)
 class Classifier:
@@ -42,6 +51,7 @@ class Classifier:
     batch_coupled: whether the samples of a batch interact in ``apply_fn`` (batch norm on batch statistics).
     statistics_fn: ``(params, x) -> statistics`` of a batch inside the classifier, or None.
     statistics: the stored statistics of the training data, same tree as ``statistics_fn`` returns, or None.
+    features_fn: ``(params, x) -> features [M, F]`` before the last ReLU, at inference, or None.
     offset: a stored preprocessing constant that ``apply_fn`` subtracts from its inputs, such as the mean image of the
       training data, or None. It is part of what a classifier gives away.
   """
@@ -55,6 +65,7 @@ class Classifier:
   batch_coupled: bool = False
   statistics_fn: Callable[[PyTree, jax.Array], PyTree] | None = None
   statistics: PyTree | None = None
+  features_fn: Callable[[PyTree, jax.Array], jax.Array] | None = None
   offset: jax.Array | None = None
 
   @property
@@ -78,6 +89,7 @@ def make_classifier(
   batch_coupled: bool = False,
   statistics_fn: Callable[[PyTree, jax.Array], PyTree] | None = None,
   statistics: PyTree | None = None,
+  features_fn: Callable[[PyTree, jax.Array], jax.Array] | None = None,
   offset: ArrayLike | None = None,
 ) -> Classifier:
   """Checks the parts of a classifier and puts them together.
@@ -92,6 +104,7 @@ def make_classifier(
     batch_coupled: whether samples interact in ``apply_fn``.
     statistics_fn: statistics of a batch inside the classifier.
     statistics: their stored values; given together with ``statistics_fn``.
+    features_fn: features before the last ReLU, at inference.
     offset: the preprocessing constant that ``apply_fn`` and ``predict_fn`` subtract from their inputs, if any.
 
   Returns:
@@ -136,6 +149,7 @@ def make_classifier(
     batch_coupled=batch_coupled,
     statistics_fn=statistics_fn,
     statistics=statistics,
+    features_fn=features_fn,
     offset=None if offset is None else jnp.asarray(offset),
   )
 

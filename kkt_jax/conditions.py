@@ -6,6 +6,7 @@ plus ``w / 2 |zeta|^2``, for any differentiable network: ``w zeta = mean_i sum_c
 That is Lambda = I with the classifier's own probabilities as multipliers.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 
@@ -15,7 +16,7 @@ from jax.typing import ArrayLike
 
 from kkt_jax import _checks
 from kkt_jax.classifier import PyTree
-from kkt_jax.homogeneity import parameter_groups, ParameterGroups, RateSolution
+from kkt_jax.homogeneity import parameter_groups, ParameterGroups, RateSolution, tensor_names
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["target", "mask"], meta_fields=[])
@@ -27,7 +28,8 @@ class Conditions:
 
   Attributes:
     target: ``Lambda-bar zeta / N`` of Eq. 4, a pytree like the parameters; 0 where the condition is 0.
-    mask: 1 where the condition holds, 0 for parameters that are left out; a pytree like the parameters.
+    mask: 1 where the condition holds, 0 for parameters that are left out, a pytree like the parameters; other values
+      weigh the errors, see `weigh_tensors`.
   """
 
   target: PyTree
@@ -99,3 +101,23 @@ def weight_decay_conditions(params: PyTree, *, weight_decay: float = 1.0) -> Con
   _checks.check_positive("weight_decay", weight_decay)
   target = jax.tree.map(lambda p: weight_decay * p, params)
   return Conditions(*jax.lax.stop_gradient((target, jax.tree.map(jnp.ones_like, params))))
+
+
+def weigh_tensors(conditions: Conditions, weights: Mapping[str, float]) -> Conditions:
+  """Conditions whose squared errors count ``weights[name]`` times in the tensor of that name; 1 where it is missing.
+
+  Raises:
+    ValueError: a name that is no tensor's.
+
+  >>> import jax.numpy as jnp
+  >>> weighed = weigh_tensors(Conditions({"w": jnp.ones(1)}, {"w": jnp.ones(1)}), {"w": 4.0})
+  >>> print(weighed.mask["w"])
+  [2.]
+  """
+  names = tensor_names(conditions.target)
+  unknown = sorted(set(weights) - set(names))
+  if unknown:
+    raise ValueError(f"weights must name tensors of the conditions, {names}; got {unknown}.")
+  leaves, structure = jax.tree.flatten(conditions.mask)
+  weighed = [leaf * weights.get(name, 1.0) ** 0.5 for name, leaf in zip(names, leaves, strict=True)]
+  return Conditions(conditions.target, jax.tree.unflatten(structure, weighed))

@@ -2,10 +2,11 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kkt_jax import _checks
+from kkt_jax import _checks, losses
 
 
 def typical_margin(kernel: ArrayLike, *, weight_decay: float, competitors: float | None = None) -> float:
@@ -51,3 +52,65 @@ def typical_margin(kernel: ArrayLike, *, weight_decay: float, competitors: float
     middle = (low + high) / 2
     low, high = (middle, high) if product(middle) > wanted else (low, middle)
   return low
+
+
+def collapsed_features(kernel: ArrayLike, scale: ArrayLike, shift: ArrayLike) -> jax.Array:
+  """What the last batch norm gives for every training sample of a class, read off the last layer.
+
+  Late in training all samples of a class have the same features, and the last layer's weights are those features up to
+  a factor and a constant for each unit (neural collapse, Papyan et al. 2020). Batch norm fixes both: over classes of
+  equal size its output before scale and shift has mean 0 and variance 1. So the weights of class c, standardised over
+  the classes of each unit, are that output. Beyond the paper, and data-free.
+
+  Args:
+    kernel: W [F, C] of the last layer, whose inputs are the rectified output of the batch norm.
+    scale: gamma of the batch norm [F].
+    shift: beta of the batch norm [F].
+
+  Returns:
+    The output of the batch norm for each class, before the ReLU [C, F].
+
+  Raises:
+    ValueError: shapes do not fit, or fewer than two classes.
+
+  >>> print(collapsed_features(jnp.array([[2.0, 0.0], [-1.0, 1.0]]), jnp.array([1.0, 5.0]), jnp.array([0.0, 1.0])))
+  [[ 1. -4.]
+   [-1.  6.]]
+  """
+  _checks.check_rank("kernel", kernel, 2, "[F, C]")
+  kernel = jnp.asarray(kernel)
+  if kernel.shape[1] < 2:
+    raise ValueError(f"kernel must have at least two columns; got shape {kernel.shape}.")
+  for name, value in (("scale", scale), ("shift", shift)):
+    _checks.check_shape(name, value, kernel.shape[:1], "[F]")
+  deviation = jnp.std(kernel, axis=1, keepdims=True)
+  standardised = (kernel - jnp.mean(kernel, axis=1, keepdims=True)) / jnp.where(deviation > 0, deviation, 1.0)
+  return standardised.T * jnp.asarray(scale)[None] + jnp.asarray(shift)[None]
+
+
+def collapsed_margin(kernel: ArrayLike, bias: ArrayLike, scale: ArrayLike, shift: ArrayLike) -> float:
+  """The common margin of the training samples: that of the logits of their `collapsed_features`.
+
+  The scale e^-alpha of Eq. 6 then need not be found by descent.
+
+  Args:
+    kernel: W [F, C] of the last layer.
+    bias: its bias [C].
+    scale: gamma of the batch norm before it [F].
+    shift: beta of that batch norm [F].
+
+  Returns:
+    The median over classes of the margin to the runner-up, in logits; below 0 where the classifier did not collapse.
+
+  Raises:
+    ValueError: shapes do not fit, or fewer than two classes.
+
+  >>> kernel = jnp.array([[2.0, -2.0], [-1.0, 1.0]])  # features (1, 0) and (0, 1): logits (2, -2) and (-1, 1)
+  >>> collapsed_margin(kernel, jnp.zeros(2), jnp.ones(2), jnp.zeros(2))
+  3.0
+  """
+  features = jax.nn.relu(collapsed_features(kernel, scale, shift))
+  num_classes = features.shape[0]
+  _checks.check_shape("bias", bias, (num_classes,), "[C]")
+  logits = features @ jnp.asarray(kernel) + jnp.asarray(bias)[None]
+  return float(jnp.median(losses.runner_up_margin(logits, jnp.arange(num_classes))))

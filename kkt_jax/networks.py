@@ -163,6 +163,14 @@ def from_module(
 
   predict: Any = exact.apply
   statistics_fn = (lambda params, x: trained(exact)(params, x)[1]["batch_stats"]) if module.batch_norm else None
+  last_norm = f"BatchNorm_{len(module.hidden) - 1}" if isinstance(module, MLPClassifier) and module.batch_norm else None
+
+  def features_fn(params: PyTree, x: jax.Array) -> jax.Array:
+    _, kept = predict(
+      {"params": params, **constants}, x - shift, capture_intermediates=lambda m, _: m.name == last_norm
+    )
+    return kept["intermediates"][last_norm]["__call__"][0]
+
   return make_classifier(
     lambda params, x: trained(exact)(params, x)[0],
     variables["params"],
@@ -173,6 +181,7 @@ def from_module(
     batch_coupled=module.batch_norm,
     statistics_fn=statistics_fn,
     statistics=constants.get("batch_stats"),
+    features_fn=features_fn if last_norm else None,
     offset=offset,
   )
 

@@ -15,31 +15,28 @@ from kkt_jax.classifier import PyTree
 
 
 def total_variation(x: ArrayLike) -> jax.Array:
-  """Anisotropic total variation: mean absolute difference between neighbouring pixels, per image.
+  """Isotropic total variation (Rudin et al. 1992): mean length of the gradient between neighbouring pixels, per image.
 
   Args:
     x: images [M, H, W, C] or [M, H, W], floating point, H and W at least 2.
 
   Returns:
-    [M], in units of the pixel values.
+    [M], in units of the pixel values. Rounded off below 1e-3, where its gradient falls to 0.
 
   Raises:
     ValueError: ``x`` is not a batch of such images.
 
   >>> import jax.numpy as jnp
-  >>> print(total_variation(jnp.array([[[0.0, 1.0], [0.0, 1.0]]])))  # 1 along rows, 0 along columns
-  [1.]
+  >>> print(total_variation(jnp.array([[[0.0, 4.0], [3.0, 0.0]]])).round(2))  # 3 down and 4 across: (9 + 16)^.5
+  [5.]
   """
   x = jnp.asarray(x)
   _checks.check_batch("x", x)
   if x.ndim not in (3, 4) or min(x.shape[1:3]) < 2:
     raise ValueError(f"x must be images [M, H, W] or [M, H, W, C] with H, W >= 2; got shape {x.shape}.")
-  axes = tuple(range(1, x.ndim))
-
-  def size(difference: jax.Array) -> jax.Array:
-    return jax.nn.relu(difference) + jax.nn.relu(-difference)  # |difference| with gradient 0 at 0
-
-  return jnp.mean(size(jnp.diff(x, axis=1)), axis=axes) + jnp.mean(size(jnp.diff(x, axis=2)), axis=axes)
+  down, across = jnp.diff(x, axis=1)[:, :, :-1], jnp.diff(x, axis=2)[:, :-1]
+  tiny = 1e-3
+  return jnp.mean(jnp.sqrt(down**2 + across**2 + tiny**2) - tiny, axis=tuple(range(1, x.ndim)))
 
 
 def binarisation(x: ArrayLike) -> jax.Array:
@@ -158,6 +155,26 @@ def statistics_distance(statistics: PyTree, stored: PyTree) -> jax.Array:
 
   layers = jax.tree.map(distance, statistics, stored, is_leaf=is_layer)
   return jax.tree.reduce(jnp.add, layers, jnp.zeros(()))
+
+
+def collapse(features: ArrayLike, of_class: ArrayLike, scale: ArrayLike) -> jax.Array:
+  """How far samples are from the common features of their class (`kkt_jax.last_layer.collapsed_features`).
+
+  Args:
+    features: of the samples [M, F].
+    of_class: those of the training samples of their classes [M, F].
+    scale: size of each feature [F], not 0, such as the scale of a batch norm.
+
+  Returns:
+    [M]: mean over F of the squared distance in units of ``scale``.
+
+  >>> import jax.numpy as jnp
+  >>> print(collapse(jnp.array([[1.0, 4.0]]), jnp.array([[1.0, 0.0]]), jnp.array([1.0, 2.0])))  # (0 + 2^2) / 2
+  [2.]
+  """
+  _checks.check_same_shapes("of_class", of_class, "features", features)
+  distance = (jnp.asarray(features) - jnp.asarray(of_class)) / jnp.asarray(scale)[None]
+  return jnp.mean(jnp.square(distance), axis=1)
 
 
 def mode_seeking(features: ArrayLike, noise: ArrayLike, y: ArrayLike, *, floor: float = 0.05) -> jax.Array:

@@ -18,7 +18,7 @@ import optax
 from kkt_jax import _checks, losses, multipliers
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifier import Classifier, PyTree
-from kkt_jax.conditions import Conditions
+from kkt_jax.conditions import Conditions, weigh_tensors
 from kkt_jax.homogeneity import tensor_names
 
 RESIDUALS = ("cosine", "relative", "absolute")
@@ -62,8 +62,8 @@ class Method:
     priors: further terms by name, each a function of the classifier and its batch; see `kkt_jax.priors`.
     residual: how stationarity is measured: ``"relative"`` and ``"cosine"`` are scale-free, ``"absolute"`` is the
       paper's unsquared norm (Eq. 5).
-    tensor_weights: for ``"relative"``: weights by tensor name for a mean of the residuals per tensor (1 where a name is
-      missing); the residual over all parameters at once where None.
+    tensor_weights: weights by tensor name (1 where a name is missing): of the residuals per tensor, whose mean is then
+      taken, for ``"relative"``; of the squared errors for ``"cosine"``. All parameters alike where None.
     multiplier_form: ``"softplus"`` or ``"relu"`` (the network h), or ``"softmax"`` (the classifier's probabilities).
     raw_multipliers: the network h; not needed with ``"softmax"``.
     learn_scale: whether the multipliers have a learned log-scale for each classifier. False only where their size is
@@ -228,8 +228,9 @@ def make_train_step(method: Method, *, steps_per_call: int = 1) -> "TrainStep":
 
   Returns:
     The step. Its metrics, those of the last step of the call before its update, are every term of the loss [T],
-    ``"total"`` and ``"gradient_norm"`` (scalars), ``"residual"`` (relative squared, [T]) and ``"margin"`` (e^-alpha,
-    [T]). Samples of a batch interact through the stationarity sum, and through batch norm where a network has it.
+    ``"total"`` and ``"gradient_norm"`` (scalars), ``"residual"`` (relative squared, or the cosine distance where that
+    is what is trained; [T]) and ``"margin"`` (e^-alpha, [T]). Samples of a batch interact through the stationarity sum,
+    and through batch norm where a network has it.
   """
 
   def loss_fn(
@@ -476,8 +477,10 @@ def _terms(
   """The terms of the loss of one classifier (Eq. 7 and the priors), and its relative residual for the log."""
   sums = _stationarity_sum(method, params, classifier, index, batch)
   residual = losses.stationarity_residual(condition, sums)
+  logged = residual.relative
   if method.residual == "cosine":
-    stationarity = losses.cosine_distance(condition, sums)
+    logged = losses.cosine_distance(condition, sums)
+    stationarity = losses.cosine_distance(weigh_tensors(condition, method.tensor_weights or {}), sums)
   elif method.residual == "absolute":
     stationarity = residual.absolute
   elif method.tensor_weights is None:
@@ -489,7 +492,7 @@ def _terms(
     stationarity = jnp.sum(weights * values) / jnp.sum(weights)
   terms = {"stationarity": stationarity, "duality": _duality(method, params, classifier, index, batch)}
   terms |= {name: jnp.mean(prior(classifier, batch)) for name, prior in method.priors.items()}
-  return terms, residual.relative
+  return terms, logged
 
 
 def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:

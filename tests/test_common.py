@@ -23,7 +23,7 @@ def test_a_default_can_depend_on_another_flag():
   assert common.resolve(Dependent()).rate == 0.5
   assert common.resolve(Dependent(kind="b")).rate == 2.0
   assert common.resolve(Dependent(kind="b", rate=0.0)).rate == 0.0  # what the user says counts
-  assert "By --kind: 0.5 for a, 2.0 for b." in dataclasses.fields(Dependent)[-1].metadata["help"]
+  assert "A rate. Default: 0.5 for a; 2.0 for b." in dataclasses.fields(Dependent)[-1].metadata["help"]
   with pytest.raises(common.UsageError, match="--rate must be at least 0; got -1"):
     common.check_config(common.resolve(Dependent(rate=-1.0)))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_conditions
+from kkt_jax.conditions import Conditions, max_margin_conditions, weigh_tensors, weight_decay_conditions
 from kkt_jax.homogeneity import derivative_equations, given_rates, ParameterGroups, solve_rates
 from kkt_jax.losses import duality_loss, runner_up_margin, stationarity_residual, stationarity_sum
 from kkt_jax.multipliers import from_softmax
@@ -242,3 +242,13 @@ def test_conditions_are_an_argument_and_a_result_of_a_jitted_function():
   assert isinstance(doubled, Conditions)
   np.testing.assert_array_equal(doubled.target["w"], [4.0])
   np.testing.assert_array_equal(doubled.mask["w"], [2.0])
+
+
+def test_weighed_tensors_count_their_squared_errors_so_often():
+  conditions = Conditions({"a": jnp.array([3.0]), "b": jnp.array([1.0])}, {"a": jnp.ones(1), "b": jnp.ones(1)})
+  sums = {"a": jnp.array([1.0]), "b": jnp.array([0.0])}
+  squared = stationarity_residual(weigh_tensors(conditions, {"a": 5.0}), sums).squared
+  np.testing.assert_allclose([squared["a"], squared["b"]], [5 * 2.0**2, 1.0], rtol=1e-6)
+  chex.assert_trees_all_equal(weigh_tensors(conditions, {}), conditions)
+  with pytest.raises(ValueError, match=r"^weights must name tensors .* got \['c'\]"):
+    weigh_tensors(conditions, {"c": 1.0})

@@ -68,6 +68,7 @@ def test_circle_runs_and_resumes(tmp_path, classifiers):
     {},
     {"classifiers": 2},
     {"mean_image": False},
+    {"batch_norm": True},
     NETWORK | {"classifiers": 2, "multiplier_form": "softplus", "fixed_noise": False},
     NETWORK | {"mean_image": False, "mean_weight": 0.0, "ink_weight": 0.0},
   ],
@@ -141,6 +142,9 @@ def test_benchmark_reports_every_figure(tmp_path):
     ({"samples_per_class": 450}, "--samples_per_class=450 needs"),
     ({"batch_size": 1}, "--batch_size must be at least 2"),
     ({"codes": 0}, "--codes must be at least 1"),
+    ({"batch_norm": True, "generator": "conv"}, "--generator must be span with --batch_norm; got conv"),
+    ({"batch_norm": True, "multiplier_form": "softmax"}, "--multiplier_form must be softplus or relu"),
+    ({"collapse_weight": 1.0}, "--statistics_weight and --collapse_weight must be 0 without --batch_norm"),
     ({"num_fresh": 5}, "--num_fresh must be 0 .* with --generator=span"),
   ],
 )

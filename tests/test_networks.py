@@ -167,6 +167,13 @@ class FromModuleTest(parameterized.TestCase):
     classifier, _, _ = random_mlp()
     assert classifier.statistics is None and classifier.statistics_fn is None and not classifier.batch_coupled
 
+  def test_features_are_the_last_batch_norms_output_at_inference(self):
+    classifier, x, _ = random_mlp(batch_norm=True)
+    features = classifier.features_fn(classifier.params, x)
+    last = classifier.params["Dense_2"]
+    logits = np.maximum(features, 0) @ np.asarray(last["kernel"]) + np.asarray(last["bias"])
+    np.testing.assert_allclose(logits, classifier.predict_fn(classifier.params, x), rtol=1e-4, atol=1e-5)
+
   def test_whole_classifier_passes_through_jit(self):
     coupled, x, _ = random_mlp(batch_norm=True)
     logits = jax.jit(lambda c, x: c.predict_fn(c.params, x))(coupled, x)

@@ -12,15 +12,24 @@ from kkt_jax import priors
 class TotalVariationTest(chex.TestCase):
   @chex.variants(with_jit=True, without_jit=True)
   def test_by_hand_in_each_direction(self):
-    images = jnp.array([[[0.0, 1.0, 4.0], [2.0, 1.0, 0.0]], [[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]]])
-    # down: |2|, |0|, |-4| -> 2; across: 1, 3, 1, 1 -> 1.5; a flat image has none.
-    np.testing.assert_allclose(self.variant(priors.total_variation)(images), [3.5, 0.0])
+    images = jnp.array([[[0.0, 3.0, 7.0], [4.0, 0.0, 1.0], [9.0, 9.0, 9.0]], [[5.0] * 3] * 3])
+    # (down, across): (4, 3), (-3, 4), (5, -4), (9, 1); a flat image has none.
+    expected = (5 + 5 + 41**0.5 + 82**0.5) / 4
+    np.testing.assert_allclose(self.variant(priors.total_variation)(images), [expected, 0.0], atol=2e-3)
 
   @chex.variants(with_jit=True, without_jit=True)
   def test_channels_are_averaged_not_differenced(self):
-    image = jnp.array([[0.0, 1.0, 4.0], [2.0, 1.0, 0.0]])
+    image = jnp.array([[0.0, 3.0], [4.0, 0.0]])  # length 5
     images = jnp.stack([image, 3 * image], axis=-1)[None]
-    np.testing.assert_allclose(self.variant(priors.total_variation)(images), [7.0])  # (3.5 + 10.5) / 2
+    np.testing.assert_allclose(self.variant(priors.total_variation)(images), [10.0], atol=2e-3)
+
+  def test_a_round_disc_costs_less_than_its_bounding_box(self):
+    # What the anisotropic one cannot tell: it measures the box around a convex shape.
+    rows, columns = jnp.mgrid[:40, :40] - 19.5
+    disc = jnp.clip(15 - jnp.sqrt(rows**2 + columns**2), 0, 1)
+    box = jnp.clip(15 - jnp.maximum(jnp.abs(rows), jnp.abs(columns)), 0, 1)
+    disc_value, box_value = priors.total_variation(jnp.stack([disc, box]))
+    assert disc_value < 0.9 * box_value
 
 
 def test_out_of_range_counts_the_excess_only():
