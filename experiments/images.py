@@ -335,13 +335,13 @@ def start(
     theta=theta,
     statistics=statistics,
     eta=eta,
-    margin=config.margin or _told_margin(config, classifiers),
+    margin=config.margin or _told_margins(config, classifiers),
   )
   return method, state, conditions
 
 
-def _told_margin(config: Config, classifiers: Sequence[Classifier]) -> float:
-  """The margin of the training samples as their classifiers' last layers tell it."""
+def _told_margins(config: Config, classifiers: Sequence[Classifier]) -> list[float]:
+  """The margin of each classifier's training samples as its last layer tells it."""
   margins = []
   for params in (classifier.params for classifier in classifiers):
     kernel, bias = params["Dense_2"]["kernel"], params["Dense_2"]["bias"]
@@ -349,8 +349,8 @@ def _told_margin(config: Config, classifiers: Sequence[Classifier]) -> float:
       margins.append(collapsed_margin(kernel, bias, params["BatchNorm_1"]["scale"], params["BatchNorm_1"]["bias"]))
     else:
       margins.append(typical_margin(kernel, weight_decay=config.weight_decay))
-  common.say(f"the last layer tells a typical margin of {np.mean(margins):.4g}")
-  return float(np.mean(margins))
+  common.say(f"the last layer tells a typical margin of {', '.join(f'{margin:.4g}' for margin in margins)}")
+  return margins
 
 
 def _generator(

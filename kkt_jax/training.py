@@ -159,7 +159,7 @@ def init_state(
   theta: PyTree,
   statistics: PyTree,
   eta: PyTree = None,
-  margin: float | None = None,
+  margin: ArrayLike | Sequence[float] | None = None,
 ) -> TrainState:
   """A start that cannot die: multipliers as long as their target, alpha at a given or the generated margin.
 
@@ -171,7 +171,8 @@ def init_state(
     theta: initial parameters of the generator.
     statistics: its initial running averages.
     eta: initial parameters of the multiplier network; None with softmax multipliers.
-    margin: e^-alpha at the start, in logits, positive; the median absolute margin of the first samples where None.
+    margin: e^-alpha at the start, in logits, positive, one for all or for each classifier [T]; the median absolute
+      margin of the first samples where None.
 
   Returns:
     The `TrainState` at step 0.
@@ -184,7 +185,8 @@ def init_state(
   if len(classifiers) != len(conditions):
     raise ValueError(f"conditions must hold one for each of {len(classifiers)} classifiers; got {len(conditions)}.")
   if margin is not None:
-    _checks.check_positive("margin", margin)
+    for value in jnp.atleast_1d(jnp.asarray(margin)).tolist():
+      _checks.check_positive("margin", value)
   _checks.check_finite("theta", theta)
   noise_key, first_key, key = jax.random.split(key, 3)
   num_classifiers = len(classifiers)
@@ -214,7 +216,7 @@ def init_state(
   log_scales, margins = first_batch(params, classifiers, conditions)
   if method.learn_scale:
     params["eta"]["log_scale"] = log_scales
-  params["alpha"] = -jnp.log(margins if margin is None else jnp.full(num_classifiers, margin))
+  params["alpha"] = -jnp.log(margins if margin is None else jnp.broadcast_to(jnp.asarray(margin), (num_classifiers,)))
   return state._replace(params=params, opt_state=method.optimizer.init(params))
 
 
