@@ -1,8 +1,9 @@
 """Figs. 4 and 5: points on a circle, recovered from the weights of classifiers of the plane.
 
-Eighteen points lie evenly on the unit circle in three classes. A batch-normalised classifier is trained on them by
-full-batch gradient descent, the points are forgotten, and a generator is trained so that the classifier's KKT
-conditions hold for what it generates. ``fig4.png`` shows the points, the classifier's regions and generated samples.
+Eighteen points lie evenly on the unit circle in three classes. A classifier, with batch norm or with weight decay, is
+trained on them by full-batch gradient descent, the points are forgotten, and a generator is trained so that the
+classifier's conditions hold for what it generates. ``fig4.png`` shows the points, the classifier's regions and
+generated samples.
 
 Training has two phases. In the first, several generators are trained to lie where the classifier can have seen data at
 all (its stored statistics, its common margin), and the one with the least loss goes on; in the second the stationarity
@@ -34,12 +35,19 @@ from kkt_jax import (
 )
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifier import Classifier, PyTree
-from kkt_jax.conditions import Conditions, max_margin_conditions
+from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_conditions
+from kkt_jax.last_layer import typical_margin
 
 _NUM_POINTS, _NUM_CLASSES = 18, 3
 _RADIUS = 0.15  # what counts as near a training point
 _NUM_SAMPLES = 900
+_GATE_SHARPNESS = 20.0  # without batch norm; see `kkt_jax.networks.relaxed_relu`
 _STEPS_PER_CALL = 20  # a step here is shorter than the call of it
+
+
+def by_batch_norm(with_it: float, without: float, help_text: str, **limits: Any) -> Any:
+  """A flag with one default for classifiers with batch norm and another for those with weight decay."""
+  return common.flag_by("variant", {"batch_norm": with_it, "nobatch_norm": without}, help_text, **limits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +61,12 @@ class Config:
   classifiers: int = common.flag(1, "2 splits the points evenly between two classifiers (Fig. 5).", lower=1, upper=2)
   # The attacked classifier.
   width: int = common.flag(64, "Width of its two hidden layers.", lower=3)
-  init_scale: float = common.flag(0.05, "Scale of its initial weights and of its last batch norm.", lower=1e-6)
-  pretrain_steps: int = common.flag(20_000, "Loss-scaled steps of full-batch gradient descent.", lower=1)
+  batch_norm: bool = common.flag(True, "Whether it has batch norm; without, it is trained with weight decay.")
+  weight_decay: float = common.flag(1e-3, "nobatch_norm: weight decay of its training.", lower=1e-8)
+  init_scale: float = common.flag(
+    0.05, "batch_norm: scale of its initial weights and of its last batch norm.", lower=1e-6
+  )
+  pretrain_steps: int = common.flag(20_000, "Steps of full-batch gradient descent.", lower=1)
   # The generator and its training.
   restarts: int = common.flag(6, "Generators that are started; the best by a loss without data goes on.", lower=1)
   restart_steps: int = common.flag(3200, "Steps of each before the choice.", lower=1)
@@ -65,11 +77,13 @@ class Config:
   jitter: float = common.flag(0.1, "Noise on a code before the choice.", lower=0)
   final_jitter: float = common.flag(0.03, "Noise on a code after it.", lower=0)
   rule: str = common.flag("balanced", "Which solution for Lambda.", choices=homogeneity.RULES)
-  stationarity_weight: float = common.flag(1.0, "Weight of the stationarity (0 is the ablation).", lower=0)
-  beta: float = common.flag(3.0, "Weight of the duality loss.", lower=0)
-  delta: float = common.flag(0.01, "Width of the flat bottom of the duality loss, in units of e^-alpha.", lower=0)
+  stationarity_weight: float = by_batch_norm(1.0, 0.3, "Weight of the stationarity (0 is the ablation).", lower=0)
+  beta: float = by_batch_norm(3.0, 10.0, "Weight of the duality loss.", lower=0)
+  delta: float = by_batch_norm(
+    0.01, 1.0, "Width of the flat bottom of the duality loss, in units of e^-alpha.", lower=0
+  )
   statistics_weight: float = common.flag(
-    100.0, "Weight of the distance from the stored batch-norm statistics.", lower=0
+    100.0, "batch_norm: weight of the distance from the stored statistics.", lower=0
   )
   repulsion_weight: float = common.flag(0.3, "Weight of the repulsion at the start; it fades out.", lower=0)
   repulsion_bandwidth: float = common.flag(0.3, "Its reach, in standard deviations of the data.", lower=1e-6)
@@ -78,9 +92,15 @@ class Config:
   checkpoint_every: int = common.flag(1000, "Steps between checkpoints and pictures.", lower=1)
   tensorboard: bool = common.flag(False, "Also write metrics for TensorBoard.")
 
+  @property
+  def variant(self) -> str:
+    """What the defaults of some flags depend on."""
+    return "batch_norm" if self.batch_norm else "nobatch_norm"
+
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Runs or resumes the experiment; returns the final metrics."""
+  config = common.resolve(config)
   common.check_config(config)
   if config.restart_steps >= config.steps:
     raise common.UsageError(f"--restart_steps must be less than --steps = {config.steps}; got {config.restart_steps}.")
@@ -113,12 +133,16 @@ def circle(labels: str) -> tuple[np.ndarray, np.ndarray]:
 def trained_classifier(config: Config, x: np.ndarray, y: np.ndarray, index: int, directory: pathlib.Path) -> Classifier:
   """Trains one classifier to its convergence point, or restores it; nothing else of the data leaves this function."""
   module = networks.MLPClassifier(
-    num_classes=_NUM_CLASSES, hidden=(config.width, config.width), batch_norm=True, init_scale=config.init_scale
+    num_classes=_NUM_CLASSES,
+    hidden=(config.width, config.width),
+    batch_norm=config.batch_norm,
+    init_scale=config.init_scale if config.batch_norm else 1.0,
+    gate_sharpness=None if config.batch_norm else _GATE_SHARPNESS,
   )
   variables: Any = module.init(jax.random.fold_in(jax.random.key(config.seed), index), x, train=True)
-  # A small last normalisation, like small weights: with scale 1 the classifier ends far from its KKT point.
-  scale = variables["params"]["BatchNorm_1"]["scale"]
-  variables["params"]["BatchNorm_1"]["scale"] = config.init_scale * scale
+  if config.batch_norm:
+    # A small last normalisation, like small weights: with scale 1 the classifier ends far from its KKT point.
+    variables["params"]["BatchNorm_1"]["scale"] *= config.init_scale
   with Checkpointer(directory) as checkpointer:
     restored = checkpointer.restore(variables)
     if restored:
@@ -132,12 +156,18 @@ def trained_classifier(config: Config, x: np.ndarray, y: np.ndarray, index: int,
 def _train_classifier(
   config: Config, module: networks.MLPClassifier, variables: PyTree, x: jax.Array, y: np.ndarray
 ) -> PyTree:
-  apply: Any = module.apply
+  apply: Any = module.clone(gate_sharpness=None).apply
 
   def train_mode(params: PyTree, x: jax.Array) -> Any:
     return apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
 
   hold = config.pretrain_steps // 5
+  falling = optax.schedules.exponential_decay(0.02, config.pretrain_steps - hold, 0.025, transition_begin=hold)
+  form: dict[str, Any] = (
+    {"learning_rate": falling, "loss_scaled": True}
+    if config.batch_norm
+    else {"learning_rate": 0.05, "weight_decay": config.weight_decay, "momentum": 0.9}
+  )
   progress = common.Progress("classifier", config.pretrain_steps)
   result = pretrain.gradient_descent(
     lambda params, x: train_mode(params, x)[0],
@@ -145,19 +175,21 @@ def _train_classifier(
     x,
     y,
     num_steps=config.pretrain_steps,
-    learning_rate=optax.schedules.exponential_decay(0.02, config.pretrain_steps - hold, 0.025, transition_begin=hold),
-    loss_scaled=True,
     steps_per_call=1000,
     on_progress=lambda step, log_loss: progress.update(step, {"log loss": log_loss}),
+    **form,
   )
   common.say(
-    f"classifier: log loss {result.log_loss:.1f}, margins {result.margins.min():.1f} to {result.margins.max():.1f}"
+    f"classifier: log loss {result.log_loss:.1f}, margins {result.margins.min():.1f} to {result.margins.max():.1f},"
+    f" |gradient| / |zeta| {result.relative_gradient:.2g}"
   )
-  return {"params": result.params, "batch_stats": train_mode(result.params, x)[1]["batch_stats"]}
+  return {"params": result.params, **train_mode(result.params, x)[1]}
 
 
 def conditions_of(config: Config, classifier: Classifier) -> Conditions:
-  """Lambda from the derivative equations at random inputs, and the conditions that follow from it."""
+  """Weight decay's conditions, or with batch norm Lambda from the derivative equations and what follows from it."""
+  if not config.batch_norm:
+    return weight_decay_conditions(classifier.params, weight_decay=config.weight_decay)
   x = jax.random.normal(jax.random.key(config.seed), (40, 2))
   equations = homogeneity.derivative_equations(classifier.apply_fn, classifier.params, x)
   solution = homogeneity.solve_rates(equations, classifier.params, rule=config.rule)
@@ -165,8 +197,14 @@ def conditions_of(config: Config, classifier: Classifier) -> Conditions:
 
 
 def input_moments(classifier: Classifier) -> tuple[jax.Array, jax.Array]:
-  """The mean and the covariance's Cholesky factor of the training points, read off the first batch norm."""
-  layer, stored = classifier.params["Dense_0"], classifier.statistics["BatchNorm_0"]  # type: ignore[index]
+  """The mean and the covariance's Cholesky factor of the training points, read off the first batch norm.
+
+  Without batch norm they are not to be had; 0 and the identity stand for the region in which points are searched.
+  """
+  layer = classifier.params["Dense_0"]
+  if classifier.statistics is None:
+    return jnp.zeros(2), jnp.eye(2)
+  stored = classifier.statistics["BatchNorm_0"]
   mean, covariance = first_layer.input_moments(layer["kernel"], layer["bias"], stored["mean"], stored["var"])
   return mean, jnp.linalg.cholesky(covariance)
 
@@ -209,7 +247,7 @@ def _method(config: Config, classifiers: Sequence[Classifier], *, jitter: float,
     output=generators.affine_output(means, factors, bound=2.5),
   )
   _, generate = generators.generator_functions(generator, 1 + config.code_dim)
-  multiplier_network: Any = _multiplier_network(classifiers).apply
+  multiplier_network: Any = _multiplier_network(classifiers).apply if config.batch_norm else None
   ramp = optax.schedules.linear_schedule(0.0, config.stationarity_weight, config.steps // 10, config.restart_steps)
   schedule = optax.schedules.cosine_decay_schedule(config.learning_rate, config.steps, alpha=0.02)
   hold = config.steps // 5
@@ -227,8 +265,9 @@ def _method(config: Config, classifiers: Sequence[Classifier], *, jitter: float,
     optimizer=training.partitioned(
       optax.adam(schedule),
       optax.adam(schedule),
-      # e^-alpha waits until most samples are on their side; moving early, it follows the misplaced ones.
-      optax.adam(lambda step: jnp.where(step < hold, 0.0, schedule(step))),
+      # e^-alpha waits until most samples are on their side; moving early, it follows the misplaced ones. Without batch
+      # norm it starts near its place.
+      optax.adam(lambda step: jnp.where(step < hold, 0.0, schedule(step)) * (1.0 if config.batch_norm else 0.01)),
     ),
     noise_dim=1 + config.code_dim,
     batch_size=config.codes * _NUM_CLASSES,
@@ -238,11 +277,11 @@ def _method(config: Config, classifiers: Sequence[Classifier], *, jitter: float,
       "statistics": config.statistics_weight,
       "repulsion": optax.schedules.linear_schedule(config.repulsion_weight, 0.0, int(0.7 * config.steps)),
     },
-    priors={"statistics": statistics, "repulsion": repulsion},
-    residual="cosine",
-    multiplier_form="softplus",
+    priors={"repulsion": repulsion} | ({"statistics": statistics} if config.batch_norm else {}),
+    residual="cosine" if config.batch_norm else "relative",
+    multiplier_form="softplus" if config.batch_norm else "softmax",
     raw_multipliers=multiplier_network,
-    learn_scale=False,  # the cosine is free of it
+    learn_scale=False,  # the cosine is free of it, and weight decay's is known
     delta=config.delta,
     stratified_noise=True,
   )
@@ -269,8 +308,14 @@ def _start(
   init, _ = generators.generator_functions(shape, method.noise_dim)
   theta, statistics = init(generator_key)
   zero = jnp.zeros(1, jnp.int32)
-  eta = _multiplier_network(classifiers).init(multiplier_key, jnp.zeros((1, 2)), zero, zero)
-  return training.init_state(state_key, method, classifiers, conditions, theta=theta, statistics=statistics, eta=eta)
+  eta, margin = None, None
+  if config.batch_norm:
+    eta = _multiplier_network(classifiers).init(multiplier_key, jnp.zeros((1, 2)), zero, zero)
+  else:
+    margin = [typical_margin(c.params["Dense_2"]["kernel"], weight_decay=config.weight_decay) for c in classifiers]
+  return training.init_state(
+    state_key, method, classifiers, conditions, theta=theta, statistics=statistics, eta=eta, margin=margin
+  )
 
 
 def _best_start(

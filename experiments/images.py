@@ -49,7 +49,7 @@ class Config:
   )
   second_width: int = common.flag(256, "Width of its second layer.", lower=1)
   batch_norm: bool = common.flag(
-    False, "Batch norm and small initial weights instead of weight decay: the paper's classifier. With span only."
+    False, "Batch norm and small initial weights instead of weight decay, the paper's classifier. With span only."
   )
   weight_decay: float = common.flag(0.02, "Weight decay of its training, without batch norm.", lower=1e-6)
   first_init_scale: float = common.flag(
@@ -180,7 +180,7 @@ def _check(config: Config) -> None:
   if config.warmup >= config.steps:
     raise common.UsageError(f"--warmup must be less than --steps = {config.steps}; got {config.warmup}.")
   if config.batch_norm and config.generator != "span":
-    raise common.UsageError(f"--generator must be span with --batch_norm; got {config.generator}.")
+    raise common.UsageError(f"--generator must be span with --batch_norm; got {config.generator} (--nobatch_norm?).")
   if config.batch_norm and config.multiplier_form == "softmax":
     raise common.UsageError(
       "--multiplier_form must be softplus or relu with --batch_norm: without weight decay all probabilities are 0 or 1."

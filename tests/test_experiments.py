@@ -28,7 +28,7 @@ SMALL = {
   "judge_epochs": 1,
   "population": 40,
 }
-MNIST = mnist.Config(**SMALL)
+MNIST = mnist.Config(batch_norm=False, **SMALL)
 NETWORK = {"generator": "mlp", "batch_size": 20, "num_fresh": 10}
 
 
@@ -51,9 +51,9 @@ def test_duality_loss_has_the_shape_of_fig_2(tmp_path):
   assert_complete(tmp_path, "fig2.png")
 
 
-@pytest.mark.parametrize("classifiers", [1, 2])
-def test_circle_runs_and_resumes(tmp_path, classifiers):
-  config = dataclasses.replace(CIRCLE, classifiers=classifiers)
+@pytest.mark.parametrize(("classifiers", "batch_norm"), [(1, True), (2, True), (1, False)])
+def test_circle_runs_and_resumes(tmp_path, classifiers, batch_norm):
+  config = dataclasses.replace(CIRCLE, classifiers=classifiers, batch_norm=batch_norm)
   metrics = circle.run(config, tmp_path)
   assert_complete(tmp_path, "fig4.png" if classifiers == 1 else "fig5.png")
   assert metrics["controls"]["training_data"]["precision"] == 1.0
@@ -68,7 +68,7 @@ def test_circle_runs_and_resumes(tmp_path, classifiers):
     {},
     {"classifiers": 2},
     {"mean_image": False},
-    {"batch_norm": True},
+    {"batch_norm": True, "classifiers": 2},
     NETWORK | {"classifiers": 2, "multiplier_form": "softplus", "fixed_noise": False},
     NETWORK | {"mean_image": False, "mean_weight": 0.0, "ink_weight": 0.0},
   ],
