@@ -3,7 +3,8 @@
 For the classifier of the MNIST experiment: the value and gradient of the stationarity residual with respect to the
 generated samples, by one vector-Jacobian product (the default route) and by explicit per-sample Jacobians (the
 reference), at two widths and for ten and a hundred classes; what share of a training step of
-`experiments.mnist --nobatch_norm` is spent in the classifier; and what fraction of the machine's measured rate of matrix products all of it reaches.
+`experiments.mnist --nobatch_norm` is spent in the classifier; and what fraction of the machine's measured rate of
+matrix products all of it reaches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
