@@ -39,7 +39,6 @@ class Config(images.Config):
   start: float = by_data(
     1.0, 0.3, "span: first deviation from the mean image, over that of black and white pixels of this mean.", lower=1e-3
   )
-  total_variation_weight: float = by_data(2.0, 0.5, "Weight of the total variation.", lower=0)
   binarisation_weight: float = common.flag(0.0, "Weight of the prior that pixels are black or white.", lower=0)
   judge_epochs: int = common.flag(30, "Passes over the data of the independent judge's training.", lower=1)
 

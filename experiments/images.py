@@ -22,7 +22,7 @@ from kkt_jax import generators, homogeneity, multipliers, networks, pretrain, pr
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_conditions
-from kkt_jax.first_layer import input_span
+from kkt_jax.first_layer import input_span, InputSpan
 from kkt_jax.last_layer import collapsed_features, collapsed_margin, typical_margin
 
 GENERATORS = ("span", "mlp", "conv")
@@ -126,7 +126,13 @@ class Config:
   mean_weight: float = by_variant(0.0, 2.0, "Weight of the distance from the stored mean image.", lower=0)
   ink_weight: float = by_variant(0.0, 1.0, "Weight of the prior that no image is almost blank.", lower=0)
   mode_seeking_weight: float = by_variant(0.0, 0.3, "Weight of the diversity term.", lower=0)
-  total_variation_weight: float = by_variant(10.0, 0.0, "Weight of the total variation.", batch_norm=16.0, lower=0)
+  total_variation_weight: float = by_variant(
+    16.0,
+    0.0,
+    "Weight of the total variation; with span times the share of all dimensions that it fills.",
+    batch_norm=25.0,
+    lower=0,
+  )
   judge_epochs: int = common.flag(8, "Passes over the data of the independent judge's training.", lower=1)
   population: int = common.flag(
     20_000, "Fresh samples of which the residual of the generator's whole distribution is measured.", lower=2
@@ -290,7 +296,11 @@ def start(
 ) -> tuple[training.Method, training.TrainState, list[Conditions]]:
   """The method, its random start, and the stationarity condition of each classifier; no data enter this function."""
   num_labels = 1 + max(max(c.labels) for c in classifiers)
-  init_generator, generate = _generator(config, classifiers, num_labels)
+  spans = _spans(config, classifiers) if config.generator == "span" else []
+  # The more of all directions the span fills, the less it says to lie in it, and the more priors must say.
+  dimensions = int(np.prod(classifiers[0].input_shape))
+  share = float(np.mean([span.strengths.size / dimensions for span in spans])) if spans else 1.0
+  init_generator, generate = _generator(config, classifiers, num_labels, spans, share)
   raw_multipliers, eta, keys = None, None, jax.random.split(jax.random.key(config.seed + 1), 3)
   if config.multiplier_form != "softmax":
     network = networks.MultiplierNetwork(
@@ -308,7 +318,7 @@ def start(
     ),
     noise_dim=config.noise_dim,
     batch_size=every_code if config.generator == "span" else config.batch_size,
-    weights=_weights(config),
+    weights=_weights(config, share),
     priors=_priors(config),
     residual="cosine" if config.batch_norm else "relative",
     tensor_weights={
@@ -353,17 +363,19 @@ def _told_margins(config: Config, classifiers: Sequence[Classifier]) -> list[flo
   return margins
 
 
+def _spans(config: Config, classifiers: Sequence[Classifier]) -> list[InputSpan]:
+  """What each classifier's first layer says about the directions of its data."""
+  spans = [input_span(c.params["Dense_0"]["kernel"], tolerance=config.span_tolerance) for c in classifiers]
+  ranks = ", ".join(str(span.strengths.size) for span in spans)
+  common.say(f"the rows of the first layer span {ranks} of {spans[0].basis.shape[0]} dimensions")
+  return spans
+
+
 def _generator(
-  config: Config, classifiers: Sequence[Classifier], num_labels: int
+  config: Config, classifiers: Sequence[Classifier], num_labels: int, spans: Sequence[InputSpan], share: float
 ) -> tuple[generators.InitFn, training.GenerateFn]:
   shape = classifiers[0].input_shape
   if config.generator == "span":
-    spans = [input_span(c.params["Dense_0"]["kernel"], tolerance=config.span_tolerance) for c in classifiers]
-    ranks = [span.strengths.size for span in spans]
-    dimensions = int(np.prod(shape))
-    common.say(f"the rows of the first layer span {', '.join(map(str, ranks))} of {dimensions} dimensions")
-    # The more of all directions the span fills, the less it says to lie in it, and the more the strengths must say.
-    power = config.power if config.power >= 0 else float(np.mean(ranks)) / dimensions
     # The random first samples deviate from the mean image as much as black and white pixels of that mean would.
     means = [_offset(c) for c in classifiers]
     deviation = jnp.sqrt(jnp.mean(jnp.stack([jnp.clip(mean * (1 - mean), 0.01) for mean in means])))
@@ -373,7 +385,7 @@ def _generator(
       num_labels=num_labels,
       num_codes=config.codes,
       deviation=config.start * float(deviation),
-      power=power,
+      power=config.power if config.power >= 0 else share,
     )
   # Without a stored mean image the generator starts from dark grey, which every drawing on black is near.
   starts = [jnp.full(shape, 0.1) if c.offset is None else c.offset for c in classifiers]
@@ -439,7 +451,7 @@ def conditions_of(config: Config, classifiers: Sequence[Classifier]) -> list[Con
   return conditions
 
 
-def _weights(config: Config) -> dict[str, Any]:
+def _weights(config: Config, share: float) -> dict[str, Any]:
   """Only the classification counts in the warm-up; afterwards the stationarity takes its place."""
 
   def switch(before: float, after: float) -> training.Schedule:
@@ -456,7 +468,7 @@ def _weights(config: Config) -> dict[str, Any]:
     "statistics": config.statistics_weight,
     "collapse": config.collapse_weight,
     "mode_seeking": config.mode_seeking_weight,
-    "total_variation": config.total_variation_weight,
+    "total_variation": config.total_variation_weight * share,
   }
 
 
