@@ -33,8 +33,8 @@ help: ## list the targets
 
 setup: $(VENV)/.installed ## create .venv with the locked versions and this project
 
-demo: setup ## train on 500 MNIST digits, forget them, rebuild them from the weights (minutes)
-	$(PY) -m experiments.mnist --workdir=runs/demo
+demo: setup ## train on 100 MNIST digits, forget them, rebuild them from the weights (minutes)
+	$(PY) -m experiments.mnist --samples_per_class=10 --workdir=runs/demo
 	@echo "The picture is in runs/demo/fig6.png: generated digits in odd rows, the most similar training digit below each."
 
 test: lint ## lint, then doctests and tests, then the library's tests in double precision

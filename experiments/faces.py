@@ -10,7 +10,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from experiments import common, images
+from experiments import common, image_config, images
 from experiments.data import FACE_SOURCES, load_faces, split
 
 
@@ -20,7 +20,7 @@ def by_data(lfw: Any, celeba: Any, help_text: str, **limits: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(images.Config):
+class Config(image_config.Config):
   """Settings of the run; each is a flag of the same name."""
 
   data: str = common.flag(

@@ -8,12 +8,12 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from experiments import common, images
+from experiments import common, image_config, images
 from experiments.data import load_digits, SOURCES, split
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(images.Config):
+class Config(image_config.Config):
   """Settings of the run; each is a flag of the same name."""
 
   data: str = common.flag(

@@ -1,0 +1,136 @@
+"""The classifiers that the image experiments attack: their training, and what they say about themselves.
+
+`trained_classifiers` is the only function on the way to a generator that sees data.
+"""
+
+from collections.abc import Sequence
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import common
+from experiments.data import Images
+from experiments.image_config import Config
+from kkt_jax import homogeneity, networks, pretrain
+from kkt_jax.checkpoint import Checkpointer
+from kkt_jax.classifier import Classifier, PyTree
+from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_conditions
+from kkt_jax.last_layer import collapsed_margin, typical_margin
+
+_SMALL_INIT = 0.05  # of a batch-normalised classifier's later kernels and of its last batch norm's scale
+
+
+def label_groups(num_labels: int, num_classifiers: int) -> list[tuple[int, ...]]:
+  """The labels shared out in order: 0-4 and 5-9 of ten digits for two classifiers, as in Fig. 8.
+
+  >>> label_groups(10, 2)
+  [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
+  """
+  return [tuple(int(label) for label in part) for part in np.array_split(np.arange(num_labels), num_classifiers)]
+
+
+def trained_classifiers(config: Config, train: Images, directory: pathlib.Path) -> list[Classifier]:
+  """Trains the attacked classifiers, or restores them; nothing else of the data leaves this function.
+
+  Each classifier stores the mean of its training images, which it subtracts from its inputs.
+  """
+  classifiers = []
+  shape = train.x.shape[1:]
+  for index, labels in enumerate(label_groups(len(np.unique(train.y)), config.classifiers)):
+    module = networks.MLPClassifier(
+      num_classes=len(labels),
+      hidden=(config.width, config.second_width),
+      batch_norm=config.batch_norm,
+      init_scale=_SMALL_INIT if config.batch_norm else 1.0,
+      gate_sharpness=config.gate_sharpness or None,
+    )
+    like = {"variables": _initial_variables(config, module, shape, index), "mean": jnp.zeros(shape)}
+    with Checkpointer(directory / str(index)) as checkpointer:
+      restored = checkpointer.restore(like)
+      stored = restored[1] if restored else _train_classifier(config, module, like["variables"], train, labels)
+      if not restored:
+        checkpointer.save(0, stored)
+    offset = stored["mean"] if config.mean_image else None
+    classifiers.append(
+      networks.from_module(module, stored["variables"], input_shape=shape, labels=labels, offset=offset)
+    )
+  return classifiers
+
+
+def _initial_variables(config: Config, module: networks.MLPClassifier, shape: Sequence[int], index: int) -> PyTree:
+  key = jax.random.fold_in(jax.random.key(config.seed), index)
+  variables: Any = module.init(key, jnp.zeros((1, *shape)))
+  if config.batch_norm:
+    params = variables["params"]
+    params["Dense_0"]["kernel"] *= config.first_init_scale / _SMALL_INIT
+    params["BatchNorm_1"]["scale"] *= _SMALL_INIT  # as in `experiments.circle`
+  return variables
+
+
+def _train_classifier(
+  config: Config, module: networks.MLPClassifier, variables: PyTree, train: Images, labels: Sequence[int]
+) -> dict[str, PyTree]:
+  own = np.isin(train.y, labels)
+  x, y = jnp.asarray(train.x[own]), jnp.asarray(np.searchsorted(labels, train.y[own]))
+  mean = jnp.mean(x, axis=0) if config.mean_image else jnp.zeros(x.shape[1:])
+  exact: Any = module.clone(gate_sharpness=None).apply
+
+  def train_mode(params: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
+    """Logits and the statistics that batch norm stores, if any."""
+    return exact({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+
+  steps, rate = config.pretrain_steps, config.pretrain_learning_rate
+  hold = steps // 5
+  form: dict[str, Any] = (
+    {
+      "learning_rate": optax.schedules.exponential_decay(rate, steps - hold, 1e-3, transition_begin=hold),
+      "loss_scaled": True,
+    }
+    if config.batch_norm
+    else {"learning_rate": rate, "weight_decay": config.weight_decay, "momentum": 0.9}
+  )
+  progress = common.Progress("classifier", steps)
+  result = pretrain.gradient_descent(
+    lambda params, x: train_mode(params, x)[0],
+    variables["params"],
+    x - mean[None],
+    y,
+    num_steps=steps,
+    on_progress=lambda step, log_loss: progress.update(step, {"log loss": log_loss}),
+    **form,
+  )
+  low, median, high = np.percentile(result.margins, [5, 50, 95])
+  common.say(
+    f"classifier of {labels[0]}-{labels[-1]}: log loss {result.log_loss:.4g}, |gradient| / |zeta|"
+    f" {result.relative_gradient:.2g}, margins {low:.4g}, {median:.4g}, {high:.4g} (5%, median, 95%)"
+  )
+  return {"variables": {"params": result.params, **train_mode(result.params, x - mean[None])[1]}, "mean": mean}
+
+
+def conditions_of(config: Config, classifiers: Sequence[Classifier]) -> list[Conditions]:
+  """The stationarity condition of each classifier: weight decay's, or with batch norm the max-margin problem's."""
+  if not config.batch_norm:
+    return [weight_decay_conditions(c.params, weight_decay=config.weight_decay) for c in classifiers]
+  conditions = []
+  for classifier in classifiers:
+    x = jax.random.uniform(jax.random.key(config.seed), (40, *classifier.input_shape))
+    equations = homogeneity.derivative_equations(classifier.apply_fn, classifier.params, x)
+    conditions.append(max_margin_conditions(classifier.params, homogeneity.solve_rates(equations, classifier.params)))
+  return conditions
+
+
+def told_margins(config: Config, classifiers: Sequence[Classifier]) -> list[float]:
+  """The margin of each classifier's training samples as its last layer tells it."""
+  margins = []
+  for params in (classifier.params for classifier in classifiers):
+    kernel, bias = params["Dense_2"]["kernel"], params["Dense_2"]["bias"]
+    if config.batch_norm:
+      margins.append(collapsed_margin(kernel, bias, params["BatchNorm_1"]["scale"], params["BatchNorm_1"]["bias"]))
+    else:
+      margins.append(typical_margin(kernel, weight_decay=config.weight_decay))
+  common.say(f"the last layer tells a typical margin of {', '.join(f'{margin:.4g}' for margin in margins)}")
+  return margins
