@@ -100,6 +100,29 @@ def test_start_has_sums_as_long_as_their_targets_and_the_given_margin():
   assert float(metrics["residual"][0]) < 4.5
 
 
+def test_each_classifier_can_start_from_a_margin_of_its_own():
+  method, state, classifiers, conditions = setup([linear_classifier((0, 1, 2)), linear_classifier((1, 3, 4))])
+  start = {"theta": state.params["theta"], "statistics": state.statistics}
+  state = training.init_state(jax.random.key(2), method, classifiers, conditions, margin=[2.0, 5.0], **start)
+  np.testing.assert_allclose(jnp.exp(-state.params["alpha"]), [2.0, 5.0], rtol=1e-6)
+  with pytest.raises(ValueError, match="margin must be positive"):
+    training.init_state(jax.random.key(2), method, classifiers, conditions, margin=[2.0, -1.0], **start)
+
+
+def test_cosine_residual_weighs_its_tensors():
+  params = {"kernel": jax.random.normal(jax.random.key(0), (2, 3)), "bias": jnp.array([0.5, 0.0, -1.0])}
+  affine = make_classifier(lambda p, x: x @ p["kernel"] + p["bias"][None], params, (2,), labels=(0, 1, 2))
+  terms = []
+  for tensor_weights in (None, {"kernel": 9.0}):
+    method, state, classifiers, conditions = setup([affine], residual="cosine", tensor_weights=tensor_weights)
+    _, metrics = training.make_train_step(method).call(state, classifiers, conditions)
+    terms.append((float(metrics["stationarity"][0]), float(metrics["residual"][0])))
+  (plain, logged), (weighed, logged_too) = terms
+  assert plain == pytest.approx(logged, rel=1e-5)
+  assert logged_too == pytest.approx(logged, rel=1e-5)  # the log is free of the weights
+  assert abs(weighed - plain) > 1e-3
+
+
 def test_step_reports_the_terms_that_make_up_the_total():
   method, state, classifiers, conditions = setup(num_fresh=4)
   _, metrics = training.make_train_step(method).call(state, classifiers, conditions)
