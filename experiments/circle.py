@@ -201,10 +201,9 @@ def input_moments(classifier: Classifier) -> tuple[jax.Array, jax.Array]:
 
   Without batch norm they are not to be had; 0 and the identity stand for the region in which points are searched.
   """
-  layer = classifier.params["Dense_0"]
   if classifier.statistics is None:
     return jnp.zeros(2), jnp.eye(2)
-  stored = classifier.statistics["BatchNorm_0"]
+  layer, stored = classifier.params["Dense_0"], classifier.statistics["BatchNorm_0"]
   mean, covariance = first_layer.input_moments(layer["kernel"], layer["bias"], stored["mean"], stored["var"])
   return mean, jnp.linalg.cholesky(covariance)
 

@@ -116,7 +116,9 @@ class Config:
   )
   judge_epochs: int = common.flag(8, "Passes over the data of the independent judge's training.", lower=1)
   population: int = common.flag(
-    20_000, "Fresh samples of which the residual of the generator's whole distribution is measured.", lower=2
+    20_000,
+    "nobatch_norm: fresh samples of which the residual of the generator's whole distribution is measured.",
+    lower=2,
   )
   # What is written.
   log_every: int = common.flag(50, "Steps between logged metrics.", lower=1)

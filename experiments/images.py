@@ -41,12 +41,12 @@ def run(config: Config, workdir: pathlib.Path, data: Split, *, num_samples: int,
   check(config)
   out = common.Workdir(workdir, config, tensorboard=config.tensorboard)
   classifiers = attacked.trained_classifiers(config, data.train, out.path / "classifier")
-  method, state = train_generator(config, classifiers, out)  # sees no data
+  method, state, conditions = train_generator(config, classifiers, out)  # sees no data
   return evaluation.evaluate(
     out,
     data,
     classifiers,
-    attacked.conditions_of(config, classifiers),
+    conditions,
     method,
     state,
     seed=config.seed,
@@ -167,8 +167,12 @@ def _adam(config: Config, peak: float) -> optax.GradientTransformation:
 
 def train_generator(
   config: Config, classifiers: Sequence[Classifier], out: common.Workdir
-) -> tuple[training.Method, training.TrainState]:
-  """Trains the generator from the classifiers alone, or resumes; no data enter this function."""
+) -> tuple[training.Method, training.TrainState, list[Conditions]]:
+  """Trains the generator from the classifiers alone, or resumes; no data enter this function.
+
+  Returns:
+    The method, the trained state, and the stationarity condition of each classifier.
+  """
   method, state, conditions = start(config, classifiers)
   labels = np.unique([label for c in classifiers for label in c.labels])
   grid_labels = np.tile(np.repeat(labels, figures.COLUMNS // len(labels)), 4)
@@ -189,7 +193,7 @@ def train_generator(
     checkpoint_every=config.grid_every,
     on_checkpoint=draw_grid,
   )
-  return method, state
+  return method, state, conditions
 
 
 def _weights(config: Config, share: float) -> dict[str, Any]:
