@@ -15,10 +15,9 @@ import optax
 from experiments import common
 from experiments.data import Images
 from experiments.image_config import Config
-from kkt_jax import homogeneity, networks, pretrain
+from kkt_jax import networks, pretrain
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifier import Classifier, PyTree
-from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_conditions
 from kkt_jax.last_layer import collapsed_margin, typical_margin
 
 _SMALL_INIT = 0.05  # of a batch-normalised classifier's later kernels and of its last batch norm's scale
@@ -109,18 +108,6 @@ def _train_classifier(
     f" {result.relative_gradient:.2g}, margins {low:.4g}, {median:.4g}, {high:.4g} (5%, median, 95%)"
   )
   return {"variables": {"params": result.params, **train_mode(result.params, x - mean[None])[1]}, "mean": mean}
-
-
-def conditions_of(config: Config, classifiers: Sequence[Classifier]) -> list[Conditions]:
-  """The stationarity condition of each classifier: weight decay's, or with batch norm the max-margin problem's."""
-  if not config.batch_norm:
-    return [weight_decay_conditions(c.params, weight_decay=config.weight_decay) for c in classifiers]
-  conditions = []
-  for classifier in classifiers:
-    x = jax.random.uniform(jax.random.key(config.seed), (40, *classifier.input_shape))
-    equations = homogeneity.derivative_equations(classifier.apply_fn, classifier.params, x)
-    conditions.append(max_margin_conditions(classifier.params, homogeneity.solve_rates(equations, classifier.params)))
-  return conditions
 
 
 def told_margins(config: Config, classifiers: Sequence[Classifier]) -> list[float]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import common, figures
+from experiments import common, figures, ingredients, methods
 from kkt_jax import (
   diagnostics,
   first_layer,
@@ -28,6 +28,7 @@ from kkt_jax import (
   homogeneity,
   losses,
   metrics,
+  multipliers,
   networks,
   pretrain,
   priors,
@@ -35,17 +36,20 @@ from kkt_jax import (
 )
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifier import Classifier, PyTree
-from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_conditions
+from kkt_jax.conditions import Conditions
 from kkt_jax.last_layer import typical_margin
 
 _NUM_POINTS, _NUM_CLASSES = 18, 3
 _RADIUS = 0.15  # what counts as near a training point
 _NUM_SAMPLES = 900
 _GATE_SHARPNESS = 20.0  # without batch norm; see `kkt_jax.networks.relaxed_relu`
+# The flags on which the attacked classifiers depend.
+SHARED = ("seed", "labels", "classifiers", "width", "batch_norm", "weight_decay", "init_scale", "pretrain_steps")
+GENERATORS = ("codebook", "free", "moments")
 _STEPS_PER_CALL = 20  # a step here is shorter than the call of it
 
 
-def by_batch_norm(with_it: float, without: float, help_text: str, **limits: Any) -> Any:
+def by_batch_norm(with_it: Any, without: Any, help_text: str, **limits: Any) -> Any:
   """A flag with one default for classifiers with batch norm and another for those with weight decay."""
   return common.flag_by("variant", {"batch_norm": with_it, "nobatch_norm": without}, help_text, **limits)
 
@@ -55,6 +59,18 @@ class Config:
   """Settings of the run; each is a flag of the same name."""
 
   seed: int = common.flag(0, "Seed of everything random.", lower=0)
+  method: str = common.flag(
+    "kkt",
+    "kkt: this library's. points, points_published, ce, inversion, means: its neighbours'. The others are ablations."
+    " Each sets some of the flags below; see experiments/methods.py.",
+    choices=tuple(methods.CIRCLE),
+  )
+  generator_seed: int = common.flag(
+    0, "Further seed of the generator alone: the same classifier, another run.", lower=0
+  )
+  shared_dir: str = common.flag(
+    "", "Folder of the classifiers, for runs that share them. The working folder where empty."
+  )
   labels: str = common.flag(
     "alternating", "Classes of neighbouring points: in turn, or six in a row.", choices=("alternating", "contiguous")
   )
@@ -68,24 +84,47 @@ class Config:
   )
   pretrain_steps: int = common.flag(20_000, "Steps of full-batch gradient descent.", lower=1)
   # The generator and its training.
-  restarts: int = common.flag(6, "Generators that are started; the best by a loss without data goes on.", lower=1)
-  restart_steps: int = common.flag(3200, "Steps of each before the choice.", lower=1)
-  steps: int = common.flag(8000, "Steps of the chosen one altogether.", lower=2)
-  learning_rate: float = common.flag(3e-3, "Peak learning rate of Adam.", lower=1e-8)
-  codes: int = common.flag(60, "Learned codes a class, each used once in every step.", lower=1)
+  generator: str = common.method_flag(
+    "codebook",
+    "codebook: a network of learned codes, in the stored mean and covariance. free: free points. moments: Gaussian"
+    " points of the stored mean and covariance, without training.",
+    choices=GENERATORS,
+  )
+  restarts: int = common.method_flag(
+    6, "Generators that are started; the best by a loss without data goes on.", lower=1
+  )
+  restart_steps: int = common.method_flag(3200, "Steps of each before the choice.", lower=1)
+  steps: int = common.method_flag(8000, "Steps of the chosen one altogether.", lower=0)
+  optimizer: str = common.method_flag(
+    "adam", "sgd has a momentum of 0.9 and a constant rate.", choices=ingredients.OPTIMIZERS
+  )
+  learning_rate: float = common.method_flag(3e-3, "Peak learning rate of the generator.", lower=1e-8)
+  multiplier_learning_rate: float = common.method_flag(3e-3, "Peak learning rate of the multipliers.", lower=0)
+  codes: int = common.method_flag(60, "Learned codes, or free points, a class; each is used once a step.", lower=1)
   code_dim: int = common.flag(8, "Size of a code.", lower=1)
   jitter: float = common.flag(0.1, "Noise on a code before the choice.", lower=0)
   final_jitter: float = common.flag(0.03, "Noise on a code after it.", lower=0)
-  rule: str = common.flag("balanced", "Which solution for Lambda.", choices=homogeneity.RULES)
+  rule: str = common.method_flag("balanced", "Which solution for Lambda.", choices=homogeneity.RULES)
+  target_scale: bool = common.method_flag(False, "batch_norm: Lambda-bar with the paper's factor of the learned alpha.")
+  residual: str = by_batch_norm(
+    "cosine",
+    "relative",
+    "How stationarity is measured; with squared all terms are sums over samples.",
+    choices=training.RESIDUALS,
+  )
+  multiplier_form: str = by_batch_norm(
+    "softplus", "softmax", "Where the multipliers come from.", choices=multipliers.FORMS
+  )
+  least_multiplier: float = common.method_flag(0.0, "runner_up: the least multiplier that costs nothing.", lower=0)
+  least_multiplier_weight: float = common.method_flag(0.0, "Weight of what is missing to it.", lower=0)
+  cross_entropy_weight: float = common.method_flag(0.0, "Weight of the classification loss.", lower=0)
   stationarity_weight: float = by_batch_norm(1.0, 0.3, "Weight of the stationarity (0 is the ablation).", lower=0)
   beta: float = by_batch_norm(3.0, 10.0, "Weight of the duality loss.", lower=0)
   delta: float = by_batch_norm(
     0.01, 1.0, "Width of the flat bottom of the duality loss, in units of e^-alpha.", lower=0
   )
-  statistics_weight: float = common.flag(
-    100.0, "batch_norm: weight of the distance from the stored statistics.", lower=0
-  )
-  repulsion_weight: float = common.flag(0.3, "Weight of the repulsion at the start; it fades out.", lower=0)
+  statistics_weight: float = by_batch_norm(100.0, 0.0, "Weight of the distance from the stored statistics.", lower=0)
+  repulsion_weight: float = common.method_flag(0.3, "Weight of the repulsion at the start; it fades out.", lower=0)
   repulsion_bandwidth: float = common.flag(0.3, "Its reach, in standard deviations of the data.", lower=1e-6)
   # What is written.
   log_every: int = common.flag(100, "Steps between logged metrics.", lower=1)
@@ -97,24 +136,45 @@ class Config:
     """What the defaults of some flags depend on."""
     return "batch_norm" if self.batch_norm else "nobatch_norm"
 
+  @property
+  def preset(self) -> Mapping[str, Any]:
+    """The flags that the method sets."""
+    flags = dict(methods.CIRCLE[self.method].flags)
+    if not self.batch_norm:
+      flags.pop("statistics_weight", None)  # there are none
+    return flags
+
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Runs or resumes the experiment; returns the final metrics."""
   config = common.resolve(config)
   common.check_config(config)
-  if config.restart_steps >= config.steps:
+  if config.steps and config.restart_steps >= config.steps:
     raise common.UsageError(f"--restart_steps must be less than --steps = {config.steps}; got {config.restart_steps}.")
   for name in ("steps", "restart_steps", "log_every", "checkpoint_every"):
     if getattr(config, name) % _STEPS_PER_CALL:
       raise common.UsageError(f"--{name} must be a multiple of {_STEPS_PER_CALL}; got {getattr(config, name)}.")
+  if config.multiplier_form == "softmax" and config.batch_norm:
+    raise common.UsageError(
+      "--multiplier_form must not be softmax with --batch_norm: without weight decay all probabilities are 0 or 1."
+    )
+  if config.multiplier_form == "runner_up" and config.generator != "free":
+    raise common.UsageError(
+      f"--generator must be free with --multiplier_form=runner_up: there is one multiplier for each point; got"
+      f" {config.generator}."
+    )
   out = common.Workdir(workdir, config, tensorboard=config.tensorboard)
+  shared = ingredients.shared_folder(config.shared_dir, out.path, {name: getattr(config, name) for name in SHARED})
   x, y = circle(config.labels)
   parts = [np.arange(_NUM_POINTS) // _NUM_CLASSES % config.classifiers == t for t in range(config.classifiers)]
   classifiers = [
-    trained_classifier(config, x[part], y[part], t, out.path / "classifier" / str(t)) for t, part in enumerate(parts)
+    trained_classifier(config, x[part], y[part], t, shared / "classifier" / str(t)) for t, part in enumerate(parts)
   ]
-  conditions = [conditions_of(config, classifier) for classifier in classifiers]
+  conditions = ingredients.conditions_of(classifiers, _rates(config, classifiers), weight_decay=config.weight_decay)
   method, state = train_generator(config, classifiers, conditions, out)  # sees no points
+  # Whatever the generator was trained with, it is measured by the same conditions.
+  rates = _rates(dataclasses.replace(config, rule="balanced"), classifiers)
+  conditions = ingredients.conditions_of(classifiers, rates, weight_decay=config.weight_decay)
   return evaluate(config, out, (x, y, parts), classifiers, conditions, method, state)
 
 
@@ -186,14 +246,10 @@ def _train_classifier(
   return {"params": result.params, **train_mode(result.params, x)[1]}
 
 
-def conditions_of(config: Config, classifier: Classifier) -> Conditions:
-  """Weight decay's conditions, or with batch norm Lambda from the derivative equations and what follows from it."""
-  if not config.batch_norm:
-    return weight_decay_conditions(classifier.params, weight_decay=config.weight_decay)
+def _rates(config: Config, classifiers: Sequence[Classifier]) -> list[homogeneity.RateSolution]:
+  """Lambda, where there is batch norm; it is not needed with weight decay."""
   x = jax.random.normal(jax.random.key(config.seed), (40, 2))
-  equations = homogeneity.derivative_equations(classifier.apply_fn, classifier.params, x)
-  solution = homogeneity.solve_rates(equations, classifier.params, rule=config.rule)
-  return max_margin_conditions(classifier.params, solution)
+  return ingredients.rates_of(classifiers, x, rule=config.rule) if config.batch_norm else []
 
 
 def input_moments(classifier: Classifier) -> tuple[jax.Array, jax.Array]:
@@ -212,13 +268,15 @@ def train_generator(
   config: Config, classifiers: Sequence[Classifier], conditions: Sequence[Conditions], out: common.Workdir
 ) -> tuple[training.Method, training.TrainState]:
   """Trains the generator from the classifiers alone, or resumes; no points enter this function."""
-  first = _method(config, classifiers, jitter=config.jitter, stationarity=False)
-  final = _method(config, classifiers, jitter=config.final_jitter, stationarity=True)
+  init, generate = _generator(config, classifiers, jitter=config.jitter)
+  _, generate_calmly = _generator(config, classifiers, jitter=config.final_jitter)
+  first = _method(config, classifiers, generate, stationarity=False)
+  final = _method(config, classifiers, generate_calmly, stationarity=True)
   with Checkpointer(out.path / "generator") as checkpointer:
     resuming = bool(checkpointer.steps())
-  # A resumed run needs a state of the right shapes only.
-  start = _start if resuming else _best_start
-  state = start(config, first, classifiers, conditions)
+  # A resumed run needs a state of the right shapes only, and one without training nothing else.
+  start = _start if resuming or not config.steps else _best_start
+  state = start(config, first, init, classifiers, conditions)
   state = common.train(
     final,
     state,
@@ -233,11 +291,85 @@ def train_generator(
   return final, state
 
 
-def _method(config: Config, classifiers: Sequence[Classifier], *, jitter: float, stationarity: bool) -> training.Method:
-  moments = [input_moments(classifier) for classifier in classifiers]
-  means, factors = (jnp.stack(parts) for parts in zip(*moments, strict=True))
+def _method(
+  config: Config,
+  classifiers: Sequence[Classifier],
+  generate: training.GenerateFn,
+  *,
+  stationarity: bool,
+) -> training.Method:
+  _, factors = _moments(classifiers)
   size = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(factors), axis=2)))  # a coordinate's standard deviation
-  generator = generators.CodebookGenerator(
+  ramp = optax.schedules.linear_schedule(0.0, config.stationarity_weight, config.steps // 10, config.restart_steps)
+  schedule = optax.schedules.cosine_decay_schedule(config.learning_rate, max(config.steps, 1), alpha=0.02)
+  hold = config.steps // 5
+  batch_size = config.codes * _NUM_CLASSES
+  rates = _rates(config, classifiers)
+
+  def repulsion(classifier: Classifier, batch: training.Batch) -> jax.Array:
+    del classifier
+    return priors.repulsion(batch.x / size, batch.y, bandwidth=config.repulsion_bandwidth)
+
+  def optimizer(peak: float) -> optax.GradientTransformation:
+    if config.optimizer == "sgd":
+      return optax.sgd(peak, momentum=0.9)
+    return optax.adam(lambda step: schedule(step) * peak / config.learning_rate)
+
+  return training.Method(
+    generate=generate,
+    optimizer=training.partitioned(
+      optimizer(config.learning_rate),
+      optimizer(config.multiplier_learning_rate),
+      # e^-alpha waits until most samples are on their side; moving early, it follows the misplaced ones. Without batch
+      # norm it starts near its place.
+      optax.adam(lambda step: jnp.where(step < hold, 0.0, schedule(step)) * (1.0 if config.batch_norm else 0.01)),
+    ),
+    noise_dim=1 + config.code_dim,
+    batch_size=batch_size,
+    weights={
+      "stationarity": ramp if stationarity and config.stationarity_weight else 0.0,
+      "duality": config.beta,
+      "statistics": config.statistics_weight,
+      "cross_entropy": config.cross_entropy_weight,
+      # The losses of Haim et al. are sums over samples.
+      "least_multiplier": config.least_multiplier_weight * (batch_size if config.residual == "squared" else 1),
+      "repulsion": optax.schedules.linear_schedule(config.repulsion_weight, 0.0, max(int(0.7 * config.steps), 1)),
+    },
+    priors={"repulsion": repulsion, "cross_entropy": ingredients.cross_entropy}
+    | ({"statistics": ingredients.statistics} if config.batch_norm else {}),
+    residual=config.residual,
+    target_exponent=2 * float(rates[0].target_rate) - 1 if config.target_scale else 0.0,
+    multiplier_form=config.multiplier_form,
+    raw_multipliers=ingredients.raw_multipliers(config.multiplier_form, _multiplier_network(classifiers)),
+    least_multiplier=config.least_multiplier,
+    learn_scale=ingredients.learns_scale(config.multiplier_form, config.residual),
+    delta=config.delta,
+    stratified_noise=True,
+  )
+
+
+def _moments(classifiers: Sequence[Classifier]) -> tuple[jax.Array, jax.Array]:
+  """Means [T, 2] and factors [T, 2, 2] of the points of each classifier; see `input_moments`."""
+  means, factors = zip(*(input_moments(classifier) for classifier in classifiers), strict=True)
+  return jnp.stack(means), jnp.stack(factors)
+
+
+def _generator(
+  config: Config, classifiers: Sequence[Classifier], *, jitter: float
+) -> tuple[generators.InitFn, training.GenerateFn]:
+  means, factors = _moments(classifiers)
+  if config.generator == "moments":
+
+    def gaussian(theta: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool) -> Any:
+      return means[t] + jnp.einsum("mde,me->md", factors[t], noise[:, :2]), statistics
+
+    return lambda key: ({}, {}), gaussian
+  if config.generator == "free":
+    deviation = float(jnp.sqrt(jnp.mean(jnp.sum(jnp.square(factors), axis=2))))
+    return generators.free_functions(
+      list(means), num_labels=_NUM_CLASSES, num_codes=config.codes, deviation=deviation, limits=None
+    )
+  module = generators.CodebookGenerator(
     sample_shape=(2,),
     num_labels=_NUM_CLASSES,
     num_classifiers=len(classifiers),
@@ -245,45 +377,7 @@ def _method(config: Config, classifiers: Sequence[Classifier], *, jitter: float,
     jitter=jitter,
     output=generators.affine_output(means, factors, bound=2.5),
   )
-  _, generate = generators.generator_functions(generator, 1 + config.code_dim)
-  multiplier_network: Any = _multiplier_network(classifiers).apply if config.batch_norm else None
-  ramp = optax.schedules.linear_schedule(0.0, config.stationarity_weight, config.steps // 10, config.restart_steps)
-  schedule = optax.schedules.cosine_decay_schedule(config.learning_rate, config.steps, alpha=0.02)
-  hold = config.steps // 5
-
-  def repulsion(classifier: Classifier, batch: training.Batch) -> jax.Array:
-    del classifier
-    return priors.repulsion(batch.x / size, batch.y, bandwidth=config.repulsion_bandwidth)
-
-  def statistics(classifier: Classifier, batch: training.Batch) -> jax.Array:
-    assert classifier.statistics_fn is not None  # the classifiers of this experiment have batch norm
-    return priors.statistics_distance(classifier.statistics_fn(classifier.params, batch.x), classifier.statistics)
-
-  return training.Method(
-    generate=generate,
-    optimizer=training.partitioned(
-      optax.adam(schedule),
-      optax.adam(schedule),
-      # e^-alpha waits until most samples are on their side; moving early, it follows the misplaced ones. Without batch
-      # norm it starts near its place.
-      optax.adam(lambda step: jnp.where(step < hold, 0.0, schedule(step)) * (1.0 if config.batch_norm else 0.01)),
-    ),
-    noise_dim=1 + config.code_dim,
-    batch_size=config.codes * _NUM_CLASSES,
-    weights={
-      "stationarity": ramp if stationarity and config.stationarity_weight else 0.0,
-      "duality": config.beta,
-      "statistics": config.statistics_weight,
-      "repulsion": optax.schedules.linear_schedule(config.repulsion_weight, 0.0, int(0.7 * config.steps)),
-    },
-    priors={"repulsion": repulsion} | ({"statistics": statistics} if config.batch_norm else {}),
-    residual="cosine" if config.batch_norm else "relative",
-    multiplier_form="softplus" if config.batch_norm else "softmax",
-    raw_multipliers=multiplier_network,
-    learn_scale=False,  # the cosine is free of it, and weight decay's is known
-    delta=config.delta,
-    stratified_noise=True,
-  )
+  return generators.generator_functions(module, 1 + config.code_dim)
 
 
 def _multiplier_network(classifiers: Sequence[Classifier]) -> networks.MultiplierNetwork:
@@ -295,22 +389,21 @@ def _multiplier_network(classifiers: Sequence[Classifier]) -> networks.Multiplie
 def _start(
   config: Config,
   method: training.Method,
+  init: generators.InitFn,
   classifiers: Sequence[Classifier],
   conditions: Sequence[Conditions],
   restart: int = 0,
 ) -> training.TrainState:
   """A random start of the generator and of the multipliers."""
-  generator_key, multiplier_key, state_key = jax.random.split(jax.random.key((config.seed + 1) * 1000 + restart), 3)
-  shape = generators.CodebookGenerator(
-    sample_shape=(2,), num_labels=_NUM_CLASSES, num_classifiers=len(classifiers), codebook_size=config.codes
-  )
-  init, _ = generators.generator_functions(shape, method.noise_dim)
+  seed = (config.seed + 1) * 1000 + 100 * config.generator_seed + restart
+  generator_key, multiplier_key, state_key = jax.random.split(jax.random.key(seed), 3)
   theta, statistics = init(generator_key)
-  zero = jnp.zeros(1, jnp.int32)
-  eta, margin = None, None
-  if config.batch_norm:
-    eta = _multiplier_network(classifiers).init(multiplier_key, jnp.zeros((1, 2)), zero, zero)
-  else:
+  network = _multiplier_network(classifiers)
+  eta = ingredients.init_multipliers(
+    config.multiplier_form, network, multiplier_key, batch_size=method.batch_size, input_shape=(2,)
+  )
+  margin = None
+  if not config.batch_norm:
     margin = [typical_margin(c.params["Dense_2"]["kernel"], weight_decay=config.weight_decay) for c in classifiers]
   return training.init_state(
     state_key, method, classifiers, conditions, theta=theta, statistics=statistics, eta=eta, margin=margin
@@ -320,10 +413,16 @@ def _start(
 def _best_start(
   config: Config,
   method: training.Method,
+  init: generators.InitFn,
   classifiers: Sequence[Classifier],
   conditions: Sequence[Conditions],
 ) -> training.TrainState:
   """Trains several generators without stationarity and returns the one with the least loss; the points are not used."""
+  weights = {
+    "duality": config.beta,
+    "statistics": config.statistics_weight,
+    "cross_entropy": config.cross_entropy_weight,
+  }
   step = training.make_train_step(method, steps_per_call=_STEPS_PER_CALL)
   scores: list[list[float]] = [[] for _ in range(config.restarts)]
   states = []
@@ -331,11 +430,11 @@ def _best_start(
   for restart, own in enumerate(scores):
 
     def on_log(number: int, now: Mapping[str, float], restart: int = restart, own: list[float] = own) -> None:
-      terms = {name: sum(v for k, v in now.items() if k.startswith(name)) for name in ("duality", "statistics")}
-      own.append(config.beta * terms["duality"] + config.statistics_weight * terms["statistics"])
+      terms = {name: sum(v for k, v in now.items() if k.startswith(name)) for name, w in weights.items() if w}
+      own.append(sum(weights[name] * term for name, term in terms.items()))
       progress.update(restart * config.restart_steps + number, terms)
 
-    state = _start(config, method, classifiers, conditions, restart)
+    state = _start(config, method, init, classifiers, conditions, restart)
     states.append(
       training.fit(
         step,

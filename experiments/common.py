@@ -44,27 +44,36 @@ def flag_by(name: str, defaults: Mapping[str, Any], help_text: str, **limits: An
   """A flag whose default depends on another attribute of the config, one for each of its values; see `resolve`.
 
   Args:
-    name: the flag, or property of the config, on which it depends.
-    defaults: default by value of that attribute.
+    name: the flag, or property of the config, on which it depends; "" if on none (but ``--method`` may set it).
+    defaults: default by value of that attribute; the only one by "".
     help_text: what it means; the defaults are added to it.
     **limits: as of `flag`.
   """
   choices: dict[Any, list[str]] = {}
   for choice, value in defaults.items():
     choices.setdefault(value, []).append(choice)
-  shown = "; ".join(f"{value} for {', '.join(own)}" for value, own in choices.items())
+  shown = "; ".join(f"{value} for {', '.join(own)}" if name else str(value) for value, own in choices.items())
   field = flag(None, f"{help_text} Default: {shown}.", **limits)
   return dataclasses.field(default=None, metadata={**field.metadata, "by": (name, dict(defaults))})
 
 
+def method_flag(default: Any, help_text: str, **limits: Any) -> Any:
+  """A flag that ``--method`` may set; else it has one default."""
+  return flag_by("", {"": default}, help_text, **limits)
+
+
 def resolve(config: ConfigT) -> ConfigT:
-  """The config with every default that depends on another attribute filled in; see `flag_by`."""
-  filled = {}
+  """The config with every default filled in that the method sets or that depends on another attribute; see `flag_by`.
+
+  What was given by hand stays. A method is a mapping from flags to values, the config's property ``preset``.
+  """
+  preset = getattr(config, "preset", {})
   for field in dataclasses.fields(config):  # type: ignore[arg-type]
     if "by" in field.metadata and getattr(config, field.name) is None:
       name, defaults = field.metadata["by"]
-      filled[field.name] = defaults[getattr(config, name)]
-  return dataclasses.replace(config, **filled)  # type: ignore[type-var]
+      value = preset[field.name] if field.name in preset else defaults[getattr(config, name) if name else ""]
+      config = dataclasses.replace(config, **{field.name: value})  # type: ignore[type-var]
+  return config
 
 
 def check_config(config: Any) -> None:
@@ -133,22 +142,25 @@ def _define_flag(field: dataclasses.Field[Any]) -> None:
 class Workdir:
   """The folder of one run: its config, its metrics, its figures, its checkpoints."""
 
-  def __init__(self, path: str | os.PathLike[str], config: Any, *, tensorboard: bool = False):
+  def __init__(self, path: str | os.PathLike[str], config: Any, *, flag: str = "workdir", tensorboard: bool = False):
     """Creates the folder, or opens the one of an earlier run of the same config.
 
     Args:
       path: the folder.
-      config: a frozen dataclass; written to ``config.json``.
+      config: a frozen dataclass, or a mapping of settings; written to ``config.json``.
+      flag: the flag that names the folder, for error messages.
       tensorboard: also write the logged metrics for TensorBoard.
 
     Raises:
       UsageError: the folder belongs to a run of another config, or its config cannot be read.
       OSError: the folder cannot be written.
     """
-    check_config(config)
-    self.path = pathlib.Path(path)
+    if not isinstance(config, Mapping):
+      check_config(config)
+      config = dataclasses.asdict(config)
+    wanted = dict(config)
+    self.path, self._flag = pathlib.Path(path), flag
     self.path.mkdir(parents=True, exist_ok=True)
-    wanted = dataclasses.asdict(config)
     config_file = self.path / "config.json"
     if config_file.exists():
       self._check_same(config_file, wanted)
@@ -166,7 +178,9 @@ class Workdir:
       found = json.loads(config_file.read_text())
       names = sorted(set(found) | set(wanted))
     except (json.JSONDecodeError, TypeError) as error:
-      raise UsageError(f"--workdir={self.path}: config.json cannot be read ({error}); give another folder.") from error
+      raise UsageError(
+        f"--{self._flag}={self.path}: config.json cannot be read ({error}); give another folder."
+      ) from error
     different = [
       f"--{name} was {found.get(name)!r}, now {wanted.get(name)!r}"
       for name in names
@@ -174,8 +188,8 @@ class Workdir:
     ]
     if different:
       raise UsageError(
-        f"--workdir={self.path} holds a run of another configuration ({'; '.join(different)}); use its flags to resume"
-        " it, or give another folder."
+        f"--{self._flag}={self.path} holds a run of another configuration ({'; '.join(different)}); use its flags"
+        " to resume it, or give another folder."
       )
 
   def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -9,9 +9,11 @@ import numpy as np
 
 from experiments import figures
 from experiments.data import Images, Split
-from experiments.judge import Judge
+from experiments.judge import Judge, usefulness
 from kkt_jax import metrics
 
+_TESTED = 100  # real images of each class on which a classifier trained on generated ones is tested
+_NEIGHBOURS = (3, 5)  # k of precision, recall, density and coverage
 _COLUMNS = ("eval_accuracy", "ssim_nearest", "ssim_cover", "distinct_nearest", "spread", "label_agreement", "residual")
 
 
@@ -27,19 +29,13 @@ def controls(data: Split, y: np.ndarray, key: jax.Array) -> dict[str, Images]:
     Real held-out images, training images, class means, the mean of all training data, uniform noise; S of each, or as
     many as there are.
   """
-  labels, counts = np.unique(y, return_counts=True)
-
-  def first(images: Images) -> Images:
-    chosen = [np.flatnonzero(images.y == label)[:count] for label, count in zip(labels, counts, strict=True)]
-    indices = np.concatenate(chosen)
-    return Images(images.x[indices], images.y[indices])
-
   train = data.train
   shape = train.x.shape[1:]
+  labels, counts = np.unique(y, return_counts=True)
   means = {label: train.x[train.y == label].mean(axis=0) for label in labels}
   return {
-    "real_held_out": first(data.held_out),
-    "training_data": first(train),
+    "real_held_out": first_of_each_class(data.held_out, int(counts.min())),
+    "training_data": first_of_each_class(train, int(counts.min())),
     "class_means": Images(np.stack([means[label] for label in y]), y),
     "dataset_mean": Images(np.broadcast_to(train.x.mean(axis=0), (len(y), *shape)), y),
     "uniform_noise": uniform_noise(Images(np.empty((len(y), *shape)), y), key),
@@ -51,13 +47,62 @@ def uniform_noise(like: Images, key: jax.Array) -> Images:
   return Images(np.asarray(jax.random.uniform(key, like.x.shape)), like.y)
 
 
-def measure(judge: Judge, data: Split, images: Images) -> dict[str, float]:
-  """How recognisable, near, diverse and rightly labelled images are; see `kkt_jax.metrics`."""
+def first_of_each_class(images: Images, count: int) -> Images:
+  """The first ``count`` images of each class, or as many as there are, in the order of the classes."""
+  indices = np.concatenate([np.flatnonzero(images.y == label)[:count] for label in np.unique(images.y)])
+  return Images(images.x[indices], images.y[indices])
+
+
+def measure(judge: Judge, data: Split, images: Images, *, seed: int, epochs: int) -> dict[str, float]:
+  """Every figure of merit of images that can be had without the classifiers; see `kkt_jax.metrics`.
+
+  Args:
+    judge: the independent judge.
+    data: the training data, images that were neither trained on nor judged with, and those the judge was trained on.
+    images: what is measured.
+    seed: of the classifier that is trained on the images.
+    epochs: passes over the images of its training.
+
+  Returns:
+    The figures by name.
+  """
+  features, real_features = judge.features(images.x), judge.features(data.train.x)
   real = metrics.within_class_distance(judge.features(data.held_out.x), data.held_out.y)
   return {
     "eval_accuracy": judge.accuracy(images.x, images.y),
-    **metrics.similarity_metrics(images.x, images.y, data.train.x, data.train.y),
-    "spread": metrics.within_class_distance(judge.features(images.x), images.y) / real,
+    **metrics.faithfulness(images.x, images.y, data.train.x, data.train.y),
+    "spread": metrics.within_class_distance(features, images.y) / real,
+    **_neighbourhoods("features", data.train.y, np.asarray(real_features), images.y, np.asarray(features)),
+    **_neighbourhoods("pixels", data.train.y, data.train.x, images.y, images.x),
+    "kernel_distance": metrics.kernel_distance(features, real_features),
+    "useful_accuracy": usefulness(images, first_of_each_class(data.evaluation, _TESTED), seed=seed, epochs=epochs),
+    **_memorisation(data, images),
+  }
+
+
+def _neighbourhoods(
+  space: str, real_labels: np.ndarray, real: np.ndarray, labels: np.ndarray, points: np.ndarray
+) -> dict[str, float]:
+  """Precision, recall, density and coverage within each class, for every k that the smallest class allows."""
+  fewest = min(int(np.unique(y, return_counts=True)[1].min()) for y in (real_labels, labels))
+  figures_of_merit: dict[str, float] = {}
+  for k in (k for k in _NEIGHBOURS if k < fewest):
+    own = metrics.precision_recall(
+      real.reshape(len(real), -1), real_labels, points.reshape(len(points), -1), labels, k=k
+    )
+    figures_of_merit |= {f"{name}_{space}_k{k}": value for name, value in own.items()}
+  return figures_of_merit
+
+
+def _memorisation(data: Split, images: Images) -> dict[str, float]:
+  """Do the images know the training data better than other real data? Nearest distances, and retrieval."""
+  count = min(int(np.unique(real.y, return_counts=True)[1].min()) for real in (data.train, data.held_out))
+  train = first_of_each_class(data.train, count)
+  nearer = metrics.nearer_to_training(images.x, train.x, first_of_each_class(data.held_out, count).x)
+  scores = [np.asarray(metrics.best_similarity(images.x, images.y, real.x, real.y)) for real in (train, data.held_out)]
+  retrieved = metrics.retrieval(*scores)
+  return {f"nearer_{name}": value for name, value in nearer.items()} | {
+    f"retrieval_{name}": value for name, value in retrieved.items()
   }
 
 

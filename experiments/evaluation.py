@@ -1,6 +1,8 @@
 """The last stage of the image experiments: looks at the data again, and measures what came out beside its controls."""
 
 from collections.abc import Mapping, Sequence
+import json
+import pathlib
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import optax
 
 from experiments import common, comparison, figures
 from experiments.data import Images, Split
-from experiments.judge import train_judge
+from experiments.judge import Judge, train_judge
 from kkt_jax import diagnostics, losses, multipliers, training
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions
@@ -18,6 +20,7 @@ from kkt_jax.conditions import Conditions
 
 def evaluate(
   out: common.Workdir,
+  shared: pathlib.Path,
   data: Split,
   classifiers: Sequence[Classifier],
   conditions: Sequence[Conditions],
@@ -34,6 +37,7 @@ def evaluate(
 
   Args:
     out: the workdir.
+    shared: folder of the judge and of the controls, which other runs on the same data can share.
     data: training images, images for the judge, held-out images.
     classifiers: the attacked classifiers.
     conditions: the stationarity condition of each.
@@ -49,7 +53,8 @@ def evaluate(
     The figures, also written to ``metrics.json``.
   """
   common.say("comparing with the data: independent judge, similarities, residuals")
-  judge = train_judge(data.evaluation, seed=seed + 2, epochs=judge_epochs)
+  judge = train_judge(data.evaluation, seed=seed + 2, directory=shared / "judge", epochs=judge_epochs)
+  student_epochs = 5 * judge_epochs  # its training set is small
   labels = np.unique(data.train.y)
   y = np.repeat(labels, num_samples // len(labels))
   key = jax.random.key(seed + 3)
@@ -57,32 +62,24 @@ def evaluate(
   samples = {"fresh_noise": Images(np.asarray(fresh), y)}
   if method.fixed_noise:
     samples["trained_noise"] = _from_trained_noise(method, state, classifiers, y)
-  samples |= comparison.controls(data, y, key)
-  results: dict[str, Any] = {name: comparison.measure(judge, data, images) for name, images in samples.items()}
+  results: dict[str, Any] = {
+    name: comparison.measure(judge, data, images, seed=seed, epochs=student_epochs) for name, images in samples.items()
+  }
   # A distribution's residual has no sampling error: of fresh noise many samples, of the training data all.
   # Where samples interact, or multipliers are fitted, as many of each as the classifiers were trained on.
   coupled = any(classifier.batch_coupled for classifier in classifiers)
   many_labels = np.resize(labels, len(data.train.y) if coupled else population)
   many = Images(np.asarray(training.sample(method, state, classifiers, key, many_labels)[0]), many_labels)
-  populations = {
-    "fresh_noise": many,
-    "training_data": data.train,
-    "class_means": samples["class_means"],
-    "dataset_mean": samples["dataset_mean"],
-    "uniform_noise": comparison.uniform_noise(many, key),
-  }
+  populations = {"fresh_noise": many}
   if method.fixed_noise:
-    everything = _from_all_trained_noise(method, state, classifiers)
-    populations["trained_noise"] = everything
-    results["recovered_by_all_trained_noise"] = comparison.recovered(everything, data.train)
-    results["recovered_by_real_held_out"] = comparison.recovered(data.held_out, data.train)
-    results["recovered_by_class_means"] = comparison.recovered(samples["class_means"], data.train)
+    populations["trained_noise"] = _from_all_trained_noise(method, state, classifiers)
+    results["recovered_by_all_trained_noise"] = comparison.recovered(populations["trained_noise"], data.train)
+  margins = _true_margins(classifiers, data.train)
   for name, images in populations.items():
-    results[name]["residual"] = _residuals(classifiers, conditions, images)
-  results["true_median_margin"] = [
-    float(jnp.median(losses.runner_up_margin(c.predict_fn(c.params, x), c.local_labels(y))))
-    for c, (x, y) in ((c, _own(c, data.train)) for c in classifiers)
-  ]
+    results[name] |= _kkt_figures(classifiers, conditions, margins, images)
+  results |= _controls(
+    shared / "controls.json", judge, data, classifiers, conditions, margins, y, many, seed, student_epochs
+  )
   results["exp_minus_alpha"] = np.exp(-np.asarray(state.params["alpha"])).tolist()
   results["final_losses"] = out.last_logged()
   comparison.similar_pairs(
@@ -90,6 +87,58 @@ def evaluate(
   )
   out.finish(results)
   common.say(comparison.table(results))
+  return results
+
+
+def _controls(
+  path: pathlib.Path,
+  judge: Judge,
+  data: Split,
+  classifiers: Sequence[Classifier],
+  conditions: Sequence[Conditions],
+  margins: Sequence[float],
+  y: np.ndarray,
+  like: Images,
+  seed: int,
+  student_epochs: int,
+) -> dict[str, Any]:
+  """The same figures of what generated images are compared with; measured once and kept in a file.
+
+  Args:
+    path: the file.
+    judge: the independent judge.
+    data: training images, images for the judge, held-out images.
+    classifiers: the attacked classifiers.
+    conditions: the stationarity condition of each.
+    margins: median margin of the training images of each.
+    y: labels of the samples [S].
+    like: as many images of noise are drawn for their residual as these.
+    seed: of the noise, and of the classifier that is trained on the images.
+    student_epochs: passes over the images of its training.
+
+  Returns:
+    The figures.
+  """
+  if path.exists():
+    kept: dict[str, Any] = json.loads(path.read_text())
+    return kept
+  key = jax.random.key(seed + 3)
+  samples = comparison.controls(data, y, key)
+  results: dict[str, Any] = {
+    name: comparison.measure(judge, data, images, seed=seed, epochs=student_epochs) for name, images in samples.items()
+  }
+  populations = {
+    "training_data": data.train,
+    "class_means": samples["class_means"],
+    "dataset_mean": samples["dataset_mean"],
+    "uniform_noise": comparison.uniform_noise(like, key),
+  }
+  for name, images in populations.items():
+    results[name] |= _kkt_figures(classifiers, conditions, margins, images)
+  results["recovered_by_real_held_out"] = comparison.recovered(data.held_out, data.train)
+  results["recovered_by_class_means"] = comparison.recovered(samples["class_means"], data.train)
+  results["true_median_margin"] = list(margins)
+  common.write_json(path, results)
   return results
 
 
@@ -127,23 +176,54 @@ def _from_all_trained_noise(
   return Images(np.asarray(x), y)
 
 
-def _residuals(classifiers: Sequence[Classifier], conditions: Sequence[Conditions], images: Images) -> list[float]:
-  """The relative squared stationarity residual of images for each classifier.
+def _true_margins(classifiers: Sequence[Classifier], train: Images) -> list[float]:
+  """The median margin of each classifier's training images, in logits."""
+  own = [_own(classifier, train) for classifier in classifiers]
+  return [
+    float(jnp.median(losses.runner_up_margin(c.predict_fn(c.params, x), c.local_labels(y))))
+    for c, (x, y) in zip(classifiers, own, strict=True)
+  ]
 
-  Multipliers are the softmax's; with batch norm, where none are known, the best non-negative ones.
+
+def _kkt_figures(
+  classifiers: Sequence[Classifier], conditions: Sequence[Conditions], margins: Sequence[float], images: Images
+) -> dict[str, Any]:
+  """How well images satisfy the conditions of each classifier: the method's own figures.
+
+  Returns:
+    One number for each classifier: the relative squared ``residual``, of all images; and ``residual_per_tensor``,
+    ``duality`` (mean distance of the margin from its median over the training data, in units of that, by
+    `kkt_jax.losses.duality_loss`), ``margin_spread`` and ``active_multipliers`` as in `kkt_jax.diagnostics.Diagnosis`,
+    of the first thousand. Multipliers are the softmax's; with batch norm, where none are known, the best non-negative
+    ones.
   """
-  residuals = []
-  for classifier, condition in zip(classifiers, conditions, strict=True):
+  names = ("residual", "residual_per_tensor", "margin_spread", "active_multipliers")
+  figures_of_merit: dict[str, list[Any]] = {name: [] for name in (*names, "duality")}
+  for classifier, condition, margin in zip(classifiers, conditions, margins, strict=True):
     x, y = _own(classifier, images)
-    if classifier.batch_coupled:
-      residuals.append(diagnostics.diagnose(classifier, condition, x, y, num_steps=200).residual)
-      continue
-    mean = jax.tree.map(jnp.zeros_like, classifier.params)
-    for part in np.array_split(np.arange(len(y)), -(-len(y) // 1000)):  # memory for a thousand samples at a time
-      share = len(part) / len(y)
-      mean = optax.tree.add_scale(mean, share, _mean_gradients(classifier, x[part], y[part]))
-    residuals.append(float(losses.stationarity_residual(condition, mean).relative))
-  return residuals
+    few, few_labels = x[:1000], y[:1000]
+    mu = None
+    if not classifier.batch_coupled:
+      mu = multipliers.from_softmax(classifier.predict_fn(classifier.params, few))
+    diagnosis = diagnostics.diagnose(classifier, condition, few, few_labels, mu=mu, num_steps=200)
+    for name in names:
+      figures_of_merit[name].append(getattr(diagnosis, name))
+    logits = classifier.predict_fn(classifier.params, few)
+    duality = losses.duality_loss(
+      logits, classifier.local_labels(few_labels), -jnp.log(margin), delta=0.0, relative=True
+    )
+    figures_of_merit["duality"].append(float(jnp.mean(duality)))
+    if not classifier.batch_coupled:
+      figures_of_merit["residual"][-1] = _residual(classifier, condition, x, y)
+  return figures_of_merit
+
+
+def _residual(classifier: Classifier, condition: Conditions, x: jax.Array, y: jax.Array) -> float:
+  """The relative squared residual with softmax multipliers, in parts of a thousand samples to save memory."""
+  mean = jax.tree.map(jnp.zeros_like, classifier.params)
+  for part in np.array_split(np.arange(len(y)), -(-len(y) // 1000)):
+    mean = optax.tree.add_scale(mean, len(part) / len(y), _mean_gradients(classifier, x[part], y[part]))
+  return float(losses.stationarity_residual(condition, mean).relative)
 
 
 @jax.jit

@@ -34,13 +34,13 @@ class Config(image_config.Config):
   )
   attribute: str = common.flag("Male", "celeba, tfds: the attribute that the classifier tells, by CelebA's name.")
   size: int = common.flag(32, "celeba, tfds: height and width to which the faces are scaled.", lower=8)
-  codes: int = common.flag(250, "span: images that the noise picks from, for each class.", lower=1)
+  codes: int = common.method_flag(250, "span: images that the noise picks from, for each class.", lower=1)
   weight_decay: float = by_data(0.03, 0.005, "Weight decay of the classifier's training.", lower=1e-6)
   pretrain_steps: int = common.flag(8000, "Steps of full-batch gradient descent.", lower=1)
   start: float = by_data(
-    1.0, 0.3, "span: first deviation from the mean image, over that of black and white pixels of this mean.", lower=1e-3
+    1.0, 0.3, "span, free: first deviation from the mean image, over that of black and white pixels of it.", lower=0
   )
-  binarisation_weight: float = common.flag(0.0, "Weight of the prior that pixels are black or white.", lower=0)
+  binarisation_weight: float = common.method_flag(0.0, "Weight of the prior that pixels are black or white.", lower=0)
   judge_epochs: int = common.flag(30, "Passes over the data of the independent judge's training.", lower=1)
 
 

@@ -7,6 +7,7 @@ most similar training image.
 """
 
 from collections.abc import Mapping, Sequence
+import hashlib
 import pathlib
 from typing import Any
 
@@ -15,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import attacked, common, evaluation, figures
+from experiments import attacked, common, evaluation, figures, ingredients
 from experiments.data import Split
-from experiments.image_config import check, Config
-from kkt_jax import generators, networks, priors, training
+from experiments.image_config import check, Config, SHARED
+from kkt_jax import generators, homogeneity, networks, priors, training
 from kkt_jax.classifier import Classifier
 from kkt_jax.conditions import Conditions
 from kkt_jax.first_layer import input_span, InputSpan
@@ -40,10 +41,16 @@ def run(config: Config, workdir: pathlib.Path, data: Split, *, num_samples: int,
   """
   check(config)
   out = common.Workdir(workdir, config, tensorboard=config.tensorboard)
-  classifiers = attacked.trained_classifiers(config, data.train, out.path / "classifier")
-  method, state, conditions = train_generator(config, classifiers, out)  # sees no data
+  shared = ingredients.shared_folder(config.shared_dir, out.path, _shared_settings(config, data))
+  classifiers = attacked.trained_classifiers(config, data.train, shared / "classifier")
+  method, state = train_generator(config, classifiers, out)  # sees no data
+  # Whatever the generator was trained with, it is measured by the same conditions.
+  conditions = ingredients.conditions_of(
+    classifiers, _rates(config, classifiers, rule="balanced"), weight_decay=config.weight_decay
+  )
   return evaluation.evaluate(
     out,
+    shared,
     data,
     classifiers,
     conditions,
@@ -57,6 +64,14 @@ def run(config: Config, workdir: pathlib.Path, data: Split, *, num_samples: int,
   )
 
 
+def _shared_settings(config: Config, data: Split) -> dict[str, Any]:
+  """What runs must agree in to share classifiers, judge and controls."""
+  digest = hashlib.sha256()
+  for images in (data.train, data.evaluation, data.held_out):
+    digest.update(np.ascontiguousarray(images.x).tobytes() + np.ascontiguousarray(images.y).tobytes())
+  return {name: getattr(config, name) for name in SHARED} | {"data": digest.hexdigest()}
+
+
 def start(
   config: Config, classifiers: Sequence[Classifier]
 ) -> tuple[training.Method, training.TrainState, list[Conditions]]:
@@ -67,26 +82,26 @@ def start(
   dimensions = int(np.prod(classifiers[0].input_shape))
   share = float(np.mean([span.strengths.size / dimensions for span in spans])) if spans else 1.0
   init_generator, generate = _generator(config, classifiers, num_labels, spans, share)
-  raw_multipliers, eta, keys = None, None, jax.random.split(jax.random.key(config.seed + 1), 3)
-  if config.multiplier_form != "softmax":
-    network = networks.MultiplierNetwork(
-      num_outputs=max(c.num_classes for c in classifiers), num_labels=num_labels, num_classifiers=len(classifiers)
-    )
-    zero = jnp.zeros(1, jnp.int32)
-    eta = network.init(keys[2], jnp.zeros((1, *classifiers[0].input_shape)), zero, zero)
-    apply: Any = network.apply
-    raw_multipliers = apply
-  every_code = config.codes * max(c.num_classes for c in classifiers)
+  keys = jax.random.split(jax.random.key(config.seed + 1 + 1000 * config.generator_seed), 3)
+  from_table = config.generator in ("span", "free")
+  batch_size = config.codes * max(c.num_classes for c in classifiers) if from_table else config.batch_size
+  network = networks.MultiplierNetwork(
+    num_outputs=max(c.num_classes for c in classifiers), num_labels=num_labels, num_classifiers=len(classifiers)
+  )
+  rates = _rates(config, classifiers, rule=config.rule)
   method = training.Method(
     generate=generate,
     optimizer=training.partitioned(
-      _adam(config, config.learning_rate), _adam(config, 2e-3), _adam(config, config.alpha_learning_rate)
+      _optimizer(config, config.learning_rate),
+      _optimizer(config, config.multiplier_learning_rate),
+      _optimizer(config, config.alpha_learning_rate),
     ),
     noise_dim=config.noise_dim,
-    batch_size=every_code if config.generator == "span" else config.batch_size,
-    weights=_weights(config, share),
+    batch_size=batch_size,
+    weights=_weights(config, share, batch_size, dimensions),
     priors=_priors(config),
-    residual="cosine" if config.batch_norm else "relative",
+    residual=config.residual,
+    target_exponent=2 * float(rates[0].target_rate) - 1 if config.target_scale else 0.0,
     tensor_weights={
       "Dense_0/kernel": config.first_layer_weight,
       "Dense_1/kernel": config.later_layers_weight,
@@ -94,14 +109,15 @@ def start(
       "Dense_2/bias": 0.0,
     },
     multiplier_form=config.multiplier_form,
-    raw_multipliers=raw_multipliers,
-    learn_scale=config.multiplier_form != "softmax" and not config.batch_norm,  # the cosine is free of it
+    raw_multipliers=ingredients.raw_multipliers(config.multiplier_form, network),
+    least_multiplier=config.least_multiplier,
+    learn_scale=ingredients.learns_scale(config.multiplier_form, config.residual),
     delta=config.delta,
     fixed_noise=config.fixed_noise,
-    stratified_noise=config.generator == "span",
+    stratified_noise=from_table,
     num_fresh=config.num_fresh,
   )
-  conditions = attacked.conditions_of(config, classifiers)
+  conditions = ingredients.conditions_of(classifiers, rates, weight_decay=config.weight_decay)
   theta, statistics = init_generator(keys[0])
   state = training.init_state(
     keys[1],
@@ -110,10 +126,18 @@ def start(
     conditions,
     theta=theta,
     statistics=statistics,
-    eta=eta,
+    eta=ingredients.init_multipliers(
+      config.multiplier_form, network, keys[2], batch_size=batch_size, input_shape=classifiers[0].input_shape
+    ),
     margin=config.margin or attacked.told_margins(config, classifiers),
   )
   return method, state, conditions
+
+
+def _rates(config: Config, classifiers: Sequence[Classifier], *, rule: str) -> list[homogeneity.RateSolution]:
+  """Lambda, where there is batch norm; it is not needed with weight decay."""
+  x = jax.random.uniform(jax.random.key(config.seed), (40, *classifiers[0].input_shape))
+  return ingredients.rates_of(classifiers, x, rule=rule) if config.batch_norm else []
 
 
 def _spans(config: Config, classifiers: Sequence[Classifier]) -> list[InputSpan]:
@@ -128,18 +152,18 @@ def _generator(
   config: Config, classifiers: Sequence[Classifier], num_labels: int, spans: Sequence[InputSpan], share: float
 ) -> tuple[generators.InitFn, training.GenerateFn]:
   shape = classifiers[0].input_shape
-  if config.generator == "span":
+  if config.generator in ("span", "free"):
     # The random first samples deviate from the mean image as much as black and white pixels of that mean would.
     means = [_offset(c) for c in classifiers]
     deviation = jnp.sqrt(jnp.mean(jnp.stack([jnp.clip(mean * (1 - mean), 0.01) for mean in means])))
-    return generators.span_functions(
-      means,
-      spans,
-      num_labels=num_labels,
-      num_codes=config.codes,
-      deviation=config.start * float(deviation),
-      power=config.power if config.power >= 0 else share,
-    )
+    table: dict[str, Any] = {
+      "num_labels": num_labels,
+      "num_codes": config.codes,
+      "deviation": config.start * float(deviation),
+    }
+    if config.generator == "free":
+      return generators.free_functions(means, **table)
+    return generators.span_functions(means, spans, power=config.power if config.power >= 0 else share, **table)
   # Without a stored mean image the generator starts from dark grey, which every drawing on black is near.
   starts = [jnp.full(shape, 0.1) if c.offset is None else c.offset for c in classifiers]
   modules = {"mlp": generators.MLPGenerator, "conv": generators.ConvGenerator}
@@ -152,13 +176,15 @@ def _generator(
   return generators.generator_functions(module, config.noise_dim)
 
 
-def _adam(config: Config, peak: float) -> optax.GradientTransformation:
-  """Adam with a constant learning rate for a third of the training and a cosine after it."""
+def _optimizer(config: Config, peak: float) -> optax.GradientTransformation:
+  """Adam with a constant learning rate for a third of the training and a cosine after it, or plain momentum."""
+  if config.optimizer == "sgd":
+    return optax.sgd(peak, momentum=0.9)
   held = config.steps // 3
   schedule = optax.schedules.join_schedules(
     [
       optax.schedules.constant_schedule(peak),
-      optax.schedules.cosine_decay_schedule(peak, config.steps - held, alpha=0.02),
+      optax.schedules.cosine_decay_schedule(peak, max(config.steps - held, 1), alpha=0.02),
     ],
     boundaries=[held],
   )
@@ -167,12 +193,8 @@ def _adam(config: Config, peak: float) -> optax.GradientTransformation:
 
 def train_generator(
   config: Config, classifiers: Sequence[Classifier], out: common.Workdir
-) -> tuple[training.Method, training.TrainState, list[Conditions]]:
-  """Trains the generator from the classifiers alone, or resumes; no data enter this function.
-
-  Returns:
-    The method, the trained state, and the stationarity condition of each classifier.
-  """
+) -> tuple[training.Method, training.TrainState]:
+  """Trains the generator from the classifiers alone, or resumes; no data enter this function."""
   method, state, conditions = start(config, classifiers)
   labels = np.unique([label for c in classifiers for label in c.labels])
   grid_labels = np.tile(np.repeat(labels, figures.COLUMNS // len(labels)), 4)
@@ -193,11 +215,20 @@ def train_generator(
     checkpoint_every=config.grid_every,
     on_checkpoint=draw_grid,
   )
-  return method, state, conditions
+  return method, state
 
 
-def _weights(config: Config, share: float) -> dict[str, Any]:
-  """Only the classification counts in the warm-up; afterwards the stationarity takes its place."""
+def _weights(config: Config, share: float, batch_size: int, dimensions: int) -> dict[str, Any]:
+  """Only the classification counts in the warm-up; afterwards the stationarity takes its place.
+
+  Args:
+    config: the settings.
+    share: the share of all dimensions that the span fills.
+    batch_size: samples of a batch.
+    dimensions: numbers in a sample.
+  """
+  # The losses of Haim et al. are sums over samples and pixels.
+  samples, pixels = (batch_size, batch_size * dimensions) if config.residual == "squared" else (1, 1)
 
   def switch(before: float, after: float) -> training.Schedule:
     return lambda step: jnp.where(jnp.asarray(step) < config.warmup, before, after)
@@ -206,13 +237,16 @@ def _weights(config: Config, share: float) -> dict[str, Any]:
     "stationarity": switch(0.0, config.stationarity_weight),
     "duality": switch(config.warmup_beta, config.beta),
     "fresh_duality": config.fresh_weight,
-    "range": config.range_weight,
+    "least_multiplier": config.least_multiplier_weight * samples,
+    "range": config.range_weight * pixels,
     "binarisation": config.binarisation_weight,
     "mean": config.mean_weight,
     "ink": config.ink_weight,
     "statistics": config.statistics_weight,
     "collapse": config.collapse_weight,
     "mode_seeking": config.mode_seeking_weight,
+    "cross_entropy": config.cross_entropy_weight,
+    "l2": config.l2_weight,
     "total_variation": config.total_variation_weight * share,
   }
 
@@ -226,18 +260,15 @@ def _priors(config: Config) -> dict[str, training.Prior]:
     "binarisation": lambda classifier, batch: priors.binarisation(batch.x),
     "mode_seeking": mode_seeking,
     "total_variation": lambda classifier, batch: priors.total_variation(batch.x),
+    "cross_entropy": ingredients.cross_entropy,
+    "l2": lambda classifier, batch: jnp.mean(jnp.square(batch.x)),
   }
   if config.batch_norm:
-    terms |= {"statistics": _statistics, "collapse": _collapse}
+    terms |= {"statistics": ingredients.statistics, "collapse": _collapse}
   if config.mean_image:
     terms["mean"] = lambda classifier, batch: priors.mean_distance(batch.x, _offset(classifier))
     terms["ink"] = lambda classifier, batch: priors.ink(batch.x, _offset(classifier))
   return terms
-
-
-def _statistics(classifier: Classifier, batch: training.Batch) -> jax.Array:
-  assert classifier.statistics_fn is not None  # a classifier with batch norm
-  return priors.statistics_distance(classifier.statistics_fn(classifier.params, batch.x), classifier.statistics)
 
 
 def _collapse(classifier: Classifier, batch: training.Batch) -> jax.Array:

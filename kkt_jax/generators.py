@@ -196,28 +196,89 @@ def span_functions(
   """
   if not starts or len(starts) != len(spans):
     raise ValueError(f"spans must hold one for each of {len(starts)} starts, at least one; got {len(spans)}.")
-  flat_starts = [jnp.asarray(start).reshape(-1) for start in starts]
-  sample_shape = jnp.shape(starts[0])
-  factors = []
-  for start, span in zip(flat_starts, spans, strict=True):
-    _checks.check_shape("spans[t].basis", span.basis, (start.size, span.strengths.size), "[D, r]")
+  size, factors = jnp.size(starts[0]), []
+  for span in spans:
+    _checks.check_shape("spans[t].basis", span.basis, (size, span.strengths.size), "[D, r]")
     scale = span.strengths**power
-    scale = scale * deviation * jnp.sqrt(start.size) / jnp.linalg.norm(scale)
+    scale = scale * deviation * jnp.sqrt(size) / jnp.linalg.norm(scale)
     factors.append(scale[:, None] * span.basis.T)
+  ranks = [span.strengths.size for span in spans]
+  return _table_functions(
+    starts, ranks, lambda t, c: c @ factors[t], num_labels=num_labels, num_codes=num_codes, deviation=1.0, limits=(0, 1)
+  )
+
+
+def free_functions(
+  starts: Sequence[ArrayLike],
+  *,
+  num_labels: int,
+  num_codes: int,
+  deviation: float,
+  limits: tuple[float, float] | None = (0.0, 1.0),
+) -> tuple[InitFn, GenerateFn]:
+  """A generator without any structure: each noise picks one of many free samples, as in Haim et al. (2022).
+
+  Args:
+    starts: for each classifier the sample around which the random first ones lie [*sample_shape].
+    num_labels: number of labels altogether.
+    num_codes: free samples of each label and classifier.
+    deviation: standard deviation of a coordinate of the first samples, in units of the samples.
+    limits: what samples are clipped to outside training; not at all where None.
+
+  Returns:
+    As of `span_functions`.
+
+  Raises:
+    ValueError: no classifier.
+
+  >>> init, generate = free_functions([jnp.zeros((2, 2))], num_labels=3, num_codes=5, deviation=0.1)
+  >>> theta, statistics = init(jax.random.key(0))
+  >>> theta[0].shape  # labels, codes, coordinates
+  (3, 5, 4)
+  """
+  if not starts:
+    raise ValueError("starts must hold at least one sample; got none.")
+  return _table_functions(
+    starts,
+    [jnp.size(start) for start in starts],
+    lambda t, c: c,
+    num_labels=num_labels,
+    num_codes=num_codes,
+    deviation=deviation,
+    limits=limits,
+  )
+
+
+def _table_functions(
+  starts: Sequence[ArrayLike],
+  sizes: Sequence[int],
+  decode: Callable[[int, jax.Array], jax.Array],
+  *,
+  num_labels: int,
+  num_codes: int,
+  deviation: float,
+  limits: tuple[float, float] | None,
+) -> tuple[InitFn, GenerateFn]:
+  """``g(noise, y, t) = start_t + decode(t, c)`` with c [sizes[t]] of the code that the noise picks, from a table."""
+  sample_shape = jnp.shape(starts[0])
 
   def init(key: jax.Array) -> tuple[PyTree, PyTree]:
-    keys = jax.random.split(key, len(spans))
-    sizes = [(num_labels, num_codes, span.strengths.size) for span in spans]
-    return [jax.random.normal(k, size) for k, size in zip(keys, sizes, strict=True)], {}
+    keys = jax.random.split(key, len(sizes))
+    return [
+      deviation * jax.random.normal(k, (num_labels, num_codes, size)) for k, size in zip(keys, sizes, strict=True)
+    ], {}
 
   def generate(
     theta: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool
   ) -> tuple[jax.Array, PyTree]:
     code = _code(noise, num_codes)
-    x = jnp.zeros((noise.shape[0], flat_starts[0].size))
-    for index, (coefficients, factor, start) in enumerate(zip(theta, factors, flat_starts, strict=True)):
-      x = jnp.where((t == index)[:, None], start[None] + coefficients[y, code] @ factor, x)
-    return (x if train else jnp.clip(x, 0, 1)).reshape(-1, *sample_shape), statistics
+    x = jnp.zeros((noise.shape[0], math.prod(sample_shape)))
+    for index, (table, start) in enumerate(zip(theta, starts, strict=True)):
+      own = jnp.asarray(start).reshape(1, -1) + decode(index, table[y, code])
+      x = jnp.where((t == index)[:, None], own, x)
+    if limits is not None and not train:
+      x = jnp.clip(x, *limits)
+    return x.reshape(-1, *sample_shape), statistics
 
   return init, generate
 

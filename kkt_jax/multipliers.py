@@ -1,15 +1,15 @@
-"""Where the KKT multipliers mu >= 0 come from: the network h of the paper, or the classifier's own probabilities."""
+"""Where the KKT multipliers mu >= 0 come from: the network h of the paper, the classifier's probabilities, or a table."""
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import optax
 
-from kkt_jax import _checks
+from kkt_jax import _checks, losses
 from kkt_jax.classifier import PyTree
 from kkt_jax.conditions import Conditions
 
-FORMS = ("softplus", "relu", "softmax")
+FORMS = ("softplus", "relu", "softmax", "runner_up")
 
 
 def from_network(raw: ArrayLike, *, form: str = "softplus", log_scale: ArrayLike = 0.0) -> jax.Array:
@@ -59,6 +59,53 @@ def from_softmax(logits: ArrayLike, *, log_scale: ArrayLike = 0.0) -> jax.Array:
   """
   _checks.check_rank("logits", logits, 2, "[M, C]")
   return jnp.exp(log_scale) * jax.nn.softmax(jnp.asarray(logits))
+
+
+def on_runner_up(raw: ArrayLike, logits: ArrayLike, y: ArrayLike) -> jax.Array:
+  """One free multiplier a sample, on the runner-up class alone: the form of Buzaglo et al. (2023).
+
+  The sum over samples is then that of ``raw_i [grad Phi_y - grad max_{c != y} Phi_c]``.
+
+  Args:
+    raw: the multipliers [M, 1]. They may be negative; see `shortfall`.
+    logits: [M, C].
+    y: output indices of the true classes [M].
+
+  Returns:
+    mu [M, C]; runners-up that are tied share. Which class is the runner-up has no gradient.
+
+  Raises:
+    ValueError: shapes do not fit.
+
+  >>> import jax.numpy as jnp
+  >>> print(on_runner_up(jnp.array([[2.0]]), jnp.array([[9.0, 1.0, 5.0]]), jnp.array([0])))
+  [[0. 0. 2.]]
+  """
+  _checks.check_shape("raw", raw, (jnp.shape(logits)[0], 1), "[M, 1]")
+  runner_up = jax.lax.stop_gradient(losses.runner_up_set(logits, y))
+  return jnp.where(runner_up, jnp.asarray(raw) / jnp.sum(runner_up, axis=1, keepdims=True), 0.0)
+
+
+def shortfall(mu: ArrayLike, least: float) -> jax.Array:
+  """How far each sample is from being a support vector: ``relu(least - sum_c mu_ic)^2``.
+
+  Args:
+    mu: [M, C].
+    least: the least wanted sum (lambda_min of Haim et al. 2022), at least 0.
+
+  Returns:
+    [M].
+
+  Raises:
+    ValueError: another rank, or ``least`` is negative.
+
+  >>> import jax.numpy as jnp
+  >>> print(shortfall(jnp.array([[0.0, -1.0], [0.0, 3.0]]), 1.0))
+  [4. 0.]
+  """
+  _checks.check_rank("mu", mu, 2, "[M, C]")
+  _checks.check_at_least("least", least, 0)
+  return jnp.square(jax.nn.relu(least - jnp.sum(jnp.asarray(mu), axis=1)))
 
 
 def initial_log_scale(conditions: Conditions, sums: PyTree) -> jax.Array:

@@ -21,7 +21,7 @@ from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions, weigh_tensors
 from kkt_jax.homogeneity import tensor_names
 
-RESIDUALS = ("cosine", "relative", "absolute")
+RESIDUALS = ("cosine", "relative", "absolute", "squared")
 
 # (theta, statistics, noise[M, D], y[M], t[M], train) -> (x[M, ...], statistics); the statistics are the generator's own
 # running averages (batch norm), an empty tree for generators without them.
@@ -58,14 +58,21 @@ class Method:
     noise_dim: D, size of the noise.
     batch_size: M, samples for each classifier in each step.
     weights: weight of each term of the loss by name: ``"stationarity"``, ``"duality"`` (the paper's beta),
-      ``"fresh_duality"`` where ``num_fresh`` is not 0, and every prior; numbers, or schedules of the step.
+      ``"fresh_duality"`` where ``num_fresh`` is not 0, ``"least_multiplier"`` where that is not, and every prior;
+      numbers, or schedules of the step.
     priors: further terms by name, each a function of the classifier and its batch; see `kkt_jax.priors`.
     residual: how stationarity is measured: ``"relative"`` and ``"cosine"`` are scale-free, ``"absolute"`` is the
-      paper's unsquared norm (Eq. 5).
+      paper's unsquared norm (Eq. 5), ``"squared"`` its square (Haim et al. 2022).
+    target_exponent: how the target follows alpha, ``e^(alpha target_exponent)`` times what it is, with a gradient: the
+      paper's Lambda-bar (Eq. 3) with 2 lambda_max - 1. A constant target where 0; see
+      `kkt_jax.conditions.max_margin_conditions`.
     tensor_weights: weights by tensor name (1 where a name is missing): of the residuals per tensor, whose mean is then
       taken, for ``"relative"``; of the squared errors for ``"cosine"``. All parameters alike where None.
-    multiplier_form: ``"softplus"`` or ``"relu"`` (the network h), or ``"softmax"`` (the classifier's probabilities).
-    raw_multipliers: the network h; not needed with ``"softmax"``.
+    multiplier_form: ``"softplus"`` or ``"relu"`` (the network h), ``"softmax"`` (the classifier's probabilities), or
+      ``"runner_up"`` (one free number a sample, on the runner-up class).
+    raw_multipliers: the network h; not needed with ``"softmax"``. With ``"runner_up"`` it returns [M, 1].
+    least_multiplier: lambda_min of the term ``"least_multiplier"``, see `kkt_jax.multipliers.shortfall`; no such term
+      where 0.
     learn_scale: whether the multipliers have a learned log-scale for each classifier. False only where their size is
       known, as with a known weight decay.
     delta: width of the flat bottom of the duality loss.
@@ -86,9 +93,11 @@ class Method:
   weights: Mapping[str, float | Schedule]
   priors: Mapping[str, Prior] = dataclasses.field(default_factory=dict)
   residual: str = "relative"
+  target_exponent: float = 0.0
   tensor_weights: Mapping[str, float] | None = None
   multiplier_form: str = "softplus"
   raw_multipliers: MultiplierFn | None = None
+  least_multiplier: float = 0.0
   learn_scale: bool = True
   delta: float = 0.1
   relative_duality: bool = True
@@ -102,10 +111,11 @@ class Method:
     for name in ("noise_dim", "batch_size"):
       _checks.check_at_least(name, getattr(self, name), 1)
     _checks.check_at_least("delta", self.delta, 0)
+    _checks.check_at_least("least_multiplier", self.least_multiplier, 0)
     _checks.check_at_least("num_fresh", self.num_fresh, 0)
     if (self.multiplier_form == "softmax") != (self.raw_multipliers is None):
       raise ValueError(
-        "raw_multipliers must be given for the forms 'softplus' and 'relu', and only for them; got"
+        "raw_multipliers must be given for every form but 'softmax', and not for that; got"
         f" multiplier_form = {self.multiplier_form!r}."
       )
 
@@ -207,7 +217,7 @@ def init_state(
     log_scales, margins = [], []
     batches, _ = _generate(method, params, statistics, classifiers, noise)
     for index, (classifier, condition, batch) in enumerate(zip(classifiers, conditions, batches, strict=True)):
-      sums = _stationarity_sum(method, params, classifier, index, batch)
+      sums = _stationarity_sum(classifier, batch, _multipliers(method, params, classifier, index, batch))
       log_scales.append(multipliers.initial_log_scale(condition, sums))
       logits = classifier.predict_fn(classifier.params, batch.x)
       margins.append(jnp.median(jnp.abs(losses.runner_up_margin(logits, classifier.local_labels(batch.y)))))
@@ -451,17 +461,24 @@ def _generate(
   return [Batch(*batch) for batch in zip(parts, y, noise, strict=True)], statistics
 
 
-def _stationarity_sum(method: Method, params: PyTree, classifier: Classifier, index: int, batch: Batch) -> PyTree:
-  local = classifier.local_labels(batch.y)
+def _multipliers(method: Method, params: PyTree, classifier: Classifier, index: int, batch: Batch) -> jax.Array:
+  """mu [M, C] of a batch."""
   log_scale = params["eta"]["log_scale"][index]
   if not method.learn_scale:
     log_scale = jax.lax.stop_gradient(log_scale)
   if method.raw_multipliers is None:
-    mu = multipliers.from_softmax(classifier.gradient_fn(classifier.params, batch.x), log_scale=log_scale)
-  else:
-    t = jnp.full(batch.y.shape, index)
-    raw = method.raw_multipliers(params["eta"]["network"], batch.x, batch.y, t)[:, : classifier.num_classes]
-    mu = multipliers.from_network(raw, form=method.multiplier_form, log_scale=log_scale)
+    return multipliers.from_softmax(classifier.gradient_fn(classifier.params, batch.x), log_scale=log_scale)
+  t = jnp.full(batch.y.shape, index)
+  raw = method.raw_multipliers(params["eta"]["network"], batch.x, batch.y, t)
+  if method.multiplier_form == "runner_up":
+    logits = classifier.gradient_fn(classifier.params, batch.x)
+    return multipliers.on_runner_up(jnp.exp(log_scale) * raw, logits, classifier.local_labels(batch.y))
+  raw = raw[:, : classifier.num_classes]
+  return multipliers.from_network(raw, form=method.multiplier_form, log_scale=log_scale)
+
+
+def _stationarity_sum(classifier: Classifier, batch: Batch, mu: jax.Array) -> PyTree:
+  local = classifier.local_labels(batch.y)
   return losses.stationarity_sum(classifier.gradient_fn, classifier.params, batch.x, local, mu)
 
 
@@ -477,7 +494,11 @@ def _terms(
   method: Method, params: PyTree, classifier: Classifier, condition: Conditions, index: int, batch: Batch
 ) -> tuple[dict[str, jax.Array], jax.Array]:
   """The terms of the loss of one classifier (Eq. 7 and the priors), and its relative residual for the log."""
-  sums = _stationarity_sum(method, params, classifier, index, batch)
+  mu = _multipliers(method, params, classifier, index, batch)
+  sums = _stationarity_sum(classifier, batch, mu)
+  if method.target_exponent:
+    factor = jnp.exp(params["alpha"][index] * method.target_exponent)
+    condition = dataclasses.replace(condition, target=optax.tree.scale(factor, condition.target))
   residual = losses.stationarity_residual(condition, sums)
   logged = residual.relative
   if method.residual == "cosine":
@@ -485,6 +506,8 @@ def _terms(
     stationarity = losses.cosine_distance(weigh_tensors(condition, method.tensor_weights or {}), sums)
   elif method.residual == "absolute":
     stationarity = residual.absolute
+  elif method.residual == "squared":
+    stationarity = residual.absolute**2
   elif method.tensor_weights is None:
     stationarity = residual.relative
   else:
@@ -493,6 +516,8 @@ def _terms(
     values = jnp.stack(jax.tree.leaves(residual.relative_per_tensor))
     stationarity = jnp.sum(weights * values) / jnp.sum(weights)
   terms = {"stationarity": stationarity, "duality": _duality(method, params, classifier, index, batch)}
+  if method.least_multiplier:
+    terms["least_multiplier"] = jnp.mean(multipliers.shortfall(mu, method.least_multiplier))
   terms |= {name: jnp.mean(prior(classifier, batch)) for name, prior in method.priors.items()}
   return terms, logged
 
