@@ -11,7 +11,12 @@ import statistics
 import struct
 
 _BETTER = {"higher": "↑ higher is better", "lower": "↓ lower is better", "": ""}
-_KINDS = {"method": "Methods", "baseline": "Baselines", "control": "Controls, which do not compete"}
+_KINDS = {
+  "method": "Methods",
+  "baseline": "Baselines",
+  "ablation": "Ablations of this library's method",
+  "control": "Controls, which do not compete",
+}
 _HOW_TO_READ = (
   "Each number is the mean over the runs ± the standard deviation between them; a run is one attacked classifier with"
   " one random seed. Bold is the best of the methods and baselines that have a number of every run. Controls do not"
