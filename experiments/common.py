@@ -26,6 +26,10 @@ class UsageError(ValueError):
   """The user asked for something impossible; the message says what to change, and no traceback is shown."""
 
 
+class RunError(RuntimeError):
+  """A run in a process of its own broke off; the message says where to look."""
+
+
 def flag(
   default: Any,
   help_text: str,
@@ -112,7 +116,7 @@ def main(config_class: type[ConfigT], run: Callable[[ConfigT, pathlib.Path], Map
     values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     try:
       metrics = run(config_class(**values), pathlib.Path(str(workdir.value)))
-    except (UsageError, CheckpointError, FloatingPointError, OSError) as error:
+    except (UsageError, RunError, CheckpointError, FloatingPointError, OSError) as error:
       print(f"error: {error}", file=sys.stderr)
       return 1
     except KeyboardInterrupt:
@@ -257,7 +261,8 @@ class Progress:
     rate = (step - self._start) / max(now - self._began, 1e-9)
     left = (self._total - step) / rate if rate > 0 else math.inf
     figures = "".join(f"  {name} {value:.4g}" for name, value in (shown or {}).items())
-    line = f"{self._what} {step}/{self._total}  {rate:.1f}/s  {_duration(left)} left{figures}"
+    speed = f"{rate:.1f}/s" if rate >= 0.1 else f"{60 * rate:.1f}/min"
+    line = f"{self._what} {step}/{self._total}  {speed}  {_duration(left)} left{figures}"
     if self._terminal:
       print(f"\r\033[K{line}", end="\n" if finished else "", file=sys.stderr, flush=True)
     else:

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import figures
@@ -58,7 +59,7 @@ def measure(judge: Judge, data: Split, images: Images, *, seed: int, epochs: int
 
   Args:
     judge: the independent judge.
-    data: the training data, images that were neither trained on nor judged with, and those the judge was trained on.
+    data: the training data, real data that nothing was trained on, and those that the judge was trained on.
     images: what is measured.
     seed: of the classifier that is trained on the images.
     epochs: passes over the images of its training.
@@ -68,13 +69,15 @@ def measure(judge: Judge, data: Split, images: Images, *, seed: int, epochs: int
   """
   features, real_features = judge.features(images.x), judge.features(data.train.x)
   real = metrics.within_class_distance(judge.features(data.held_out.x), data.held_out.y)
+  size = jnp.sqrt(jnp.mean(jnp.square(real_features)))
   return {
     "eval_accuracy": judge.accuracy(images.x, images.y),
     **metrics.faithfulness(images.x, images.y, data.train.x, data.train.y),
     "spread": metrics.within_class_distance(features, images.y) / real,
     **_neighbourhoods("features", data.train.y, np.asarray(real_features), images.y, np.asarray(features)),
     **_neighbourhoods("pixels", data.train.y, data.train.x, images.y, images.x),
-    "kernel_distance": metrics.kernel_distance(features, real_features),
+    # In units of the features' root mean square, without which the kernel's cube is a large number of no meaning.
+    "kernel_distance": metrics.kernel_distance(features / size, real_features / size),
     "useful_accuracy": usefulness(images, first_of_each_class(data.evaluation, _TESTED), seed=seed, epochs=epochs),
     **_memorisation(data, images),
   }
@@ -96,10 +99,12 @@ def _neighbourhoods(
 
 def _memorisation(data: Split, images: Images) -> dict[str, float]:
   """Do the images know the training data better than other real data? Nearest distances, and retrieval."""
-  count = min(int(np.unique(real.y, return_counts=True)[1].min()) for real in (data.train, data.held_out))
+  count = min(int(np.unique(real.y, return_counts=True)[1].min()) for real in (data.train, data.distractors))
   train = first_of_each_class(data.train, count)
-  nearer = metrics.nearer_to_training(images.x, train.x, first_of_each_class(data.held_out, count).x)
-  scores = [np.asarray(metrics.best_similarity(images.x, images.y, real.x, real.y)) for real in (train, data.held_out)]
+  nearer = metrics.nearer_to_training(images.x, train.x, first_of_each_class(data.distractors, count).x)
+  scores = [
+    np.asarray(metrics.best_similarity(images.x, images.y, real.x, real.y)) for real in (train, data.distractors)
+  ]
   retrieved = metrics.retrieval(*scores)
   return {f"nearer_{name}": value for name, value in nearer.items()} | {
     f"retrieval_{name}": value for name, value in retrieved.items()

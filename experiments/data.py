@@ -36,17 +36,19 @@ class Images:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Three disjoint sets.
+  """Four disjoint sets.
 
   Attributes:
     train: what the attacked classifier is trained on.
     evaluation: what the independent classifier is trained on.
     held_out: real data that neither has seen, the control of every figure.
+    distractors: more of them, among which the training data are to be told.
   """
 
   train: Images
   evaluation: Images
   held_out: Images
+  distractors: Images
 
 
 def load_digits(source: str) -> Images:
@@ -275,13 +277,16 @@ def _read_celeba_image(path: pathlib.Path, size: int) -> np.ndarray:
     ) from error
 
 
-def split(images: Images, *, train_per_class: int, held_out_per_class: int, seed: int) -> Split:
-  """Draws three disjoint sets at random, the same number of every class in the first two named.
+def split(
+  images: Images, *, train_per_class: int, held_out_per_class: int, distractors_per_class: int, seed: int
+) -> Split:
+  """Draws four disjoint sets at random, the same number of every class in all but that for evaluation.
 
   Args:
     images: all images.
     train_per_class: images a class for the attacked classifier.
-    held_out_per_class: images a class held out; what remains is for evaluation.
+    held_out_per_class: images a class held out.
+    distractors_per_class: images a class among which those for training are to be told; what remains is for evaluation.
     seed: of the draw.
 
   Returns:
@@ -291,17 +296,18 @@ def split(images: Images, *, train_per_class: int, held_out_per_class: int, seed
     UsageError: a class has too few images.
   """
   generator = common.seeded(seed)
-  parts: tuple[list[np.ndarray], ...] = ([], [], [])
+  parts: tuple[list[np.ndarray], ...] = ([], [], [], [])
+  counts = (train_per_class, held_out_per_class, distractors_per_class)
   for label in np.unique(images.y):
     own = generator.permutation(np.flatnonzero(images.y == label))
-    needed = train_per_class + held_out_per_class + 1
+    needed = sum(counts) + 1
     if len(own) < needed:
       raise common.UsageError(
         f"--samples_per_class={train_per_class} needs {needed} images of every class (some are held out, some judge);"
         f" class {label} has {len(own)}."
       )
-    cuts = np.split(own, [train_per_class, train_per_class + held_out_per_class])
+    cuts = np.split(own, np.cumsum(counts))
     for part, indices in zip(parts, cuts, strict=True):
       part.append(indices)
-  train, held_out, evaluation = (np.concatenate(part) for part in parts)
-  return Split(*(Images(images.x[i], images.y[i]) for i in (train, evaluation, held_out)))
+  train, held_out, distractors, evaluation = (np.concatenate(part) for part in parts)
+  return Split(*(Images(images.x[i], images.y[i]) for i in (train, evaluation, held_out, distractors)))

@@ -54,7 +54,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   data = split(
     faces,
     train_per_class=config.samples_per_class,
-    held_out_per_class=25 if config.data == "lfw" else 50,
+    held_out_per_class=20 if config.data == "lfw" else 50,
+    distractors_per_class=10 if config.data == "lfw" else 50,
     seed=config.seed,
   )
   return images.run(config, workdir, data, num_samples=100, figure="fig7.png")

@@ -67,7 +67,7 @@ def run(config: Config, workdir: pathlib.Path, data: Split, *, num_samples: int,
 def _shared_settings(config: Config, data: Split) -> dict[str, Any]:
   """What runs must agree in to share classifiers, judge and controls."""
   digest = hashlib.sha256()
-  for images in (data.train, data.evaluation, data.held_out):
+  for images in (data.train, data.evaluation, data.held_out, data.distractors):
     digest.update(np.ascontiguousarray(images.x).tobytes() + np.ascontiguousarray(images.y).tobytes())
   return {name: getattr(config, name) for name in SHARED} | {"data": digest.hexdigest()}
 

@@ -26,7 +26,13 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   config = common.resolve(config)
   common.check_config(config)
   digits = load_digits(config.data)
-  data = split(digits, train_per_class=config.samples_per_class, held_out_per_class=50, seed=config.seed)
+  data = split(
+    digits,
+    train_per_class=config.samples_per_class,
+    held_out_per_class=50,
+    distractors_per_class=50,
+    seed=config.seed,
+  )
   figure = "fig6.png" if config.classifiers == 1 else "fig8.png"
   return images.run(config, workdir, data, num_samples=200, figure=figure)
 

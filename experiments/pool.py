@@ -1,12 +1,12 @@
 """Many runs of experiments side by side, each in its own process; what is done already is not done again."""
 
 from collections.abc import Iterator, Mapping, Sequence
-import concurrent.futures
 import contextlib
 import dataclasses
 import importlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import resource
@@ -62,22 +62,32 @@ def run_all(jobs: Sequence[Job], *, processes: int, what: str, cache: pathlib.Pa
     processes: how many at a time, each on one thread.
     what: what is going on, a word or two, for the progress line.
     cache: folder in which the runs share what they have compiled.
+
+  Raises:
+    RunError: a run ended by something else than a documented error; its ``log.txt`` says by what. The same command
+      goes on with the others.
   """
   waiting = [job for job in jobs if job.outcome() is None]
   progress = common.Progress(what, len(jobs), start=len(jobs) - len(waiting))
   context = multiprocessing.get_context("spawn")
-  with (
-    _one_thread_each(cache),
-    concurrent.futures.ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=1) as executor,
-  ):
-    futures = [executor.submit(_run, job) for job in waiting]
-    try:
-      for number, future in enumerate(concurrent.futures.as_completed(futures)):
-        future.result()
-        progress.update(len(jobs) - len(waiting) + number + 1)
-    except BaseException:
-      executor.shutdown(wait=False, cancel_futures=True)
-      raise
+  running: dict[Any, tuple[Job, Any]] = {}  # by what `wait` returns when the process ends
+  try:
+    while waiting or running:
+      while waiting and len(running) < processes:
+        process = context.Process(target=_run, args=(waiting[0],))
+        with _one_thread_each(cache):
+          process.start()
+        running[process.sentinel] = (waiting.pop(0), process)
+      for sentinel in multiprocessing.connection.wait(list(running)):
+        job, process = running.pop(sentinel)
+        process.join()
+        if job.outcome() is None:
+          raise common.RunError(f"{job.workdir} ended with exit status {process.exitcode}; see its log.txt.")
+        progress.update(len(jobs) - len(waiting) - len(running))
+  finally:
+    for _, process in running.values():
+      process.terminate()
+      process.join()
 
 
 def _run(job: Job) -> None:

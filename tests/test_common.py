@@ -28,6 +28,30 @@ def test_a_default_can_depend_on_another_flag():
     common.check_config(common.resolve(Dependent(rate=-1.0)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Preset(Dependent):
+  method: str = common.flag("plain", "What sets others.", choices=("plain", "fast"))
+  steps: int = common.method_flag(100, "Some steps.", lower=0)
+
+  @property
+  def preset(self):
+    return {"steps": 5, "rate": 9.0} if self.method == "fast" else {}
+
+
+def test_a_method_sets_flags_and_what_is_given_by_hand_goes_first():
+  plain, fast = common.resolve(Preset()), common.resolve(Preset(method="fast"))
+  assert (plain.steps, plain.rate) == (100, 0.5)
+  assert (fast.steps, fast.rate) == (5, 9.0)
+  assert common.resolve(Preset(method="fast", steps=0)).steps == 0
+  assert dataclasses.fields(Preset)[-1].metadata["help"] == "Some steps. Default: 100."
+
+
+def test_the_error_names_the_flag_of_the_folder(tmp_path):
+  common.Workdir(tmp_path, {"seed": 1}, flag="shared_dir")
+  with pytest.raises(common.UsageError, match=r"--shared_dir=.*--seed was 1, now 2"):
+    common.Workdir(tmp_path, {"seed": 2}, flag="shared_dir")
+
+
 def test_config_is_written_and_the_same_one_resumes(tmp_path):
   common.Workdir(tmp_path / "run", Config())
   assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"size": 3, "kind": "a"}

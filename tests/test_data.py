@@ -25,22 +25,25 @@ def test_digits_come_as_500_of_each_class_in_0_to_1():
 
 
 def test_split_is_disjoint_complete_and_balanced():
-  parts = data.split(toy(), train_per_class=5, held_out_per_class=3, seed=0)
-  values = [set(part.x.ravel().tolist()) for part in (parts.train, parts.evaluation, parts.held_out)]
+  parts = data.split(toy(), train_per_class=5, held_out_per_class=3, distractors_per_class=2, seed=0)
+  values = [set(part.x.ravel().tolist()) for part in (parts.train, parts.evaluation, parts.held_out, parts.distractors)]
   assert sum(map(len, values)) == len(set.union(*values)) == 36
   np.testing.assert_array_equal(np.bincount(parts.train.y), 5)
   np.testing.assert_array_equal(np.bincount(parts.held_out.y), 3)
+  np.testing.assert_array_equal(np.bincount(parts.distractors.y), 2)
 
 
 def test_split_depends_on_the_seed_alone():
-  draw = lambda seed: data.split(toy(), train_per_class=5, held_out_per_class=3, seed=seed).train.x
+  draw = lambda seed: (
+    data.split(toy(), train_per_class=5, held_out_per_class=3, distractors_per_class=2, seed=seed).train.x
+  )
   np.testing.assert_array_equal(draw(1), draw(1))
   assert not np.array_equal(draw(1), draw(2))
 
 
 def test_too_few_images_are_named():
-  with pytest.raises(common.UsageError, match=r"--samples_per_class=10 needs 14 .* class 0 has 12"):
-    data.split(toy(), train_per_class=10, held_out_per_class=3, seed=0)
+  with pytest.raises(common.UsageError, match=r"--samples_per_class=10 needs 16 .* class 0 has 12"):
+    data.split(toy(), train_per_class=10, held_out_per_class=3, distractors_per_class=2, seed=0)
 
 
 def test_tfds_source_reads_mnist_without_tensorflow(tmp_path):

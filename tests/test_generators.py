@@ -158,6 +158,31 @@ class TestSpanFunctions:
       generators.span_functions(starts, spans, num_labels=3, num_codes=4, deviation=0.1)
 
 
+def test_free_samples_start_around_the_given_one_and_are_clipped_only_at_inference():
+  functions = lambda **s: generators.free_functions([jnp.full((3, 5), 0.5)], num_labels=2, num_codes=400, **s)
+  init, generate = functions(deviation=2.0)
+  theta, statistics = init(jax.random.key(0))
+  zero = jnp.zeros(400, int)
+  noise = jax.scipy.stats.norm.ppf((jnp.arange(400) + 0.5) / 400)[:, None]  # every code once
+  x, _ = generate(theta, statistics, noise, zero, zero, True)
+  assert x.shape == (400, 3, 5)
+  # 6,000 normal numbers: mean 0.5 within 4 * 2 / sqrt(6000) = 0.1, deviation 2 within 2 %.
+  np.testing.assert_allclose(jnp.mean(x), 0.5, atol=0.1)
+  np.testing.assert_allclose(jnp.std(x), 2.0, rtol=0.04)
+  np.testing.assert_allclose(generate(theta, statistics, noise, zero, zero, False)[0], jnp.clip(x, 0, 1))
+  _, unbounded = functions(deviation=2.0, limits=None)
+  np.testing.assert_array_equal(unbounded(theta, statistics, noise, zero, zero, False)[0], x)
+
+
+def test_free_samples_of_each_classifier_have_their_own_start():
+  init, generate = generators.free_functions([jnp.zeros(2), jnp.ones(2)], num_labels=1, num_codes=1, deviation=0.0)
+  theta, statistics = init(jax.random.key(0))
+  x, _ = generate(theta, statistics, jnp.zeros((2, 1)), jnp.zeros(2, int), jnp.array([0, 1]), True)
+  np.testing.assert_array_equal(x, [[0.0, 0.0], [1.0, 1.0]])
+  with pytest.raises(ValueError, match="starts must hold at least one"):
+    generators.free_functions([], num_labels=1, num_codes=1, deviation=0.0)
+
+
 def test_convolutional_generator_needs_multiples_of_four():
   module = generators.ConvGenerator(sample_shape=(10, 8, 1), num_labels=3)
   with pytest.raises(ValueError, match=r"sample_shape must have height and width in multiples of 4; got \(10, 8, 1\)"):

@@ -9,7 +9,7 @@ import pytest
 
 from kkt_jax.conditions import Conditions
 from kkt_jax.losses import stationarity_sum
-from kkt_jax.multipliers import from_network, from_softmax, initial_log_scale
+from kkt_jax.multipliers import from_network, from_softmax, initial_log_scale, on_runner_up, shortfall
 
 
 class FromNetworkTest(chex.TestCase):
@@ -121,3 +121,45 @@ def test_the_scale_makes_the_first_sum_as_long_as_its_target():
   start = initial_log_scale(Conditions(target, jnp.ones((2, 3))), sums(0.0))
   assert float(jnp.linalg.norm(sums(start))) == pytest.approx(40 * 6**0.5, rel=1e-5)
   assert float(jnp.linalg.norm(sums(0.0))) < 10
+
+
+class OnRunnerUpTest(chex.TestCase):
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_only_the_strongest_wrong_class_has_a_multiplier(self):
+    logits = jnp.array([[9.0, 1.0, 5.0], [0.0, 2.0, 7.0]])
+    # Runner-up of class 0 in the first row: class 2. Of class 1 in the second, which is misclassified: class 2 too.
+    mu = self.variant(on_runner_up)(jnp.array([[0.5], [-2.0]]), logits, jnp.array([0, 1]))
+    np.testing.assert_array_equal(mu, [[0.0, 0.0, 0.5], [0.0, 0.0, -2.0]])
+
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_tied_runners_up_share(self):
+    mu = self.variant(on_runner_up)(jnp.array([[3.0]]), jnp.array([[9.0, 4.0, 4.0, 1.0]]), jnp.array([0]))
+    np.testing.assert_allclose(mu, [[0.0, 1.5, 1.5, 0.0]])
+
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_shortfall_is_the_square_of_what_is_missing(self):
+    mu = jnp.array([[0.0, 0.3, 0.0], [0.0, 0.0, -1.0], [0.0, 5.0, 0.0]])
+    # 0.5 - 0.3 = 0.2, squared 0.04; 0.5 + 1 = 1.5, squared 2.25; nothing is missing.
+    np.testing.assert_allclose(self.variant(shortfall, static_argnums=1)(mu, 0.5), [0.04, 2.25, 0.0], rtol=1e-5)
+
+
+def test_the_sum_with_runner_up_multipliers_is_that_of_the_margins_gradient():
+  w = jax.random.normal(jax.random.key(0), (4, 3))
+  linear = lambda w, x: x @ w
+  x, y = jax.random.normal(jax.random.key(1), (6, 4)), jnp.array([0, 1, 2, 0, 1, 2])
+  raw = jnp.linspace(-1.0, 2.0, 6)
+
+  def weighed_margin(w):
+    logits = linear(w, x)
+    others = jnp.where(jnp.arange(3)[None, :] == y[:, None], -jnp.inf, logits)
+    return jnp.mean(raw * (logits[jnp.arange(6), y] - jnp.max(others, axis=1)))
+
+  sums = stationarity_sum(linear, w, x, y, on_runner_up(raw[:, None], linear(w, x), y))
+  np.testing.assert_allclose(sums, jax.grad(weighed_margin)(w), rtol=1e-5, atol=1e-6)
+
+
+def test_one_multiplier_a_sample_is_wanted():
+  with pytest.raises(ValueError, match=r"raw must have shape .*1"):
+    on_runner_up(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.array([0, 1]))
+  with pytest.raises(ValueError, match="least must be at least 0"):
+    shortfall(jnp.ones((2, 3)), -1.0)

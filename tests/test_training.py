@@ -1,5 +1,7 @@
 """The training loop: it goes down, resumes bitwise, compiles once, names its failures, and T = 1 is a case of T."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -61,12 +63,66 @@ def assert_states_equal(a, b):
 
 
 @pytest.mark.parametrize("form", ["softmax", "softplus"])
-@pytest.mark.parametrize("residual", ["relative", "cosine", "absolute"])
+@pytest.mark.parametrize("residual", ["relative", "cosine", "absolute", "squared"])
 def test_training_lowers_the_stationarity(form, residual):
   method, state, classifiers, conditions = setup(multiplier_form=form, residual=residual)
   logged = []
   run(method, state, classifiers, conditions, 150, log_every=1, on_log=lambda step, metrics: logged.append(metrics))
   assert logged[-1]["stationarity"] < 0.7 * logged[0]["stationarity"]
+
+
+def test_the_squared_residual_is_the_square_of_the_absolute_one():
+  values = {}
+  for residual in ("absolute", "squared"):
+    method, state, classifiers, conditions = setup(residual=residual)
+    values[residual] = float(
+      training.make_train_step(method).call(state, classifiers, conditions)[1]["stationarity"][0]
+    )
+  np.testing.assert_allclose(values["squared"], values["absolute"] ** 2, rtol=1e-5)
+
+
+def test_free_multipliers_are_pulled_to_the_least_one():
+  # One number for each of 12 samples, in a table; without stationarity only what is missing to 0.5 counts.
+  w = {"stationarity": 0.0, "duality": 0.0, "spread": 0.0, "least_multiplier": 1.0}
+  table = lambda eta, x, y, t: eta[t[0]]
+  method, state, classifiers, conditions = setup(weights=w, least_multiplier=0.5)
+  method = dataclasses.replace(method, multiplier_form="runner_up", raw_multipliers=table, learn_scale=False)
+  start = jnp.linspace(-1.0, 1.0, 12).reshape(1, 12, 1)
+  state = training.init_state(
+    jax.random.key(2),
+    method,
+    classifiers,
+    conditions,
+    theta=state.params["theta"],
+    statistics=state.statistics,
+    eta=start,
+  )
+  logged = []
+  after = run(method, state, classifiers, conditions, 300, log_every=1, on_log=lambda step, m: logged.append(m))
+  # Mean of the squares of 0.5 - raw where raw is below 0.5.
+  expected = float(jnp.mean(jnp.square(jax.nn.relu(0.5 - start))))
+  np.testing.assert_allclose(logged[0]["least_multiplier"], expected, rtol=1e-5)
+  moved = after.params["eta"]["network"]
+  np.testing.assert_allclose(jnp.where(start < 0.5, moved, 0.5), 0.5, atol=0.1)  # Adam overshoots a little
+  np.testing.assert_array_equal(moved[start > 0.5], start[start > 0.5])  # enough is enough
+
+
+def test_the_target_can_follow_alpha():
+  values, slopes = {}, {}
+  for exponent in (0.0, 1.0):
+    method, state, classifiers, conditions = setup(residual="absolute", target_exponent=exponent)
+    scaled = [dataclasses.replace(c, target=jax.tree.map(lambda t: 3.0 * t, c.target)) for c in conditions]
+    state.params["alpha"] = jnp.log(jnp.array([3.0]))
+    conditions = conditions if exponent else scaled
+    step = training.make_train_step(
+      dataclasses.replace(method, weights={**method.weights, "duality": 0.0, "fresh_duality": 0.0})
+    )
+    after, metrics = step.call(state, classifiers, conditions)
+    values[exponent] = float(metrics["stationarity"][0])
+    slopes[exponent] = float(jnp.abs(after.params["alpha"] - state.params["alpha"])[0])
+  np.testing.assert_allclose(values[1.0], values[0.0], rtol=1e-5)  # e^log 3 times the target, or 3 times by hand
+  assert slopes[0.0] == 0  # a constant target gives alpha no gradient
+  assert slopes[1.0] > 0
 
 
 def test_all_three_groups_of_unknowns_move_and_the_classifier_does_not():
