@@ -485,6 +485,9 @@ def evaluate(
       _own_subset(np.asarray(samples)[np.asarray(index) == t], labels[np.asarray(index) == t], data, t)
       for t in range(len(classifiers))
     ]
+  results["margin_spread"] = [
+    _margin_spread(classifier, samples, labels, index == t) for t, classifier in enumerate(classifiers)
+  ]
   results["residual"] = [
     {
       name: diagnostics.diagnose(classifier, condition, points, point_labels).residual
@@ -506,6 +509,16 @@ def evaluate(
   _figure(out.path, data, classifiers, np.asarray(samples), labels, np.asarray(index))
   out.finish(results)
   return results
+
+
+def _margin_spread(classifier: Classifier, samples: jax.Array, labels: np.ndarray, own: jax.Array) -> float:
+  """5th to 95th percentile of the margins of a classifier's own samples, over their median."""
+  chosen = np.asarray(own)
+  margin = losses.runner_up_margin(
+    classifier.predict_fn(classifier.params, samples[chosen]), jnp.asarray(labels[chosen])
+  )
+  low, median, high = jnp.percentile(margin, jnp.array([5.0, 50.0, 95.0]))
+  return float((high - low) / jnp.abs(median))
 
 
 def _own_subset(

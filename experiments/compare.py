@@ -45,7 +45,7 @@ class Config:
   seeds: int = common.flag(3, "Number of classifiers, each trained on data of its own.", lower=1)
   generator_seeds: int = common.flag(3, "Runs of every method on each of them.", lower=1)
   first_seed: int = common.flag(0, "The first classifier's seed.", lower=0)
-  small: bool = common.flag(True, "mnist: 100 training digits instead of 500.")
+  small: bool = common.flag(True, "mnist: 100 training digits instead of 500, and 25 codes a class.")
   flags: str = common.flag("", "Further flags of every run: name=value, separated by commas.")
   processes: int = common.flag(0, "Runs at a time; 0 is one for each core.", lower=0)
 
@@ -102,7 +102,11 @@ def _jobs(config: Config, method: str, workdir: pathlib.Path) -> list[pool.Job]:
   """All runs of a method; one without randomness of its own runs once on each classifier."""
   settings = parsed_flags(config.flags, config.experiment)
   if config.experiment == "mnist" and config.small:
-    settings = {"samples_per_class": 10} | settings
+    settings = {"samples_per_class": 10, "codes": 25} | settings
+  if method == _FIRST:  # which is nothing without its own settings
+    settings = {
+      name: value for name, value in settings.items() if name not in _METHODS[config.experiment][method].flags
+    }
   return [
     pool.Job(
       config.experiment,

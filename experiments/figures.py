@@ -71,6 +71,15 @@ def bars(path: pathlib.Path, values: Mapping[str, float], unit: str) -> None:
   _save(figure, path)
 
 
+def scatter(path: pathlib.Path, panels: Sequence[tuple[str, Any, Any]], label: str) -> None:
+  """Points in panels side by side: a title, horizontal and vertical values of each, one horizontal label."""
+  figure, grid = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.2), squeeze=False, constrained_layout=True)
+  for axes, (title, x, y) in zip(grid[0], panels, strict=True):
+    axes.scatter(x, y, s=18, alpha=0.7)
+    axes.set(title=title, xlabel=label)
+  _save(figure, path)
+
+
 def image_rows(path: pathlib.Path, rows: Sequence[tuple[str, ArrayLike]], *, scale: int = 3) -> None:
   """Rows of images with a caption at their left, as in Figs. 6 to 8.
 
