@@ -54,8 +54,18 @@ def first_of_each_class(images: Images, count: int) -> Images:
   return Images(images.x[indices], images.y[indices])
 
 
-def measure(judge: Judge, data: Split, images: Images, *, seed: int, epochs: int) -> dict[str, float]:
-  """Every figure of merit of images that can be had without the classifiers; see `kkt_jax.metrics`.
+def measure(judge: Judge, data: Split, images: Images) -> dict[str, float]:
+  """How recognisable, near, diverse and rightly labelled images are; see `kkt_jax.metrics`."""
+  real = metrics.within_class_distance(judge.features(data.held_out.x), data.held_out.y)
+  return {
+    "eval_accuracy": judge.accuracy(images.x, images.y),
+    **metrics.faithfulness(images.x, images.y, data.train.x, data.train.y),
+    "spread": metrics.within_class_distance(judge.features(images.x), images.y) / real,
+  }
+
+
+def measure_further(judge: Judge, data: Split, images: Images, *, seed: int, epochs: int) -> dict[str, float]:
+  """What takes longer: neighbourhoods, kernel distance, memory, and what the images are worth as training data.
 
   Args:
     judge: the independent judge.
@@ -67,18 +77,15 @@ def measure(judge: Judge, data: Split, images: Images, *, seed: int, epochs: int
   Returns:
     The figures by name.
   """
-  features, real_features = judge.features(images.x), judge.features(data.train.x)
-  real = metrics.within_class_distance(judge.features(data.held_out.x), data.held_out.y)
-  size = jnp.sqrt(jnp.mean(jnp.square(real_features)))
+  features, real = judge.features(images.x), judge.features(data.train.x)
+  # In units of the features' root mean square, without which the kernel's cube is a large number of no meaning.
+  size = jnp.sqrt(jnp.mean(jnp.square(real)))
+  tested = first_of_each_class(data.evaluation, _TESTED)
   return {
-    "eval_accuracy": judge.accuracy(images.x, images.y),
-    **metrics.faithfulness(images.x, images.y, data.train.x, data.train.y),
-    "spread": metrics.within_class_distance(features, images.y) / real,
-    **_neighbourhoods("features", data.train.y, np.asarray(real_features), images.y, np.asarray(features)),
+    **_neighbourhoods("features", data.train.y, np.asarray(real), images.y, np.asarray(features)),
     **_neighbourhoods("pixels", data.train.y, data.train.x, images.y, images.x),
-    # In units of the features' root mean square, without which the kernel's cube is a large number of no meaning.
-    "kernel_distance": metrics.kernel_distance(features / size, real_features / size),
-    "useful_accuracy": usefulness(images, first_of_each_class(data.evaluation, _TESTED), seed=seed, epochs=epochs),
+    "kernel_distance": metrics.kernel_distance(features / size, real / size),
+    "useful_accuracy": usefulness(images, tested, seed=seed, epochs=epochs),
     **_memorisation(data, images),
   }
 

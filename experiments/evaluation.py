@@ -1,6 +1,7 @@
 """The last stage of the image experiments: looks at the data again, and measures what came out beside its controls."""
 
 from collections.abc import Mapping, Sequence
+import functools
 import json
 import pathlib
 from typing import Any
@@ -62,9 +63,9 @@ def evaluate(
   samples = {"fresh_noise": Images(np.asarray(fresh), y)}
   if method.fixed_noise:
     samples["trained_noise"] = _from_trained_noise(method, state, classifiers, y)
-  results: dict[str, Any] = {
-    name: comparison.measure(judge, data, images, seed=seed, epochs=student_epochs) for name, images in samples.items()
-  }
+  results: dict[str, Any] = {name: comparison.measure(judge, data, images) for name, images in samples.items()}
+  further = functools.partial(comparison.measure_further, judge, data, seed=seed, epochs=student_epochs)
+  results["fresh_noise"] |= further(samples["fresh_noise"])
   # A distribution's residual has no sampling error: of fresh noise many samples, of the training data all.
   # Where samples interact, or multipliers are fitted, as many of each as the classifiers were trained on.
   coupled = any(classifier.batch_coupled for classifier in classifiers)
@@ -124,8 +125,9 @@ def _controls(
     return kept
   key = jax.random.key(seed + 3)
   samples = comparison.controls(data, y, key)
+  further = functools.partial(comparison.measure_further, judge, data, seed=seed, epochs=student_epochs)
   results: dict[str, Any] = {
-    name: comparison.measure(judge, data, images, seed=seed, epochs=student_epochs) for name, images in samples.items()
+    name: comparison.measure(judge, data, images) | further(images) for name, images in samples.items()
   }
   populations = {
     "training_data": data.train,
