@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import benchmark, circle, common, duality_loss, faces, images, lambda_estimation, mnist
+from experiments import benchmark, circle, common, duality_loss, faces, images, lambda_estimation, merits, mnist
 from kkt_jax import training
 from kkt_jax.checkpoint import Checkpointer
 
@@ -82,10 +82,12 @@ def test_mnist_runs(tmp_path, settings):
   assert controls <= set(metrics)
   assert ("trained_noise" in metrics) == settings.get("fixed_noise", True)
   assert metrics["training_data"]["label_agreement"] == 1.0
+  assert metrics["training_data"]["retrieval_top1"] == 1.0
   assert metrics["class_means"]["spread"] == 0.0
   for name in (*controls, "fresh_noise"):
-    figures = {key: value for key, value in metrics[name].items() if key != "residual"}
+    figures = merits.of_images(metrics[name])
     assert np.all(np.isfinite(list(figures.values()))), name
+    assert {"eval_accuracy", "ssim_matched", "useful_accuracy", "retrieval_top1", "kernel_distance"} <= set(figures)
   for name in ("fresh_noise", "training_data", "uniform_noise"):
     assert len(metrics[name]["residual"]) == settings.get("classifiers", 1)
   line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
@@ -99,6 +101,21 @@ def test_faces_run_on_what_a_package_ships(tmp_path):
   assert_complete(tmp_path, "fig7.png")
   assert metrics["training_data"]["ssim_cover"] > metrics["uniform_noise"]["ssim_cover"]
   assert metrics["recovered_by_all_trained_noise"]["images"] == 4  # two codes of each of two classes
+
+
+@pytest.mark.parametrize("method", ["points", "points_published", "ce", "inversion", "means", "paper"])
+def test_every_method_attacks_the_same_classifier(tmp_path, method):
+  settings = {name: value for name, value in SMALL.items() if name not in ("codes", "steps", "warmup")}
+  shared = str(tmp_path / "shared")
+  steps = {} if method == "means" else {"steps": 4, "warmup": 0}
+  metrics = mnist.run(mnist.Config(method=method, shared_dir=shared, **settings, **steps), tmp_path / method)
+  assert np.isfinite(metrics["fresh_noise"]["ssim_cover"])
+  controls = (tmp_path / "shared" / "controls.json").read_text()
+  again = mnist.run(mnist.Config(method="means", shared_dir=shared, **settings), tmp_path / "again")
+  assert (tmp_path / "shared" / "controls.json").read_text() == controls
+  assert again["training_data"] == metrics["training_data"]
+  with pytest.raises(common.UsageError, match="--shared_dir=.*--width was 12, now 13"):
+    mnist.run(mnist.Config(method="means", shared_dir=shared, **settings | {"width": 13}), tmp_path / "other")
 
 
 def test_a_stopped_mnist_run_resumes_to_the_same_figures(tmp_path, monkeypatch):
@@ -142,8 +159,10 @@ def test_benchmark_reports_every_figure(tmp_path):
     ({"samples_per_class": 450}, "--samples_per_class=450 needs"),
     ({"batch_size": 1}, "--batch_size must be at least 2"),
     ({"codes": 0}, "--codes must be at least 1"),
-    ({"batch_norm": True, "generator": "conv"}, "--generator must be span with --batch_norm; got conv"),
-    ({"batch_norm": True, "multiplier_form": "softmax"}, "--multiplier_form must be softplus or relu"),
+    ({"batch_norm": True, "generator": "conv"}, "--generator must be span or free with --batch_norm; got conv"),
+    ({"batch_norm": True, "multiplier_form": "softmax"}, "--multiplier_form must not be softmax with --batch_norm"),
+    (NETWORK | {"multiplier_form": "runner_up"}, "--generator must be span or free with --multiplier_form=runner_up"),
+    ({"rule": "least_norm"}, "--rule and --target_scale need --batch_norm"),
     ({"collapse_weight": 1.0}, "--statistics_weight and --collapse_weight must be 0 without --batch_norm"),
     ({"num_fresh": 5}, "--num_fresh must be 0 .* with --generator=span"),
   ],
@@ -171,6 +190,8 @@ def test_impossible_faces_flags_are_named(tmp_path, settings, message):
   [
     ({"restart_steps": 60}, "--restart_steps must be less than --steps = 60; got 60"),
     ({"log_every": 30}, "--log_every must be a multiple of 20; got 30"),
+    ({"multiplier_form": "softmax"}, "--multiplier_form must not be softmax with --batch_norm"),
+    ({"multiplier_form": "runner_up"}, "--generator must be free with --multiplier_form=runner_up"),
   ],
 )
 def test_impossible_circle_flags_are_named(tmp_path, settings, message):
