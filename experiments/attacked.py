@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from experiments import common
+from experiments import common, ingredients
 from experiments.data import Images
 from experiments.image_config import Config
-from kkt_jax import networks, pretrain
+from kkt_jax import networks
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.last_layer import collapsed_margin, typical_margin
@@ -76,38 +75,17 @@ def _train_classifier(
   own = np.isin(train.y, labels)
   x, y = jnp.asarray(train.x[own]), jnp.asarray(np.searchsorted(labels, train.y[own]))
   mean = jnp.mean(x, axis=0) if config.mean_image else jnp.zeros(x.shape[1:])
-  exact: Any = module.clone(gate_sharpness=None).apply
-
-  def train_mode(params: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
-    """Logits and the statistics that batch norm stores, if any."""
-    return exact({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
-
-  steps, rate = config.pretrain_steps, config.pretrain_learning_rate
-  hold = steps // 5
-  form: dict[str, Any] = (
-    {
-      "learning_rate": optax.schedules.exponential_decay(rate, steps - hold, 1e-3, transition_begin=hold),
-      "loss_scaled": True,
-    }
-    if config.batch_norm
-    else {"learning_rate": rate, "weight_decay": config.weight_decay, "momentum": 0.9}
-  )
-  progress = common.Progress("classifier", steps)
-  result = pretrain.gradient_descent(
-    lambda params, x: train_mode(params, x)[0],
-    variables["params"],
+  variables = ingredients.train_classifier(
+    module,
+    variables,
     x - mean[None],
     y,
-    num_steps=steps,
-    on_progress=lambda step, log_loss: progress.update(step, {"log loss": log_loss}),
-    **form,
+    num_steps=config.pretrain_steps,
+    learning_rate=config.pretrain_learning_rate,
+    last_share=1e-3,
+    weight_decay=None if config.batch_norm else config.weight_decay,
   )
-  low, median, high = np.percentile(result.margins, [5, 50, 95])
-  common.say(
-    f"classifier of {labels[0]}-{labels[-1]}: log loss {result.log_loss:.4g}, |gradient| / |zeta|"
-    f" {result.relative_gradient:.2g}, margins {low:.4g}, {median:.4g}, {high:.4g} (5%, median, 95%)"
-  )
-  return {"variables": {"params": result.params, **train_mode(result.params, x - mean[None])[1]}, "mean": mean}
+  return {"variables": variables, "mean": mean}
 
 
 def told_margins(config: Config, classifiers: Sequence[Classifier]) -> list[float]:

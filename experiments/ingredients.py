@@ -1,4 +1,4 @@
-"""What the experiments on the circle and on images build their methods from: conditions, multipliers, shared terms."""
+"""What the experiments on the circle and on images share: training of the attacked, conditions, multipliers, terms."""
 
 from collections.abc import Sequence
 import pathlib
@@ -6,14 +6,75 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+import numpy as np
 import optax
 
 from experiments import common
-from kkt_jax import homogeneity, networks, priors, training
+from kkt_jax import homogeneity, networks, pretrain, priors, training
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_conditions
 
 OPTIMIZERS = ("adam", "sgd")
+
+
+def train_classifier(
+  module: networks.MLPClassifier,
+  variables: PyTree,
+  x: ArrayLike,
+  y: ArrayLike,
+  *,
+  num_steps: int,
+  learning_rate: float,
+  last_share: float,
+  weight_decay: float | None,
+  steps_per_call: int = 1,
+) -> PyTree:
+  """Trains a classifier to its convergence point: with weight decay, or without by loss-scaled steps.
+
+  Args:
+    module: the classifier.
+    variables: where it starts.
+    x: inputs [N, ...].
+    y: output indices [N].
+    num_steps: steps of full-batch gradient descent.
+    learning_rate: their size; of loss-scaled ones that of the first fifth.
+    last_share: the last loss-scaled step's size over the first's.
+    weight_decay: its weight; loss-scaled steps where None.
+    steps_per_call: steps in one compiled call.
+
+  Returns:
+    The trained variables, with the statistics that batch norm stores.
+  """
+  apply: Any = module.clone(gate_sharpness=None).apply
+
+  def train_mode(params: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
+    """Logits and the statistics that batch norm stores, if any."""
+    return apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+
+  hold = num_steps // 5
+  form: dict[str, Any] = {"learning_rate": learning_rate, "weight_decay": weight_decay, "momentum": 0.9}
+  if weight_decay is None:
+    falling = optax.schedules.exponential_decay(learning_rate, num_steps - hold, last_share, transition_begin=hold)
+    form = {"learning_rate": falling, "loss_scaled": True}
+  progress = common.Progress("classifier", num_steps)
+  x = jnp.asarray(x)
+  result = pretrain.gradient_descent(
+    lambda params, x: train_mode(params, x)[0],
+    variables["params"],
+    x,
+    jnp.asarray(y),
+    num_steps=num_steps,
+    steps_per_call=steps_per_call,
+    on_progress=lambda step, log_loss: progress.update(step, {"log loss": log_loss}),
+    **form,
+  )
+  low, median, high = np.percentile(result.margins, [5, 50, 95])
+  common.say(
+    f"classifier: log loss {result.log_loss:.4g}, |gradient| / |zeta| {result.relative_gradient:.2g},"
+    f" margins {low:.4g}, {median:.4g}, {high:.4g} (5%, median, 95%)"
+  )
+  return {"params": result.params, **train_mode(result.params, x)[1]}
 
 
 def rates_of(classifiers: Sequence[Classifier], x: jax.Array, *, rule: str) -> list[homogeneity.RateSolution]:
