@@ -228,7 +228,9 @@ def _row(config: Config, name: str, jobs: Sequence[pool.Job]) -> report.Row:
   if config.experiment == "circle":
     caption = "training points, regions of the classifier, generated points"
   pictures = [(f"Classifier {config.first_seed}, run 0: {caption}.", picture)] if picture.exists() else []
-  return report.Row(name, method.title, method.explanation, method.kind, values, pictures, curves)
+  failed = sum(bool(outcome["error"]) for job in jobs if (outcome := job.outcome()))
+  title = f"{method.title} ({failed} of {len(jobs)} runs failed)" if failed else method.title
+  return report.Row(name, title, method.explanation, method.kind, values, pictures, curves)
 
 
 def _controls(config: Config, jobs: Sequence[pool.Job]) -> list[report.Row]:

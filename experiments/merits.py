@@ -53,9 +53,9 @@ IMAGES = [
       ("mse", "squared error", "lower"),
     )
     for figure in (
-      Figure(f"{name}_nearest", f"{title}, nearest", "Of a sample to the nearest training image of its class.", better, 3, "Faithful"),
-      Figure(f"{name}_cover", f"{title}, cover", "Of a training image to the nearest sample of its class.", better, 3, "Faithful"),
-      Figure(f"{name}_matched", f"{title}, matched", "Of the pairs of the best one-to-one matching.", better, 3, "Faithful"),
+      Figure(f"{name}_nearest", f"{title}, nearest", f"Mean {title} of a sample and the training image of its class nearest to it.", better, 3, "Faithful"),
+      Figure(f"{name}_cover", f"{title}, cover", f"Mean {title} of a training image and the sample of its class nearest to it.", better, 3, "Faithful"),
+      Figure(f"{name}_matched", f"{title}, matched", f"Mean {title} over the pairs of the best one-to-one matching within the classes.", better, 3, "Faithful"),
     )
   ),
   Figure("recovered", "resembled", "Training images that a sample of the class resembles (SSIM above 0.4).", "higher", 0, "Faithful"),
@@ -68,7 +68,7 @@ IMAGES = [
   Figure("nearer_share", "nearer to training", "Share of samples nearer to the training data than to as many other real data; 0.5 is chance.", "", 2, "Memorised"),
   Figure("nearer_median_ratio", "distance ratio", "Distance to the training data over that to as many other real data; 1 is chance.", "", 2, "Memorised"),
   Figure("nearer_p_value", "its p-value", "Of that share, if samples were independent and knew neither.", "", 3, "Memorised"),
-  Figure("retrieval_top1", "retrieval", "Share of training images that the samples single out among real images that were not trained on.", "", 2, "Memorised"),
+  Figure("retrieval_top1", "retrieval", "Share of training images that some sample resembles more than any of a group of real images that were not trained on.", "", 2, "Memorised"),
   Figure("retrieval_chance", "its chance", "What a generator that knows only the kind of data reaches.", "", 2, "Memorised"),
   Figure("retrieval_p_value", "its p-value", "Of so many hits by chance.", "", 3, "Memorised"),
   Figure("useful_accuracy", "useful", "Accuracy on real data of a classifier that was trained on the samples alone.", "higher", 2, "Useful"),
