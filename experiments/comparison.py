@@ -14,6 +14,7 @@ from experiments.judge import Judge, usefulness
 from kkt_jax import metrics
 
 _TESTED = 100  # real images of each class on which a classifier trained on generated ones is tested
+_DISTRACTORS = 5  # at the most, for each training image
 _NEIGHBOURS = (3, 5)  # k of precision, recall, density and coverage
 _COLUMNS = ("eval_accuracy", "ssim_nearest", "ssim_cover", "distinct_nearest", "spread", "label_agreement", "residual")
 
@@ -109,9 +110,8 @@ def _memorisation(data: Split, images: Images) -> dict[str, float]:
   count = min(int(np.unique(real.y, return_counts=True)[1].min()) for real in (data.train, data.distractors))
   train = first_of_each_class(data.train, count)
   nearer = metrics.nearer_to_training(images.x, train.x, first_of_each_class(data.distractors, count).x)
-  scores = [
-    np.asarray(metrics.best_similarity(images.x, images.y, real.x, real.y)) for real in (train, data.distractors)
-  ]
+  distractors = first_of_each_class(data.distractors, _DISTRACTORS * count)
+  scores = [np.asarray(metrics.best_similarity(images.x, images.y, real.x, real.y)) for real in (train, distractors)]
   retrieved = metrics.retrieval(*scores)
   return {f"nearer_{name}": value for name, value in nearer.items()} | {
     f"retrieval_{name}": value for name, value in retrieved.items()

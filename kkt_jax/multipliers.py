@@ -1,4 +1,4 @@
-"""Where the KKT multipliers mu >= 0 come from: the network h of the paper, the classifier's probabilities, or a table."""
+"""Where the KKT multipliers mu >= 0 come from: the network h of the paper, the classifier's softmax, or a table."""
 
 import jax
 import jax.numpy as jnp
