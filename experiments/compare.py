@@ -4,31 +4,18 @@ Runs every method on several classifiers, several times on each, and writes ``re
 runs go side by side, each on one thread; what is interrupted goes on with the same command, and what is done stays.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
-import json
+import itertools
 import os
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from experiments import common, merits, methods, pool, report
+from experiments import common, compare_report, methods, pool, report
 
 _METHODS = {"mnist": methods.IMAGES, "faces": methods.IMAGES, "circle": methods.CIRCLE}
-_PICTURES = {"mnist": "fig6.png", "faces": "fig7.png", "circle": "fig4.png"}
-_CONTROLS = {
-  "training_data": (
-    "training data",
-    "The images that the classifier was trained on: what perfect recovery would give.",
-  ),
-  "real_held_out": ("other real data", "As many real images of the same kind that were not trained on."),
-  "class_means": ("class means", "The mean training image of each class, for every sample of it."),
-  "dataset_mean": ("mean image", "The mean of all training images, for every sample."),
-  "uniform_noise": ("noise", "Uniform noise."),
-  "gaussian_of_the_stored_moments": ("stored moments", "Gaussian points of the mean and covariance that are stored."),
-  "uniform_in_the_square": ("noise", "Uniform points in the square."),
-}
 _FIRST = "means"  # needs no training, so that it is the run that trains what the others share
 
 
@@ -59,12 +46,18 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   processes = config.processes or os.cpu_count() or 1
   cache = workdir / "compiled"
   # One run on each classifier first: it trains what the others share.
-  first = [job for job in jobs[_FIRST] if job.settings["generator_seed"] == 0]
-  pool.run_all(first, processes=processes, what="classifiers", cache=cache)
+  pool.run_all(jobs[_FIRST], processes=processes, what="classifiers", cache=cache)
   # The methods in turn, so that an interrupted comparison has something of each.
-  rest = [job for own in zip(*(jobs[method] for method in chosen), strict=True) for job in own if job not in first]
-  pool.run_all(rest, processes=processes, what="runs", cache=cache)
-  made = build_report(config, jobs, workdir)
+  in_turn = itertools.zip_longest(*(jobs[method] for method in chosen if method != _FIRST))
+  pool.run_all([job for own in in_turn for job in own], processes=processes, what="runs", cache=cache)
+  settings = {
+    "command": command(config, workdir),
+    "classifiers": str(config.seeds),
+    "runs on each": str(config.generator_seeds),
+    "flags of every run": ", ".join(f"{k}={v}" for k, v in _flags(config).items()) or "none",
+  }
+  chosen_presets = {method: _METHODS[config.experiment][method] for method in chosen}
+  made = compare_report.build(config.experiment, chosen_presets, jobs, settings)
   report.write(made, workdir)
   common.say(f"the report is {workdir / 'report.html'}, its table {workdir / 'report.md'}")
   return {
@@ -99,14 +92,11 @@ def chosen_methods(config: Config) -> list[str]:
 
 
 def _jobs(config: Config, method: str, workdir: pathlib.Path) -> list[pool.Job]:
-  """All runs of a method; one without randomness of its own runs once on each classifier."""
-  settings = parsed_flags(config.flags, config.experiment)
-  if config.experiment == "mnist" and config.small:
-    settings = {"samples_per_class": 10, "codes": 25} | settings
-  if method == _FIRST:  # which is nothing without its own settings
-    settings = {
-      name: value for name, value in settings.items() if name not in _METHODS[config.experiment][method].flags
-    }
+  """All runs of a method; that without randomness of its own, and without other settings, runs once a classifier."""
+  settings, again_and_again = _flags(config), range(config.generator_seeds)
+  if method == _FIRST:
+    own = _METHODS[config.experiment][method].flags
+    settings, again_and_again = {name: value for name, value in settings.items() if name not in own}, range(1)
   return [
     pool.Job(
       config.experiment,
@@ -120,8 +110,14 @@ def _jobs(config: Config, method: str, workdir: pathlib.Path) -> list[pool.Job]:
       workdir / "runs" / method / f"seed_{seed}_{again}",
     )
     for seed in range(config.first_seed, config.first_seed + config.seeds)
-    for again in range(config.generator_seeds)
+    for again in again_and_again
   ]
+
+
+def _flags(config: Config) -> dict[str, Any]:
+  """The flags that all runs have in common."""
+  small = {"samples_per_class": 10, "codes": 25} if config.experiment == "mnist" and config.small else {}
+  return small | parsed_flags(config.flags, config.experiment)
 
 
 def parsed_flags(text: str, experiment: str) -> dict[str, Any]:
@@ -146,57 +142,6 @@ def parsed_flags(text: str, experiment: str) -> dict[str, Any]:
   return settings
 
 
-def build_report(config: Config, jobs: Mapping[str, Sequence[pool.Job]], workdir: pathlib.Path) -> report.Report:
-  """The report of what has ended."""
-  circle = config.experiment == "circle"
-  rows = [_row(config, name, own) for name, own in jobs.items()] + _controls(config, jobs[_FIRST])
-  failures = [
-    f"{job.settings['method']}, {_which(job)}: {outcome['error']}"
-    for own in jobs.values()
-    for job in own
-    if (outcome := job.outcome()) and outcome["error"]
-  ]
-  what = {
-    "circle": "18 points on a circle in three classes",
-    "mnist": "handwritten digits (MNIST)",
-    "faces": "small pictures of faces",
-  }[config.experiment]
-  return report.Report(
-    title=f"What a classifier gives away of its training data: {what}",
-    introduction=(
-      f"A classifier was trained on {what}; then the data were put away. Each method below was given the classifier's"
-      " weights, and nothing else, and had to generate the data again.",
-      "The generated data were then compared with what the classifier had been trained on. A figure says little alone:"
-      " look at the controls, above all at other real data, which resemble the training data as far as data of one kind"
-      " resemble one another. What is nearer than that was given away by the weights.",
-      "Everything is measured on fresh draws of each generator. The classifiers are small and trained to convergence by"
-      " gradient descent over all of their data, as the theory asks; what holds for them need not hold for others.",
-    ),
-    figures=merits.CIRCLE if circle else merits.IMAGES,
-    rows=rows,
-    headline=merits.CIRCLE_HEADLINE if circle else merits.IMAGES_HEADLINE,
-    settings={
-      "command": command(config, workdir),
-      "classifiers": str(config.seeds),
-      "runs on each": str(config.generator_seeds),
-      "flags of every run": ", ".join(f"{k}={v}" for k, v in jobs[_FIRST][0].settings.items() if k not in _OWN)
-      or "none",
-      **{
-        f"flags of {name}": ", ".join(f"{k}={v}" for k, v in _METHODS[config.experiment][name].flags.items()) or "none"
-        for name in jobs
-      },
-    },
-    notes=[
-      "The settings of this library's method were found by looking at such figures, on other data of the same kind"
-      " (digits) or on the same data (faces, circle); see the lab book. Those of the baselines as their rows say.",
-      *(f"Failed: {failure}" for failure in failures),
-    ],
-  )
-
-
-_OWN = ("seed", "generator_seed", "method", "shared_dir")  # settings in which the runs differ
-
-
 def command(config: Config, workdir: pathlib.Path) -> str:
   """The command that makes this comparison."""
   given = [
@@ -205,55 +150,6 @@ def command(config: Config, workdir: pathlib.Path) -> str:
     if (value := getattr(config, field.name)) != field.default and field.name != "processes"
   ]
   return " ".join(["python -m experiments.compare", *given, f"--workdir={workdir}"])
-
-
-def _row(config: Config, name: str, jobs: Sequence[pool.Job]) -> report.Row:
-  method = _METHODS[config.experiment][name]
-  values: dict[str, list[float]] = {}
-  curves = []
-  for job in jobs:
-    figures, outcome = job.metrics(), job.outcome()
-    if figures is None or outcome is None:
-      continue
-    own = merits.of_circle(figures) if config.experiment == "circle" else merits.of_images(figures["fresh_noise"])
-    if outcome["seconds"] is not None:
-      own |= {"minutes": outcome["seconds"] / 60, "gigabytes": outcome["peak_memory"] / 1e9}
-    for key, value in own.items():
-      values.setdefault(key, []).append(value)
-    lines = [json.loads(line) for line in _lines(job.workdir / "metrics.jsonl")]
-    if lines:
-      curves.append((_which(job), [line["step"] for line in lines], [line["total"] for line in lines]))
-  picture = jobs[0].workdir / _PICTURES[config.experiment]
-  caption = "generated in odd rows, the most similar training image below each"
-  if config.experiment == "circle":
-    caption = "training points, regions of the classifier, generated points"
-  pictures = [(f"Classifier {config.first_seed}, run 0: {caption}.", picture)] if picture.exists() else []
-  failed = sum(bool(outcome["error"]) for job in jobs if (outcome := job.outcome()))
-  title = f"{method.title} ({failed} of {len(jobs)} runs failed)" if failed else method.title
-  return report.Row(name, title, method.explanation, method.kind, values, pictures, curves)
-
-
-def _controls(config: Config, jobs: Sequence[pool.Job]) -> list[report.Row]:
-  """Rows of what everything is compared with, one number for each classifier."""
-  rows = []
-  results = [figures for job in jobs if job.settings["generator_seed"] == 0 and (figures := job.metrics())]
-  for name, (title, explanation) in _CONTROLS.items():
-    found = [own["controls"] if config.experiment == "circle" else own for own in results]
-    of = merits.of_circle if config.experiment == "circle" else merits.of_images
-    flat = [of(own[name]) for own in found if name in own]
-    if not flat:
-      continue
-    values = {key: [own[key] for own in flat] for key in flat[0]}
-    rows.append(report.Row(f"control_{name}", title, explanation, "control", values))
-  return rows
-
-
-def _which(job: pool.Job) -> str:
-  return f"classifier {job.settings['seed']}, run {job.settings['generator_seed']}"
-
-
-def _lines(path: pathlib.Path) -> list[str]:
-  return path.read_text().splitlines() if path.exists() else []
 
 
 if __name__ == "__main__":
