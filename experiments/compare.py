@@ -32,7 +32,7 @@ class Config:
   seeds: int = common.flag(3, "Number of classifiers, each trained on data of its own.", lower=1)
   generator_seeds: int = common.flag(3, "Runs of every method on each of them.", lower=1)
   first_seed: int = common.flag(0, "The first classifier's seed.", lower=0)
-  small: bool = common.flag(True, "mnist: 100 training digits instead of 500, and 25 codes a class.")
+  small: bool = common.flag(True, "mnist: 100 training digits instead of 500, and 25 codes a class; faces: 50 codes.")
   flags: str = common.flag("", "Further flags of every run: name=value, separated by commas.")
   processes: int = common.flag(0, "Runs at a time; 0 is one for each core.", lower=0)
 
@@ -116,8 +116,8 @@ def _jobs(config: Config, method: str, workdir: pathlib.Path) -> list[pool.Job]:
 
 def _flags(config: Config) -> dict[str, Any]:
   """The flags that all runs have in common."""
-  small = {"samples_per_class": 10, "codes": 25} if config.experiment == "mnist" and config.small else {}
-  return small | parsed_flags(config.flags, config.experiment)
+  small: dict[str, dict[str, Any]] = {"mnist": {"samples_per_class": 10, "codes": 25}, "faces": {"codes": 50}}
+  return (small.get(config.experiment, {}) if config.small else {}) | parsed_flags(config.flags, config.experiment)
 
 
 def parsed_flags(text: str, experiment: str) -> dict[str, Any]:
