@@ -95,8 +95,7 @@ def _jobs(config: Config, method: str, workdir: pathlib.Path) -> list[pool.Job]:
   """All runs of a method; that without randomness of its own, and without other settings, runs once a classifier."""
   settings, again_and_again = _flags(config), range(config.generator_seeds)
   if method == _FIRST:
-    own = _METHODS[config.experiment][method].flags
-    settings, again_and_again = {name: value for name, value in settings.items() if name not in own}, range(1)
+    settings, again_and_again = without_training(config.experiment, settings), range(1)
   return [
     pool.Job(
       config.experiment,
@@ -112,6 +111,16 @@ def _jobs(config: Config, method: str, workdir: pathlib.Path) -> list[pool.Job]:
     for seed in range(config.first_seed, config.first_seed + config.seeds)
     for again in again_and_again
   ]
+
+
+def without_training(experiment: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Settings of the run that trains what others share: those given, less what a method without training decides.
+
+  >>> without_training("mnist", {"samples_per_class": 10, "steps": 500})
+  {'samples_per_class': 10, 'method': 'means'}
+  """
+  own = _METHODS[experiment][_FIRST].flags
+  return {name: value for name, value in settings.items() if name not in own} | {"method": _FIRST}
 
 
 def _flags(config: Config) -> dict[str, Any]:

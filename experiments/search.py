@@ -17,7 +17,7 @@ import numpy as np
 import scipy.stats  # type: ignore[import-untyped]
 
 from experiments import common, figures, merits, pool
-from experiments.compare import parsed_flags
+from experiments.compare import parsed_flags, without_training
 
 _TRUE = {
   "mnist": ("eval_accuracy", "ssim_cover", "coverage_features_k5", "recovered"),
@@ -49,7 +49,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   fixed |= {"seed": config.classifier_seed, "shared_dir": str(workdir / "shared")}
   processes, cache = config.processes or os.cpu_count() or 1, workdir / "compiled"
   # One run without training first: it trains the classifier that all attack.
-  first = pool.Job(config.experiment, fixed | {"method": "means"}, workdir / "runs" / "classifier")
+  first = pool.Job(config.experiment, without_training(config.experiment, fixed), workdir / "runs" / "classifier")
   pool.run_all([first], processes=1, what="classifier", cache=cache)
   drawn = draw_settings(config.experiment, config.runs, config.seed)
   jobs = [
