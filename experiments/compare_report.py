@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import json
+import math
 import pathlib
 
 from experiments import merits, pool, report
@@ -65,7 +66,7 @@ def build(
     ),
     figures=merits.CIRCLE if circle else merits.IMAGES,
     rows=[*rows, *_controls(experiment, next(iter(jobs.values())))],
-    headline=merits.CIRCLE_HEADLINE if circle else merits.IMAGES_HEADLINE,
+    headline=_headline(experiment),
     settings={
       **settings,
       **{
@@ -81,14 +82,21 @@ def build(
   )
 
 
+def _headline(experiment: str) -> Sequence[str]:
+  return merits.CIRCLE_HEADLINE if experiment == "circle" else merits.IMAGES_HEADLINE
+
+
 def _row(experiment: str, name: str, method: Preset, jobs: Sequence[pool.Job]) -> report.Row:
   values: dict[str, list[float]] = {}
   curves = []
   for job in jobs:
     figures, outcome = job.metrics(), job.outcome()
-    if figures is None or outcome is None:
+    if outcome is None:
       continue
-    own = merits.of_circle(figures) if experiment == "circle" else merits.of_images(figures["fresh_noise"])
+    if figures is None:  # it failed, which the tables must show
+      own = dict.fromkeys(_headline(experiment), math.nan)
+    else:
+      own = merits.of_circle(figures) if experiment == "circle" else merits.of_images(figures["fresh_noise"])
     if outcome["seconds"] is not None:
       own |= {"minutes": outcome["seconds"] / 60, "gigabytes": outcome["peak_memory"] / 1e9}
     for key, value in own.items():

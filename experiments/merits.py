@@ -32,8 +32,8 @@ def _neighbourhoods() -> list[Figure]:
 
 
 _COST = [
-  Figure("minutes", "minutes", "Time of the run on one thread, the measuring included.", "lower", 1, "Cost"),
-  Figure("gigabytes", "memory", "Greatest memory of the process, in GB, Python and JAX included.", "lower", 2, "Cost"),
+  Figure("minutes", "minutes", "Time of the run on one thread, the measuring included.", "", 1, "Cost"),
+  Figure("gigabytes", "memory", "Greatest memory of the process, in GB, Python and JAX included.", "", 2, "Cost"),
 ]
 
 IMAGES = [
