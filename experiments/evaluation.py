@@ -1,8 +1,9 @@
 """The last stage of the image experiments: looks at the data again, and measures what came out beside its controls."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -13,7 +14,7 @@ import optax
 
 from experiments import common, comparison, figures
 from experiments.data import Images, Split
-from experiments.judge import Judge, train_judge
+from experiments.judge import train_judge
 from kkt_jax import diagnostics, losses, multipliers, training
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions
@@ -30,6 +31,7 @@ def evaluate(
   *,
   seed: int,
   judge_epochs: int,
+  thorough: bool,
   num_samples: int,
   population: int,
   figure: str,
@@ -46,6 +48,7 @@ def evaluate(
     state: the trained generator.
     seed: of the judge and of the samples.
     judge_epochs: passes over the data of the judge's training.
+    thorough: whether to measure what takes longer, too.
     num_samples: samples of each kind, the same number of each class.
     population: fresh samples of which the residual is measured.
     figure: file name of the picture.
@@ -55,7 +58,6 @@ def evaluate(
   """
   common.say("comparing with the data: independent judge, similarities, residuals")
   judge = train_judge(data.evaluation, seed=seed + 2, directory=shared / "judge", epochs=judge_epochs)
-  student_epochs = 5 * judge_epochs  # its training set is small
   labels = np.unique(data.train.y)
   y = np.repeat(labels, num_samples // len(labels))
   key = jax.random.key(seed + 3)
@@ -63,9 +65,16 @@ def evaluate(
   samples = {"fresh_noise": Images(np.asarray(fresh), y)}
   if method.fixed_noise:
     samples["trained_noise"] = _from_trained_noise(method, state, classifiers, y)
-  results: dict[str, Any] = {name: comparison.measure(judge, data, images) for name, images in samples.items()}
-  further = functools.partial(comparison.measure_further, judge, data, seed=seed, epochs=student_epochs)
-  results["fresh_noise"] |= further(samples["fresh_noise"])
+
+  def measure(images: Images) -> dict[str, Any]:
+    figures_of_merit = comparison.measure(judge, data, images)
+    if thorough:  # five times the judge's passes: there are fewer images to learn from
+      figures_of_merit |= comparison.measure_further(judge, data, images, seed=seed, epochs=5 * judge_epochs)
+    return figures_of_merit
+
+  results: dict[str, Any] = {"fresh_noise": measure(samples["fresh_noise"])}
+  if method.fixed_noise:
+    results["trained_noise"] = comparison.measure(judge, data, samples["trained_noise"])
   # A distribution's residual has no sampling error: of fresh noise many samples, of the training data all.
   # Where samples interact, or multipliers are fitted, as many of each as the classifiers were trained on.
   coupled = any(classifier.batch_coupled for classifier in classifiers)
@@ -76,11 +85,11 @@ def evaluate(
     populations["trained_noise"] = _from_all_trained_noise(method, state, classifiers)
     results["recovered_by_all_trained_noise"] = comparison.recovered(populations["trained_noise"], data.train)
   margins = _true_margins(classifiers, data.train)
+  own_figures = functools.partial(_kkt_figures, classifiers, conditions, margins, thorough=thorough)
   for name, images in populations.items():
-    results[name] |= _kkt_figures(classifiers, conditions, margins, images)
-  results |= _controls(
-    shared / "controls.json", judge, data, classifiers, conditions, margins, y, many, seed, student_epochs
-  )
+    results[name] |= own_figures(images)
+  results |= _controls(shared / "controls.json", data, y, many, key, measure, own_figures)
+  results["true_median_margin"] = list(margins)
   results["exp_minus_alpha"] = np.exp(-np.asarray(state.params["alpha"])).tolist()
   results["final_losses"] = out.last_logged()
   comparison.similar_pairs(
@@ -93,29 +102,23 @@ def evaluate(
 
 def _controls(
   path: pathlib.Path,
-  judge: Judge,
   data: Split,
-  classifiers: Sequence[Classifier],
-  conditions: Sequence[Conditions],
-  margins: Sequence[float],
   y: np.ndarray,
   like: Images,
-  seed: int,
-  student_epochs: int,
+  key: jax.Array,
+  measure: Callable[[Images], dict[str, Any]],
+  own_figures: Callable[[Images], dict[str, Any]],
 ) -> dict[str, Any]:
   """The same figures of what generated images are compared with; measured once and kept in a file.
 
   Args:
     path: the file.
-    judge: the independent judge.
     data: training images, images for the judge, held-out images.
-    classifiers: the attacked classifiers.
-    conditions: the stationarity condition of each.
-    margins: median margin of the training images of each.
     y: labels of the samples [S].
     like: as many images of noise are drawn for their residual as these.
-    seed: of the noise, and of the classifier that is trained on the images.
-    student_epochs: passes over the images of its training.
+    key: of the noise.
+    measure: the figures of a set of samples.
+    own_figures: the method's own figures of as many images as a classifier was trained on.
 
   Returns:
     The figures.
@@ -123,12 +126,8 @@ def _controls(
   if path.exists():
     kept: dict[str, Any] = json.loads(path.read_text())
     return kept
-  key = jax.random.key(seed + 3)
   samples = comparison.controls(data, y, key)
-  further = functools.partial(comparison.measure_further, judge, data, seed=seed, epochs=student_epochs)
-  results: dict[str, Any] = {
-    name: comparison.measure(judge, data, images) | further(images) for name, images in samples.items()
-  }
+  results: dict[str, Any] = {name: measure(images) for name, images in samples.items()}
   populations = {
     "training_data": data.train,
     "class_means": samples["class_means"],
@@ -136,10 +135,9 @@ def _controls(
     "uniform_noise": comparison.uniform_noise(like, key),
   }
   for name, images in populations.items():
-    results[name] |= _kkt_figures(classifiers, conditions, margins, images)
+    results[name] |= own_figures(images)
   results["recovered_by_real_held_out"] = comparison.recovered(data.held_out, data.train)
   results["recovered_by_class_means"] = comparison.recovered(samples["class_means"], data.train)
-  results["true_median_margin"] = list(margins)
   common.write_json(path, results)
   return results
 
@@ -188,36 +186,46 @@ def _true_margins(classifiers: Sequence[Classifier], train: Images) -> list[floa
 
 
 def _kkt_figures(
-  classifiers: Sequence[Classifier], conditions: Sequence[Conditions], margins: Sequence[float], images: Images
-) -> dict[str, Any]:
+  classifiers: Sequence[Classifier],
+  conditions: Sequence[Conditions],
+  margins: Sequence[float],
+  images: Images,
+  *,
+  thorough: bool,
+) -> dict[str, list[Any]]:
   """How well images satisfy the conditions of each classifier: the method's own figures.
+
+  Args:
+    classifiers: the attacked classifiers.
+    conditions: the stationarity condition of each.
+    margins: median margin of the training images of each.
+    images: as many as a classifier was trained on, or of one that is not batch-coupled any number.
+    thorough: whether to return more than the residual.
 
   Returns:
     One number for each classifier: the relative squared ``residual``, of all images; and ``residual_per_tensor``,
-    ``duality`` (mean distance of the margin from its median over the training data, in units of that, by
-    `kkt_jax.losses.duality_loss`), ``margin_spread`` and ``active_multipliers`` as in `kkt_jax.diagnostics.Diagnosis`,
-    of the first thousand. Multipliers are the softmax's; with batch norm, where none are known, the best non-negative
-    ones.
+    ``margin_spread`` and ``active_multipliers`` as in `kkt_jax.diagnostics.Diagnosis` and ``duality`` (mean distance of
+    the margin from that of the training data, in units of it), of the first thousand. Multipliers are the softmax's;
+    with batch norm, where none are known, the best non-negative ones.
   """
-  names = ("residual", "residual_per_tensor", "margin_spread", "active_multipliers")
-  figures_of_merit: dict[str, list[Any]] = {name: [] for name in (*names, "duality")}
+  own: dict[str, list[Any]] = {}
   for classifier, condition, margin in zip(classifiers, conditions, margins, strict=True):
     x, y = _own(classifier, images)
-    few, few_labels = x[:1000], y[:1000]
-    mu = None
+    figures_of_merit: dict[str, Any] = {}
+    if thorough or classifier.batch_coupled:
+      few, few_labels = x[:1000], y[:1000]
+      logits = classifier.predict_fn(classifier.params, few)
+      mu = None if classifier.batch_coupled else multipliers.from_softmax(logits)
+      diagnosis = diagnostics.diagnose(classifier, condition, few, few_labels, mu=mu, num_steps=200)
+      alpha = -math.log(max(margin, 1e-6))  # a classifier that errs on its own data has no margin
+      duality = losses.duality_loss(logits, classifier.local_labels(few_labels), alpha, delta=0.0, relative=True)
+      names = ("residual", "residual_per_tensor", "margin_spread", "active_multipliers")
+      figures_of_merit = {name: getattr(diagnosis, name) for name in names} | {"duality": float(jnp.mean(duality))}
     if not classifier.batch_coupled:
-      mu = multipliers.from_softmax(classifier.predict_fn(classifier.params, few))
-    diagnosis = diagnostics.diagnose(classifier, condition, few, few_labels, mu=mu, num_steps=200)
-    for name in names:
-      figures_of_merit[name].append(getattr(diagnosis, name))
-    logits = classifier.predict_fn(classifier.params, few)
-    duality = losses.duality_loss(
-      logits, classifier.local_labels(few_labels), -jnp.log(margin), delta=0.0, relative=True
-    )
-    figures_of_merit["duality"].append(float(jnp.mean(duality)))
-    if not classifier.batch_coupled:
-      figures_of_merit["residual"][-1] = _residual(classifier, condition, x, y)
-  return figures_of_merit
+      figures_of_merit["residual"] = _residual(classifier, condition, x, y)
+    for name, value in figures_of_merit.items():
+      own.setdefault(name, []).append(value)
+  return own
 
 
 def _residual(classifier: Classifier, condition: Conditions, x: jax.Array, y: jax.Array) -> float:

@@ -21,6 +21,7 @@ SHARED = (
   "pretrain_learning_rate",
   "mean_image",
   "judge_epochs",
+  "thorough",
 )
 
 
@@ -161,6 +162,9 @@ class Config:
     lower=0,
   )
   judge_epochs: int = common.flag(8, "Passes over the data of the independent judge's training.", lower=1)
+  thorough: bool = common.flag(
+    True, "Also measure what takes longer: neighbourhoods, memory, worth as training data, residual of each tensor."
+  )
   population: int = common.flag(
     20_000,
     "nobatch_norm: fresh samples of which the residual of the generator's whole distribution is measured.",

@@ -27,6 +27,7 @@ SMALL = {
   "grid_every": 2,
   "judge_epochs": 1,
   "population": 40,
+  "thorough": False,
 }
 MNIST = mnist.Config(batch_norm=False, **SMALL)
 NETWORK = {"generator": "mlp", "batch_size": 20, "num_fresh": 10}
@@ -82,12 +83,11 @@ def test_mnist_runs(tmp_path, settings):
   assert controls <= set(metrics)
   assert ("trained_noise" in metrics) == settings.get("fixed_noise", True)
   assert metrics["training_data"]["label_agreement"] == 1.0
-  assert metrics["training_data"]["retrieval_top1"] == 1.0
   assert metrics["class_means"]["spread"] == 0.0
   for name in (*controls, "fresh_noise"):
     figures = merits.of_images(metrics[name])
     assert np.all(np.isfinite(list(figures.values()))), name
-    assert {"eval_accuracy", "ssim_matched", "useful_accuracy", "retrieval_top1", "kernel_distance"} <= set(figures)
+    assert {"eval_accuracy", "ssim_matched", "distinct_nearest"} <= set(figures)
   for name in ("fresh_noise", "training_data", "uniform_noise"):
     assert len(metrics[name]["residual"]) == settings.get("classifiers", 1)
   line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
