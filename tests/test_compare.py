@@ -1,10 +1,11 @@
 """Comparison and search: every run is made once, figures reach the report, and what is wrong is named."""
 
 import dataclasses
+import json
 
 import pytest
 
-from experiments import circle, common, compare, merits, search
+from experiments import circle, common, compare, merits, mnist, pool, search
 
 TINY = "width=8,pretrain_steps=40,restarts=1,restart_steps=20,steps=40,log_every=20,checkpoint_every=20"
 CIRCLE = compare.Config(experiment="circle", methods="kkt", seeds=1, generator_seeds=2, flags=f"{TINY},codes=4")
@@ -29,13 +30,41 @@ def test_a_comparison_runs_reports_and_is_not_done_again(tmp_path):
     compare.run(dataclasses.replace(CIRCLE, seeds=2), tmp_path)
 
 
-def test_image_runs_fill_every_figure(tmp_path):
-  flags = "samples_per_class=4,codes=2,width=48,second_width=8,pretrain_steps=30,steps=4,warmup=2,judge_epochs=1"
-  config = compare.Config(methods="ce", seeds=1, generator_seeds=1, flags=flags)
-  means = compare.run(config, tmp_path)
-  assert set(merits.IMAGES_HEADLINE) - {"coverage_features_k5"} <= set(means["ce"])  # k = 5 needs six images a class
-  assert means["control_training_data"]["ssim_cover"] == pytest.approx(1.0)
-  assert "minutes" not in means["control_training_data"]
+def fake_runs(monkeypatch, figures, *, failing=()):
+  """Replaces the runs: each leaves what ``figures(settings)`` returns, or fails."""
+
+  def run_all(jobs, **_):
+    for job in jobs:
+      job.workdir.mkdir(parents=True, exist_ok=True)
+      failed = job.settings["method"] in failing
+      (job.workdir / "metrics.json").write_text(json.dumps(figures(job.settings)))
+      outcome = {"seconds": 60.0, "peak_memory": 1e9, "error": "Diverged: x became nan" if failed else ""}
+      (job.workdir / "done.json").write_text(json.dumps(outcome))
+
+  monkeypatch.setattr(pool, "run_all", run_all)
+
+
+def test_figures_and_failures_reach_the_report(tmp_path, monkeypatch):
+  def figures(settings):
+    value = 0.5 + 0.1 * settings["generator_seed"] + 0.2 * (settings["method"] == "kkt")
+    own = dict.fromkeys(merits.IMAGES_HEADLINE, value) | {
+      "residual": [value],
+      "residual_per_tensor": [{"Dense_0/kernel": value}],
+    }
+    return {"fresh_noise": own, "training_data": own, "uniform_noise": own}
+
+  fake_runs(monkeypatch, figures, failing=("points_published",))
+  means = compare.run(compare.Config(seeds=1, generator_seeds=2), tmp_path)
+  assert means["kkt"]["eval_accuracy"] == pytest.approx(0.75)  # of 0.7 and 0.8
+  assert means["control_training_data"]["eval_accuracy"] == pytest.approx(0.5)
+  assert means["kkt"]["minutes"] == 1.0
+  lines = (tmp_path / "report.md").read_text().splitlines()
+  assert any("this library" in line and "**0.75 ± 0.07**" in line for line in lines)
+  failed = next(line for line in lines if "published settings (2 of 2 runs failed)" in line)
+  assert "| - | - |" in failed
+  page = (tmp_path / "report.html").read_text()
+  assert "x became nan" in page
+  assert "steps=600" in page  # the settings of the baselines
 
 
 def test_methods_are_chosen_by_group_or_by_name():
@@ -66,17 +95,34 @@ def test_flags_have_the_type_of_their_field():
   common.check_config(common.resolve(circle.Config(**parsed)))
 
 
-def test_a_search_ranks_by_a_score_without_data_and_says_what_it_is_worth(tmp_path):
-  config = search.Config(experiment="circle", runs=3, flags=TINY)
+def test_a_search_ranks_by_a_score_without_data_and_says_what_it_is_worth(tmp_path, monkeypatch):
+  def figures(settings):
+    rate = settings.get("learning_rate", 1.0)  # the smaller, the better, in all that is known and in truth
+    residual = [{"generated": rate}]
+    true = {"precision": 1 - rate, "coverage": 0.5, "median_distance": 0.0}
+    return true | {"residual": residual, "margin_spread": [rate], "final_losses": {"statistics": rate}}
+
+  fake_runs(monkeypatch, lambda settings: figures(settings))
+  monkeypatch.setattr(search, "without_training", lambda experiment, settings: settings | {"method": "means"})
+  config = search.Config(experiment="circle", runs=5)
+  monkeypatch.setattr(
+    search, "draw_settings", lambda *_: [{"method": "kkt", "learning_rate": r} for r in (0.3, 0.1, 0.5, 0.2, 0.4)]
+  )
   results = search.run(config, tmp_path)
+  assert results["best_settings"]["learning_rate"] == 0.1
   assert results["failed"] == 0
-  assert set(results["rank_correlations"]) == {"precision", "coverage"}
+  assert results["rank_correlations"] == {"precision": pytest.approx(-1.0), "coverage": None}
   lines = (tmp_path / "search.md").read_text().splitlines()
-  assert lines[0].startswith("| score | codes |")
-  scores = [float(line.split("|")[1]) for line in lines[2:5]]
-  assert scores == sorted(scores)
+  assert lines[0].startswith("| score | method | learning_rate |")
+  scores = [float(line.split("|")[1]) for line in lines[2:7]]
+  assert scores == [1.0, 2.0, 3.0, 4.0, 5.0]
   assert (tmp_path / "search.png").stat().st_size > 0
-  assert search.run(config, tmp_path) == results
+
+
+def test_settings_are_drawn_within_their_bounds_and_can_be_run():
+  for experiment, module in (("mnist", mnist), ("circle", circle)):
+    for settings in search.draw_settings(experiment, 20, 1):
+      common.check_config(common.resolve(module.Config(**settings)))
 
 
 def test_rank_correlation_tells_a_good_score_from_an_empty_one():
