@@ -365,7 +365,7 @@ def test_stationarity_alone_recovers_the_weights_of_the_classifier_it_is_given()
 @pytest.mark.parametrize(
   ("settings", "named"),
   [
-    ({"residual": "squared"}, "residual must be one of"),
+    ({"residual": "cubed"}, "residual must be one of"),
     ({"multiplier_form": "tanh"}, "multiplier_form must be one of"),
     ({"batch_size": 0}, "batch_size"),
     ({"noise_dim": 0}, "noise_dim"),
