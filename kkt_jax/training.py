@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 import optax
 
 from kkt_jax import _checks, losses, multipliers
+from kkt_jax.accumulation import microbatch_mean
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions, weigh_tensors
@@ -84,6 +85,9 @@ class Method:
       in every step.
     num_fresh: samples from never-trained noise that enter ``"fresh_duality"`` alone, so that every noise vector gives a
       sample of the wanted class.
+    microbatch_size: samples for each classifier that are held in memory at once, a divisor of ``batch_size``; all of
+      them where None. It changes memory and time, not the result (`kkt_jax.accumulation`), and needs samples that do
+      not interact: no batch norm on batch statistics, in generator or classifier, and no prior of a batch as a whole.
   """
 
   generate: GenerateFn
@@ -104,6 +108,7 @@ class Method:
   fixed_noise: bool = False
   stratified_noise: bool = False
   num_fresh: int = 0
+  microbatch_size: int | None = None
 
   def __post_init__(self) -> None:
     _checks.check_choice("residual", self.residual, RESIDUALS)
@@ -118,6 +123,14 @@ class Method:
         "raw_multipliers must be given for every form but 'softmax', and not for that; got"
         f" multiplier_form = {self.multiplier_form!r}."
       )
+    if self.microbatch_size is not None:
+      _checks.check_at_least("microbatch_size", self.microbatch_size, 1)
+      if self.batch_size % self.microbatch_size:
+        raise ValueError(f"microbatch_size must divide batch_size = {self.batch_size}; got {self.microbatch_size}.")
+      if self.multiplier_form == "runner_up":
+        raise ValueError(
+          "microbatch_size must be None with multiplier_form = 'runner_up', whose numbers are a batch's."
+        )
 
 
 class TrainState(NamedTuple):
@@ -188,7 +201,8 @@ def init_state(
     The `TrainState` at step 0.
 
   Raises:
-    ValueError: no classifier, another number of conditions, non-finite parameters, or a margin that is not positive.
+    ValueError: no classifier, another number of conditions, non-finite parameters, a margin that is not positive, or
+      microbatches of samples that interact.
   """
   if not classifiers:
     raise ValueError("classifiers must hold at least one classifier; got none.")
@@ -198,6 +212,13 @@ def init_state(
     for value in jnp.atleast_1d(jnp.asarray(margin)).tolist():
       _checks.check_positive("margin", value)
   _checks.check_finite("theta", theta)
+  if method.microbatch_size is not None and (
+    jax.tree.leaves(statistics) or any(classifier.batch_coupled for classifier in classifiers)
+  ):
+    raise ValueError(
+      "microbatch_size must be None with batch norm on batch statistics, in the generator or in a classifier: its"
+      f" samples interact; got {method.microbatch_size}."
+    )
   noise_key, first_key, key = jax.random.split(key, 3)
   num_classifiers = len(classifiers)
   params = {
@@ -215,7 +236,8 @@ def init_state(
   ) -> tuple[jax.Array, jax.Array]:
     """The log-scale and the median absolute margin of each classifier on a first batch."""
     log_scales, margins = [], []
-    batches, _ = _generate(method, params, statistics, classifiers, noise)
+    few = slice(method.microbatch_size)  # enough for a start
+    batches, _ = _generate(method, params, statistics, classifiers, noise[:, few], _labels(method, classifiers)[:, few])
     for index, (classifier, condition, batch) in enumerate(zip(classifiers, conditions, batches, strict=True)):
       sums = _stationarity_sum(classifier, batch, _multipliers(method, params, classifier, index, batch))
       log_scales.append(multipliers.initial_log_scale(condition, sums))
@@ -253,15 +275,25 @@ def make_train_step(method: Method, *, steps_per_call: int = 1) -> "TrainStep":
     classifiers: Sequence[Classifier],
     conditions: Sequence[Conditions],
   ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
-    batches, statistics = _generate(method, params, state.statistics, classifiers, noise)
-    per_classifier = [
-      _terms(method, params, classifier, condition, index, batch)
-      for index, (classifier, condition, batch) in enumerate(zip(classifiers, conditions, batches, strict=True))
+
+    def means(part: tuple[jax.Array, jax.Array]) -> tuple[list[tuple[PyTree, dict[str, jax.Array]]], PyTree]:
+      noise, y = (jnp.swapaxes(leaf, 0, 1) for leaf in part)
+      batches, statistics = _generate(method, params, state.statistics, classifiers, noise, y)
+      own = [_means(method, params, *pair, index) for index, pair in enumerate(zip(classifiers, batches, strict=True))]
+      return own, statistics
+
+    samples = (jnp.swapaxes(noise, 0, 1), _labels(method, classifiers).T)  # samples first, to be cut into microbatches
+    own, statistics = microbatch_mean(means, samples, size=method.microbatch_size)
+    residuals = [
+      _stationarity(method, params, condition, sums, index)
+      for index, (condition, (sums, _)) in enumerate(zip(conditions, own, strict=True))
     ]
-    terms = {name: jnp.stack([terms[name] for terms, _ in per_classifier]) for name in per_classifier[0][0]}
+    terms = {"stationarity": jnp.stack([stationarity for stationarity, _ in residuals])}
+    terms |= {name: jnp.stack([terms[name] for _, terms in own]) for name in own[0][1]}
     if method.num_fresh:
       frozen = jax.lax.stop_gradient(statistics)
-      fresh, _ = _generate(method, params, frozen, classifiers, fresh_noise, train=False)
+      y = _labels(method, classifiers, method.num_fresh)
+      fresh, _ = _generate(method, params, frozen, classifiers, fresh_noise, y, train=False)
       terms["fresh_duality"] = jnp.stack(
         [
           _duality(method, params, classifier, index, batch)
@@ -272,7 +304,7 @@ def make_train_step(method: Method, *, steps_per_call: int = 1) -> "TrainStep":
     total = losses.total_loss(terms, weights)
     metrics = terms | {
       "total": total,
-      "residual": jnp.stack([residual for _, residual in per_classifier]),
+      "residual": jnp.stack([logged for _, logged in residuals]),
       "margin": jnp.exp(-params["alpha"]),
     }
     return total, (metrics, statistics)
@@ -442,23 +474,32 @@ def _new_noise(method: Method, classifiers: Sequence[Classifier], key: jax.Array
   return jnp.stack(batches)
 
 
+def _labels(method: Method, classifiers: Sequence[Classifier], num_samples: int | None = None) -> jax.Array:
+  """The labels [T, M] of a step's samples, or of another number of samples."""
+  return jnp.stack([balanced_labels(classifier, num_samples or method.batch_size) for classifier in classifiers])
+
+
 def _generate(
   method: Method,
   params: PyTree,
   statistics: PyTree,
   classifiers: Sequence[Classifier],
   noise: jax.Array,
+  y: jax.Array,
   *,
   train: bool = True,
 ) -> tuple[list[Batch], PyTree]:
-  """One pass of the generator for all classifiers: a batch for each, and the new running averages."""
+  """One pass of the generator for all classifiers: from noise [T, M, D] and labels [T, M] to a batch for each.
+
+  The new running averages come with it. The classifiers take turns sample by sample, so that a batch whose samples are
+  split among devices stays where it is.
+  """
   num_classifiers, num_samples, _ = noise.shape
-  y = [balanced_labels(classifier, num_samples) for classifier in classifiers]
-  t = jnp.repeat(jnp.arange(num_classifiers), num_samples)
-  flat = noise.reshape(num_classifiers * num_samples, -1)
-  x, statistics = method.generate(params["theta"], statistics, flat, jnp.concatenate(y), t, train)
-  parts = jnp.split(x, num_classifiers)
-  return [Batch(*batch) for batch in zip(parts, y, noise, strict=True)], statistics
+  t = jnp.tile(jnp.arange(num_classifiers), num_samples)
+  flat = jnp.swapaxes(noise, 0, 1).reshape(num_samples * num_classifiers, -1)
+  x, statistics = method.generate(params["theta"], statistics, flat, y.T.reshape(-1), t, train)
+  x = x.reshape(num_samples, num_classifiers, *x.shape[1:])
+  return [Batch(x[:, index], y[index], noise[index]) for index in range(num_classifiers)], statistics
 
 
 def _multipliers(method: Method, params: PyTree, classifier: Classifier, index: int, batch: Batch) -> jax.Array:
@@ -490,36 +531,46 @@ def _duality(method: Method, params: PyTree, classifier: Classifier, index: int,
   return jnp.mean(losses.duality_loss(logits, local, alpha, delta=method.delta, relative=method.relative_duality))
 
 
-def _terms(
-  method: Method, params: PyTree, classifier: Classifier, condition: Conditions, index: int, batch: Batch
-) -> tuple[dict[str, jax.Array], jax.Array]:
-  """The terms of the loss of one classifier (Eq. 7 and the priors), and its relative residual for the log."""
+def _means(
+  method: Method, params: PyTree, classifier: Classifier, batch: Batch, index: int
+) -> tuple[PyTree, dict[str, jax.Array]]:
+  """What is a mean over the samples of one classifier: its stationarity sum, and the other terms of its loss."""
   mu = _multipliers(method, params, classifier, index, batch)
-  sums = _stationarity_sum(classifier, batch, mu)
+  terms = {"duality": _duality(method, params, classifier, index, batch)}
+  if method.least_multiplier:
+    terms["least_multiplier"] = jnp.mean(multipliers.shortfall(mu, method.least_multiplier))
+  for name, prior in method.priors.items():
+    value = prior(classifier, batch)
+    if method.microbatch_size is not None and jnp.ndim(value) == 0:
+      raise ValueError(
+        f"microbatch_size must be None with the prior {name!r}: it gives one value for a batch as a whole, not one for"
+        f" each sample; got {method.microbatch_size}."
+      )
+    terms[name] = jnp.mean(value)
+  return _stationarity_sum(classifier, batch, mu), terms
+
+
+def _stationarity(
+  method: Method, params: PyTree, condition: Conditions, sums: PyTree, index: int
+) -> tuple[jax.Array, jax.Array]:
+  """The stationarity term of one classifier (Eq. 5), and its relative residual for the log."""
   if method.target_exponent:
     factor = jnp.exp(params["alpha"][index] * method.target_exponent)
     condition = dataclasses.replace(condition, target=optax.tree.scale(factor, condition.target))
-  residual = losses.stationarity_residual(condition, sums)
-  logged = residual.relative
   if method.residual == "cosine":
-    logged = losses.cosine_distance(condition, sums)
-    stationarity = losses.cosine_distance(weigh_tensors(condition, method.tensor_weights or {}), sums)
-  elif method.residual == "absolute":
-    stationarity = residual.absolute
-  elif method.residual == "squared":
-    stationarity = residual.absolute**2
-  elif method.tensor_weights is None:
-    stationarity = residual.relative
-  else:
-    names = tensor_names(condition.target)
-    weights = jnp.asarray([method.tensor_weights.get(name, 1.0) for name in names])
-    values = jnp.stack(jax.tree.leaves(residual.relative_per_tensor))
-    stationarity = jnp.sum(weights * values) / jnp.sum(weights)
-  terms = {"stationarity": stationarity, "duality": _duality(method, params, classifier, index, batch)}
-  if method.least_multiplier:
-    terms["least_multiplier"] = jnp.mean(multipliers.shortfall(mu, method.least_multiplier))
-  terms |= {name: jnp.mean(prior(classifier, batch)) for name, prior in method.priors.items()}
-  return terms, logged
+    weighed = weigh_tensors(condition, method.tensor_weights or {})
+    return losses.cosine_distance(weighed, sums), losses.cosine_distance(condition, sums)
+  residual = losses.stationarity_residual(condition, sums)
+  if method.residual == "absolute":
+    return residual.absolute, residual.relative
+  if method.residual == "squared":
+    return residual.absolute**2, residual.relative
+  if method.tensor_weights is None:
+    return residual.relative, residual.relative
+  names = tensor_names(condition.target)
+  weights = jnp.asarray([method.tensor_weights.get(name, 1.0) for name in names])
+  values = jnp.stack(jax.tree.leaves(residual.relative_per_tensor))
+  return jnp.sum(weights * values) / jnp.sum(weights), residual.relative
 
 
 def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
