@@ -119,9 +119,10 @@ def _controls(experiment: str, jobs: Sequence[pool.Job]) -> list[report.Row]:
   rows = []
   results = [figures for job in jobs if (figures := job.metrics())]
   for name, (title, explanation) in _CONTROLS.items():
-    found = [own["controls"] if experiment == "circle" else own for own in results]
-    of = merits.of_circle if experiment == "circle" else merits.of_images
-    flat = [of(own[name]) for own in found if name in own]
+    if experiment == "circle":
+      flat = [merits.of_circle(own, name) for own in results if name in own["controls"]]
+    else:
+      flat = [merits.of_images(own[name]) for own in results if name in own]
     if not flat:
       continue
     values = {key: [own[key] for own in flat] for key in flat[0]}

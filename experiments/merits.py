@@ -122,8 +122,9 @@ def of_images(figures: Mapping[str, Any]) -> dict[str, float]:
   return {name: value for name, value in flat.items() if name in known}
 
 
-def of_circle(figures: Mapping[str, Any]) -> dict[str, float]:
-  """The figures of a run on the circle."""
-  residuals = [own["generated"] for own in figures.get("residual", [])]
-  known = {name: float(figures[name]) for name in ("precision", "coverage", "median_distance")}
+def of_circle(figures: Mapping[str, Any], control: str | None = None) -> dict[str, float]:
+  """The figures of a run on the circle, or of one of its controls."""
+  scores = figures["controls"][control] if control else figures
+  residuals = [own[control or "generated"] for own in figures["residual"] if (control or "generated") in own]
+  known = {name: float(scores[name]) for name in ("precision", "coverage", "median_distance")}
   return known | ({"residual": float(np.mean(residuals))} if residuals else {})

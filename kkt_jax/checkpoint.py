@@ -2,6 +2,8 @@
 
 A checkpoint holds a pytree of arrays (PRNG keys too) and a digest of it. Nothing is pickled. A checkpoint that was
 damaged or only half written is recognised by its digest and passed over in favour of the one before.
+
+Of several processes (`jax.distributed`) the first alone reads and writes; the others are told what it read.
 """
 
 from collections.abc import Sequence
@@ -11,10 +13,11 @@ import os
 from types import TracebackType
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kkt_jax import _checks
+from kkt_jax import _checks, parallel
 from kkt_jax.classifier import PyTree
 
 
@@ -46,9 +49,15 @@ class Checkpointer:
     """
     _checks.check_at_least("max_to_keep", max_to_keep, 1)
     self._directory = os.path.abspath(directory)
+    os.makedirs(self._directory, exist_ok=True)
     # Saves are synchronous: states are small here, and a save that returned is a save that is on disk.
-    options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=False)
-    self._manager = ocp.CheckpointManager(self._directory, options=options)
+    options = ocp.CheckpointManagerOptions(
+      create=False,
+      max_to_keep=max_to_keep,
+      enable_async_checkpointing=False,
+      multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}),
+    )
+    self._manager = ocp.CheckpointManager(self._directory, options=options) if parallel.is_first_process() else None
 
   def __enter__(self) -> "Checkpointer":
     return self
@@ -56,17 +65,21 @@ class Checkpointer:
   def __exit__(
     self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
   ) -> None:
-    self._manager.close()
+    if self._manager is not None:
+      self._manager.close()
 
   def steps(self) -> Sequence[int]:
-    """The steps that have a checkpoint, oldest first; damaged ones included."""
-    return sorted(self._manager.all_steps())
+    """The steps that have a checkpoint, oldest first; damaged ones included. Only the first process sees any."""
+    return sorted(self._manager.all_steps()) if self._manager is not None else ()
 
   def save(self, step: int, state: PyTree) -> None:
     """Writes ``state``, a pytree of arrays, under ``step``; returns once it is on disk. A saved step stays as it is."""
+    if self._manager is None:
+      return
+    host = jax.tree.map(np.asarray, parallel.to_data(state))
     self._manager.save(
       step,
-      args=ocp.args.Composite(state=ocp.args.StandardSave(state), digest=ocp.args.JsonSave({"sha256": _digest(state)})),
+      args=ocp.args.Composite(state=ocp.args.StandardSave(host), digest=ocp.args.JsonSave({"sha256": _digest(host)})),
       force=True,
     )
 
@@ -82,23 +95,34 @@ class Checkpointer:
     Raises:
       CheckpointError: there are checkpoints, but none is whole and of this structure.
     """
-    failures = []
-    for step in reversed(self.steps()):
-      try:
-        return step, self._restore_step(step, like)
-      except Exception as error:  # orbax and tensorstore raise many kinds; each means that this step is unusable
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        logging.warning("Checkpoint %d in %s cannot be used: %s", step, self._directory, reason)
-        failures.append(f"step {step}: {reason}")
-    if failures:
+    step, data, failures = self._newest(parallel.to_data(like))
+    # Whether there is one, and which, every process must know before any takes part in sending it around.
+    step, failed = (int(number) for number in parallel.from_first_process((step, len(failures))))
+    if step < 0 and failed:
       raise CheckpointError(
         f"no checkpoint in {self._directory} can be restored ({'; '.join(failures)}). Delete the directory to start"
         " afresh, or give another one."
       )
-    return None
+    if step < 0:
+      return None
+    return step, parallel.from_data(jax.tree.map(jnp.asarray, parallel.from_first_process(data)), like)
+
+  def _newest(self, like: PyTree) -> tuple[int, PyTree, list[str]]:
+    """The step of the newest whole checkpoint, or -1; its state; why newer ones cannot be used."""
+    failures: list[str] = []
+    for step in reversed(self.steps()):
+      try:
+        return step, self._restore_step(step, like), failures
+      except Exception as error:  # orbax and tensorstore raise many kinds; each means that this step is unusable
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        logging.warning("Checkpoint %d in %s cannot be used: %s", step, self._directory, reason)
+        failures.append(f"step {step}: {reason}")
+    return -1, like, failures
 
   def _restore_step(self, step: int, like: PyTree) -> PyTree:
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
+    assert self._manager is not None  # it has steps
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
     found = self._manager.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), digest=ocp.args.JsonRestore())
     )
@@ -111,8 +135,6 @@ def _digest(state: PyTree) -> str:
   """SHA-256 over the shapes, dtypes and bytes of all leaves."""
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(state):
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      leaf = jax.random.key_data(leaf)
     array = np.asarray(leaf)
     digest.update(f"{array.shape}{array.dtype}".encode())
     digest.update(np.ascontiguousarray(array).tobytes())

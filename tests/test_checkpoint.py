@@ -17,7 +17,7 @@ def state(value):
 
 
 def like():
-  return jax.eval_shape(lambda: state(0.0))
+  return state(0.0)
 
 
 def data_files(directory, step):
