@@ -246,4 +246,4 @@ def _best_start(
 
 
 if __name__ == "__main__":
-  common.main(Config, run)
+  common.main(Config, run, jointly=True)

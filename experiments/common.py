@@ -2,19 +2,24 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import pathlib
+import shlex
+import signal
 import sys
 import time
 from typing import Any, cast, TypeVar
 
 from absl import app, flags
 from absl import logging as absl_logging
+import jax
 import numpy as np
 
-from kkt_jax import training
+from experiments import processes
+from kkt_jax import parallel, training
 from kkt_jax.checkpoint import Checkpointer, CheckpointError
 from kkt_jax.classifier import Classifier
 from kkt_jax.conditions import Conditions
@@ -92,20 +97,26 @@ def check_config(config: Any) -> None:
       raise UsageError(f"--{field.name} must be at most {limits['upper']}; got {value}.")
 
 
-def main(config_class: type[ConfigT], run: Callable[[ConfigT, pathlib.Path], Mapping[str, Any]]) -> None:
+def main(
+  config_class: type[ConfigT], run: Callable[[ConfigT, pathlib.Path], Mapping[str, Any]], *, jointly: bool = False
+) -> None:
   """Defines the flags of a config, parses the command line and runs the experiment.
 
   Args:
     config_class: a frozen dataclass whose fields are made by `flag`.
     run: ``run(config, workdir) -> final metrics``.
+    jointly: whether several processes can run it together; see `experiments.processes`.
   """
+  if jointly:
+    processes.define_flags()
   for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
     _define_flag(field)
   workdir = flags.DEFINE_string(
     "workdir", None, "Folder for everything the run writes. An interrupted run resumes when run again with it."
   )
   flags.mark_flag_as_required("workdir")
-  for name in ("workdir", *(field.name for field in dataclasses.fields(config_class))):  # type: ignore[arg-type]
+  names = ["workdir", *(field.name for field in dataclasses.fields(config_class))]  # type: ignore[arg-type]
+  for name in names + (list(processes.FLAGS) if jointly else []):
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # so that --help shows them
   absl_logging.set_verbosity(absl_logging.WARNING)  # jax and orbax chatter otherwise
 
@@ -114,18 +125,30 @@ def main(config_class: type[ConfigT], run: Callable[[ConfigT, pathlib.Path], Map
       print(f"error: unexpected argument {argv[1]!r}; every setting is a flag --name=value.", file=sys.stderr)
       return 2
     values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends a job saves like Ctrl-C
     try:
-      metrics = run(config_class(**values), pathlib.Path(str(workdir.value)))
+      if jointly:
+        processes.join()
+      with processes.own_folder(pathlib.Path(str(workdir.value))) as folder:
+        metrics = run(config_class(**values), folder)
     except (UsageError, RunError, CheckpointError, FloatingPointError, OSError) as error:
       print(f"error: {error}", file=sys.stderr)
       return 1
     except KeyboardInterrupt:
-      print("\nstopped; the same command resumes from the last checkpoint.", file=sys.stderr)
+      print(f"\nstopped. This goes on from the last checkpoint:\n  {_own_command()}", file=sys.stderr)
       return 130
-    print(json.dumps(metrics, indent=2))
+    if processes.is_first():
+      print(json.dumps(metrics, indent=2))
     return None
 
   app.run(start)
+
+
+def _own_command() -> str:
+  """The command line of this process."""
+  spec = sys.modules["__main__"].__spec__
+  module = ["-m", spec.name] if spec is not None else [sys.argv[0]]
+  return shlex.join([pathlib.Path(sys.executable).name, *module, *sys.argv[1:]])
 
 
 def _define_flag(field: dataclasses.Field[Any]) -> None:
@@ -146,7 +169,15 @@ def _define_flag(field: dataclasses.Field[Any]) -> None:
 class Workdir:
   """The folder of one run: its config, its metrics, its figures, its checkpoints."""
 
-  def __init__(self, path: str | os.PathLike[str], config: Any, *, flag: str = "workdir", tensorboard: bool = False):
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    config: Any,
+    *,
+    flag: str = "workdir",
+    tensorboard: bool = False,
+    alone: bool = True,
+  ):
     """Creates the folder, or opens the one of an earlier run of the same config.
 
     Args:
@@ -154,9 +185,10 @@ class Workdir:
       config: a frozen dataclass, or a mapping of settings; written to ``config.json``.
       flag: the flag that names the folder, for error messages.
       tensorboard: also write the logged metrics for TensorBoard.
+      alone: keep other processes out of the folder for as long as this one lives.
 
     Raises:
-      UsageError: the folder belongs to a run of another config, or its config cannot be read.
+      UsageError: the folder belongs to a run of another config, its config cannot be read, or a run is using it.
       OSError: the folder cannot be written.
     """
     if not isinstance(config, Mapping):
@@ -165,6 +197,8 @@ class Workdir:
     wanted = dict(config)
     self.path, self._flag = pathlib.Path(path), flag
     self.path.mkdir(parents=True, exist_ok=True)
+    if alone:
+      self._keep_others_out()
     config_file = self.path / "config.json"
     if config_file.exists():
       self._check_same(config_file, wanted)
@@ -176,6 +210,16 @@ class Workdir:
       import tensorboardX  # an option: imported only when asked for
 
       self._board = tensorboardX.SummaryWriter(str(self.path / "tensorboard"))
+
+  def _keep_others_out(self) -> None:
+    """Locks the folder until the process ends, however it ends."""
+    self._lock = (self.path / ".lock").open("w")
+    try:
+      fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UsageError(
+        f"--{self._flag}={self.path} is in use by another run; wait for it, stop it, or give another folder."
+      ) from error
 
   def _check_same(self, config_file: pathlib.Path, wanted: Mapping[str, Any]) -> None:
     try:
@@ -284,6 +328,8 @@ def train(
 ) -> training.TrainState:
   """Trains the generator with logs, checkpoints and progress, from its last checkpoint if the workdir has one.
 
+  Where there are several devices, of one process or of several, the samples of every step are split among them.
+
   Args:
     method: the method.
     state: where to start if there is no checkpoint.
@@ -304,6 +350,11 @@ def train(
     if restored:
       state = restored[1]
       say(f"resuming the generator at step {restored[0]}")
+    if jax.device_count() > 1:
+      mesh = parallel.device_mesh()
+      say(f"training on {jax.device_count()} devices")
+      method = dataclasses.replace(method, mesh=mesh)
+      state, classifiers, conditions = parallel.replicate((state, classifiers, conditions), mesh)
     start = int(state.step)
     out.forget_after(start)
     progress = Progress("generator", num_steps, start=start)
@@ -326,8 +377,8 @@ def train(
         checkpoint_every=checkpoint_every,
       )
       if on_checkpoint is not None:
-        on_checkpoint(state)
-  return state
+        on_checkpoint(parallel.fetch(state))
+  return parallel.fetch(state)
 
 
 def say(text: str) -> None:

@@ -62,4 +62,4 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
 
 
 if __name__ == "__main__":
-  common.main(Config, run)
+  common.main(Config, run, jointly=True)

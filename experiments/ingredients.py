@@ -139,4 +139,4 @@ def shared_folder(shared_dir: str, workdir: pathlib.Path, settings: dict[str, An
   Raises:
     UsageError: it belongs to runs with other settings.
   """
-  return common.Workdir(shared_dir, settings, flag="shared_dir").path if shared_dir else workdir
+  return common.Workdir(shared_dir, settings, flag="shared_dir", alone=False).path if shared_dir else workdir

@@ -49,9 +49,14 @@ def device_mesh(devices: Sequence[Any] | None = None, *, model: int = 1) -> Mesh
   return Mesh(np.asarray(devices).reshape(-1, model), (DATA, MODEL))
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The layout of an array with a whole copy on every device of the mesh."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
   """A pytree of arrays with a copy on every device of the mesh; of several processes, the first one's arrays."""
-  return _laid_out(tree, lambda leaf: NamedSharding(mesh, PartitionSpec()))
+  return _laid_out(tree, lambda leaf: replicated(mesh))
 
 
 def split_parameters(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -7,6 +7,7 @@ samples for each classifier, sums the losses over the classifiers (Eq. 13) and m
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -329,7 +330,10 @@ def make_train_step(method: Method, *, steps_per_call: int = 1) -> "TrainStep":
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, statistics, opt_state, state.noise, key), metrics
 
-  @jax.jit
+  # Without saying so, several processes could each end up with a part of the state.
+  everywhere = None if method.mesh is None else parallel.replicated(method.mesh)
+
+  @functools.partial(jax.jit, out_shardings=everywhere)
   def steps(
     state: TrainState, classifiers: Sequence[Classifier], conditions: Sequence[Conditions]
   ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -358,7 +362,8 @@ def fit(
   """Runs steps until ``state.step`` reaches ``num_steps``; a restored state goes on where it was.
 
   Metrics are read one log interval late, so that the device never waits for them; before a checkpoint they are read at
-  once, so that no checkpoint holds a state that a NaN has reached.
+  once, so that no checkpoint holds a state that a NaN has reached. An interruption (Ctrl-C) is passed on after one more
+  checkpoint.
 
   Args:
     step: from `make_train_step`.
@@ -394,17 +399,23 @@ def fit(
         on_log(at, floats)
 
   taken = step.steps_per_call
-  for number in range(int(state.step) + taken, num_steps + 1, taken):
-    state, metrics = step.call(state, classifiers, conditions)
-    saving = checkpointer is not None and (number % checkpoint_every == 0 or number == num_steps)
-    if saving or number % log_every == 0 or number == num_steps:
-      flush()
-      pending = (number, metrics)
-    if saving:
-      assert checkpointer is not None
-      flush()
-      pending = None
-      checkpointer.save(number, state)
+  try:
+    for number in range(int(state.step) + taken, num_steps + 1, taken):
+      state, metrics = step.call(state, classifiers, conditions)
+      saving = checkpointer is not None and (number % checkpoint_every == 0 or number == num_steps)
+      if saving or number % log_every == 0 or number == num_steps:
+        flush()
+        pending = (number, metrics)
+      if saving:
+        assert checkpointer is not None
+        flush()
+        pending = None
+        checkpointer.save(number, state)
+  except KeyboardInterrupt:
+    flush()
+    if checkpointer is not None and int(state.step) not in checkpointer.steps() and _is_finite(state.params):
+      checkpointer.save(int(state.step), state)
+    raise
   flush()
   return state
 
@@ -588,6 +599,10 @@ def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
     else:
       floats |= {f"{name}/{t}": float(entry) for t, entry in enumerate(value)}
   return floats
+
+
+def _is_finite(tree: PyTree) -> bool:
+  return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree))
 
 
 def _check_converging(step: int, metrics: Mapping[str, float]) -> None:

@@ -10,6 +10,10 @@ import jax
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+  parser.addoption("--kills", type=int, default=2, help="How often a training run is killed and resumed.")
+
+
 @pytest.fixture(autouse=True)
 def _strict_jax() -> Iterator[None]:
   with jax.numpy_rank_promotion("raise"):
