@@ -45,6 +45,7 @@ def trained_classifiers(config: Config, train: Images, directory: pathlib.Path) 
       batch_norm=config.batch_norm,
       init_scale=_SMALL_INIT if config.batch_norm else 1.0,
       gate_sharpness=config.gate_sharpness or None,
+      dtype=None if config.compute_dtype == "float32" else config.compute_dtype,
     )
     like = {"variables": _initial_variables(config, module, shape, index), "mean": jnp.zeros(shape)}
     with Checkpointer(directory / str(index)) as checkpointer:

@@ -103,6 +103,14 @@ class Config:
   multiplier_learning_rate: float = common.method_flag(2e-3, "Peak learning rate of the multipliers.", lower=0)
   alpha_learning_rate: float = by_variant(2e-4, 2e-3, "Peak learning rate of alpha.", lower=0)
   batch_size: int = common.flag(500, "mlp, conv: M, samples for each classifier in each step.", lower=2)
+  microbatch_size: int = common.flag(
+    0,
+    "nobatch_norm: samples for each classifier that are in memory at once, a divisor of all; 0 is all.",
+    lower=0,
+  )
+  compute_dtype: str = common.flag(
+    "float32", "Of the attacked classifier's gradients, up to its last layer.", choices=("float32", "bfloat16")
+  )
   num_fresh: int = by_variant(0, 100, "Never-trained samples that must be classified right.", lower=0)
   noise_dim: int = by_variant(1, 8, "Size of the noise.", lower=1)
   fixed_noise: bool = common.flag(True, "Train on M fixed noise vectors for each classifier instead of new ones.")
@@ -214,6 +222,10 @@ def check(config: Config) -> None:
     raise common.UsageError("--rule and --target_scale need --batch_norm: with weight decay Lambda is 1.")
   if (config.statistics_weight or config.collapse_weight) and not config.batch_norm:
     raise common.UsageError("--statistics_weight and --collapse_weight must be 0 without --batch_norm.")
+  if config.microbatch_size and config.batch_norm:
+    raise common.UsageError(
+      f"--microbatch_size must be 0 with --batch_norm, whose samples interact; got {config.microbatch_size}."
+    )
   if table and (config.num_fresh or not config.fixed_noise):
     raise common.UsageError(
       f"--num_fresh must be 0 and --fixed_noise set with --generator={config.generator}: every image that its noise can"

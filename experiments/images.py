@@ -90,6 +90,7 @@ def start(
     num_outputs=max(c.num_classes for c in classifiers), num_labels=num_labels, num_classifiers=len(classifiers)
   )
   rates = _rates(config, classifiers, rule=config.rule)
+  weights = _weights(config, share, batch_size, dimensions)
   method = training.Method(
     generate=generate,
     optimizer=training.partitioned(
@@ -99,8 +100,8 @@ def start(
     ),
     noise_dim=config.noise_dim,
     batch_size=batch_size,
-    weights=_weights(config, share, batch_size, dimensions),
-    priors=_priors(config),
+    weights=weights,
+    priors={name: prior for name, prior in _priors(config).items() if weights[name]},
     residual=config.residual,
     target_exponent=2 * float(rates[0].target_rate) - 1 if config.target_scale else 0.0,
     tensor_weights={
@@ -117,6 +118,7 @@ def start(
     fixed_noise=config.fixed_noise,
     stratified_noise=from_table,
     num_fresh=config.num_fresh,
+    microbatch_size=config.microbatch_size or None,
   )
   conditions = ingredients.conditions_of(classifiers, rates, weight_decay=config.weight_decay)
   theta, statistics = init_generator(keys[0])
@@ -253,6 +255,8 @@ def _weights(config: Config, share: float, batch_size: int, dimensions: int) -> 
 
 
 def _priors(config: Config) -> dict[str, training.Prior]:
+  """Every prior that the flags know, by the name of its weight."""
+
   def mode_seeking(classifier: Classifier, batch: training.Batch) -> jax.Array:
     return priors.mode_seeking(_first_layer(classifier, batch.x), batch.noise, batch.y)
 
@@ -262,7 +266,7 @@ def _priors(config: Config) -> dict[str, training.Prior]:
     "mode_seeking": mode_seeking,
     "total_variation": lambda classifier, batch: priors.total_variation(batch.x),
     "cross_entropy": ingredients.cross_entropy,
-    "l2": lambda classifier, batch: jnp.mean(jnp.square(batch.x)),
+    "l2": lambda classifier, batch: jnp.mean(jnp.square(batch.x.reshape(batch.x.shape[0], -1)), axis=1),
   }
   if config.batch_norm:
     terms |= {"statistics": ingredients.statistics, "collapse": _collapse}

@@ -46,7 +46,7 @@ def train_classifier(
   Returns:
     The trained variables, with the statistics that batch norm stores.
   """
-  apply: Any = module.clone(gate_sharpness=None).apply
+  apply: Any = module.clone(gate_sharpness=None, dtype=None).apply
 
   def train_mode(params: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
     """Logits and the statistics that batch norm stores, if any."""

@@ -10,7 +10,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from kkt_jax.classifier import Classifier, make_classifier, PyTree
 
@@ -52,9 +52,9 @@ def _activation(gate_sharpness: float | None, x: jax.Array) -> jax.Array:
   return nn.relu(x) if gate_sharpness is None else relaxed_relu(x, gate_sharpness)
 
 
-def _batch_norm(train: bool, name: str | None = None) -> nn.BatchNorm:
+def _batch_norm(train: bool, *, dtype: DTypeLike | None) -> nn.BatchNorm:
   """Batch norm of the classifiers; momentum 0 makes the stored statistics those of the last batch exactly."""
-  return nn.BatchNorm(use_running_average=not train, momentum=0.0, use_fast_variance=False, name=name)
+  return nn.BatchNorm(use_running_average=not train, momentum=0.0, use_fast_variance=False, dtype=dtype)
 
 
 class MLPClassifier(nn.Module):
@@ -67,6 +67,8 @@ class MLPClassifier(nn.Module):
     use_bias: biases on the linear layers.
     init_scale: factor on the Kaiming initial weights; small values are what brings gradient descent to a KKT point.
     gate_sharpness: smooths the derivative of ReLU, see `relaxed_relu`; exact where None.
+    dtype: of the computations up to the last hidden layer, such as ``jnp.bfloat16``; parameters, their gradients,
+      statistics and logits stay as they are. That of the parameters where None.
   """
 
   num_classes: int
@@ -75,6 +77,7 @@ class MLPClassifier(nn.Module):
   use_bias: bool = True
   init_scale: float = 1.0
   gate_sharpness: float | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -83,9 +86,9 @@ class MLPClassifier(nn.Module):
     kernel_init = kaiming(self.init_scale)
     x = x.reshape(x.shape[0], -1)
     for width in self.hidden:
-      x = nn.Dense(width, use_bias=self.use_bias, kernel_init=kernel_init)(x)
+      x = nn.Dense(width, use_bias=self.use_bias, kernel_init=kernel_init, dtype=self.dtype)(x)
       if self.batch_norm:
-        x = _batch_norm(train)(x)
+        x = _batch_norm(train, dtype=self.dtype)(x)
       x = _activation(self.gate_sharpness, x)
     return nn.Dense(self.num_classes, use_bias=self.use_bias, kernel_init=kernel_init)(x)
 
@@ -102,6 +105,7 @@ class ConvClassifier(nn.Module):
   use_bias: bool = True
   init_scale: float = 1.0
   gate_sharpness: float | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -109,9 +113,9 @@ class ConvClassifier(nn.Module):
 
     kernel_init = kaiming(self.init_scale)
     for width in self.channels:
-      x = nn.Conv(width, (3, 3), strides=2, use_bias=self.use_bias, kernel_init=kernel_init)(x)
+      x = nn.Conv(width, (3, 3), strides=2, use_bias=self.use_bias, kernel_init=kernel_init, dtype=self.dtype)(x)
       if self.batch_norm:
-        x = _batch_norm(train)(x)
+        x = _batch_norm(train, dtype=self.dtype)(x)
       x = _activation(self.gate_sharpness, x)
     x = x.reshape(x.shape[0], -1)
     return nn.Dense(self.num_classes, use_bias=self.use_bias, kernel_init=kernel_init)(x)
@@ -127,8 +131,8 @@ def from_module(
 ) -> Classifier:
   """A `Classifier` from a trained flax classifier of this file.
 
-  Only ``gradient_fn`` has the module's relaxed gates; everything else is exact. With batch norm the training function
-  uses the statistics of the batch, and the stored ones are kept for comparison.
+  Only ``gradient_fn`` has the module's relaxed gates and precision; everything else is exact. With batch norm the
+  training function uses the statistics of the batch, and the stored ones are kept for comparison.
 
   Args:
     module: the classifier.
@@ -149,7 +153,7 @@ def from_module(
   >>> from_module(module, variables, input_shape=(2,), labels=(0, 1, 2)).num_classes
   3
   """
-  exact = module.clone(gate_sharpness=None)
+  exact = module.clone(gate_sharpness=None, dtype=None)
   shift = 0.0 if offset is None else jnp.asarray(offset)[None]
   if module.batch_norm and "batch_stats" not in variables:
     raise ValueError(f"variables must hold 'batch_stats' for a module with batch norm; got {sorted(variables)}.")

@@ -135,6 +135,25 @@ def test_gates_shape_the_gradient_function_but_neither_values_nor_anything_else(
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_low_precision_shapes_the_gradient_function_alone(batch_norm):
+  module = MLPClassifier(num_classes=3, hidden=(5, 4), batch_norm=batch_norm)
+  exact, x, _ = random_mlp(batch_norm=batch_norm)
+  variables = {"params": exact.params} | ({"batch_stats": exact.statistics} if batch_norm else {})
+  rough = from_module(module.clone(dtype=jnp.bfloat16), variables, input_shape=x.shape[1:], labels=(0, 1, 2))
+  for name in ("apply_fn", "predict_fn"):
+    np.testing.assert_allclose(
+      getattr(rough, name)(rough.params, x), getattr(exact, name)(exact.params, x), rtol=1e-5, atol=1e-6
+    )
+  gradients = []
+  for classifier in (rough, exact):
+    logits, pull_back = jax.vjp(lambda params, fn=classifier.gradient_fn: fn(params, x), classifier.params)
+    gradients.append(jnp.concatenate([g.ravel() for g in jax.tree.leaves(pull_back(logits))]))
+    assert logits.dtype == gradients[-1].dtype == x.dtype
+  error = float(jnp.linalg.norm(gradients[0] - gradients[1]) / jnp.linalg.norm(gradients[1]))
+  assert 1e-4 < error < 0.05  # of 8 bits
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
 def test_offset_is_subtracted_from_every_input(batch_norm):
   module = MLPClassifier(num_classes=3, hidden=(5, 4), batch_norm=batch_norm)
   plain, x, _ = random_mlp(batch_norm=batch_norm)
