@@ -4,26 +4,22 @@ For the classifier of the MNIST experiment: the value and gradient of the statio
 generated samples, by one vector-Jacobian product (the default route) and by explicit per-sample Jacobians (the
 reference), at two widths and for ten and a hundred classes; what share of a training step of
 `experiments.mnist --nobatch_norm` is spent in the classifier; and what fraction of the machine's measured rate of
-matrix products all of it reaches.
+matrix products all of it reaches. Then how a step grows with each of its sizes (`experiments.scaling`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import pathlib
-import statistics
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import common, figures, images, mnist
+from experiments import common, figures, images, mnist, scaling, timing
 from kkt_jax import losses, multipliers, networks, training
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import weight_decay_conditions
-
-_MEGA, _GIGA = 1e6, 1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,43 +30,31 @@ class Config:
   repeats: int = common.flag(25, "Timed calls, of which the median is reported.", lower=1)
   wide: int = common.flag(1000, "The second width, beside 256.", lower=1)
   jacobians: bool = common.flag(True, "Also time explicit Jacobians at width 256; at M = 300 they take 10 GB.")
+  greatest: int = common.flag(16384, "Greatest M when steps are timed against their sizes; 0 leaves that out.", lower=0)
   seed: int = common.flag(0, "Seed of the weights and samples; times hardly depend on it.", lower=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-  """One timed function.
-
-  Attributes:
-    milliseconds: median time of a call.
-    megabytes: memory of the compiled function beside its arguments and results.
-    gigaflops: floating-point operations of a call by XLA's count, in units of 1e9.
-  """
-
-  milliseconds: float
-  megabytes: float
-  gigaflops: float
 
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Measures, prints a table, returns the figures."""
   out = common.Workdir(workdir, config)
-  rate = matmul_rate(config.repeats)
-  rows: dict[str, Measurement] = {}
+  rate = timing.matmul_rate(config.repeats)
+  rows: dict[str, timing.Measurement] = {}
   ratios: dict[str, float] = {}
   for width, num_classes in ((256, 10), (256, 100), (config.wide, 10)):
     name = f"width {width}, {num_classes} classes"
     common.say(f"measuring {name}")
     classifier, x, y = problem(config, (width, width), num_classes)
-    rows[f"{name}: plain training step"] = measure(_plain_step(classifier), config.repeats, x, y)
-    rows[f"{name}: stationarity, vjp"] = measure(_stationarity(classifier, "vjp"), config.repeats, x, y)
-    rows[f"{name}: tied and relaxed stationarity"] = measure(_tied_stationarity(classifier), config.repeats, x, y)
-    ratios[name] = paired_ratio(_stationarity(classifier, "vjp"), _plain_step(classifier), config.repeats, x, y)
+    rows[f"{name}: plain training step"] = timing.measure(_plain_step(classifier), config.repeats, x, y)
+    rows[f"{name}: stationarity, vjp"] = timing.measure(_stationarity(classifier, "vjp"), config.repeats, x, y)
+    rows[f"{name}: tied and relaxed stationarity"] = timing.measure(
+      _tied_stationarity(classifier), config.repeats, x, y
+    )
+    ratios[name] = timing.paired_ratio(_stationarity(classifier, "vjp"), _plain_step(classifier), config.repeats, x, y)
     if config.jacobians and (width, num_classes) == (256, 10):
-      jacobian = measure(_stationarity(classifier, "jacobian"), min(config.repeats, 3), x, y)
+      jacobian = timing.measure(_stationarity(classifier, "jacobian"), min(config.repeats, 3), x, y)
       rows[f"{name}: stationarity, explicit Jacobians"] = jacobian
 
-  table = {name: dataclasses.asdict(row) | {"of_matmul_rate": _fraction(row, rate)} for name, row in rows.items()}
+  table = {name: dataclasses.asdict(row) | {"of_matmul_rate": timing.fraction(row, rate)} for name, row in rows.items()}
   step, generator_only = generator_step(config)
 
   def flops_ratio(name: str, function: str) -> float:
@@ -103,6 +87,13 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     common.say(
       f"{name:<52} {row['milliseconds']:9.2f} ms {row['megabytes']:9.1f} MB  {row['of_matmul_rate']:5.0%} of matmul"
     )
+  if config.greatest:
+    common.say("measuring how a step grows")
+    sizes = scaling.sweeps(greatest=config.greatest, devices=jax.device_count())
+    metrics["scaling"] = scaling.measure(sizes, repeats=min(config.repeats, 5), rate=rate)
+    text = scaling.table(metrics["scaling"])
+    (out.path / "scaling.md").write_text(text + "\n")
+    common.say(text)
   figures.bars(out.path / "times.png", {name: row.milliseconds for name, row in rows.items()}, "milliseconds a call")
   out.log(0, {name: row.milliseconds for name, row in rows.items()})
   out.finish(metrics)
@@ -120,52 +111,13 @@ def problem(config: Config, hidden: Sequence[int], num_classes: int) -> tuple[Cl
   return classifier, x, jnp.arange(config.samples) % num_classes
 
 
-def measure(function: Callable[..., Any], repeats: int, *args: Any) -> Measurement:
-  """Compiles a function for its arguments, and times it after one call that does not count."""
-  compiled = jax.jit(function).lower(*args).compile()
-  analysis: Any = compiled.memory_analysis()
-  cost: Any = compiled.cost_analysis()
-  jax.block_until_ready(compiled(*args))
-  times = []
-  for _ in range(repeats):
-    begin = time.perf_counter()
-    jax.block_until_ready(compiled(*args))
-    times.append(time.perf_counter() - begin)
-  return Measurement(
-    milliseconds=1e3 * statistics.median(times),
-    megabytes=analysis.temp_size_in_bytes / _MEGA,
-    gigaflops=cost.get("flops", float("nan")) / _GIGA,
-  )
-
-
-def paired_ratio(a: Callable[..., Any], b: Callable[..., Any], repeats: int, *args: Any) -> float:
-  """Time of ``a`` over time of ``b``: the median over calls in turn, which a drifting machine speed does not move."""
-  compiled = [jax.jit(function).lower(*args).compile() for function in (a, b)]
-  ratios = []
-  for _ in range(repeats + 1):
-    times = []
-    for function in compiled:
-      begin = time.perf_counter()
-      jax.block_until_ready(function(*args))
-      times.append(time.perf_counter() - begin)
-    ratios.append(times[0] / times[1])
-  return statistics.median(ratios[1:])  # the first calls do not count
-
-
-def matmul_rate(repeats: int, size: int = 2048) -> float:
-  """The machine's rate of float32 matrix products, in 1e9 operations a second."""
-  a = jnp.ones((size, size))
-  row = measure(lambda a: a @ a, repeats, a)
-  return 2 * size**3 / _GIGA / (row.milliseconds / 1e3)
-
-
 def generator_step(config: Config) -> tuple[float, float]:
   """Milliseconds of a step of `experiments.mnist --nobatch_norm`, and of it with a loss that skips the classifier."""
   config_of_step = common.resolve(mnist.Config(batch_norm=False))
   classifier, _, _ = problem(config, (config_of_step.width, config_of_step.second_width), 10)
   method, state, conditions = images.start(config_of_step, [classifier])
   step = training.make_train_step(method).call
-  whole = measure(step, config.repeats, state, [classifier], conditions)
+  whole = timing.measure(step, config.repeats, state, [classifier], conditions)
 
   def without_classifier(state: training.TrainState) -> PyTree:
     y = training.balanced_labels(classifier, method.batch_size)
@@ -181,7 +133,7 @@ def generator_step(config: Config) -> tuple[float, float]:
     updates, _ = method.optimizer.update({**zeros, "theta": gradient}, state.opt_state, state.params)
     return optax.apply_updates(state.params, updates)
 
-  return whole.milliseconds, measure(without_classifier, config.repeats, state).milliseconds
+  return whole.milliseconds, timing.measure(without_classifier, config.repeats, state).milliseconds
 
 
 def _plain_step(classifier: Classifier) -> Callable[..., PyTree]:
@@ -220,10 +172,6 @@ def _tied_stationarity(classifier: Classifier) -> Callable[..., PyTree]:
     return losses.stationarity_residual(conditions, sums).relative
 
   return jax.value_and_grad(residual)
-
-
-def _fraction(row: Measurement, rate: float) -> float:
-  return row.gigaflops / (row.milliseconds / 1e3) / rate
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""How steps grow: the sizes that are timed, and what is said of them."""
+
+import pytest
+
+from experiments import scaling
+from experiments.scaling import Size
+
+
+def test_every_sweep_changes_one_number_alone():
+  for name, sizes in scaling.sweeps(greatest=16384, devices=4).items():
+    changed = {field for size in sizes for field in vars(size) if getattr(size, field) != getattr(sizes[0], field)}
+    assert len(changed) == 1, name
+
+
+def test_the_longest_sweep_ends_where_it_is_told_to():
+  sizes = scaling.sweeps(greatest=1024, devices=1)
+  assert max(size.samples for size in sizes["samples M, by microbatches"]) == 1024
+  assert "devices" not in sizes  # there is nothing to share with
+
+
+def test_rows_hold_what_was_measured():
+  tiny = {"width": 8, "classes": 2}
+  sizes = {
+    "samples M, by microbatches": [Size(samples=m, microbatch=4, **tiny) for m in (4, 8)],
+    "classifiers T": [Size(samples=4, classifiers=t, **tiny) for t in (1, 2)],
+  }
+  results = scaling.measure(sizes, repeats=1, rate=1.0)
+  for name, expected in (("samples M, by microbatches", [4, 8]), ("classifiers T", [1, 2])):
+    rows = results[name]["rows"]
+    assert [row["size"] for row in rows] == expected
+    assert all(row["milliseconds"] > 0 and row["megabytes"] > 0 for row in rows)
+    assert results[name]["exponent"] is not None
+  one, two = results["classifiers T"]["rows"]
+  assert two["gigaflops"] == pytest.approx(2 * one["gigaflops"], rel=0.2)
+  assert scaling.table(results).count("\n") == 5  # a head of two lines, and a line each
