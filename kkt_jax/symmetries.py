@@ -1,0 +1,211 @@
+"""How far a classifier is from every KKT point, told from its weights alone.
+
+A direction in parameter space along which no margin changes, whatever the input, is orthogonal to every gradient of
+every margin: to the stationarity sum of Eq. 4 of *any* data with *any* multipliers. What the target has in such a
+direction no data can account for: its share of the target is a lower bound on the relative residual. Networks have
+many such directions. A ReLU layer can be scaled up and the next one down, unit by unit; weights before a normalisation
+can be scaled at will; a common shift of all logits changes no margin. They are found by trying, not by knowing the
+network.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+import numpy as np
+
+from kkt_jax import _checks
+from kkt_jax.classifier import ApplyFn, PyTree
+from kkt_jax.conditions import Conditions
+from kkt_jax.homogeneity import tensor_names
+
+_TOLERANCE = 1e-4  # change of the margins, next to that along a generic direction, which counts as none
+
+
+@dataclasses.dataclass(frozen=True)
+class LeastResidual:
+  """A lower bound on the relative squared stationarity residual of any data with any multipliers.
+
+  Attributes:
+    value: the bound, the greatest of those below; 0 where no symmetry says anything.
+    by_symmetry: the bound that each family of symmetries gives, by what it scales or shifts.
+  """
+
+  value: float
+  by_symmetry: Mapping[str, float]
+
+
+def least_residual(apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x: ArrayLike) -> LeastResidual:
+  """The least relative residual that any data could leave, by the network's own symmetries.
+
+  Near 0, the classifier may be at a KKT point; it need not be. Well above 0, it is not at one, and no generator that
+  is trained on its conditions can satisfy them.
+
+  Args:
+    apply_fn: ``(params, x[K, ...]) -> logits[K, C]`` with exact derivatives; samples may interact.
+    params: zeta.
+    conditions: the stationarity condition. Symmetries that move a parameter without a condition do not count.
+    x: inputs [K, ...], any: random ones will do. They only tell which directions are symmetries.
+
+  Returns:
+    A `LeastResidual`.
+
+  Raises:
+    ValueError: ``x`` is no batch of floats.
+
+  >>> from kkt_jax.conditions import weight_decay_conditions
+  >>> net = lambda p, x: jnp.maximum(x @ p["a"], 0) @ p["b"]
+  >>> x = jnp.array([[1.0], [2.0]])
+  >>> weights = {"a": jnp.array([[3.0]]), "b": jnp.array([[3.0, -3.0]]) / 2**0.5}  # |a| = |b|: balanced
+  >>> round(least_residual(net, weights, weight_decay_conditions(weights), x).value, 6)
+  0.0
+  >>> weights["a"] *= 3  # the same function, but not at a minimum with weight decay
+  >>> round(least_residual(net, weights, weight_decay_conditions(weights), x).value, 2)
+  0.64
+  """
+  x = jnp.asarray(x)
+  _checks.check_batch("x", x)
+  names = tensor_names(params)
+  leaves, structure = jax.tree.flatten(params)
+  targets = [
+    np.asarray(t * m, np.float64)
+    for t, m in zip(*map(jax.tree.leaves, (conditions.target, conditions.mask)), strict=True)
+  ]
+  usable = [bool(jnp.all(m == 1)) for m in jax.tree.leaves(conditions.mask)]
+  total = sum(float(np.sum(t * t)) for t in targets)
+  tensors = [
+    _Tensor(i, n, np.asarray(leaf, np.float64), t)
+    for i, (n, leaf, t) in enumerate(zip(names, leaves, targets, strict=True))
+    if usable[i]
+  ]
+
+  @jax.jit
+  def changes(tangents: Sequence[jax.Array]) -> jax.Array:
+    """How margins change along a direction: the change of the logits less its mean over classes, flat."""
+    change = jax.jvp(lambda p: apply_fn(p, x), (params,), (jax.tree.unflatten(structure, tangents),))[1]
+    return (change - jnp.mean(change, axis=1, keepdims=True)).reshape(-1)
+
+  def change(moved: Mapping[int, np.ndarray]) -> np.ndarray:
+    zeros = [moved[i] if i in moved else np.zeros(leaf.shape) for i, leaf in enumerate(leaves)]
+    tangents = [jnp.asarray(z, leaf.dtype) for z, leaf in zip(zeros, leaves, strict=True)]
+    return np.asarray(changes(tangents), np.float64)
+
+  num_classes = jax.eval_shape(apply_fn, params, x).shape[1]
+  scalable = [t for t in tensors if np.any(t.value)]  # what is 0 has no scale
+  bounds = _shifts(tensors, num_classes, change) | _whole_tensors(scalable, change) | _units(scalable, change)
+  shares = {name: bound / total if total else 0.0 for name, bound in bounds.items()}
+  return LeastResidual(max(shares.values(), default=0.0), shares)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+  """One parameter tensor: its place, its name, its value and its target."""
+
+  index: int
+  name: str
+  value: np.ndarray
+  target: np.ndarray
+
+
+_Change = Callable[[Mapping[int, np.ndarray]], np.ndarray]
+
+
+def _shifts(tensors: Sequence[_Tensor], num_classes: int, change: _Change) -> dict[str, float]:
+  """Squared lengths of what the targets have in shifts of all logits alike: the same change of all output columns."""
+  bounds = {}
+  random = np.random.default_rng(0)
+  for tensor in tensors:
+    if not tensor.value.ndim or tensor.value.shape[-1] != num_classes:
+      continue
+    direction = np.broadcast_to(random.normal(size=(*tensor.value.shape[:-1], 1)), tensor.value.shape)
+    one_sided = direction * (np.arange(num_classes) == 0)
+    if np.linalg.norm(change({tensor.index: direction})) <= _TOLERANCE * np.linalg.norm(
+      change({tensor.index: one_sided})
+    ):
+      bounds[f"shift of {tensor.name}"] = float(np.sum(tensor.target.mean(axis=-1) ** 2) * num_classes)
+  return bounds
+
+
+def _whole_tensors(tensors: Sequence[_Tensor], change: _Change) -> dict[str, float]:
+  """The same in rescalings of whole tensors against one another."""
+  null = _null_space([change({t.index: t.value}) for t in tensors], [_generic(t, change) for t in tensors])
+  if not null.shape[1]:
+    return {}
+  products = np.array([float(np.sum(t.value * t.target)) for t in tensors]) @ null
+  gram = null.T @ (np.array([float(np.sum(t.value**2)) for t in tensors])[:, None] * null)
+  return {"scales of whole tensors": _projection(products, gram)}
+
+
+def _units(tensors: Sequence[_Tensor], change: _Change) -> dict[str, float]:
+  """The same in rescalings of single units: what comes into each up, what goes out of it down."""
+  bounds: dict[str, float] = {}
+  random = np.random.default_rng(1)
+  generic = {t.index: _generic(t, change) for t in tensors}
+  for width in sorted({t.value.shape[-1] for t in tensors if t.value.ndim}):
+    into = [t for t in tensors if t.value.ndim and t.value.shape[-1] == width]
+    out = [t for t in tensors if t.value.ndim > 1 and t.value.shape[-2] == width]
+    parts = [(t, False) for t in into] + [(t, True) for t in out]
+    # A relation that holds for two random scalings of the units holds for all: it is linear in them.
+    trials = [random.normal(size=width) for _ in range(2)]
+    columns = [
+      np.concatenate([change({t.index: _scaled(t.value, v, outgoing)}) for v in trials]) for t, outgoing in parts
+    ]
+    null = _null_space(columns, [len(trials) ** 0.5 * generic[t.index] for t, _ in parts])
+    if null.shape[1]:
+      moved = [t.name for (t, _), weights in zip(parts, null, strict=True) if np.abs(weights).max() > 1e-3]
+      bounds[f"units of {', '.join(dict.fromkeys(moved))}"] = _projection(*_along_units(parts, null, width))
+  return bounds
+
+
+def _along_units(parts: Sequence[tuple[_Tensor, bool]], null: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+  """Products of the target with the directions (relation, unit), [R * width], and those of the directions, a matrix."""
+  num_relations = null.shape[1]
+  products = np.zeros((num_relations, width))
+  gram = np.zeros((num_relations, width, num_relations, width))
+  diagonal = np.arange(width)
+  for (tensor, outgoing), weights in zip(parts, null, strict=True):
+    products += weights[:, None] * _per_unit(tensor.value * tensor.target, outgoing)
+    squares = _per_unit(tensor.value**2, outgoing)
+    gram[:, diagonal, :, diagonal] += squares[:, None, None] * np.outer(weights, weights)
+  for (tensor, outgoing), down in zip(parts, null, strict=True):
+    ups = [up for (other, out), up in zip(parts, null, strict=True) if other is tensor and not out]
+    if outgoing and ups:  # it comes from as many units as it goes to, and both of its scalings meet
+      square = np.sum((tensor.value**2).reshape(-1, width, width), axis=0)
+      gram += np.einsum("r,s,ik->risk", down, ups[0], square)
+      gram += np.einsum("r,s,ik->rksi", ups[0], down, square)
+  return products.reshape(-1), gram.reshape(products.size, products.size)
+
+
+def _scaled(value: np.ndarray, units: np.ndarray, outgoing: bool) -> np.ndarray:
+  return value * (units[:, None] if outgoing else units)
+
+
+def _per_unit(value: np.ndarray, outgoing: bool) -> np.ndarray:
+  """The sum over all axes but that of the units."""
+  axis = value.ndim - (2 if outgoing else 1)
+  return value.sum(axis=tuple(k for k in range(value.ndim) if k != axis))
+
+
+def _generic(tensor: _Tensor, change: _Change) -> float:
+  """How much margins change when every entry of a tensor is scaled at random: the measure of what counts as none."""
+  return float(
+    np.linalg.norm(change({tensor.index: tensor.value * np.random.default_rng(2).normal(size=tensor.value.shape)}))
+  )
+
+
+def _null_space(columns: Sequence[np.ndarray], sizes: Sequence[float]) -> np.ndarray:
+  """Orthonormal combinations [U, K] of U columns that vanish next to the sizes that generic columns would have."""
+  if not columns:
+    return np.zeros((0, 0))
+  scale = np.array([size if size > 0 else 1.0 for size in sizes])
+  _, values, rows = np.linalg.svd(np.stack(columns, axis=1) / scale, full_matrices=True)
+  small = np.concatenate([values <= _TOLERANCE, np.ones(len(rows) - len(values), bool)])
+  basis = rows[small].T / scale[:, None]
+  return np.linalg.qr(basis)[0] if basis.size else basis
+
+
+def _projection(products: np.ndarray, gram: np.ndarray) -> float:
+  """Squared length of a vector's projection on directions, from its products with them and theirs among themselves."""
+  return float(products @ np.linalg.pinv(gram, rcond=1e-9, hermitian=True) @ products)

@@ -1,0 +1,97 @@
+"""The lower bound on the residual: 0 where data satisfy the conditions, else above 0, and never above the truth."""
+
+from example_networks import random_mlp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kkt_jax import losses, pretrain, symmetries
+from kkt_jax.conditions import Conditions, weight_decay_conditions
+
+
+def two_layers(params, x):
+  return jax.nn.relu(x @ params["in"] + params["bias"][None]) @ params["out"]
+
+
+def trained(weight_decay, num_steps=4000):
+  """A small network, its data, and how it was left."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  params = {
+    "in": jax.random.normal(keys[0], (5, 16)) / 2,
+    "bias": jnp.zeros(16),
+    "out": jax.random.normal(keys[1], (16, 3)) / 2,
+  }
+  y = jnp.arange(30) % 3
+  x = jnp.eye(5)[y] + 0.3 * jax.random.normal(keys[2], (30, 5))
+  result = pretrain.gradient_descent(
+    two_layers, params, x, y, num_steps=num_steps, learning_rate=0.1, weight_decay=weight_decay, momentum=0.9
+  )
+  return result.params, x, y
+
+
+def best_residual(params, x, y):
+  """The relative residual of the training data with their own multipliers, at the best scale of them."""
+  conditions = weight_decay_conditions(params)
+  sums = losses.stationarity_sum(two_layers, params, x, y, jax.nn.softmax(two_layers(params, x)))
+  return float(losses.cosine_distance(conditions, sums))
+
+
+def bound(params, conditions=None):
+  probe = jax.random.normal(jax.random.key(9), (12, 5))
+  return symmetries.least_residual(two_layers, params, conditions or weight_decay_conditions(params), probe)
+
+
+def test_a_minimum_with_weight_decay_has_nothing_out_of_reach():
+  params, x, y = trained(0.01)
+  assert best_residual(params, x, y) < 0.01  # in so few dimensions kinks settle on training points
+  assert bound(params).value < 1e-3
+
+
+@pytest.mark.parametrize("num_steps", [1, 200])
+def test_the_bound_is_never_above_what_the_data_reach(num_steps):
+  params, x, y = trained(0.0, num_steps)
+  found = bound(params)
+  assert 0.02 < found.value < best_residual(params, x, y)
+
+
+def test_units_out_of_balance_are_seen_one_by_one():
+  params, _, _ = trained(0.01)
+  unit = int(jnp.argmax(jnp.sum(params["in"] ** 2, axis=0)))
+  scale = jnp.ones(16).at[unit].set(5.0)  # the same function: up in one unit, and down after it
+  moved = {"in": params["in"] * scale[None], "bias": params["bias"] * scale, "out": params["out"] / scale[:, None]}
+  np.testing.assert_allclose(two_layers(moved, jnp.ones((1, 5))), two_layers(params, jnp.ones((1, 5))), rtol=1e-4)
+  found = bound(moved)
+  # What is in excess along the scaling of this unit, by hand.
+  into = float(jnp.sum(moved["in"][:, unit] ** 2) + moved["bias"][unit] ** 2)
+  out = float(jnp.sum(moved["out"][unit] ** 2))
+  total = sum(float(jnp.sum(leaf**2)) for leaf in moved.values())
+  expected = (into - out) ** 2 / (into + out) / total
+  assert found.by_symmetry["units of bias, in, out"] == pytest.approx(expected, rel=0.05)
+
+
+def test_a_common_shift_of_all_logits_is_out_of_reach():
+  params, _, _ = trained(0.01)
+  shifted = params | {"out": params["out"] + 1.0}
+  found = bound(shifted).by_symmetry["shift of out"]
+  expected = float(jnp.sum(jnp.mean(shifted["out"], axis=1) ** 2) * 3)
+  assert found == pytest.approx(expected / sum(float(jnp.sum(leaf**2)) for leaf in shifted.values()), rel=1e-3)
+
+
+def test_parameters_without_a_condition_bound_nothing():
+  params, _, _ = trained(0.0, 200)
+  everything = weight_decay_conditions(params)
+  mask = everything.mask | {"in": jnp.zeros_like(params["in"])}
+  free = bound(params, Conditions(everything.target, mask)).by_symmetry
+  assert not any("in" in name.split() for name in free)
+
+
+def test_weights_before_a_normalisation_cannot_be_a_target():
+  classifier, x, _ = random_mlp(batch_norm=True)
+  found = symmetries.least_residual(
+    classifier.apply_fn, classifier.params, weight_decay_conditions(classifier.params), x
+  )
+  # Batch norm undoes every scale before it: such weights have no gradient along themselves.
+  kernel = classifier.params["Dense_0"]["kernel"]
+  total = sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(classifier.params))
+  assert found.value >= 0.8 * float(jnp.sum(kernel**2)) / total
