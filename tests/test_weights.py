@@ -1,0 +1,160 @@
+"""Weights from files that nobody vouches for: what is right comes in, everything else is refused by name."""
+
+import json
+import pathlib
+import pickle
+import struct
+
+from flax import serialization
+from hypothesis import given, HealthCheck, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import save_file
+
+from kkt_jax.weights import read_weights, WeightsError
+
+TREE = {"params": {"Dense_0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.ones(3, np.float32)}}}
+LIKE = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, TREE))
+FORMATS = ("safetensors", "safetensors_slashes", "msgpack", "orbax")
+
+
+def write(kind, folder, tree):
+  """A file of a kind that holds a tree; its path."""
+  if kind == "orbax":
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save((folder / "orbax").resolve(), tree)
+    return folder / "orbax"
+  path = folder / f"weights.{kind.partition('_')[0]}"
+  if kind == "msgpack":
+    path.write_bytes(serialization.to_bytes(tree))
+    return path
+  flat = jax.tree_util.tree_leaves_with_path(tree)
+  separator = "/" if kind.endswith("slashes") else "."
+  save_file({jax.tree_util.keystr(at, simple=True, separator=separator): np.asarray(v) for at, v in flat}, path)
+  return path
+
+
+def changed(**own):
+  return {"params": {"Dense_0": TREE["params"]["Dense_0"] | own}}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_was_written_is_read(tmp_path, kind):
+  found = read_weights(write(kind, tmp_path, TREE), LIKE)
+  assert jax.tree.structure(found) == jax.tree.structure(TREE)
+  jax.tree.map(np.testing.assert_array_equal, found, TREE)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+  ("tree", "said"),
+  [
+    (changed(kernel=np.zeros((3, 2), np.float32)), r"params/Dense_0/kernel has shape \(3, 2\); the classifier needs"),
+    (changed(extra=np.zeros(1, np.float32)), "too much: 'params/Dense_0/extra'"),
+    ({"params": {"Dense_0": {"bias": np.ones(3, np.float32)}}}, "it lacks 'params/Dense_0/kernel'"),
+    (changed(bias=np.array([1.0, np.nan, 0.0], np.float32)), "params/Dense_0/bias holds a NaN"),
+  ],
+)
+def test_what_does_not_fit_is_named(tmp_path, kind, tree, said):
+  with pytest.raises(WeightsError, match=said):
+    read_weights(write(kind, tmp_path, tree), LIKE)
+
+
+def test_other_precisions_are_converted(tmp_path):
+  halved = jax.tree.map(lambda leaf: leaf.astype(np.float16), TREE)
+  assert read_weights(write("safetensors", tmp_path, halved), LIKE)["params"]["Dense_0"]["bias"].dtype == jnp.float32
+
+
+class Bomb:
+  """What runs a command when it is unpickled."""
+
+  def __reduce__(self):
+    return (pathlib.Path.touch, (pathlib.Path("/tmp/unpickled"),))
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "pt", "npz", "msgpack", "safetensors"])
+def test_nothing_is_unpickled(tmp_path, suffix):
+  path = tmp_path / f"weights.{suffix}"
+  path.write_bytes(pickle.dumps(Bomb()))
+  with pytest.raises(WeightsError, match=str(path)):
+    read_weights(path, LIKE)
+  assert not pathlib.Path("/tmp/unpickled").exists()
+
+
+def test_a_header_that_promises_the_earth_is_refused(tmp_path):
+  path = tmp_path / "weights.safetensors"
+  huge = {"params.Dense_0.kernel": {"dtype": "F32", "shape": [1 << 40, 1 << 20], "data_offsets": [0, 1 << 62]}}
+  header = json.dumps(huge).encode()
+  path.write_bytes(struct.pack("<Q", len(header)) + header)
+  with pytest.raises(WeightsError, match="weights.safetensors"):
+    read_weights(path, LIKE)
+  path.write_bytes(struct.pack("<Q", 1 << 60))
+  with pytest.raises(WeightsError, match="weights.safetensors"):
+    read_weights(path, LIKE)
+
+
+def test_names_that_climb_out_of_the_tree_are_names_that_do_not_fit(tmp_path):
+  path = tmp_path / "weights.safetensors"
+  save_file({"../../etc/passwd": np.ones(3, np.float32)}, path)
+  with pytest.raises(WeightsError, match="too much"):
+    read_weights(path, LIKE)
+
+
+def test_a_file_larger_than_the_parameters_is_not_read(tmp_path):
+  path = tmp_path / "weights.msgpack"
+  path.write_bytes(b"\0" * (2 << 20))
+  with pytest.raises(WeightsError, match="more than the"):
+    read_weights(path, LIKE)
+
+
+def test_no_file_and_no_format_are_said(tmp_path):
+  with pytest.raises(WeightsError, match="there is no such file"):
+    read_weights(tmp_path / "none.msgpack", LIKE)
+  (tmp_path / "weights.bin").touch()
+  with pytest.raises(WeightsError, match=r"must be a \.safetensors file"):
+    read_weights(tmp_path / "weights.bin", LIKE)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "msgpack"])
+def test_damage_of_any_byte_is_refused_or_changes_numbers_only(tmp_path_factory, kind):
+  folder = tmp_path_factory.mktemp("fuzz")
+  whole = write(kind, folder, TREE).read_bytes()
+  path = folder / f"damaged.{kind}"
+
+  @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+  @given(
+    cut=st.integers(0, len(whole)),
+    place=st.integers(0, len(whole) - 1),
+    byte=st.integers(0, 255),
+    tail=st.binary(max_size=20),
+  )
+  def attack(cut, place, byte, tail):
+    damaged = bytearray(whole)
+    damaged[place] = byte
+    path.write_bytes(bytes(damaged[: max(cut, place + 1)]) + tail)
+    try:
+      found = read_weights(path, LIKE)
+    except WeightsError:
+      return
+    assert [leaf.shape for leaf in jax.tree.leaves(found)] == [leaf.shape for leaf in jax.tree.leaves(LIKE)]
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(found))
+
+  attack()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "msgpack"])
+def test_random_bytes_are_refused(tmp_path_factory, suffix):
+  path = tmp_path_factory.mktemp("fuzz") / f"random.{suffix}"
+
+  @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+  @given(content=st.binary(max_size=300))
+  def attack(content):
+    path.write_bytes(content)
+    with pytest.raises(WeightsError):
+      read_weights(path, LIKE)
+
+  attack()
