@@ -24,6 +24,7 @@ from experiments.audit_findings import describe, examine, Findings, FORMS, HOPEL
 from experiments.data import Images
 from kkt_jax import generators, networks, priors, training
 from kkt_jax.classifier import Classifier
+from kkt_jax.relaxation import relax_gates
 from kkt_jax.subject import Subject
 from kkt_jax.weights import read_weights, WeightsError
 
@@ -42,13 +43,19 @@ class Config:
   steps: int = common.flag(1500, "Training steps of the generator.", lower=1)
   warmup: int = common.flag(300, "First steps, in which only the classification counts.", lower=0)
   learning_rate: float = common.flag(0.05, "Peak learning rate of the generator.", lower=1e-8)
-  stationarity_weight: float = common.flag(8.0, "Weight of the stationarity (0 is the ablation).", lower=0)
-  duality_weight: float = common.flag(1.0, "Weight of the common margin.", lower=0)
+  stationarity_weight: float = common.flag(72.0, "Weight of the stationarity (0 is the ablation).", lower=0)
+  duality_weight: float = common.flag(14.0, "Weight of the common margin.", lower=0)
   statistics_weight: float = common.flag(
     100.0, "Weight of the stored batch-norm statistics, if there are any.", lower=0
   )
-  total_variation_weight: float = common.flag(4.0, "Weight of the total variation of images.", lower=0)
-  range_weight: float = common.flag(200.0, "Weight of the range that inputs lie in.", lower=0)
+  total_variation_weight: float = common.flag(
+    16.0, "Weight of the total variation of images, times the share of all dimensions that the data fill.", lower=0
+  )
+  range_weight: float = common.flag(8000.0, "Weight of the range that inputs lie in.", lower=0)
+  gate_sharpness: float = common.flag(
+    20.0, "Smoothness of the ReLU derivatives in the stationarity; 0 is exact.", lower=0
+  )
+  start: float = common.flag(0.3, "Deviation of the random first samples, in units of the range.", lower=0)
   margin: float = common.flag(0.0, "Margin of the training data in logits, if known; 0 lets it be learned.", lower=0)
   seed: int = common.flag(0, "Seed of everything random.", lower=0)
   log_every: int = common.flag(50, "Steps between logged metrics.", lower=1)
@@ -66,6 +73,9 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   subject = load_subject(config.classifier)
   train, held_out = (_owners_data(config, name, subject) for name in ("train_data", "held_out_data"))
   classifier = load_classifier(subject, config.checkpoint)
+  if config.gate_sharpness:
+    gradient_fn = relax_gates(classifier.apply_fn, config.gate_sharpness)
+    classifier = dataclasses.replace(classifier, gradient_fn=gradient_fn)
   findings = examine(classifier, form=config.form, seed=config.seed)
   said = describe(classifier, findings)
   common.say(said)
@@ -150,7 +160,7 @@ def train_generator(
   decay = findings.form == "weight_decay"
   network = networks.MultiplierNetwork(num_outputs=num_classes, num_labels=num_classes)
   form = "softmax" if decay else "softplus"
-  terms = _priors(config, classifier)
+  terms = _priors(config, classifier, _share(classifier, findings))
   held = config.steps // 3
   schedule = optax.schedules.join_schedules(
     [
@@ -165,7 +175,7 @@ def train_generator(
 
   method = training.Method(
     generate=generate,
-    optimizer=training.partitioned(adam(config.learning_rate), adam(2e-3), adam(2e-3)),
+    optimizer=training.partitioned(adam(config.learning_rate), adam(2e-3), adam(2e-4)),
     noise_dim=1,
     batch_size=batch_size,
     weights={
@@ -217,23 +227,29 @@ def _generator(
 ) -> tuple[generators.InitFn, training.GenerateFn]:
   """Samples in the span of the first layer where that is told, else free ones."""
   start = jnp.full(classifier.input_shape, 0.5) if findings.start is None else jnp.clip(findings.start, 0.0, 1.0)
-  # The random first samples deviate from the start as much as inputs at the ends of their range would.
-  deviation = float(jnp.sqrt(jnp.mean(jnp.clip(start * (1 - start), 0.01))))
-  table: dict[str, Any] = {"num_labels": classifier.num_classes, "num_codes": config.codes}
+  table: dict[str, Any] = {
+    "num_labels": classifier.num_classes,
+    "num_codes": config.codes,
+    "deviation": config.start,
+  }
   if findings.span is None:
-    return generators.free_functions([start], deviation=0.5 * deviation, **table)
-  share = findings.span.strengths.size / int(np.prod(classifier.input_shape))
-  return generators.span_functions([start], [findings.span], deviation=deviation, power=share, **table)
+    return generators.free_functions([start], **table)
+  return generators.span_functions([start], [findings.span], power=_share(classifier, findings), **table)
 
 
-def _priors(config: Config, classifier: Classifier) -> dict[str, tuple[float, training.Prior]]:
+def _share(classifier: Classifier, findings: Findings) -> float:
+  """The share of all dimensions that the data are known to fill."""
+  return 1.0 if findings.span is None else findings.span.strengths.size / int(np.prod(classifier.input_shape))
+
+
+def _priors(config: Config, classifier: Classifier, share: float) -> dict[str, tuple[float, training.Prior]]:
   """Every prior that applies to this kind of inputs and counts, with its weight."""
   terms: dict[str, tuple[float, training.Prior]] = {
     "range": (config.range_weight, lambda classifier, batch: priors.out_of_range(batch.x)),
   }
   if len(classifier.input_shape) == 3 and min(classifier.input_shape[:2]) > 1:
     variation = lambda classifier, batch: priors.total_variation(batch.x)
-    terms["total_variation"] = (config.total_variation_weight, variation)
+    terms["total_variation"] = (config.total_variation_weight * share, variation)
   if classifier.statistics_fn is not None:
     terms["statistics"] = (config.statistics_weight, ingredients.statistics)
   return {name: (weight, prior) for name, (weight, prior) in terms.items() if weight}
