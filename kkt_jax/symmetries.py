@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
+from scipy import optimize  # type: ignore[import-untyped]
 
 from kkt_jax import _checks
 from kkt_jax.classifier import ApplyFn, PyTree
@@ -68,7 +69,7 @@ def least_residual(apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x:
   x = jnp.asarray(x)
   _checks.check_batch("x", x)
   names = tensor_names(params)
-  leaves, structure = jax.tree.flatten(params)
+  leaves = jax.tree.leaves(params)
   targets = [
     np.asarray(t * m, np.float64)
     for t, m in zip(*map(jax.tree.leaves, (conditions.target, conditions.mask)), strict=True)
@@ -81,22 +82,51 @@ def least_residual(apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x:
     if usable[i]
   ]
 
-  @jax.jit
-  def changes(tangents: Sequence[jax.Array]) -> jax.Array:
-    """How margins change along a direction: the change of the logits less its mean over classes, flat."""
-    change = jax.jvp(lambda p: apply_fn(p, x), (params,), (jax.tree.unflatten(structure, tangents),))[1]
-    return (change - jnp.mean(change, axis=1, keepdims=True)).reshape(-1)
-
-  def change(moved: Mapping[int, np.ndarray]) -> np.ndarray:
-    zeros = [moved[i] if i in moved else np.zeros(leaf.shape) for i, leaf in enumerate(leaves)]
-    tangents = [jnp.asarray(z, leaf.dtype) for z, leaf in zip(zeros, leaves, strict=True)]
-    return np.asarray(changes(tangents), np.float64)
-
+  change = _changes(apply_fn, params, x)
   num_classes = jax.eval_shape(apply_fn, params, x).shape[1]
   scalable = [t for t in tensors if np.any(t.value)]  # what is 0 has no scale
   bounds = _shifts(tensors, num_classes, change) | _whole_tensors(scalable, change) | _units(scalable, change)
   shares = {name: bound / total if total else 0.0 for name, bound in bounds.items()}
   return LeastResidual(max(shares.values(), default=0.0), shares)
+
+
+def scale_invariant(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> PyTree:
+  """Which tensors can be scaled up, alone or together with others, without any change of the margins.
+
+  Such are the weights before batch norm or layer norm. Weight decay shrinks them for ever: they are at no stationary
+  point of it, and a condition that asks for one asks for what cannot be.
+
+  Args:
+    apply_fn: ``(params, x[K, ...]) -> logits[K, C]`` with exact derivatives; samples may interact.
+    params: zeta.
+    x: inputs [K, ...], any.
+
+  Returns:
+    A pytree of Python bools like ``params``.
+
+  >>> net = lambda w, x: (x @ w["a"]) / jnp.linalg.norm(x @ w["a"]) @ w["b"]
+  >>> params = {"a": jnp.array([[1.0, 2.0, 0.0], [4.0, -3.0, 1.0]]), "b": jnp.eye(3)}
+  >>> print(scale_invariant(net, params, jnp.array([[1.0, 2.0], [3.0, -1.0]])))
+  {'a': True, 'b': False}
+  """
+  x = jnp.asarray(x)
+  _checks.check_batch("x", x)
+  leaves, structure = jax.tree.flatten(params)
+  tensors = [
+    _Tensor(i, n, np.asarray(v, np.float64), np.zeros(0))
+    for i, (n, v) in enumerate(zip(tensor_names(params), leaves, strict=True))
+  ]
+  scalable = [t for t in tensors if np.any(t.value)]
+  change = _changes(apply_fn, params, x)
+  null = _null_space([change({t.index: t.value}) for t in scalable], [_generic(t, change) for t in scalable])
+  found = dict.fromkeys(range(len(leaves)), False)
+  for place, tensor in enumerate(scalable if null.shape[1] else []):
+    # Is there a combination of null vectors that scales this tensor up and none down?
+    solved = optimize.linprog(
+      -null[place], A_ub=np.vstack([-null, null]), b_ub=np.repeat([1e-6, 1.0], len(null)), bounds=(None, None)
+    )
+    found[tensor.index] = bool(solved.success and -solved.fun > 1e-3)
+  return jax.tree.unflatten(structure, list(found.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +140,23 @@ class _Tensor:
 
 
 _Change = Callable[[Mapping[int, np.ndarray]], np.ndarray]
+
+
+def _changes(apply_fn: ApplyFn, params: PyTree, x: jax.Array) -> _Change:
+  """How margins change along a direction, given by the tensors it moves: the logits' change less its class mean."""
+  leaves, structure = jax.tree.flatten(params)
+
+  @jax.jit
+  def along(tangents: Sequence[jax.Array]) -> jax.Array:
+    change = jax.jvp(lambda p: apply_fn(p, x), (params,), (jax.tree.unflatten(structure, tangents),))[1]
+    return (change - jnp.mean(change, axis=1, keepdims=True)).reshape(-1)
+
+  def change(moved: Mapping[int, np.ndarray]) -> np.ndarray:
+    zeros = [moved[i] if i in moved else np.zeros(leaf.shape) for i, leaf in enumerate(leaves)]
+    tangents = [jnp.asarray(z, leaf.dtype) for z, leaf in zip(zeros, leaves, strict=True)]
+    return np.asarray(along(tangents), np.float64)
+
+  return change
 
 
 def _shifts(tensors: Sequence[_Tensor], num_classes: int, change: _Change) -> dict[str, float]:

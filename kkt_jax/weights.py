@@ -74,10 +74,12 @@ def read_weights(path: str | os.PathLike[str], like: PyTree) -> PyTree:
 
 def _read_safetensors(path: pathlib.Path, needed: Mapping[str, Any]) -> dict[str, np.ndarray]:
   _check_size(path, needed)
+  alike = lambda name: name.replace(".", "/")
   with safetensors.safe_open(path, framework="numpy") as file:
-    stored = {name.replace(".", "/"): name for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    _check_shapes({name: tuple(file.get_slice(own).get_shape()) for name, own in stored.items()}, needed)
-    return {name: file.get_tensor(own) for name, own in stored.items()}
+    stored = {alike(name): name for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    shapes = {name: tuple(file.get_slice(own).get_shape()) for name, own in stored.items()}
+    _check_shapes(shapes, {alike(name): leaf for name, leaf in needed.items()})
+    return {name: file.get_tensor(stored[alike(name)]) for name in needed}
 
 
 def _read_msgpack(path: pathlib.Path, needed: Mapping[str, Any]) -> dict[str, np.ndarray]:
