@@ -19,6 +19,7 @@ FORMS = ("auto", "weight_decay", "max_margin")
 HOPELESS = 0.25  # share of the target that no data can account for, above which an audit is not worth its time
 _HOMOGENEOUS = 1e-2  # greatest error of scaling that counts as none
 _PROBES = 24
+_FILLED = 0.9  # the greatest share of a layer's directions that data may fill for their span to be told
 _CLIFF, _NOTHING = 10.0, 1e-4  # the least fall of singular values that ends a span, and what must be left after it
 
 
@@ -190,5 +191,6 @@ def _cliff(kernel: jax.Array) -> float | None:
   strengths: np.ndarray = np.asarray(jnp.linalg.svd(kernel, compute_uv=False), np.float64)
   values = np.maximum(strengths / strengths[0], 1e-12)
   falls = np.where(values[1:] < _NOTHING, values[:-1] / values[1:], 0.0)
+  falls = falls[: int(_FILLED * len(falls))]  # a normalisation takes directions away, which says nothing of data
   at = int(np.argmax(falls))
   return float(np.sqrt(values[at] * values[at + 1])) if falls[at] > _CLIFF else None
