@@ -67,10 +67,9 @@ def test_circle_runs_and_resumes(tmp_path, classifiers, batch_norm):
   "settings",
   [
     {"thorough": True, "samples_per_class": 4},
-    {"mean_image": False},
+    {"mean_image": False, "microbatch_size": 10, "compute_dtype": "bfloat16"},
     {"batch_norm": True, "classifiers": 2},
     NETWORK | {"classifiers": 2, "multiplier_form": "softplus", "fixed_noise": False},
-    NETWORK | {"mean_image": False, "mean_weight": 0.0, "ink_weight": 0.0},
   ],
   ids=str,
 )
@@ -121,7 +120,8 @@ def test_methods_attack_the_same_classifier(tmp_path):
 
 
 def test_a_stopped_mnist_run_resumes_to_the_same_figures(tmp_path, monkeypatch):
-  straight = mnist.run(MNIST, tmp_path / "straight")
+  config = dataclasses.replace(MNIST, shared_dir=str(tmp_path / "shared"))
+  straight = mnist.run(config, tmp_path / "straight")
   save, saved = Checkpointer.save, []
 
   def save_then_stop(self, step, state):
@@ -132,9 +132,9 @@ def test_a_stopped_mnist_run_resumes_to_the_same_figures(tmp_path, monkeypatch):
 
   monkeypatch.setattr(Checkpointer, "save", save_then_stop)
   with pytest.raises(KeyboardInterrupt):
-    mnist.run(MNIST, tmp_path / "stopped")
+    mnist.run(config, tmp_path / "stopped")
   monkeypatch.setattr(Checkpointer, "save", save)
-  resumed = mnist.run(MNIST, tmp_path / "stopped")
+  resumed = mnist.run(config, tmp_path / "stopped")
   assert resumed == straight
   steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
   assert steps == [2, 4, 6]  # nothing lost, nothing twice
@@ -166,6 +166,7 @@ def test_benchmark_reports_every_figure(tmp_path):
     (NETWORK | {"multiplier_form": "runner_up"}, "--generator must be span or free with --multiplier_form=runner_up"),
     ({"rule": "least_norm"}, "--rule and --target_scale need --batch_norm"),
     ({"collapse_weight": 1.0}, "--statistics_weight and --collapse_weight must be 0 without --batch_norm"),
+    ({"batch_norm": True, "microbatch_size": 10}, "--microbatch_size must be 0 with --batch_norm"),
     ({"num_fresh": 5}, "--num_fresh must be 0 .* with --generator=span"),
   ],
 )
