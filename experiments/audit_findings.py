@@ -20,7 +20,7 @@ HOPELESS = 0.25  # share of the target that no data can account for, above which
 _HOMOGENEOUS = 1e-2  # greatest error of scaling that counts as none
 _PROBES = 24
 _FILLED = 0.9  # the greatest share of a layer's directions that data may fill for their span to be told
-_CLIFF, _NOTHING = 10.0, 1e-4  # the least fall of singular values that ends a span, and what must be left after it
+_CLIFF, _NOTHING = 5.0, 1e-4  # the least fall of singular values that ends a span, and what must be left after it
 
 
 @dataclasses.dataclass(frozen=True)
