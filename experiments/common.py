@@ -75,7 +75,11 @@ def resolve(config: ConfigT) -> ConfigT:
   """The config with every default filled in that the method sets or that depends on another attribute; see `flag_by`.
 
   What was given by hand stays. A method is a mapping from flags to values, the config's property ``preset``.
+
+  Raises:
+    UsageError: what was given is out of its bounds or choices.
   """
+  check_config(config)
   preset = getattr(config, "preset", {})
   for field in dataclasses.fields(config):  # type: ignore[arg-type]
     if "by" in field.metadata and getattr(config, field.name) is None:
@@ -86,9 +90,11 @@ def resolve(config: ConfigT) -> ConfigT:
 
 
 def check_config(config: Any) -> None:
-  """Raises UsageError unless every field of a config lies within its bounds or choices."""
+  """Raises UsageError unless every field of a config that has a value lies within its bounds or choices."""
   for field in dataclasses.fields(config):
     value, limits = getattr(config, field.name), field.metadata
+    if value is None and "by" in limits:
+      continue  # see `resolve`
     if limits["choices"] is not None and value not in limits["choices"]:
       raise UsageError(f"--{field.name} must be one of {', '.join(limits['choices'])}; got {value!r}.")
     if limits["lower"] is not None and not value >= limits["lower"]:

@@ -14,6 +14,12 @@ modules, in the order of the method:
 - `kkt_jax.generators`: flax generators and their last layers.
 - `kkt_jax.pretrain`: gradient descent to the convergence point.
 - `kkt_jax.training`: the joint training of theta, eta and alpha (Algorithms 1 and 2).
+- `kkt_jax.accumulation`: batches larger than memory, with an exact gradient.
+- `kkt_jax.parallel`: many devices and processes.
+- `kkt_jax.subject`: anybody's classifier, as its owner describes it.
+- `kkt_jax.weights`: its parameters, from files that nobody vouches for.
+- `kkt_jax.relaxation`: relaxed gates in a network that somebody else wrote.
+- `kkt_jax.symmetries`: how far a classifier is from every KKT point, from its weights alone.
 - `kkt_jax.diagnostics`: how well a classifier satisfies its own conditions.
 - `kkt_jax.first_layer`: what the first layer gives away: the data's span and moments.
 - `kkt_jax.last_layer`: what the last layer gives away: the data's margin.

@@ -39,6 +39,11 @@ def check_batch(name: str, value: Any) -> None:
     raise ValueError(f"{name} must be a batch of shape [M, ...]; got shape {jnp.shape(value)}.")
   if jnp.shape(value)[0] == 0:
     raise ValueError(f"{name} must hold at least one sample; got shape {jnp.shape(value)}.")
+  check_floating(name, value)
+
+
+def check_floating(name: str, value: Any) -> None:
+  """Raises ValueError unless ``value`` holds floating-point numbers."""
   if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
     raise ValueError(f"{name} must be floating point; got dtype {jnp.result_type(value)}.")
 

@@ -99,7 +99,7 @@ def weight_decay_conditions(params: PyTree, *, weight_decay: float = 1.0) -> Con
   [1.]
   """
   _checks.check_positive("weight_decay", weight_decay)
-  target = jax.tree.map(lambda p: weight_decay * p, params)
+  target = jax.tree.map(lambda p: weight_decay * jnp.asarray(p), params)
   return Conditions(*jax.lax.stop_gradient((target, jax.tree.map(jnp.ones_like, params))))
 
 

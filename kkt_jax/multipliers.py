@@ -53,11 +53,15 @@ def from_softmax(logits: ArrayLike, *, log_scale: ArrayLike = 0.0) -> jax.Array:
   Returns:
     mu [M, C], positive.
 
+  Raises:
+    ValueError: another rank, or no floating-point numbers.
+
   >>> import jax.numpy as jnp
   >>> print(from_softmax(jnp.zeros((1, 4))))
   [[0.25 0.25 0.25 0.25]]
   """
   _checks.check_rank("logits", logits, 2, "[M, C]")
+  _checks.check_floating("logits", logits)
   return jnp.exp(log_scale) * jax.nn.softmax(jnp.asarray(logits))
 
 
@@ -81,6 +85,7 @@ def on_runner_up(raw: ArrayLike, logits: ArrayLike, y: ArrayLike) -> jax.Array:
   >>> print(on_runner_up(jnp.array([[2.0]]), jnp.array([[9.0, 1.0, 5.0]]), jnp.array([0])))
   [[0. 0. 2.]]
   """
+  _checks.check_rank("logits", logits, 2, "[M, C]")
   _checks.check_shape("raw", raw, (jnp.shape(logits)[0], 1), "[M, 1]")
   runner_up = jax.lax.stop_gradient(losses.runner_up_set(logits, y))
   return jnp.where(runner_up, jnp.asarray(raw) / jnp.sum(runner_up, axis=1, keepdims=True), 0.0)
