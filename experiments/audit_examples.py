@@ -162,7 +162,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     seed=config.seed,
   )
   subject = NETWORKS[config.network]()
-  variables, log_loss = train(config, subject, data.train)
+  variables, reached = train(config, subject, data.train)
   stored = store(out.path, variables, config.format)
   low, high = subject.value_range
   for name, images in {"train": data.train, "held_out": data.held_out}.items():
@@ -171,13 +171,13 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     f"python -m experiments.audit --classifier=experiments.audit_examples:{config.network} --checkpoint={stored}"
     f" --train_data={out.path / 'train.npz'} --held_out_data={out.path / 'held_out.npz'} --workdir={out.path / 'audit'}"
   )
-  metrics = {"log_loss": log_loss, "audit": command}
+  metrics = {**reached, "audit": command}
   out.finish(metrics)
   return metrics
 
 
-def train(config: Config, subject: Subject, images: Images) -> tuple[PyTree, float]:
-  """The trained variables, and the logarithm of their loss."""
+def train(config: Config, subject: Subject, images: Images) -> tuple[PyTree, dict[str, float]]:
+  """The trained variables, and how far training came: see `kkt_jax.pretrain.PretrainResult`."""
   low, high = subject.value_range
   x, y = jnp.asarray(low + (high - low) * images.x), jnp.asarray(images.y)
   variables = subject.init_fn()
@@ -190,7 +190,7 @@ def train(config: Config, subject: Subject, images: Images) -> tuple[PyTree, flo
 
   progress = common.Progress("classifier", config.steps)
   if config.training == "adam":
-    params, log_loss = _adam(apply_fn, params, x, y, config)
+    params, reached = _adam(apply_fn, params, x, y, config)
   else:
     hold = config.steps // 5
     falling = optax.schedules.exponential_decay(config.learning_rate, config.steps - hold, 1e-3, transition_begin=hold)
@@ -209,15 +209,15 @@ def train(config: Config, subject: Subject, images: Images) -> tuple[PyTree, flo
       on_progress=lambda step, log_loss: progress.update(step, {"log loss": log_loss}),
       **form,
     )
-    params, log_loss = result.params, result.log_loss
+    params, reached = result.params, {"log_loss": result.log_loss, "relative_gradient": result.relative_gradient}
   if train_fn is None:
-    return params, log_loss
-  return {"params": params, "batch_stats": train_fn(rest | {"params": params}, x)[1]}, log_loss
+    return params, reached
+  return {"params": params, "batch_stats": train_fn(rest | {"params": params}, x)[1]}, reached
 
 
 def _adam(
   apply_fn: Callable[[PyTree, jax.Array], jax.Array], params: PyTree, x: jax.Array, y: jax.Array, config: Config
-) -> tuple[PyTree, float]:
+) -> tuple[PyTree, dict[str, float]]:
   """Mini-batches, Adam, no weight decay, few steps: what most people do."""
   optimizer = optax.adam(1e-3)
 
@@ -231,7 +231,7 @@ def _adam(
   for _ in range(config.steps):
     chosen = random.choice(len(y), size=min(32, len(y)), replace=False)
     params, state = step(params, state, x[chosen], y[chosen])
-  return params, float(pretrain.log_cross_entropy(apply_fn(params, x), y))
+  return params, {"log_loss": float(pretrain.log_cross_entropy(apply_fn(params, x), y))}
 
 
 def store(folder: pathlib.Path, variables: PyTree, kind: str) -> pathlib.Path:
