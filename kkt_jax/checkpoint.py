@@ -22,7 +22,7 @@ from kkt_jax.classifier import PyTree
 
 
 class CheckpointError(RuntimeError):
-  """No checkpoint of a directory can be restored; the message says which were tried and why each failed."""
+  """A checkpoint cannot be saved, or none of a directory restored; the message says what was tried, and why not."""
 
 
 class Checkpointer:
@@ -73,15 +73,22 @@ class Checkpointer:
     return sorted(self._manager.all_steps()) if self._manager is not None else ()
 
   def save(self, step: int, state: PyTree) -> None:
-    """Writes ``state``, a pytree of arrays, under ``step``; returns once it is on disk. A saved step stays as it is."""
+    """Writes ``state``, a pytree of arrays, under ``step``; returns once it is on disk. A saved step stays as it is.
+
+    Raises:
+      CheckpointError: it cannot be written, as on a full disk. Older checkpoints are kept.
+    """
     if self._manager is None:
       return
     host = jax.tree.map(np.asarray, parallel.to_data(state))
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(state=ocp.args.StandardSave(host), digest=ocp.args.JsonSave({"sha256": _digest(host)})),
-      force=True,
-    )
+    items = ocp.args.Composite(state=ocp.args.StandardSave(host), digest=ocp.args.JsonSave({"sha256": _digest(host)}))
+    try:
+      self._manager.save(step, args=items, force=True)
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      raise CheckpointError(
+        f"step {step} could not be saved in {self._directory} ({_first_line(error)}). Checkpoints before it are kept;"
+        " the same command goes on from them once there is room and permission to write."
+      ) from error
 
   def restore(self, like: PyTree) -> tuple[int, PyTree] | None:
     """The newest whole checkpoint.
@@ -114,7 +121,7 @@ class Checkpointer:
       try:
         return step, self._restore_step(step, like), failures
       except Exception as error:  # orbax and tensorstore raise many kinds; each means that this step is unusable
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = _first_line(error)
         logging.warning("Checkpoint %d in %s cannot be used: %s", step, self._directory, reason)
         failures.append(f"step {step}: {reason}")
     return -1, like, failures
@@ -129,6 +136,10 @@ class Checkpointer:
     if found["digest"].get("sha256") != _digest(found["state"]):
       raise CheckpointError("its content does not match its digest")
     return found["state"]
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def _digest(state: PyTree) -> str:

@@ -89,3 +89,17 @@ def test_a_state_of_another_shape_is_refused(tmp_path):
 def test_at_least_one_checkpoint_is_kept(tmp_path):
   with pytest.raises(ValueError, match="max_to_keep"):
     Checkpointer(tmp_path, max_to_keep=0)
+
+
+def test_what_cannot_be_saved_is_one_error_and_costs_no_older_checkpoint(tmp_path, monkeypatch):
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, state(1.0))
+
+    def full(*args, **settings):
+      raise ValueError("RESOURCE_EXHAUSTED: no space left\nand much more")
+
+    monkeypatch.setattr(checkpointer._manager, "save", full)
+    with pytest.raises(CheckpointError, match="step 2 could not be saved in .*no space left") as caught:
+      checkpointer.save(2, state(2.0))
+    assert "much more" not in str(caught.value)
+    assert checkpointer.restore(like())[0] == 1
