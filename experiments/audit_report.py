@@ -12,7 +12,7 @@ import numpy as np
 from experiments import common, comparison, figures, report
 from experiments.audit_findings import Findings
 from experiments.data import Images
-from kkt_jax import diagnostics, metrics
+from kkt_jax import diagnostics, losses, metrics
 from kkt_jax.classifier import Classifier
 
 _SIGNIFICANT = 0.01  # p-value below which hits are no chance
@@ -22,7 +22,7 @@ _FIGURES = [
   report.Figure("agreement", "classified as wanted", "Share of samples that the audited classifier gives the wanted class.", "higher", 2, "By the classifier itself"),
   report.Figure("confidence", "confidence", "Mean probability that it gives the wanted class.", "", 3, "By the classifier itself"),
   report.Figure("margin", "margin", "Median margin to the runner-up, in logits.", "", 2, "By the classifier itself"),
-  report.Figure("residual", "residual", "What the stationarity conditions lack, with the best multipliers: 0 is perfect, 1 is nothing.", "lower", 3, "By the classifier itself"),
+  report.Figure("residual", "residual", "What the stationarity conditions lack: 0 is perfect, 1 is nothing.", "lower", 3, "By the classifier itself"),
   report.Figure("diversity", "diversity", "Mean distance of two samples of a class, per input value.", "", 3, "By the classifier itself"),
   report.Figure("cover", "likeness", "Mean similarity of a training sample and the sample of its class nearest to it.", "higher", 3, "Against the owner's data"),
   report.Figure("retrieved", "picked out", "Share of training samples that some sample resembles more than any of a group of other real ones.", "", 2, "Against the owner's data"),
@@ -146,7 +146,12 @@ def _by_classifier(classifier: Classifier, findings: Findings, images: Images) -
   """What the audited classifier and its conditions say of samples."""
   x, y = jnp.asarray(images.x[:1000]), images.y[:1000]
   probabilities = jax.nn.softmax(classifier.predict_fn(classifier.params, x))
-  diagnosis = diagnostics.diagnose(classifier, findings.conditions, x, y, num_steps=200)
+  mu = None  # the best ones
+  if findings.form == "weight_decay":  # the classifier's own, but for their scale, which is that of an unknown decay
+    own = jax.nn.softmax(classifier.gradient_fn(classifier.params, x))
+    sums = losses.stationarity_sum(classifier.gradient_fn, classifier.params, x, y, own)
+    mu = losses.best_scale(findings.conditions, sums) * own
+  diagnosis = diagnostics.diagnose(classifier, findings.conditions, x, y, mu=mu, num_steps=200)
   flat = np.asarray(x).reshape(len(y), -1)
   return {
     "agreement": diagnosis.accuracy,
