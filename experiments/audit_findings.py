@@ -16,7 +16,7 @@ from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_c
 from kkt_jax.first_layer import input_span, InputSpan
 
 FORMS = ("auto", "weight_decay", "max_margin")
-HOPELESS = 0.25  # share of the target that no data can account for, above which an audit is not worth its time
+HOPELESS = 0.05  # share of the target that no data can account for, above which an audit is not worth its time
 _HOMOGENEOUS = 1e-2  # greatest error of scaling that counts as none
 _PROBES = 24
 _FILLED = 0.9  # the greatest share of a layer's directions that data may fill for their span to be told
