@@ -32,6 +32,12 @@ def run(workdir, *flags):
   return json.loads(out)
 
 
+def wait_for_first_step(process, workdir):
+  while process.poll() is None and not (workdir / "metrics.jsonl").exists():
+    time.sleep(0.05)
+  assert process.poll() is None, process.communicate()
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
   """The figures of a run that nothing happens to."""
@@ -68,9 +74,7 @@ def test_flags_of_processes_that_do_not_fit_are_named(tmp_path, flags):
 def test_told_to_stop_it_saves_and_says_how_to_go_on(tmp_path, undisturbed):
   long = "--steps=100000"
   process = start(tmp_path, long, "--checkpoint_every=100000")
-  log = tmp_path / "metrics.jsonl"
-  while not log.exists():
-    time.sleep(0.05)
+  wait_for_first_step(process, tmp_path)
   process.send_signal(signal.SIGTERM)
   code, _, err = finish(process)
   assert code == 130
@@ -82,8 +86,7 @@ def test_told_to_stop_it_saves_and_says_how_to_go_on(tmp_path, undisturbed):
 def test_two_runs_in_one_folder_are_refused(tmp_path):
   first = start(tmp_path, "--steps=100000")
   try:
-    while not (tmp_path / "metrics.jsonl").exists():
-      time.sleep(0.05)
+    wait_for_first_step(first, tmp_path)
     code, _, err = finish(start(tmp_path, "--steps=100000"))
     assert code == 1
     assert f"--workdir={tmp_path}" in err and "in use by another run" in err
