@@ -27,6 +27,7 @@ from kkt_jax.homogeneity import tensor_names
 from kkt_jax.networks import kaiming, MLPClassifier
 from kkt_jax.subject import from_linen, from_nnx, Subject
 
+_SMALL = 0.05  # first scale of what must grow from next to nothing
 _DIGITS: dict[str, Any] = {"input_shape": (28, 28, 1), "num_classes": 10}
 
 
@@ -37,7 +38,7 @@ def mlp() -> Subject:
 
 def mlp_batch_norm() -> Subject:
   """The same with batch norm."""
-  return from_linen(MLPClassifier(num_classes=10, hidden=(256, 128), batch_norm=True, init_scale=0.05), **_DIGITS)
+  return from_linen(MLPClassifier(num_classes=10, hidden=(256, 128), batch_norm=True, init_scale=_SMALL), **_DIGITS)
 
 
 class LeNet(nn.Module):
@@ -68,15 +69,17 @@ class ResNet(nn.Module):
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps images [M, 28, 28, 1] to logits [M, 10]."""
 
-    def convolve(x: jax.Array, strides: int = 1) -> jax.Array:
+    def convolve(x: jax.Array, *, strides: int = 1, scale: float = _SMALL) -> jax.Array:
       x = nn.Conv(self.channels, (3, 3), strides=strides, use_bias=False, kernel_init=kaiming(0.1))(x)
-      return nn.BatchNorm(use_running_average=not train, momentum=0.0)(x)
+      first = nn.initializers.constant(scale)
+      return nn.BatchNorm(use_running_average=not train, momentum=0.0, scale_init=first)(x)
 
-    x = nn.relu(convolve(x, 2))
+    # What reaches the last layer starts small; what another normalisation follows has no scale.
+    x = nn.relu(convolve(x, strides=2))
     for _ in range(2):
-      x = nn.relu(x + convolve(nn.relu(convolve(x))))
+      x = nn.relu(x + convolve(nn.relu(convolve(x, scale=1.0))))
     x = nn.avg_pool(x, (2, 2), strides=(2, 2)).reshape(x.shape[0], -1)
-    return nn.Dense(10, kernel_init=kaiming(0.05))(x)
+    return nn.Dense(10, kernel_init=kaiming(_SMALL))(x)
 
 
 def resnet() -> Subject:
