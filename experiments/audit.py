@@ -8,6 +8,7 @@ a generator is trained so that what it generates obeys them, and ``report.html``
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import importlib
 import pathlib
 import sys
@@ -16,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments import audit_report, common, ingredients
 from experiments.audit_data import read_images
@@ -92,7 +92,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     return metrics
   method, state = train_generator(config, classifier, findings, out)
   y = np.repeat(np.arange(subject.num_classes), config.codes)
-  every = _every_sample(method, state)
+  every = Images(*map(np.asarray, ingredients.every_sample(method, state, [classifier])))
   fresh, _ = training.sample(method, state, [classifier], jax.random.key(config.seed + 3), y)
   metrics = audit_report.write(
     out, classifier, findings, said, fresh=Images(np.asarray(fresh), y), every=every, train=train, held_out=held_out
@@ -161,18 +161,7 @@ def train_generator(
   network = networks.MultiplierNetwork(num_outputs=num_classes, num_labels=num_classes)
   form = "softmax" if decay else "softplus"
   terms = _priors(config, classifier, _share(classifier, findings))
-  held = config.steps // 3
-  schedule = optax.schedules.join_schedules(
-    [
-      optax.schedules.constant_schedule(1.0),
-      optax.schedules.cosine_decay_schedule(1.0, max(config.steps - held, 1), alpha=0.02),
-    ],
-    boundaries=[held],
-  )
-
-  def adam(peak: float) -> optax.GradientTransformation:
-    return optax.adam(lambda step: peak * schedule(step), b2=0.99)
-
+  adam = functools.partial(ingredients.adam, num_steps=config.steps)
   method = training.Method(
     generate=generate,
     optimizer=training.partitioned(adam(config.learning_rate), adam(2e-3), adam(2e-4)),
@@ -205,7 +194,7 @@ def train_generator(
   )
 
   def draw(state: training.TrainState) -> None:
-    images = _every_sample(method, state)
+    images = Images(*map(np.asarray, ingredients.every_sample(method, state, [classifier])))
     audit_report.grid(out.path / f"samples_{int(state.step):06d}.png", images)
 
   state = common.train(
@@ -253,17 +242,6 @@ def _priors(config: Config, classifier: Classifier, share: float) -> dict[str, t
   if classifier.statistics_fn is not None:
     terms["statistics"] = (config.statistics_weight, ingredients.statistics)
   return {name: (weight, prior) for name, (weight, prior) in terms.items() if weight}
-
-
-def _every_sample(method: training.Method, state: training.TrainState) -> Images:
-  """All that the generator can draw, sorted by label."""
-  assert state.noise is not None  # it trains on fixed noise
-  noise = state.noise[0]
-  num_classes = state.params["theta"][0].shape[0]
-  y = jnp.arange(len(noise)) % num_classes  # as `training.balanced_labels` deals them out
-  x = training.generate_from(method, state, noise, y, jnp.zeros_like(y))
-  order = np.argsort(np.asarray(y), kind="stable")
-  return Images(np.asarray(x)[order], np.asarray(y)[order])
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def main(
     except KeyboardInterrupt:
       print(f"\nstopped. This goes on from the last checkpoint:\n  {_own_command()}", file=sys.stderr)
       return 130
-    if processes.is_first():
+    if parallel.is_first_process():
       print(json.dumps(metrics, indent=2))
     return None
 

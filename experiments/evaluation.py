@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import common, comparison, figures
+from experiments import common, comparison, figures, ingredients
 from experiments.data import Images, Split
 from experiments.judge import train_judge
 from kkt_jax import diagnostics, losses, multipliers, training
@@ -82,7 +82,8 @@ def evaluate(
   many = Images(np.asarray(training.sample(method, state, classifiers, key, many_labels)[0]), many_labels)
   populations = {"fresh_noise": many}
   if method.fixed_noise:
-    populations["trained_noise"] = _from_all_trained_noise(method, state, classifiers)
+    every, every_label = ingredients.every_sample(method, state, classifiers)
+    populations["trained_noise"] = Images(np.asarray(every), every_label)
     results["recovered_by_all_trained_noise"] = comparison.recovered(populations["trained_noise"], data.train)
   margins = _true_margins(classifiers, data.train)
   own_figures = functools.partial(_kkt_figures, classifiers, conditions, margins, thorough=thorough)
@@ -164,16 +165,6 @@ def _own(classifier: Classifier, images: Images) -> tuple[jax.Array, jax.Array]:
   """The images whose label a classifier knows."""
   known = np.isin(images.y, classifier.labels)
   return jnp.asarray(images.x[known]), jnp.asarray(images.y[known])
-
-
-def _from_all_trained_noise(
-  method: training.Method, state: training.TrainState, classifiers: Sequence[Classifier]
-) -> Images:
-  """The samples of every noise that the generator was trained on, M for each classifier."""
-  y = np.concatenate([training.balanced_labels(c, method.batch_size) for c in classifiers])
-  t = np.repeat(np.arange(len(classifiers)), method.batch_size)
-  x = training.generate_from(method, state, jnp.asarray(state.noise).reshape(len(y), -1), y, t)
-  return Images(np.asarray(x), y)
 
 
 def _true_margins(classifiers: Sequence[Classifier], train: Images) -> list[float]:

@@ -180,18 +180,10 @@ def _generator(
 
 
 def _optimizer(config: Config, peak: float) -> optax.GradientTransformation:
-  """Adam with a constant learning rate for a third of the training and a cosine after it, or plain momentum."""
+  """Adam, or plain momentum with a constant rate."""
   if config.optimizer == "sgd":
     return optax.sgd(peak, momentum=0.9)
-  held = config.steps // 3
-  schedule = optax.schedules.join_schedules(
-    [
-      optax.schedules.constant_schedule(peak),
-      optax.schedules.cosine_decay_schedule(peak, max(config.steps - held, 1), alpha=0.02),
-    ],
-    boundaries=[held],
-  )
-  return optax.adam(schedule, b2=0.99)
+  return ingredients.adam(peak, num_steps=config.steps)
 
 
 def train_generator(

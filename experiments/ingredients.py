@@ -121,6 +121,29 @@ def learns_scale(form: str, residual: str) -> bool:
   return form in ("softplus", "relu") and residual != "cosine"
 
 
+def adam(peak: float, *, num_steps: int) -> optax.GradientTransformation:
+  """Adam with a constant learning rate for a third of the training and a cosine after it."""
+  held = num_steps // 3
+  schedule = optax.schedules.join_schedules(
+    [
+      optax.schedules.constant_schedule(peak),
+      optax.schedules.cosine_decay_schedule(peak, max(num_steps - held, 1), alpha=0.02),
+    ],
+    boundaries=[held],
+  )
+  return optax.adam(schedule, b2=0.99)
+
+
+def every_sample(
+  method: training.Method, state: training.TrainState, classifiers: Sequence[Classifier]
+) -> tuple[jax.Array, np.ndarray]:
+  """The samples of every noise that the generator was trained on, M for each classifier, and their labels."""
+  assert state.noise is not None  # a method with fixed noise
+  y = np.concatenate([training.balanced_labels(c, method.batch_size) for c in classifiers])
+  t = np.repeat(np.arange(len(classifiers)), method.batch_size)
+  return training.generate_from(method, state, state.noise.reshape(len(y), -1), y, t), y
+
+
 def cross_entropy(classifier: Classifier, batch: training.Batch) -> jax.Array:
   """The classification loss of generated samples [M]."""
   logits = classifier.predict_fn(classifier.params, batch.x)

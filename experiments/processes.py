@@ -13,6 +13,8 @@ import tempfile
 from absl import flags
 import jax
 
+from kkt_jax import parallel
+
 FLAGS = ("coordinator", "num_processes", "process_id")
 _AUTO = "auto"
 _A_DAY = 86400  # of patience with the first process, which still measures when the others have done their part
@@ -64,15 +66,10 @@ def join() -> None:
     raise ConnectionError(f"--coordinator={coordinator}: the other processes could not be met ({error}).") from error
 
 
-def is_first() -> bool:
-  """Whether this process is the one that writes and talks; the only one is."""
-  return jax.process_index() == 0 if jax.distributed.is_initialized() else True
-
-
 @contextlib.contextmanager
 def own_folder(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
   """The folder that a process writes to: the first one's is ``workdir``; the others are silent, in scratch folders."""
-  if is_first():
+  if parallel.is_first_process():
     yield workdir
     return
   with tempfile.TemporaryDirectory() as scratch, open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
