@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
+from scipy import linalg, optimize  # type: ignore[import-untyped]
 
 from kkt_jax import _checks
 from kkt_jax.classifier import ApplyFn, PyTree
@@ -145,17 +146,18 @@ def solve_rates(
   """Solves the derivative equations for Lambda by one jitted least squares, and chooses among the solutions.
 
   The singular value decomposition gives the minimum-norm solution and a basis of the null space. Every solution is an
-  exact quasi-homogeneity. The rule picks the one with the least sum of squared rates over some of the tensors:
+  exact quasi-homogeneity. The rule picks one:
 
-  - ``"balanced"``: over the multiplicative tensors (everything but the biases). An L-layer network has rate 1/L on
-    every weight matrix; a bias has the sum of the rates up to its layer. With batch norm the rates end up on the last
-    normalisation's scale and shift and on the last layer, 1/2 each, and are 0 before it. The target group is every
-    tensor with that greatest multiplicative rate; faster biases are left out of the conditions. It is the default,
-    because it describes trained classifiers best (BUILD_NOTES.md, "Lambda").
-  - ``"least_norm"``: over all tensors, the paper's least squares to the letter. For biased networks the greatest rate
-    is then the last bias's alone, which becomes the whole target group.
-  - ``"last_layer"``: over all tensors but the last layer's. Its weights and bias have rate 1 and everything else has
-    rate 0, so that everything else must satisfy zero conditions.
+  - ``"balanced"``: the greatest rate of a multiplicative tensor (everything but the biases) is as small as can be, and
+    then the sum of the squares. An L-layer network has rate 1/L on every weight matrix; a bias has the sum of the
+    rates up to its layer. With batch norm the rates end up on the last normalisation's scale and shift and on the last
+    layer, 1/2 each, and are 0 before it; branches that are added up have 1/2 each too, however many they are. The
+    target group is every tensor with that greatest multiplicative rate; faster biases are left out of the conditions.
+    It is the default, because it describes trained classifiers best (BUILD_NOTES.md, "Lambda").
+  - ``"least_norm"``: the least sum of squares over all tensors, the paper's least squares to the letter. For biased
+    networks the greatest rate is then the last bias's alone, which becomes the whole target group.
+  - ``"last_layer"``: the same over all tensors but the last layer's. Its weights and bias have rate 1 and everything
+    else has rate 0, so that everything else must satisfy zero conditions.
 
   Args:
     equations: the system, from `derivative_equations`.
@@ -202,7 +204,7 @@ def solve_rates(
   else:
     minimised = ~np.repeat(_in_last_layer(params, last_layer), repeats)
 
-  vector, residual, rank = _least_squares(equations, jnp.asarray(minimised), rcond)
+  vector, residual, rank = _least_squares(equations, jnp.asarray(minimised), rcond, even=rule == "balanced")
   aimed = ~biases if rule != "least_norm" and not biases.all() else np.ones_like(biases)
   return RateSolution(
     rates=_unflatten(vector, params),
@@ -213,11 +215,14 @@ def solve_rates(
   )
 
 
-@functools.partial(jax.jit, static_argnames="rcond")
+@functools.partial(jax.jit, static_argnames=("rcond", "even"))
 def _least_squares(
-  equations: DerivativeEquations, minimised: jax.Array, rcond: float
+  equations: DerivativeEquations, minimised: jax.Array, rcond: float, *, even: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The exact solution with the least norm over the ``minimised`` unknowns, then over all; its residual; the rank."""
+  """The exact solution that is least over the ``minimised`` unknowns, then over all; its residual; the rank.
+
+  Least is the norm of the minimised rates, or where ``even`` the greatest of them and then their norm.
+  """
   # Rows of zeros change no solution, and with R >= U the thin decomposition already holds the whole null space.
   missing = max(0, equations.coefficients.shape[1] - equations.coefficients.shape[0])
   u, s, vt = jnp.linalg.svd(jnp.pad(equations.coefficients, ((0, missing), (0, 0))), full_matrices=False)
@@ -225,12 +230,39 @@ def _least_squares(
   inverse = jnp.where(kept, 1.0 / jnp.where(kept, s, 1.0), 0.0)
   least_norm = vt.T @ (inverse * (u.T @ jnp.pad(equations.values, (0, missing))))
   null_space = vt.T * ~kept[None, :]  # columns beyond the null space are zeroed, so that shapes stay static
+  inside, given = null_space * minimised[:, None], least_norm * minimised
+  wanted = jnp.zeros_like(given)
+  if even:  # a quadratic program of a few unknowns, which no accelerator need solve
+    single = jax.ShapeDtypeStruct(given.shape, jnp.float32)  # callbacks do not see jax.enable_x64
+    wanted = jax.pure_callback(functools.partial(_even, rcond=rcond), single, given, inside).astype(given.dtype)
   # least_norm is orthogonal to the null space, so the least-norm shift also minimises the norm of the whole solution.
-  shift = jnp.linalg.lstsq(null_space * minimised[:, None], -least_norm * minimised, rcond=rcond)[0]
+  shift = jnp.linalg.lstsq(inside, wanted - given, rcond=rcond)[0]
   rates = least_norm + null_space @ shift
   error = equations.coefficients @ rates - equations.values
   scale = jnp.linalg.norm(equations.values)
   return rates, jnp.linalg.norm(error) / jnp.where(scale > 0, scale, 1.0), jnp.sum(kept)
+
+
+def _even(given: ArrayLike, directions: ArrayLike, *, rcond: float) -> np.ndarray:
+  """The flattest of all ``given + directions @ any`` [U]: the greatest absolute value is least, then the norm.
+
+  Both at once, as the least ``greatest^2 + weight * norm^2``. With a weight this small the greatest is as small as it
+  can be, and yet no rate grows for the sake of a rounding error of the greatest.
+  """
+  start, columns = np.asarray(given, np.float64), np.asarray(directions, np.float64)
+  if not (np.isfinite(start).all() and np.isfinite(columns).all()):
+    return start.astype(np.float32)
+  u, s, _ = linalg.svd(columns, full_matrices=False)
+  basis = u[:, s > rcond]  # the null space is orthonormal; what moves other unknowns alone is rounding error here
+  nearest = start - basis @ (basis.T @ start)
+  # Least-distance programming (Lawson and Hanson 1974, ch. 23): the least |v| with G v >= h by non-negative least
+  # squares; v holds the coordinates in the basis times root, and the greatest.
+  root = (0.1 / len(start)) ** 0.5
+  above = np.column_stack([np.concatenate([basis, -basis]) / root, np.ones(2 * len(start))])
+  system = np.column_stack([above, np.concatenate([-nearest, nearest])]).T
+  last = np.append(np.zeros(len(system) - 1), 1.0)
+  rest = system @ optimize.nnls(system, last)[0] - last
+  return (nearest - basis @ (rest[:-2] / rest[-1]) / root).astype(np.float32)
 
 
 def given_rates(rates: PyTree, params: PyTree, *, target_rate: float | None = None) -> RateSolution:

@@ -381,14 +381,14 @@ class ParameterUnknownsTest(parameterized.TestCase):
       assert int(solution.null_space_dimension) == 3
       assert int(solution.rank) == 13 - 3
 
-  def test_balanced_weighs_a_unit_by_its_number_of_parameters(self):
-    # A unit with rate r on its 2 incoming weights and 1 - r on the outgoing one: 2 r^2 + (1 - r)^2 is least at r = 1/3.
+  def test_balanced_does_not_count_the_parameters_of_a_unit(self):
+    # A unit with rate r on its 2 incoming weights and 1 - r on the outgoing one: 1/2 each, as by tensors.
     with jax.enable_x64(True):
       params, _, equations = tiny_network_by_parameter()
       solution = solve_rates(equations, params, rcond=1e-9)
-      np.testing.assert_allclose(solution.rates["first"]["kernel"], np.full((2, 3), 1 / 3), atol=1e-6)
-      np.testing.assert_allclose(solution.rates["first"]["bias"], np.full(3, 1 / 3), atol=1e-6)
-      np.testing.assert_allclose(solution.rates["last"]["kernel"], np.full((3, 1), 2 / 3), atol=1e-6)
+      np.testing.assert_allclose(solution.rates["first"]["kernel"], np.full((2, 3), 1 / 2), atol=1e-6)
+      np.testing.assert_allclose(solution.rates["first"]["bias"], np.full(3, 1 / 2), atol=1e-6)
+      np.testing.assert_allclose(solution.rates["last"]["kernel"], np.full((3, 1), 1 / 2), atol=1e-6)
       np.testing.assert_allclose(solution.rates["last"]["bias"], [1.0], atol=1e-6)
 
   def test_batch_norm_is_refused_with_the_reason(self):
@@ -462,6 +462,18 @@ class OtherNetworksTest(parameterized.TestCase):
       },
     )
     assert int(solution.null_space_dimension) == 2
+
+  @parameterized.parameters(1, 2, 5)
+  def test_branches_that_are_added_up_have_the_rate_of_one(self, num_branches):
+    # The sum of branches has their common rate a, the last layer 1 - a: half each, however many branches there are.
+    shapes = {f"branch_{k}": jnp.zeros((2, 3)) for k in range(num_branches)} | {"last": jnp.zeros((3, 2))}
+    params = random_like(shapes, seed=num_branches)
+    network = lambda p, x: jax.nn.relu(sum(x @ p[f"branch_{k}"] for k in range(num_branches))) @ p["last"]
+    solution = solve(network, params, inputs(40, 2))
+    assert_rates(solution, dict.fromkeys(params, 0.5))
+    least_norm = solve(network, params, inputs(40, 2), "least_norm")  # k a^2 + (1 - a)^2 is least at a = 1 / (k + 1)
+    share = 1 / (num_branches + 1)
+    assert_rates(least_norm, dict.fromkeys(params, share) | {"last": 1 - share})
 
   def test_convolutional_network_has_the_rates_of_three_layers(self):
     classifier, x, _ = random_conv(num_samples=30)
@@ -578,6 +590,45 @@ class SolverTest(parameterized.TestCase):
     assert float(balanced.target_rate) == pytest.approx(0.5, abs=1e-5)  # the faster bias does not count
     least_norm = solve_rates(equations, self.PARAMS, rule="least_norm")
     assert_rates(least_norm, {"bias": 10 / 102, "w1": 1 / 102, "w2": 101 / 102}, atol=1e-5)
+
+  @parameterized.parameters(*range(6))
+  def test_balanced_has_the_least_greatest_rate_and_then_the_least_norm(self, seed):
+    # An independent optimiser: a linear program, then a constrained minimisation.
+    random = np.random.default_rng(seed)
+    num_unknowns = int(random.integers(2, 7))
+    rows = random.normal(size=(int(random.integers(1, num_unknowns)), num_unknowns))
+    values = random.normal(size=len(rows))
+    params = {f"w{k}": jnp.array([1.0]) for k in range(num_unknowns)}
+    solution = solve_rates(DerivativeEquations(jnp.asarray(rows), jnp.asarray(values)), params)
+    found = np.array(list(rate_of_each_tensor(solution).values()))
+    greatest = scipy.optimize.linprog(
+      np.append(np.zeros(num_unknowns), 1.0),
+      A_ub=np.block([[s * np.eye(num_unknowns), -np.ones((num_unknowns, 1))] for s in (1, -1)]),
+      b_ub=np.zeros(2 * num_unknowns),
+      A_eq=np.column_stack([rows, np.zeros(len(rows))]),
+      b_eq=values,
+      bounds=(None, None),
+    ).fun
+    np.testing.assert_allclose(rows @ found, values, atol=1e-4)
+    assert np.abs(found).max() == pytest.approx(greatest, rel=1e-3)
+    flattest = scipy.optimize.minimize(
+      lambda rates: np.sum(rates**2),
+      found,
+      bounds=[(-greatest * 1.001, greatest * 1.001)] * num_unknowns,
+      constraints={"type": "eq", "fun": lambda rates: rows @ rates - values},
+      method="SLSQP",
+    )
+    assert np.sum(found**2) <= flattest.fun + 2e-3 * max(1.0, flattest.fun)
+
+  def test_scales_before_a_normalisation_do_not_move_for_a_trace_of_the_greatest_rate(self):
+    # The rate of "free" matters by 1e-5 only, as that of a kernel before batch norm does for its epsilon.
+    equations = DerivativeEquations(jnp.array([[1e-5, 1.0, 1.0]]), jnp.array([1.0]))
+    params = {"free": jnp.array([1.0]), "w1": jnp.array([1.0]), "w2": jnp.array([1.0])}
+    assert_rates(solve_rates(equations, params), {"free": 0.0, "w1": 0.5, "w2": 0.5}, atol=1e-3)
+
+  def test_equations_that_are_not_numbers_give_rates_that_are_not(self):
+    solution = solve_rates(DerivativeEquations(jnp.full((2, 3), jnp.nan), jnp.ones(2)), self.PARAMS)
+    assert all(bool(jnp.isnan(leaf).all()) for leaf in jax.tree.leaves(solution.rates))
 
   def test_network_of_biases_only_is_balanced_over_them(self):
     params = {"a": {"bias": jnp.array([1.0])}, "b": {"bias": jnp.array([1.0])}}
