@@ -22,7 +22,8 @@ def relax_gates(apply_fn: ApplyFn, sharpness: float) -> ApplyFn:
   """The same function with a smooth derivative of every ReLU, ``sigmoid(sharpness * x)``.
 
   It finds ``jax.nn.relu`` and ``jnp.maximum(x, 0)``, also within functions that are jitted; loops (`jax.lax.scan`) are
-  left as they are.
+  left as they are. So is the maximum with which normalisations guard a variance against rounding, ``max(mean(x^2) -
+  mean(x)^2, 0)``: it is no gate, and a small variance would lose half of its derivative.
 
   Args:
     apply_fn: ``(params, x[M, ...]) -> logits[M, C]``.
@@ -57,9 +58,15 @@ def _evaluate(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any], sh
   def read(atom: Any) -> Any:
     return atom.val if isinstance(atom, core.Literal) else values[atom]
 
+  squares: set[Any] = set()
+  variances: set[Any] = set()
   for equation in jaxpr.eqns:
     inputs = [read(atom) for atom in equation.invars]
     gated = _gated_input(equation)
+    if gated is not None and equation.invars[gated] in variances:
+      gated = None
+    squares |= set(equation.outvars) if _is_square(equation) else set()
+    variances |= set(equation.outvars) if _subtracts(equation, squares) else set()
     inner = equation.params.get(_CALLS.get(equation.primitive.name, ""))
     if gated is not None:
       outputs = [relaxed_relu(inputs[gated], sharpness)]
@@ -80,6 +87,21 @@ def _gated_input(equation: Any) -> int | None:
     if isinstance(atom, core.Literal) and np.ndim(atom.val) == 0 and atom.val == 0:
       return 1 - index
   return None
+
+
+def _is_square(equation: Any) -> bool:
+  name, atoms = equation.primitive.name, equation.invars
+  return (
+    name == "square"
+    or (name == "integer_pow" and equation.params["y"] == 2)
+    or (name == "mul" and atoms[0] is atoms[1])
+  )
+
+
+def _subtracts(equation: Any, squares: set[Any]) -> bool:
+  """Whether one of the squares is subtracted, as in a variance."""
+  subtracted = equation.invars[1] if equation.primitive.name == "sub" else None
+  return isinstance(subtracted, core.Var) and subtracted in squares
 
 
 def _holds_gate(jaxpr: Any) -> bool:

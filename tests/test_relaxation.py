@@ -52,6 +52,18 @@ def test_other_custom_derivatives_are_left_alone():
       np.testing.assert_allclose(relaxed, exact, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm(), nn.BatchNorm(use_running_average=False), nn.GroupNorm(num_groups=1)])
+def test_small_variances_of_normalisations_keep_their_derivative(norm):
+  x = 1e-3 * inputs(5, 4)  # a gate of sharpness 20 would be half open
+  variables = norm.init(jax.random.key(0), x)
+  weights = inputs(5, 4, seed=1)
+  total = lambda fn: jax.grad(lambda x: jnp.sum(fn(variables, x) * weights))(x)
+  apply = lambda p, x: norm.apply(p, x, mutable=["batch_stats"])[0]
+  expected = total(apply)
+  assert float(jnp.abs(expected).max()) > 1
+  np.testing.assert_allclose(total(relax_gates(apply, 20.0)), expected, rtol=1e-5, atol=1e-3)
+
+
 def test_a_jitted_function_is_looked_into():
   inside = jax.jit(lambda w, x: jnp.maximum(0.0, w * x))
   assert float(jax.grad(lambda w: relax_gates(inside, 20.0)(w, jnp.ones(())))(0.0)) == 0.5
