@@ -22,7 +22,7 @@ from experiments import audit_report, common, ingredients
 from experiments.audit_data import read_images
 from experiments.audit_findings import describe, examine, Findings, FORMS, HOPELESS
 from experiments.data import Images
-from kkt_jax import generators, networks, priors, training
+from kkt_jax import generators, priors, training
 from kkt_jax.classifier import Classifier
 from kkt_jax.relaxation import relax_gates
 from kkt_jax.subject import Subject
@@ -43,6 +43,7 @@ class Config:
   steps: int = common.flag(1500, "Training steps of the generator.", lower=1)
   warmup: int = common.flag(300, "First steps, in which only the classification counts.", lower=0)
   learning_rate: float = common.flag(0.05, "Peak learning rate of the generator.", lower=1e-8)
+  multiplier_learning_rate: float = common.flag(0.02, "Peak learning rate of the multipliers.", lower=0)
   stationarity_weight: float = common.flag(72.0, "Weight of the stationarity (0 is the ablation).", lower=0)
   duality_weight: float = common.flag(14.0, "Weight of the common margin.", lower=0)
   statistics_weight: float = common.flag(
@@ -153,18 +154,15 @@ def train_generator(
   config: Config, classifier: Classifier, findings: Findings, out: common.Workdir
 ) -> tuple[training.Method, training.TrainState]:
   """Trains the generator from the classifier alone, or resumes; no data enter this function."""
-  keys = jax.random.split(jax.random.key(config.seed + 1), 3)
+  keys = jax.random.split(jax.random.key(config.seed + 1))
   num_classes = classifier.num_classes
   batch_size = config.codes * num_classes
   init, generate = _generator(config, classifier, findings)
-  decay = findings.form == "weight_decay"
-  network = networks.MultiplierNetwork(num_outputs=num_classes, num_labels=num_classes)
-  form = "softmax" if decay else "softplus"
   terms = _priors(config, classifier, _share(classifier, findings))
   adam = functools.partial(ingredients.adam, num_steps=config.steps)
   method = training.Method(
     generate=generate,
-    optimizer=training.partitioned(adam(config.learning_rate), adam(2e-3), adam(2e-4)),
+    optimizer=training.partitioned(adam(config.learning_rate), adam(config.multiplier_learning_rate), adam(2e-4)),
     noise_dim=1,
     batch_size=batch_size,
     weights={
@@ -174,10 +172,10 @@ def train_generator(
     },
     priors={name: prior for name, (_, prior) in terms.items()},
     residual="cosine",  # neither the weight decay nor the factor of Lambda-bar need be known
-    multiplier_form=form,
-    raw_multipliers=ingredients.raw_multipliers(form, network),
+    multiplier_form="softplus",
+    raw_multipliers=lambda table, x, y, t: table,  # free, for every batch holds the same samples in the same order
     learn_scale=False,
-    delta=1.0 if decay else 0.1,
+    delta=1.0 if findings.form == "weight_decay" else 0.1,
     fixed_noise=True,
     stratified_noise=True,
   )
@@ -189,7 +187,7 @@ def train_generator(
     [findings.conditions],
     theta=theta,
     statistics=statistics,
-    eta=ingredients.init_multipliers(form, network, keys[2], batch_size=batch_size, input_shape=classifier.input_shape),
+    eta=jnp.zeros((batch_size, num_classes)),
     margin=config.margin or None,
   )
 

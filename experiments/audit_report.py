@@ -12,17 +12,25 @@ import numpy as np
 from experiments import common, comparison, figures, report
 from experiments.audit_findings import Findings
 from experiments.data import Images
-from kkt_jax import diagnostics, losses, metrics
+from kkt_jax import diagnostics, metrics
 from kkt_jax.classifier import Classifier
 
 _SIGNIFICANT = 0.01  # p-value below which hits are no chance
 _COLUMNS = 20  # images in a row
 
+_ROWS = {  # name: title, what it is, kind
+  "generated": ("generated", "Fresh draws of the generator that was trained from the weights alone.", "method"),
+  "training_data": ("training data", "What perfect recovery would give.", "control"),
+  "real_held_out": ("other real data", "Data of the same kind that were not trained on.", "control"),
+  "class_means": ("class means", "The mean of the training data of each class.", "control"),
+  "dataset_mean": ("mean", "The mean of all training data.", "control"),
+  "uniform_noise": ("noise", "Every value drawn evenly from the range.", "control"),
+}
 _FIGURES = [
   report.Figure("agreement", "classified as wanted", "Share of samples that the audited classifier gives the wanted class.", "higher", 2, "By the classifier itself"),
   report.Figure("confidence", "confidence", "Mean probability that it gives the wanted class.", "", 3, "By the classifier itself"),
   report.Figure("margin", "margin", "Median margin to the runner-up, in logits.", "", 2, "By the classifier itself"),
-  report.Figure("residual", "residual", "What the stationarity conditions lack: 0 is perfect, 1 is nothing.", "lower", 3, "By the classifier itself"),
+  report.Figure("residual", "residual", "What the stationarity conditions lack with the best multipliers: 0 is perfect, 1 is nothing.", "lower", 3, "By the classifier itself"),
   report.Figure("diversity", "diversity", "Mean distance of two samples of a class, per input value.", "", 3, "By the classifier itself"),
   report.Figure("cover", "likeness", "Mean similarity of a training sample and the sample of its class nearest to it.", "higher", 3, "Against the owner's data"),
   report.Figure("retrieved", "picked out", "Share of training samples that some sample resembles more than any of a group of other real ones.", "", 2, "Against the owner's data"),
@@ -58,28 +66,26 @@ def write(
   Returns:
     The figures, with the ``verdict``.
   """
-  sets = {"generated": fresh, "training": train, "held_out": held_out}
-  values = {name: _by_classifier(classifier, findings, images) for name, images in sets.items() if images is not None}
+  sets = {"generated": fresh} | _controls(fresh, train, held_out)
+  values = {}
+  for number, (name, images) in enumerate(sets.items()):
+    common.say(f"measuring {number + 1} of {len(sets)}: {_ROWS[name][0]}")
+    values[name] = _by_classifier(classifier, findings, images)
   known: dict[str, Any] = {}
   if train is not None:
     known = _against_data(every, train, held_out)
     values["generated"] |= {name: value for name, value in known.items() if name in {f.name for f in _FIGURES}}
-    if held_out is not None:
-      values["held_out"]["cover"] = float(np.mean(_similarity(held_out, train)))
-    values["training"]["cover"] = 1.0
+    whole = sets | {"training_data": train} | ({} if held_out is None else {"real_held_out": held_out})
+    for name in values.keys() - {"generated"}:
+      values[name]["cover"] = float(np.mean(_similarity(whole[name], train)))
   verdict = _verdict(known)
   pictures = _pictures(out.path, every, train)
-  titles = {
-    "generated": ("generated", "Fresh draws of the generator that was trained from the weights alone.", "method"),
-    "training": ("training data", "What perfect recovery would give.", "control"),
-    "held_out": ("other real data", "Data of the same kind that were not trained on.", "control"),
-  }
   lines = [json.loads(line) for line in (out.path / "metrics.jsonl").read_text().splitlines()]
   curve = ("loss", [line["step"] for line in lines], [line["total"] for line in lines])
   rows = [
     report.Row(
       name,
-      *titles[name],
+      *_ROWS[name],
       {figure: [value] for figure, value in own.items()},
       pictures if name == "generated" else [],
       [curve] if name == "generated" and lines else [],
@@ -142,16 +148,24 @@ def _pictures(path: pathlib.Path, every: Images, train: Images | None) -> list[t
   return pictures
 
 
+def _controls(fresh: Images, train: Images | None, held_out: Images | None) -> dict[str, Images]:
+  """As many of everything that generated samples are compared with as there are of them, or as there are."""
+  key = jax.random.key(0)
+  if train is None:
+    return {"uniform_noise": comparison.uniform_noise(fresh, key)}
+  found = comparison.controls(train, fresh.y, key)
+  if held_out is not None:
+    found["real_held_out"] = comparison.first_of_each_class(
+      held_out, int(np.unique(fresh.y, return_counts=True)[1].min())
+    )
+  return {name: found[name] for name in _ROWS if name in found}
+
+
 def _by_classifier(classifier: Classifier, findings: Findings, images: Images) -> dict[str, float]:
   """What the audited classifier and its conditions say of samples."""
-  x, y = jnp.asarray(images.x[:1000]), images.y[:1000]
+  x, y = jnp.asarray(images.x), images.y
   probabilities = jax.nn.softmax(classifier.predict_fn(classifier.params, x))
-  mu = None  # the best ones
-  if findings.form == "weight_decay":  # the classifier's own, but for their scale, which is that of an unknown decay
-    own = jax.nn.softmax(classifier.gradient_fn(classifier.params, x))
-    sums = losses.stationarity_sum(classifier.gradient_fn, classifier.params, x, y, own)
-    mu = losses.best_scale(findings.conditions, sums) * own
-  diagnosis = diagnostics.diagnose(classifier, findings.conditions, x, y, mu=mu, num_steps=200)
+  diagnosis = diagnostics.diagnose(classifier, findings.conditions, x, y, num_steps=100)
   flat = np.asarray(x).reshape(len(y), -1)
   return {
     "agreement": diagnosis.accuracy,

@@ -19,24 +19,21 @@ _NEIGHBOURS = (3, 5)  # k of precision, recall, density and coverage
 _COLUMNS = ("eval_accuracy", "ssim_nearest", "ssim_cover", "distinct_nearest", "spread", "label_agreement", "residual")
 
 
-def controls(data: Split, y: np.ndarray, key: jax.Array) -> dict[str, Images]:
-  """What generated images are compared with.
+def controls(train: Images, y: np.ndarray, key: jax.Array) -> dict[str, Images]:
+  """What generated samples are compared with, beside real data that were not trained on.
 
   Args:
-    data: the training data and real data that no classifier has seen.
+    train: the training data.
     y: labels [S], sorted; the controls have the same ones.
     key: of the noise.
 
   Returns:
-    Real held-out images, training images, class means, the mean of all training data, uniform noise; S of each, or as
-    many as there are.
+    Training data, class means, the mean of all training data, uniform noise; S of each, or as many as there are.
   """
-  train = data.train
   shape = train.x.shape[1:]
   labels, counts = np.unique(y, return_counts=True)
   means = {label: train.x[train.y == label].mean(axis=0) for label in labels}
   return {
-    "real_held_out": first_of_each_class(data.held_out, int(counts.min())),
     "training_data": first_of_each_class(train, int(counts.min())),
     "class_means": Images(np.stack([means[label] for label in y]), y),
     "dataset_mean": Images(np.broadcast_to(train.x.mean(axis=0), (len(y), *shape)), y),

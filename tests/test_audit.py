@@ -136,7 +136,7 @@ def test_every_kind_of_module_and_file_is_audited(stored, tmp_path, build, kind,
 def test_with_the_owner_s_data_there_is_a_verdict(stored, tmp_path):
   data = {"train_data": str(stored / "train.npz"), "held_out_data": str(stored / "held_out.npz")}
   metrics = audit.run(config(stored, linen, "msgpack", **data), tmp_path)
-  assert metrics["training"]["cover"] == 1
+  assert metrics["training_data"]["cover"] == 1
   assert 0 < metrics["generated"]["p_value"] <= 1
   assert metrics["generated"]["chance"] == pytest.approx(1 / 3)  # two others to each
   assert json.loads((tmp_path / "metrics.json").read_text())["verdict"] == metrics["verdict"]
