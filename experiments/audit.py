@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments import audit_report, common, ingredients
 from experiments.audit_data import read_images
@@ -46,6 +47,9 @@ class Config:
   multiplier_learning_rate: float = common.flag(0.02, "Peak learning rate of the multipliers.", lower=0)
   stationarity_weight: float = common.flag(72.0, "Weight of the stationarity (0 is the ablation).", lower=0)
   duality_weight: float = common.flag(14.0, "Weight of the common margin.", lower=0)
+  tie_weight: float = common.flag(
+    0.3, "Weight decay: last weight of the multipliers' distance from the classifier's own probabilities.", lower=0
+  )
   statistics_weight: float = common.flag(
     100.0, "Weight of the stored batch-norm statistics, if there are any.", lower=0
   )
@@ -159,6 +163,8 @@ def train_generator(
   batch_size = config.codes * num_classes
   init, generate = _generator(config, classifier, findings)
   terms = _priors(config, classifier, _share(classifier, findings))
+  decay = findings.form == "weight_decay"
+  rising = optax.schedules.linear_schedule(0.0, config.tie_weight, max(3 * config.steps // 5, 1), config.warmup)
   adam = functools.partial(ingredients.adam, num_steps=config.steps)
   method = training.Method(
     generate=generate,
@@ -168,6 +174,7 @@ def train_generator(
     weights={
       "stationarity": lambda step: jnp.where(jnp.asarray(step) < config.warmup, 0.0, config.stationarity_weight),
       "duality": config.duality_weight,
+      **({"softmax_distance": rising} if decay and config.tie_weight else {}),
       **{name: weight for name, (weight, _) in terms.items()},
     },
     priors={name: prior for name, (_, prior) in terms.items()},
@@ -175,7 +182,7 @@ def train_generator(
     multiplier_form="softplus",
     raw_multipliers=lambda table, x, y, t: table,  # free, for every batch holds the same samples in the same order
     learn_scale=False,
-    delta=1.0 if findings.form == "weight_decay" else 0.1,
+    delta=1.0 if decay else 0.1,
     fixed_noise=True,
     stratified_noise=True,
   )

@@ -91,6 +91,39 @@ def on_runner_up(raw: ArrayLike, logits: ArrayLike, y: ArrayLike) -> jax.Array:
   return jnp.where(runner_up, jnp.asarray(raw) / jnp.sum(runner_up, axis=1, keepdims=True), 0.0)
 
 
+def softmax_distance(mu: ArrayLike, logits: ArrayLike, y: ArrayLike) -> jax.Array:
+  """How far free multipliers are from the classifier's own probabilities, whatever their common factor.
+
+  Tied to the softmax from the start, multipliers span so many orders of magnitude that a few misplaced samples make up
+  the whole sum, and nothing descends. Free ones find the way, but do not know how sure a sample has to be. As a term
+  whose weight grows, this leads from the ones to the others. Beyond the paper; for classifiers with weight decay.
+
+  Args:
+    mu: [M, C], not negative.
+    logits: [M, C].
+    y: output indices of the true classes [M].
+
+  Returns:
+    A scalar: the variance of ``log mu_c - log p_c`` over all samples and their wrong classes.
+
+  Raises:
+    ValueError: shapes do not fit.
+
+  >>> import jax.numpy as jnp
+  >>> logits, y = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([2])
+  >>> print(softmax_distance(7 * from_softmax(logits), logits, y).round(6))
+  0.0
+  >>> print(softmax_distance(jnp.ones((1, 3)), logits, y).round(6))  # the variance of 0 and 1
+  0.25
+  """
+  _checks.check_rank("logits", logits, 2, "[M, C]")
+  _checks.check_same_shapes("mu", mu, "logits", logits)
+  _checks.check_labels("y", y, jnp.shape(logits)[0])
+  wrong = jnp.arange(jnp.shape(logits)[1])[None, :] != jnp.asarray(y)[:, None]
+  gap = jnp.log(jnp.maximum(jnp.asarray(mu), 1e-12)) - jax.nn.log_softmax(jnp.asarray(logits))
+  return jnp.var(gap, where=wrong)
+
+
 def shortfall(mu: ArrayLike, least: float) -> jax.Array:
   """How far each sample is from being a support vector: ``relu(least - sum_c mu_ic)^2``.
 

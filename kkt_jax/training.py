@@ -62,7 +62,8 @@ class Method:
     batch_size: M, samples for each classifier in each step.
     weights: weight of each term of the loss by name: ``"stationarity"``, ``"duality"`` (the paper's beta),
       ``"fresh_duality"`` where ``num_fresh`` is not 0, ``"least_multiplier"`` where that is not, and every prior;
-      numbers, or schedules of the step.
+      numbers, or schedules of the step. Free multipliers are drawn to the classifier's own probabilities where there is
+      one for ``"softmax_distance"``; see `kkt_jax.multipliers.softmax_distance`.
     priors: further terms by name, each a function of the classifier and its batch; see `kkt_jax.priors`.
     residual: how stationarity is measured: ``"relative"`` and ``"cosine"`` are scale-free, ``"absolute"`` is the
       paper's unsquared norm (Eq. 5), ``"squared"`` its square (Haim et al. 2022).
@@ -136,6 +137,8 @@ class Method:
         raise ValueError(
           "microbatch_size must be None with multiplier_form = 'runner_up', whose numbers are a batch's."
         )
+      if "softmax_distance" in self.weights:
+        raise ValueError("microbatch_size must be None with a weight of softmax_distance, a variance over a batch.")
 
 
 class TrainState(NamedTuple):
@@ -556,6 +559,9 @@ def _means(
   terms = {"duality": _duality(method, params, classifier, index, batch)}
   if method.least_multiplier:
     terms["least_multiplier"] = jnp.mean(multipliers.shortfall(mu, method.least_multiplier))
+  if "softmax_distance" in method.weights:
+    logits = classifier.gradient_fn(classifier.params, batch.x)
+    terms["softmax_distance"] = multipliers.softmax_distance(mu, logits, classifier.local_labels(batch.y))
   for name, prior in method.priors.items():
     value = prior(classifier, batch)
     if method.microbatch_size is not None and jnp.ndim(value) == 0:

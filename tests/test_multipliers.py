@@ -9,7 +9,14 @@ import pytest
 
 from kkt_jax.conditions import Conditions
 from kkt_jax.losses import stationarity_sum
-from kkt_jax.multipliers import from_network, from_softmax, initial_log_scale, on_runner_up, shortfall
+from kkt_jax.multipliers import (
+  from_network,
+  from_softmax,
+  initial_log_scale,
+  on_runner_up,
+  shortfall,
+  softmax_distance,
+)
 
 
 class FromNetworkTest(chex.TestCase):
@@ -142,6 +149,21 @@ class OnRunnerUpTest(chex.TestCase):
     # 0.5 - 0.3 = 0.2, squared 0.04; 0.5 + 1 = 1.5, squared 2.25; nothing is missing.
     np.testing.assert_allclose(self.variant(shortfall, static_argnums=1)(mu, 0.5), [0.04, 2.25, 0.0], rtol=1e-5)
 
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_softmax_distance_by_hand(self):
+    # Wrong classes only: log mu - log p is 0 and log 2 for the first sample, log 3 and log 3 for the second.
+    logits = jnp.log(jnp.array([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]]))
+    mu = jnp.array([[0.2, 0.6, 9.0], [9.0, 0.9, 0.3]])
+    gaps = np.log([1.0, 2.0, 3.0, 3.0])
+    distance = self.variant(softmax_distance)
+    np.testing.assert_allclose(distance(mu, logits, jnp.array([2, 0])), np.var(gaps), rtol=1e-5)
+    np.testing.assert_allclose(distance(5 * mu, logits, jnp.array([2, 0])), np.var(gaps), rtol=1e-5)
+
+  def test_softmax_distance_is_finite_where_a_multiplier_is_0(self):
+    value, slope = jax.value_and_grad(softmax_distance)(jnp.zeros((2, 3)), jnp.ones((2, 3)), jnp.array([0, 1]))
+    assert float(value) == pytest.approx(0.0, abs=1e-6)
+    assert bool(jnp.isfinite(slope).all())
+
 
 def test_the_sum_with_runner_up_multipliers_is_that_of_the_margins_gradient():
   w = jax.random.normal(jax.random.key(0), (4, 3))
@@ -163,3 +185,5 @@ def test_one_multiplier_a_sample_is_wanted():
     on_runner_up(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.array([0, 1]))
   with pytest.raises(ValueError, match="least must be at least 0"):
     shortfall(jnp.ones((2, 3)), -1.0)
+  with pytest.raises(ValueError, match="mu must have the shapes of logits"):
+    softmax_distance(jnp.ones((2, 2)), jnp.ones((2, 3)), jnp.array([0, 1]))

@@ -112,6 +112,15 @@ def test_free_multipliers_are_pulled_to_the_least_one():
   np.testing.assert_array_equal(moved[start > 0.5], start[start > 0.5])  # enough is enough
 
 
+def test_free_multipliers_are_drawn_to_the_softmax():
+  weights = {"stationarity": 0.0, "duality": 0.0, "spread": 0.0, "softmax_distance": 1.0}
+  method, state, classifiers, conditions = setup(weights=weights, multiplier_form="softplus")
+  logged = []
+  run(method, state, classifiers, conditions, 200, log_every=10, on_log=lambda step, m: logged.append(m))
+  assert logged[0]["softmax_distance"] > 0.01
+  assert logged[-1]["softmax_distance"] < 0.5 * logged[0]["softmax_distance"]
+
+
 def test_the_target_can_follow_alpha():
   values, slopes = {}, {}
   for exponent in (0.0, 1.0):
@@ -437,6 +446,8 @@ def test_what_microbatches_would_change_is_refused():
     run(*setup(microbatch_size=4, generator_batch_norm=False), 1)
   with pytest.raises(ValueError, match="microbatch_size must be None with batch norm"):
     setup(microbatch_size=4)
+  with pytest.raises(ValueError, match="microbatch_size must be None with a weight of softmax_distance"):
+    setup(microbatch_size=4, **SEPARABLE | {"weights": SEPARABLE["weights"] | {"softmax_distance": 1.0}})
   coupled = dataclasses.replace(linear_classifier((0, 1, 2)), batch_coupled=True)
   with pytest.raises(ValueError, match="microbatch_size must be None with batch norm"):
     setup([coupled], microbatch_size=4, **SEPARABLE)
