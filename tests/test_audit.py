@@ -157,6 +157,22 @@ def test_a_plain_function_tells_its_mean_and_the_data_s_span(stored):
   assert findings.span.strengths.size <= 15  # as many as there are training samples
 
 
+@pytest.mark.parametrize("network", audit_examples.NETWORKS)
+def test_every_example_is_trained_and_stored_with_its_data(tmp_path, network):
+  settings = audit_examples.Config(network=network, steps=2, samples_per_class=2, held_out_per_class=2)
+  command = audit_examples.run(settings, tmp_path)["audit"].split()
+  given = dict(argument.removeprefix("--").split("=") for argument in command if argument.startswith("--"))
+  subject = audit.load_subject(given["classifier"])
+  classifier = audit.load_classifier(subject, given["checkpoint"])
+  first = jax.tree.leaves(subject.init_fn())
+  stored = jax.tree.leaves(classifier.params)
+  assert all(bool(jnp.isfinite(leaf).all()) for leaf in stored)
+  assert not np.array_equal(stored[0], first[-len(stored)])  # it has been trained
+  for name in ("train_data", "held_out_data"):
+    data = read_images(given[name], flag=name, input_shape=(28, 28, 1), num_classes=10, value_range=subject.value_range)
+    assert data.x.shape == (20, 28, 28, 1)
+
+
 def test_weights_without_a_kkt_point_are_recognised_before_any_training(tmp_path, stored):
   subject = linen()
   audit_examples.store(tmp_path, jax.tree.map(lambda leaf: leaf + 0.3, subject.init_fn()), "msgpack")
