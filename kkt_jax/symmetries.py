@@ -10,6 +10,7 @@ network.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -146,17 +147,18 @@ def _changes(apply_fn: ApplyFn, params: PyTree, x: jax.Array) -> _Change:
   """How margins change along a direction, given by the tensors it moves: the logits' change less its class mean."""
   leaves, structure = jax.tree.flatten(params)
 
-  @jax.jit
-  def along(tangents: Sequence[jax.Array]) -> jax.Array:
-    change = jax.jvp(lambda p: apply_fn(p, x), (params,), (jax.tree.unflatten(structure, tangents),))[1]
-    return (change - jnp.mean(change, axis=1, keepdims=True)).reshape(-1)
-
   def change(moved: Mapping[int, np.ndarray]) -> np.ndarray:
     zeros = [moved[i] if i in moved else np.zeros(leaf.shape) for i, leaf in enumerate(leaves)]
     tangents = [jnp.asarray(z, leaf.dtype) for z, leaf in zip(zeros, leaves, strict=True)]
-    return np.asarray(along(tangents), np.float64)
+    return np.asarray(_margins_along(apply_fn, params, x, jax.tree.unflatten(structure, tangents)), np.float64)
 
   return change
+
+
+@functools.partial(jax.jit, static_argnames="apply_fn")  # here, so that it is compiled once for all that is tried
+def _margins_along(apply_fn: ApplyFn, params: PyTree, x: jax.Array, tangents: PyTree) -> jax.Array:
+  change = jax.jvp(lambda p: apply_fn(p, x), (params,), (tangents,))[1]
+  return (change - jnp.mean(change, axis=1, keepdims=True)).reshape(-1)
 
 
 def _shifts(tensors: Sequence[_Tensor], num_classes: int, change: _Change) -> dict[str, float]:
