@@ -65,8 +65,10 @@ def _evaluate(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any], sh
     gated = _gated_input(equation)
     if gated is not None and equation.invars[gated] in variances:
       gated = None
-    squares |= set(equation.outvars) if _is_square(equation) else set()
-    variances |= set(equation.outvars) if _subtracts(equation, squares) else set()
+    if _is_square(equation):
+      squares.update(equation.outvars)
+    if _subtracts(equation, squares):
+      variances.update(equation.outvars)
     inner = equation.params.get(_CALLS.get(equation.primitive.name, ""))
     if gated is not None:
       outputs = [relaxed_relu(inputs[gated], sharpness)]
