@@ -20,8 +20,8 @@ _COLUMNS = 20  # images in a row
 
 _ROWS = {  # name: title, what it is, kind
   "generated": ("generated", "Fresh draws of the generator that was trained from the weights alone.", "method"),
-  "training_data": ("training data", "What perfect recovery would give.", "control"),
   "real_held_out": ("other real data", "Data of the same kind that were not trained on.", "control"),
+  "training_data": ("training data", "What perfect recovery would give.", "control"),
   "class_means": ("class means", "The mean of the training data of each class.", "control"),
   "dataset_mean": ("mean", "The mean of all training data.", "control"),
   "uniform_noise": ("noise", "Every value drawn evenly from the range.", "control"),
@@ -153,12 +153,7 @@ def _controls(fresh: Images, train: Images | None, held_out: Images | None) -> d
   key = jax.random.key(0)
   if train is None:
     return {"uniform_noise": comparison.uniform_noise(fresh, key)}
-  found = comparison.controls(train, fresh.y, key)
-  if held_out is not None:
-    found["real_held_out"] = comparison.first_of_each_class(
-      held_out, int(np.unique(fresh.y, return_counts=True)[1].min())
-    )
-  return {name: found[name] for name in _ROWS if name in found}
+  return comparison.controls(train, held_out, fresh.y, key)
 
 
 def _by_classifier(classifier: Classifier, findings: Findings, images: Images) -> dict[str, float]:

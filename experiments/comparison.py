@@ -19,22 +19,25 @@ _NEIGHBOURS = (3, 5)  # k of precision, recall, density and coverage
 _COLUMNS = ("eval_accuracy", "ssim_nearest", "ssim_cover", "distinct_nearest", "spread", "label_agreement", "residual")
 
 
-def controls(train: Images, y: np.ndarray, key: jax.Array) -> dict[str, Images]:
-  """What generated samples are compared with, beside real data that were not trained on.
+def controls(train: Images, held_out: Images | None, y: np.ndarray, key: jax.Array) -> dict[str, Images]:
+  """What generated samples are compared with.
 
   Args:
     train: the training data.
+    held_out: real data that were not trained on, if there are any.
     y: labels [S], sorted; the controls have the same ones.
     key: of the noise.
 
   Returns:
-    Training data, class means, the mean of all training data, uniform noise; S of each, or as many as there are.
+    Real held-out data, if there are any, training data, class means, the mean of all training data, uniform noise; S of
+    each, or as many as there are.
   """
   shape = train.x.shape[1:]
   labels, counts = np.unique(y, return_counts=True)
   means = {label: train.x[train.y == label].mean(axis=0) for label in labels}
-  return {
-    "training_data": first_of_each_class(train, int(counts.min())),
+  count = int(counts.min())
+  return ({} if held_out is None else {"real_held_out": first_of_each_class(held_out, count)}) | {
+    "training_data": first_of_each_class(train, count),
     "class_means": Images(np.stack([means[label] for label in y]), y),
     "dataset_mean": Images(np.broadcast_to(train.x.mean(axis=0), (len(y), *shape)), y),
     "uniform_noise": uniform_noise(Images(np.empty((len(y), *shape)), y), key),

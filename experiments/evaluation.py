@@ -127,9 +127,7 @@ def _controls(
   if path.exists():
     kept: dict[str, Any] = json.loads(path.read_text())
     return kept
-  count = int(np.unique(y, return_counts=True)[1].min())
-  samples = {"real_held_out": comparison.first_of_each_class(data.held_out, count)}
-  samples |= comparison.controls(data.train, y, key)
+  samples = comparison.controls(data.train, data.held_out, y, key)
   results: dict[str, Any] = {name: measure(images) for name, images in samples.items()}
   populations = {
     "training_data": data.train,

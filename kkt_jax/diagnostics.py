@@ -155,7 +155,7 @@ def diagnose(
   residual = losses.stationarity_residual(
     conditions, losses.stationarity_sum(classifier.gradient_fn, classifier.params, x, local, mu)
   )
-  wrong = mu[jnp.arange(mu.shape[1])[None, :] != local[:, None]]
+  wrong = mu[~losses.is_true_class(mu, local)]
   margin = losses.runner_up_margin(classifier.predict_fn(classifier.params, x), local)
   low, median, high = jnp.percentile(margin, jnp.array([5.0, 50.0, 95.0]))
   return Diagnosis(

@@ -41,7 +41,7 @@ def margins(logits: ArrayLike, y: ArrayLike) -> jax.Array:
   """
   logits, y = _checked_logits(logits, y)
   true = jnp.take_along_axis(logits, y[:, None], axis=1)
-  return jnp.where(_is_true_class(logits, y), jnp.inf, true - logits)
+  return jnp.where(is_true_class(logits, y), jnp.inf, true - logits)
 
 
 def runner_up_margin(logits: ArrayLike, y: ArrayLike) -> jax.Array:
@@ -183,9 +183,9 @@ def stationarity_sum(
   def weights(shape: tuple[int, ...]) -> jax.Array:
     """What multiplies the gradient of each logit: the sum of mu on the true class, minus mu on the others."""
     _checks.check_shape("mu", mu, shape, "[M, C]")
-    others = jnp.where(_is_true_class(mu, y), 0.0, mu)
+    others = jnp.where(is_true_class(mu, y), 0.0, mu)
     total = jnp.sum(others, axis=1, keepdims=True)
-    return jnp.where(_is_true_class(mu, y), total, -others) / num_samples
+    return jnp.where(is_true_class(mu, y), total, -others) / num_samples
 
   if route == "vjp":
     logits, pull_back = jax.vjp(lambda p: apply_fn(p, x), params)
@@ -340,7 +340,7 @@ def _checked_logits(logits: ArrayLike, y: ArrayLike) -> tuple[jax.Array, jax.Arr
   return jnp.asarray(logits), jnp.asarray(y)
 
 
-def _is_true_class(values: jax.Array, y: jax.Array) -> jax.Array:
+def is_true_class(values: jax.Array, y: jax.Array) -> jax.Array:
   """Boolean [M, C], True in the column of the true class."""
   return jnp.arange(values.shape[1])[None, :] == y[:, None]
 

@@ -119,9 +119,8 @@ def softmax_distance(mu: ArrayLike, logits: ArrayLike, y: ArrayLike) -> jax.Arra
   _checks.check_rank("logits", logits, 2, "[M, C]")
   _checks.check_same_shapes("mu", mu, "logits", logits)
   _checks.check_labels("y", y, jnp.shape(logits)[0])
-  wrong = jnp.arange(jnp.shape(logits)[1])[None, :] != jnp.asarray(y)[:, None]
   gap = jnp.log(jnp.maximum(jnp.asarray(mu), 1e-12)) - jax.nn.log_softmax(jnp.asarray(logits))
-  return jnp.var(gap, where=wrong)
+  return jnp.var(gap, where=~losses.is_true_class(gap, jnp.asarray(y)))
 
 
 def shortfall(mu: ArrayLike, least: float) -> jax.Array:

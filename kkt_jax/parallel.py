@@ -101,7 +101,7 @@ def fetch(tree: PyTree) -> PyTree:
 
 def is_first_process() -> bool:
   """Whether this process is the one of several that writes and talks; the only one is. It wakes no device to know."""
-  return jax.process_index() == 0 if jax.distributed.is_initialized() else True
+  return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def from_first_process(tree: PyTree) -> PyTree:
