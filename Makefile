@@ -7,10 +7,6 @@ WORKERS ?= logical
 VENV := .venv
 PY := $(VENV)/bin/python
 
-# Tests of kkt_jax that also run in double precision; a name without a test file is skipped.
-X64_NAMES := conditions diagnostics first_layer homogeneity jacobians last_layer losses multipliers priors
-X64_TESTS = $(sort $(foreach name,$(X64_NAMES),$(wildcard tests/test_$(name)*.py)))
-
 # Tests compile thousands of tiny functions once: compiling fast matters more to them than fast code, and workers share
 # what they have compiled. A fresh checkout starts with an empty cache.
 TEST_ENV := XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" \
@@ -26,7 +22,7 @@ define CHECK_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lock clean
+.PHONY: help setup demo check test test-oldest lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -37,9 +33,19 @@ demo: setup ## train on 100 MNIST digits, forget them, rebuild them from the wei
 	$(PY) -m experiments.mnist --samples_per_class=10 --workdir=runs/demo
 	@echo "The picture is in runs/demo/fig6.png: generated digits in odd rows, the most similar training digit below each."
 
-test: lint ## lint, then doctests and tests, then the library's tests in double precision
+check: lint ## lint, types, doctests and closed-form tests (two minutes)
+	$(PYTEST) -m "not slow"
+
+test: lint ## everything: what check does, and the tests that train, start processes or draw many cases
 	$(PYTEST)
-	JAX_ENABLE_X64=1 $(PYTEST) -o addopts="--strict-markers -ra" $(X64_TESTS)
+
+test-oldest: ## the closed-form tests with the oldest versions that the project admits, in a virtual environment of their own
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv --clear build/oldest
+	build/oldest/bin/python -m pip install --quiet --require-hashes -r requirements-oldest.lock
+	build/oldest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(TEST_ENV) build/oldest/bin/python -m pytest -n $(WORKERS) --maxprocesses=8 --dist=worksteal -m "not slow"
+	rm -rf build
 
 lint: setup ## check style, formatting and types
 	$(PY) -m ruff check .
@@ -58,8 +64,7 @@ lock: ## write requirements.lock anew, with the newest versions
 	build/lock/bin/python -m pip install --quiet uv
 	echo setuptools | build/lock/bin/uv pip compile --quiet --no-config --upgrade \
 	  --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
-	  --extra experiments --extra test --custom-compile-command "make lock" \
-	  --output-file requirements.lock pyproject.toml -
+	  --extra test --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml -
 	rm -rf build
 
 clean: ## remove .venv, caches and build files (runs/ stays)

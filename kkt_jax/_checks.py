@@ -1,7 +1,7 @@
 """Argument checks shared by the public functions.
 
-Every message names the argument, what it got and what it needs. Only static facts (shapes, dtypes, Python numbers) are
-checked here, so that all of these work under ``jax.jit``; ``check_finite`` looks at values and is for set-up code only.
+Every message names the argument, what it got and what it needs. All of them work under ``jax.jit`` and ``jax.vmap``:
+static facts (shapes, dtypes) are always checked, values only where they are known.
 """
 
 from collections.abc import Collection
@@ -9,9 +9,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 import numpy as np
 
 PyTree = Any
+
+
+def concrete(condition: ArrayLike) -> bool | None:
+  """The truth of a condition, or None inside of jit and vmap, where values are unknown.
+
+  >>> concrete(jnp.array(1.0) > 0), jax.eval_shape(lambda x: {concrete(x > 0): x}, 1.0).keys()
+  (True, dict_keys([None]))
+  """
+  try:
+    return bool(condition)
+  except jax.errors.ConcretizationTypeError:
+    return None
 
 
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
@@ -44,15 +57,19 @@ def check_batch(name: str, value: Any) -> None:
 
 def check_floating(name: str, value: Any) -> None:
   """Raises ValueError unless ``value`` holds floating-point numbers."""
-  if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-    raise ValueError(f"{name} must be floating point; got dtype {jnp.result_type(value)}.")
+  if not jnp.issubdtype(_dtype(value), jnp.floating):
+    raise ValueError(f"{name} must be floating point; got dtype {_dtype(value)}.")
 
 
 def check_labels(name: str, value: Any, num_samples: int) -> None:
   """Raises ValueError unless ``value`` is an integer vector of length ``num_samples``."""
   check_shape(name, value, (num_samples,), "[M]")
-  if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
-    raise ValueError(f"{name} must be integers; got dtype {jnp.result_type(value)}.")
+  if not jnp.issubdtype(_dtype(value), jnp.integer):
+    raise ValueError(f"{name} must be integers; got dtype {_dtype(value)}.")
+
+
+def _dtype(value: Any) -> Any:
+  return jnp.result_type(value if hasattr(value, "dtype") else jnp.asarray(value))
 
 
 def check_label_range(name: str, value: Any, num_classes: int) -> None:
@@ -64,16 +81,16 @@ def check_label_range(name: str, value: Any, num_classes: int) -> None:
     raise ValueError(f"{name} must hold at least two classes; got only class {labels[0]}.")
 
 
-def check_at_least(name: str, value: float, bound: float) -> None:
-  """Raises ValueError unless the Python number ``value >= bound``."""
-  if not value >= bound:
+def check_at_least(name: str, value: Any, bound: float) -> None:
+  """Raises ValueError unless the number ``value >= bound``."""
+  if concrete(value >= bound) is False:
     raise ValueError(f"{name} must be at least {bound}; got {value}.")
 
 
-def check_positive(name: str, value: float) -> None:
-  """Raises ValueError unless the Python number ``value > 0``."""
-  if not value > 0:
-    raise ValueError(f"{name} must be positive; got {value}.")
+def check_positive(name: str, value: Any) -> None:
+  """Raises ValueError unless the number ``value`` is positive and finite."""
+  if concrete((value > 0) & (value < np.inf)) is False:
+    raise ValueError(f"{name} must be positive and finite; got {value}.")
 
 
 def check_same_structure(name: str, tree: PyTree, like_name: str, like: PyTree) -> None:
@@ -89,14 +106,28 @@ def check_same_shapes(name: str, tree: PyTree, like_name: str, like: PyTree) -> 
   check_same_structure(name, tree, like_name, like)
   for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True):
     if jnp.shape(leaf) != jnp.shape(other):
-      where = jax.tree_util.keystr(path, simple=True, separator="/") or "the array"
       needs, got = jnp.shape(other), jnp.shape(leaf)
-      raise ValueError(f"{name} must have the shapes of {like_name}, {needs} at {where}; got {got}.")
+      raise ValueError(f"{name} must have the shapes of {like_name}, {needs} at {_where(path)}; got {got}.")
 
 
 def check_finite(name: str, tree: PyTree) -> None:
-  """Raises ValueError naming the first leaf of a concrete pytree that holds a NaN or an infinity."""
+  """Raises ValueError naming the first leaf of a pytree that is known to hold a NaN or an infinity."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if not np.all(np.isfinite(np.asarray(leaf))):
-      where = jax.tree_util.keystr(path, simple=True, separator="/")
-      raise ValueError(f"{name} must be finite; {where or 'the array'} holds a NaN or an infinity.")
+    if concrete(jnp.all(jnp.isfinite(leaf))) is False:
+      raise ValueError(f"{name} must be finite; {_where(path)} holds a NaN or an infinity.")
+
+
+def check_params(name: str, params: PyTree) -> None:
+  """Raises ValueError unless a pytree holds tensors, all of them floating point, finite, and with entries."""
+  if not jax.tree.leaves(params):
+    raise ValueError(f"{name} must hold at least one tensor; got {params!r}.")
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    check_floating(f"{name}, at {_where(path)},", leaf)
+    if jnp.size(leaf) == 0:
+      raise ValueError(f"{name} must hold no tensor without entries; got shape {jnp.shape(leaf)} at {_where(path)}.")
+  check_finite(name, params)
+
+
+def _where(path: Any) -> str:
+  """The path of a leaf, for messages."""
+  return jax.tree_util.keystr(path, simple=True, separator="/") or "the array"

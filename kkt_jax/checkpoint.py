@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 from types import TracebackType
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ class Checkpointer:
     )
     self._manager = ocp.CheckpointManager(self._directory, options=options) if parallel.is_first_process() else None
 
-  def __enter__(self) -> "Checkpointer":
+  def __enter__(self) -> Self:
     return self
 
   def __exit__(

@@ -1,4 +1,4 @@
-"""What the library needs of a trained classifier: a function, its parameters, and how its batch norm is meant."""
+"""What the library needs of a trained classifier: its functions, its parameters, and what is known of its inputs."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+import numpy as np
 
 from kkt_jax import _checks
 
@@ -29,6 +30,8 @@ ApplyFn = Callable[[PyTree, jax.Array], jax.Array]
     "input_shape",
     "labels",
     "batch_coupled",
+    "value_range",
+    "weight_decay",
   ],
 )
 @dataclasses.dataclass(frozen=True)
@@ -36,24 +39,29 @@ class Classifier:
   """A trained classifier Phi(.; zeta); build it with `make_classifier`, which checks its parts.
 
   It is a pytree with leaves ``params``, ``statistics`` and ``offset``, so it can be an argument of a jitted function.
+  Inputs are in the classifier's own units everywhere; `to_unit` maps them to [0, 1].
 
   Attributes:
-    apply_fn: ``(params, x[M, *input_shape]) -> logits[M, C]``, the function that gradient descent trained, exactly.
-      Lambda is derived from it. With batch norm it uses the statistics of the batch.
-    gradient_fn: the same values, with the derivatives that enter the stationarity condition: ``apply_fn`` itself, or
-      one with relaxed ReLU gates. Lambda must not be derived from relaxed gates: they are not quasi-homogeneous.
-    params: zeta, the trained parameters.
+    apply_fn: ``(params, x[M, *input_shape]) -> logits[M, C]``, exactly the function that gradient descent trained, from
+      which Lambda is derived. With batch norm it uses the statistics of the batch.
+    params: zeta, a pytree of floating-point arrays.
     input_shape: shape of one input.
-    labels: the label that each output stands for, C of them: the classes that the training data held. Several
-      classifiers share one numbering; a classifier of the digits 5-9 has ``labels=(5, 6, 7, 8, 9)``.
-    predict_fn: ``(params, x) -> logits`` at inference, where no samples interact. Margins are measured on it. With
-      batch norm it holds its own copy of the stored statistics.
-    batch_coupled: whether the samples of a batch interact in ``apply_fn`` (batch norm on batch statistics).
+    labels: the label that each output stands for, C distinct integers; 0..C-1 by default. Several classifiers share
+      one numbering: a classifier of the digits 5-9 has ``labels=(5, 6, 7, 8, 9)``.
+    gradient_fn: the same values, with the derivatives that enter the stationarity condition: ``apply_fn`` itself (the
+      default), or one with relaxed ReLU gates, which are not quasi-homogeneous (`kkt_jax.relaxation.relaxed`).
+    predict_fn: ``(params, x) -> logits`` at inference, where samples do not interact; ``apply_fn`` by default. Margins
+      are measured on it. With batch norm it holds its own copy of the stored statistics.
+    batch_coupled: whether the samples of a batch interact in ``apply_fn`` (batch norm on batch statistics); if so,
+      ``predict_fn`` is required.
     statistics_fn: ``(params, x) -> statistics`` of a batch inside the classifier, or None.
-    statistics: the stored statistics of the training data, same tree as ``statistics_fn`` returns, or None.
-    features_fn: ``(params, x) -> features [M, F]`` before the last ReLU, at inference, or None.
-    offset: a stored preprocessing constant that ``apply_fn`` subtracts from its inputs, such as the mean image of the
-      training data, or None. It is part of what a classifier gives away.
+    statistics: the stored statistics of the training data, the tree that ``statistics_fn`` returns, or None.
+    features_fn: ``(params, x) -> [M, F]`` at inference: the output of the last batch norm, of which the ReLU is the
+      input of the last layer; or None.
+    offset: a constant [*input_shape] that the functions subtract from their inputs, such as the mean image of the
+      training data, if known. It is part of what a classifier reveals.
+    value_range: least and greatest value of an input; None if unbounded.
+    weight_decay: the strength w of the weight decay that the classifier was trained with, if known.
   """
 
   apply_fn: ApplyFn
@@ -65,17 +73,56 @@ class Classifier:
   batch_coupled: bool = False
   statistics_fn: Callable[[PyTree, jax.Array], PyTree] | None = None
   statistics: PyTree | None = None
-  features_fn: Callable[[PyTree, jax.Array], jax.Array] | None = None
+  features_fn: ApplyFn | None = None
   offset: jax.Array | None = None
+  value_range: tuple[float, float] | None = (0.0, 1.0)
+  weight_decay: float | None = None
 
   @property
   def num_classes(self) -> int:
     """C, the number of outputs."""
     return len(self.labels)
 
-  def local_labels(self, y: ArrayLike) -> jax.Array:
-    """The output indices [M] that stand for the labels ``y`` [M]; every label must be in ``labels``."""
-    return jnp.argmax(jnp.asarray(y)[:, None] == jnp.asarray(self.labels)[None, :], axis=1)
+  def predict(self, x: jax.Array) -> jax.Array:
+    """Logits [M, C] of inputs [M, *input_shape] at inference."""
+    return self.predict_fn(self.params, x)
+
+  def classes_of(self, labels: ArrayLike) -> jax.Array:
+    """The classes (output indices, 0..C-1) [M] that stand for labels [M].
+
+    An unknown label raises a ValueError; inside a transformation, where values cannot be seen, it becomes C, for which
+    optax's losses are NaN.
+    """
+    try:
+      unknown = np.setdiff1d(np.asarray(labels), self.labels)
+    except jax.errors.TracerArrayConversionError:
+      unknown = np.zeros(0)
+    if unknown.size:
+      raise ValueError(f"labels must be among the classifier's, {self.labels}; got {unknown[0]}.")
+    labels = jnp.asarray(labels)
+    _checks.check_rank("labels", labels, 1, "[M]")
+    hits = labels[:, None] == jnp.asarray(self.labels)[None, :]
+    return jnp.where(jnp.any(hits, axis=1), jnp.argmax(hits, axis=1), self.num_classes)
+
+  def to_unit(self, x: ArrayLike) -> jax.Array:
+    """Inputs mapped from ``value_range`` to [0, 1]; unchanged if there is none."""
+    low, high = self.value_range or (0.0, 1.0)
+    return (jnp.asarray(x) - low) / (high - low)
+
+  def from_unit(self, unit: ArrayLike) -> jax.Array:
+    """The inverse of `to_unit`."""
+    low, high = self.value_range or (0.0, 1.0)
+    return low + (high - low) * jnp.asarray(unit)
+
+
+def result_shape(name: str, function: Callable[[PyTree, jax.Array], Any], params: PyTree, input_shape: Any) -> Any:
+  """The shapes [M, ...] of what a function of parameters and inputs returns for M = 2; a ValueError if it fails."""
+  probe = jax.ShapeDtypeStruct((2, *input_shape), jnp.result_type(float))
+  try:
+    return jax.eval_shape(function, params, probe)
+  except Exception as error:  # whatever somebody else's function may raise
+    what = f"{name} must take a batch of inputs of input_shape = {tuple(input_shape)}"
+    raise ValueError(f"{what}; it raised {type(error).__name__}: {error}") from error
 
 
 def make_classifier(
@@ -83,65 +130,73 @@ def make_classifier(
   params: PyTree,
   input_shape: Sequence[int],
   *,
-  labels: Sequence[int],
+  labels: Sequence[int] | None = None,
   gradient_fn: ApplyFn | None = None,
   predict_fn: ApplyFn | None = None,
   batch_coupled: bool = False,
   statistics_fn: Callable[[PyTree, jax.Array], PyTree] | None = None,
   statistics: PyTree | None = None,
-  features_fn: Callable[[PyTree, jax.Array], jax.Array] | None = None,
+  features_fn: ApplyFn | None = None,
   offset: ArrayLike | None = None,
+  value_range: tuple[float, float] | None = (0.0, 1.0),
+  weight_decay: float | None = None,
 ) -> Classifier:
-  """Checks the parts of a classifier and puts them together.
-
-  Args:
-    apply_fn: ``(params, x[M, *input_shape]) -> logits[M, C]``.
-    params: zeta.
-    input_shape: shape of one input.
-    labels: the label of each output, distinct, at least two.
-    gradient_fn: ``apply_fn`` with other derivatives; ``apply_fn`` where None.
-    predict_fn: inference; ``apply_fn`` where None. Required when ``batch_coupled``.
-    batch_coupled: whether samples interact in ``apply_fn``.
-    statistics_fn: statistics of a batch inside the classifier.
-    statistics: their stored values; given together with ``statistics_fn``.
-    features_fn: features before the last ReLU, at inference.
-    offset: the preprocessing constant that ``apply_fn`` and ``predict_fn`` subtract from their inputs, if any.
+  """Checks the parts of a classifier, which are described in `Classifier`, and puts them together.
 
   Returns:
     A `Classifier`.
 
   Raises:
-    ValueError: fewer than two labels, repeated labels, non-finite parameters, logits of another shape than
-      [M, C], or parts that do not belong together. The message names the argument.
+    ValueError: fewer than two logits, labels that are repeated or of another number, parameters that are not finite
+      or not floating point, functions that fail on such inputs or give other shapes, or parts that do not belong
+      together. The message names the argument.
 
-  >>> import jax.numpy as jnp
-  >>> linear = make_classifier(lambda w, x: x @ w, jnp.ones((2, 3)), (2,), labels=(0, 1, 2))
-  >>> linear.num_classes
-  3
+  >>> linear = make_classifier(lambda w, x: x @ w, jnp.ones((2, 3)), (2,))
+  >>> linear.num_classes, linear.labels
+  (3, (0, 1, 2))
   """
-  labels = tuple(operator.index(label) for label in labels)
-  input_shape = tuple(int(size) for size in input_shape)
-  if len(labels) < 2:
-    raise ValueError(f"labels must hold at least two classes; got {labels}.")
-  if len(set(labels)) != len(labels):
-    raise ValueError(f"labels must be distinct; got {labels}.")
+  input_shape = tuple(operator.index(size) for size in input_shape)
+  _checks.check_params("params", params)
+  shape_of = functools.partial(result_shape, params=params, input_shape=input_shape)
+  logits = shape_of("apply_fn", apply_fn)
+  if getattr(logits, "ndim", None) != 2 or logits.shape[0] != 2:
+    got = getattr(logits, "shape", None) or f"a {type(logits).__name__}"
+    raise ValueError(f"apply_fn must return logits [M, C], one array; for M = 2 it returns {got}.")
+  num_classes = logits.shape[1]
+  if num_classes < 2:
+    raise ValueError(
+      "apply_fn must return at least two logits per sample; got one. A binary classifier with one logit z is"
+      " jnp.concatenate([-z / 2, z / 2], axis=1)."
+    )
+  labels = tuple(range(num_classes) if labels is None else (operator.index(label) for label in labels))
+  if len(set(labels)) != num_classes or len(labels) != num_classes:
+    raise ValueError(f"labels must be {num_classes} distinct integers, one per logit of apply_fn; got {labels}.")
+
+  functions = {"gradient_fn": gradient_fn or apply_fn, "predict_fn": predict_fn or apply_fn}
+  for name, function in functions.items():
+    if function is not apply_fn and getattr(shape_of(name, function), "shape", None) != logits.shape:
+      raise ValueError(f"{name} must return logits [M, C] as apply_fn does, one array.")
   if batch_coupled and predict_fn is None:
     raise ValueError("predict_fn must be given when batch_coupled is True: margins are measured at inference.")
   if (statistics_fn is None) != (statistics is None):
     raise ValueError("statistics_fn and statistics must be given together; got only one of them.")
+  if statistics_fn is not None:
+    _checks.check_finite("statistics", statistics)
+    of_batch = shape_of("statistics_fn", statistics_fn)
+    _checks.check_same_shapes("statistics", statistics, "the result of statistics_fn", of_batch)
+  if features_fn is not None and getattr(shape_of("features_fn", features_fn), "ndim", None) != 2:
+    raise ValueError("features_fn must return features [M, F], one array.")
   if offset is not None:
     _checks.check_shape("offset", offset, input_shape, "input_shape")
-  _checks.check_finite("params", params)
-  functions = {"apply_fn": apply_fn, "gradient_fn": gradient_fn or apply_fn, "predict_fn": predict_fn or apply_fn}
-  for name, function in functions.items():
-    probe = jax.ShapeDtypeStruct((2, *input_shape), jnp.result_type(float))
-    logits = jax.eval_shape(function, params, probe)
-    if logits.shape != (2, len(labels)):
-      raise ValueError(
-        f"{name} must map [M, {', '.join(map(str, input_shape))}] to logits [M, C] with C = {len(labels)} labels;"
-        f" for M = 2 it gives shape {logits.shape}."
-      )
+    _checks.check_finite("offset", offset)
+  if value_range is not None:
+    low, high = value_range = (float(value_range[0]), float(value_range[1]))
+    if not low < high or math.isinf(low) or math.isinf(high):
+      raise ValueError(f"value_range must be (least, greatest), or None if unbounded; got {value_range}.")
+  if weight_decay is not None:
+    _checks.check_positive("weight_decay", weight_decay)
   return Classifier(
+    apply_fn=apply_fn,
     params=params,
     input_shape=input_shape,
     labels=labels,
@@ -151,47 +206,6 @@ def make_classifier(
     statistics=statistics,
     features_fn=features_fn,
     offset=None if offset is None else jnp.asarray(offset),
+    value_range=value_range,
+    weight_decay=weight_decay,
   )
-
-
-def samples_interact(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> bool:
-  """Whether the first sample's logits change when another sample joins it.
-
-  Args:
-    apply_fn: ``(params, x[M, ...]) -> logits[M, C]``.
-    params: its parameters.
-    x: inputs [M, ...], floating point. The sample that joins is the last one moved by 1, so M = 1 is enough.
-
-  Returns:
-    A Python bool. Under `jax.jit`, where values are unknown, made-up values of the same shapes are tried instead; only
-    a function that closes over traced values cannot be judged, and the answer is then False.
-
-  >>> import jax.numpy as jnp
-  >>> x = jnp.array([[1.0], [3.0]])
-  >>> samples_interact(lambda w, x: w * x, 2.0, x)
-  False
-  >>> samples_interact(lambda w, x: w * (x - x.mean()), 2.0, x)
-  True
-  """
-  try:
-    return _first_logits_change(apply_fn, params, jnp.asarray(x))
-  except jax.errors.ConcretizationTypeError:
-    pass
-
-  def made_up(leaf: Any) -> jax.Array:
-    shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-    return jnp.sin(1.0 + jnp.arange(math.prod(shape)).reshape(shape)).astype(dtype)
-
-  try:
-    with jax.ensure_compile_time_eval():
-      return _first_logits_change(apply_fn, jax.tree.map(made_up, params), made_up(x))
-  except jax.errors.ConcretizationTypeError:
-    return False
-
-
-def _first_logits_change(apply_fn: ApplyFn, params: PyTree, x: jax.Array) -> bool:
-  alone = apply_fn(params, x[:1])[0]
-  together = apply_fn(params, jnp.concatenate([x[:1], x[-1:] + 1.0]))[0]
-  size = jnp.maximum(jnp.max(jnp.abs(alone)), jnp.max(jnp.abs(together)))
-  close = (jnp.abs(alone - together) <= 1e-3 * size) | (jnp.isnan(alone) & jnp.isnan(together))
-  return not bool(jnp.all(close))

@@ -1,6 +1,6 @@
 """The left-hand side of the stationarity condition: what the weighted gradients must add up to, tensor by tensor.
 
-Two forms share everything else. The max-margin form (Theorem 1, Eq. 2a) asks ``Lambda-tilde zeta`` of the fastest group
+Two forms share everything else. The max-margin form (Theorem 1, Eq. 2a) asks ``Lambda-tilde zeta`` of the target group
 of parameters and 0 of the slower ones. The weight-decay form holds at every stationary point of the cross-entropy
 plus ``w / 2 |zeta|^2``, for any differentiable network: ``w zeta = mean_i sum_c p_c(x_i) [grad Phi_y - grad Phi_c]``.
 That is Lambda = I with the classifier's own probabilities as multipliers.
@@ -9,6 +9,7 @@ That is Lambda = I with the classifier's own probabilities as multipliers.
 from collections.abc import Mapping
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.typing import ArrayLike
 
 from kkt_jax import _checks
 from kkt_jax.classifier import PyTree
-from kkt_jax.homogeneity import parameter_groups, ParameterGroups, RateSolution, tensor_names
+from kkt_jax.homogeneity import parameter_groups, RateSolution, tensor_names
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["target", "mask"], meta_fields=[])
@@ -28,8 +29,9 @@ class Conditions:
 
   Attributes:
     target: ``Lambda-bar zeta / N`` of Eq. 4, a pytree like the parameters; 0 where the condition is 0.
-    mask: 1 where the condition holds, 0 for parameters that are left out, a pytree like the parameters; other values
-      weigh the errors, see `weigh_tensors`.
+    mask: the factor of each parameter's error, a pytree like the parameters: 1 where the condition holds, 0 where there
+      is none, other values in between and beyond by `weigh_tensors`. Every loss and measure of the condition sees the
+      target and the stationarity sum only through it.
   """
 
   target: PyTree
@@ -42,7 +44,7 @@ def max_margin_conditions(
   *,
   alpha: ArrayLike | None = None,
   num_samples: int = 1,
-  groups: ParameterGroups | None = None,
+  groups: PyTree | None = None,
 ) -> Conditions:
   """Stationarity of the max-margin problem, Eqs. 2a and 4: ``Lambda-bar zeta / N`` on the target group, else 0.
 
@@ -53,15 +55,16 @@ def max_margin_conditions(
   Args:
     params: zeta.
     solution: Lambda.
-    alpha: the paper's alpha; the factor is left out where None.
+    alpha: the paper's alpha; the factor is left out if None.
     num_samples: the paper's N, at least 1.
-    groups: the groups of parameters; `parameter_groups(solution)` where None.
+    groups: the group of every parameter, -1, 0 (target) or 1 (left out); `parameter_groups(solution)` if None.
 
   Returns:
     `Conditions`.
 
   Raises:
-    ValueError: ``num_samples`` below 1.
+    ValueError: ``num_samples`` below 1; ``params`` empty, not floating point or not finite; or a target that is 0
+      everywhere, which every generator would satisfy. Values are looked at outside of jit and vmap only.
 
   >>> import jax.numpy as jnp
   >>> from kkt_jax.homogeneity import given_rates
@@ -71,13 +74,19 @@ def max_margin_conditions(
   [0.] [4.] [1.]
   """
   _checks.check_at_least("num_samples", num_samples, 1)
+  _checks.check_params("params", params)
   groups = parameter_groups(solution) if groups is None else groups
   rate = solution.target_rate
   scale = rate / num_samples
   if alpha is not None:
     scale = scale * jnp.exp(jnp.asarray(alpha) * (2 * rate - 1))
-  target = jax.tree.map(lambda p, inside: jnp.where(inside, scale * p, jnp.zeros_like(p)), params, groups.target)
-  mask = jax.tree.map(lambda p, out: jnp.where(out, jnp.zeros_like(p), jnp.ones_like(p)), params, groups.left_out)
+  target = jax.tree.map(lambda p, group: jnp.where(group == 0, scale * p, jnp.zeros_like(p)), params, groups)
+  mask = jax.tree.map(lambda p, group: (group < 1).astype(jnp.result_type(p)), params, groups)
+  if _checks.concrete(jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(target)]))) is False:
+    raise ValueError(
+      "solution must have a target group with parameters other than 0 and a rate other than 0; got target rate"
+      f" {float(rate):.3g}, and everything in the target is 0."
+    )
   return Conditions(*jax.lax.stop_gradient((target, mask)))
 
 
@@ -86,28 +95,37 @@ def weight_decay_conditions(params: PyTree, *, weight_decay: float = 1.0) -> Con
 
   Args:
     params: zeta.
-    weight_decay: w, positive; where unknown leave it at 1 and let the multipliers have a free scale.
+    weight_decay: w, positive and finite; if unknown, leave it at 1 and let the multipliers have a free scale.
 
   Returns:
     `Conditions` with no parameter left out.
 
   Raises:
-    ValueError: ``weight_decay`` not positive.
+    ValueError: ``weight_decay`` not positive or not finite; ``params`` empty, not floating point or not finite.
 
   >>> import jax.numpy as jnp
   >>> print(weight_decay_conditions({"w": jnp.array([2.0])}, weight_decay=0.5).target["w"])
   [1.]
   """
   _checks.check_positive("weight_decay", weight_decay)
+  _checks.check_params("params", params)
   target = jax.tree.map(lambda p: weight_decay * jnp.asarray(p), params)
   return Conditions(*jax.lax.stop_gradient((target, jax.tree.map(jnp.ones_like, params))))
 
 
-def weigh_tensors(conditions: Conditions, weights: Mapping[str, float]) -> Conditions:
-  """Conditions whose squared errors count ``weights[name]`` times in the tensor of that name; 1 where it is missing.
+def weigh_tensors(conditions: Conditions, weights: Mapping[str, float] | PyTree) -> Conditions:
+  """Conditions whose squared errors count so many times in each tensor: the mask times the roots of the weights.
+
+  Args:
+    conditions: the conditions.
+    weights: by the name of the tensor (`kkt_jax.homogeneity.tensor_names`), 1 for those without; or a pytree of scalars
+      like the parameters. At least 0, finite.
+
+  Returns:
+    `Conditions` with the same target.
 
   Raises:
-    ValueError: a name that is no tensor's.
+    ValueError: a name that is no tensor's, or a weight that is negative, not finite or no scalar.
 
   >>> import jax.numpy as jnp
   >>> weighed = weigh_tensors(Conditions({"w": jnp.ones(1)}, {"w": jnp.ones(1)}), {"w": 4.0})
@@ -115,9 +133,18 @@ def weigh_tensors(conditions: Conditions, weights: Mapping[str, float]) -> Condi
   [2.]
   """
   names = tensor_names(conditions.target)
-  unknown = sorted(set(weights) - set(names))
+  own: Any = jax.tree.structure(conditions.target)
+  if jax.tree.structure(weights) == own:
+    weights = dict(zip(names, jax.tree.leaves(weights), strict=True))
+  unknown = sorted(set(weights) - set(names)) if isinstance(weights, Mapping) else weights
   if unknown:
-    raise ValueError(f"weights must name tensors of the conditions, {names}; got {unknown}.")
+    raise ValueError(f"weights must name tensors of the conditions, {names}, or be a tree like them; got {unknown}.")
+  for name, weight in weights.items():
+    _checks.check_rank(f"weights[{name!r}]", weight, 0, "()")
+    _checks.check_at_least(f"weights[{name!r}]", weight, 0)
+    _checks.check_finite(f"weights[{name!r}]", weight)
   leaves, structure = jax.tree.flatten(conditions.mask)
-  weighed = [leaf * weights.get(name, 1.0) ** 0.5 for name, leaf in zip(names, leaves, strict=True)]
+  weighed = [
+    leaf * jnp.sqrt(weights.get(name, 1.0)).astype(leaf.dtype) for name, leaf in zip(names, leaves, strict=True)
+  ]
   return Conditions(conditions.target, jax.tree.unflatten(structure, weighed))

@@ -18,22 +18,28 @@ from kkt_jax.conditions import Conditions
 from kkt_jax.homogeneity import tensor_names
 
 
-@functools.partial(jax.jit, static_argnames=("apply_fn", "num_steps"))
+@functools.partial(jax.jit, static_argnames=("gradient_fn", "num_steps"))
 def nonnegative_multipliers(
-  apply_fn: ApplyFn, params: PyTree, x: ArrayLike, y: ArrayLike, conditions: Conditions, *, num_steps: int = 1000
+  gradient_fn: ApplyFn,
+  params: PyTree,
+  x: ArrayLike,
+  classes: ArrayLike,
+  conditions: Conditions,
+  *,
+  num_steps: int = 1000,
 ) -> jax.Array:
   """The multipliers mu >= 0 that satisfy the stationarity condition best on given samples.
 
-  Non-negative least squares by an accelerated projected gradient method (FISTA). The operator from multipliers to the
-  stationarity sum is applied by vector-Jacobian products and its transpose by Jacobian-vector products, so that memory
-  grows neither with M x P nor with C x P, and samples may interact.
+  Non-negative least squares, ``min |mask (sum - target)|``, by an accelerated projected gradient method (FISTA). The
+  operator from multipliers to the stationarity sum is applied by vector-Jacobian products and its transpose by
+  Jacobian-vector products, so that memory grows neither with M x P nor with C x P, and samples may interact.
 
   Args:
-    apply_fn: ``(params, x[M, ...]) -> logits[M, C]``.
+    gradient_fn: ``(params, x[M, ...]) -> logits[M, C]``.
     params: zeta.
     x: samples [M, ...], floating point.
-    y: output indices of the true classes [M].
-    conditions: what the sum must be.
+    classes: true classes [M].
+    conditions: target and mask, of any weights.
     num_steps: iterations; each costs one forward, one backward and one forward-mode pass.
 
   Returns:
@@ -46,17 +52,18 @@ def nonnegative_multipliers(
   >>> [round(float(value), 3) for value in mu[0]]  # 3 * (2 on class 0, -2 on class 1)
   [0.0, 3.0]
   """
-  x, y = jnp.asarray(x), jnp.asarray(y)
-  true_class = jnp.arange(jax.eval_shape(apply_fn, params, x).shape[1])[None, :] == y[:, None]
+  x, classes = jnp.asarray(x), jnp.asarray(classes)
+  true_class = losses.is_true_class(jax.eval_shape(gradient_fn, params, x), classes)
+  target = jax.tree.map(jnp.multiply, conditions.mask, conditions.target)
 
   def apply(mu: jax.Array) -> PyTree:
-    sums = losses.stationarity_sum(apply_fn, params, x, y, mu)
+    sums = losses.stationarity_sum(gradient_fn, params, x, classes, mu)
     return jax.tree.map(jnp.multiply, conditions.mask, sums)
 
   def transpose(cotangent: PyTree) -> jax.Array:
     masked = jax.tree.map(jnp.multiply, conditions.mask, cotangent)
-    logits = jax.jvp(lambda p: apply_fn(p, x), (params,), (masked,))[1]
-    differences = jnp.take_along_axis(logits, y[:, None], axis=1) - logits
+    logits = jax.jvp(lambda p: gradient_fn(p, x), (params,), (masked,))[1]
+    differences = jnp.take_along_axis(logits, classes[:, None], axis=1) - logits
     return jnp.where(true_class, 0.0, differences) / x.shape[0]
 
   def power_iteration(vector: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
@@ -72,7 +79,7 @@ def nonnegative_multipliers(
     carry: tuple[jax.Array, jax.Array, jax.Array], _: None
   ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
     mu, ahead, inertia = carry
-    error = jax.tree.map(jnp.subtract, apply(ahead), conditions.target)
+    error = jax.tree.map(jnp.subtract, apply(ahead), target)
     following = jnp.where(true_class, 0.0, jax.nn.relu(ahead - step_size * transpose(error)))
     # The inertia is dropped when it points uphill (O'Donoghue and Candes 2015), which keeps the descent monotone.
     uphill = jnp.sum((ahead - following) * (following - mu)) > 0
@@ -93,7 +100,7 @@ class Diagnosis:
   Attributes:
     residual: relative squared residual with the given or the best non-negative multipliers; 0 is perfect, 1 is what
       no samples at all give.
-    residual_per_tensor: the same a parameter tensor, by path.
+    residual_per_tensor: the same per parameter tensor, by path.
     active_multipliers: share of the wrong-class multipliers above 1e-3 of the greatest.
     median_margin: median of the margin to the runner-up, in logits, of ``predict_fn``.
     margin_spread: (95th - 5th percentile) / median of that margin; 0 where all samples are equally far.
@@ -112,7 +119,7 @@ def diagnose(
   classifier: Classifier,
   conditions: Conditions,
   x: ArrayLike,
-  y: ArrayLike,
+  labels: ArrayLike,
   *,
   mu: ArrayLike | None = None,
   num_steps: int = 1000,
@@ -123,8 +130,8 @@ def diagnose(
     classifier: the classifier.
     conditions: its stationarity condition.
     x: samples [M, *input_shape]: the training data, or a control.
-    y: their labels [M], in the classifier's ``labels``.
-    mu: multipliers [M, C]; the best non-negative ones (`nonnegative_multipliers`) where None.
+    labels: their labels [M], among the classifier's ``labels``.
+    mu: multipliers [M, C]; the best non-negative ones (`nonnegative_multipliers`) if None.
     num_steps: iterations of the search for them.
 
   Returns:
@@ -144,19 +151,15 @@ def diagnose(
   x = jnp.asarray(x)
   _checks.check_batch("x", x)
   _checks.check_shape("x", x, (x.shape[0], *classifier.input_shape), "[M, *input_shape]")
-  _checks.check_labels("y", y, x.shape[0])
-  unknown = sorted(set(jnp.asarray(y).tolist()) - set(classifier.labels))
-  if unknown:
-    raise ValueError(f"y must hold labels of the classifier, {classifier.labels}; got {unknown}.")
-  local = classifier.local_labels(y)
+  _checks.check_labels("labels", labels, x.shape[0])
+  classes = classifier.classes_of(labels)
   if mu is None:
-    mu = nonnegative_multipliers(classifier.gradient_fn, classifier.params, x, local, conditions, num_steps=num_steps)
+    mu = nonnegative_multipliers(classifier.gradient_fn, classifier.params, x, classes, conditions, num_steps=num_steps)
   mu = jnp.asarray(mu)
-  residual = losses.stationarity_residual(
-    conditions, losses.stationarity_sum(classifier.gradient_fn, classifier.params, x, local, mu)
-  )
-  wrong = mu[~losses.is_true_class(mu, local)]
-  margin = losses.runner_up_margin(classifier.predict_fn(classifier.params, x), local)
+  sums = losses.stationarity_sum(classifier.gradient_fn, classifier.params, x, classes, mu)
+  residual = losses.stationarity_residual(conditions, sums)
+  wrong = mu[~losses.is_true_class(mu, classes)]
+  margin = losses.runner_up_margin(classifier.predict_fn(classifier.params, x), classes)
   low, median, high = jnp.percentile(margin, jnp.array([5.0, 50.0, 95.0]))
   return Diagnosis(
     residual=float(residual.relative),
@@ -174,7 +177,7 @@ def diagnose(
 
 
 def diagnosis_table(diagnoses: Mapping[str, Diagnosis]) -> str:
-  """Diagnoses side by side as a table for people, one column a set of samples.
+  """Diagnoses side by side as a table for people, one column per set of samples.
 
   >>> perfect = Diagnosis(0.0, {"w": 0.0}, 0.5, 1.0, 0.1, 1.0)
   >>> print(diagnosis_table({"training data": perfect}))

@@ -1,4 +1,4 @@
-"""What the first layer alone gives away about the data: the subspace they span, and with batch norm their moments.
+"""What the first layer alone reveals about the data: the subspace they span, and with batch norm their moments.
 
 Beyond the paper, and data-free: everything is read off the given parameters.
 """
@@ -24,7 +24,7 @@ class InputSpan(NamedTuple):
   strengths: jax.Array
 
 
-def input_span(kernel: ArrayLike, *, tolerance: float = 2e-7) -> InputSpan:
+def input_span(kernel: ArrayLike, *, tolerance: float) -> InputSpan:
   """The span of the training inputs, read off the weights of a fully connected first layer.
 
   With weight decay w the stationarity of the first layer is ``W = (1 / w) mean_i x_i delta_i^T`` with back-propagated
@@ -34,7 +34,8 @@ def input_span(kernel: ArrayLike, *, tolerance: float = 2e-7) -> InputSpan:
 
   Args:
     kernel: W [D, F].
-    tolerance: singular values below this share of the greatest are taken for rounding errors, in (0, 1).
+    tolerance: singular values up to this share of the greatest are left out, in (0, 1): between the data's last one and
+      what is left of the initialisation; 2e-7 leaves out rounding errors only.
 
   Returns:
     An `InputSpan` of rank r <= min(D, F).
@@ -43,7 +44,7 @@ def input_span(kernel: ArrayLike, *, tolerance: float = 2e-7) -> InputSpan:
     ValueError: ``kernel`` is not such a matrix, holds NaN, infinities or only zeros, or ``tolerance`` is out of range.
 
   >>> import jax.numpy as jnp
-  >>> span = input_span(jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 0.0, 0.0]]))
+  >>> span = input_span(jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 0.0, 0.0]]), tolerance=1e-6)
   >>> span.basis.shape, span.strengths.tolist()
   ((3, 2), [3.0, 2.0])
   """

@@ -1,25 +1,215 @@
-"""Flax modules of generators g(noise, y, t; theta), and the last layers that hold what is known of the samples.
+"""Generators g(noise, y, t; theta): what `kkt_jax.recipes.Recipe` takes, and the flax modules behind some of them.
 
-`generator_functions` turns a module into the two functions that `kkt_jax.training` needs; `span_functions` makes them
-without a network.
+A `Generator` is a handful of functions. `table` needs no network; `network` wraps a flax module. Both are factories:
+they return a function from the examinations of the classifiers to the `Generator`.
 """
 
 from collections.abc import Callable, Sequence
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+import numpy as np
 
 from kkt_jax import _checks
 from kkt_jax.classifier import PyTree
-from kkt_jax.first_layer import InputSpan
+from kkt_jax.examination import Examination
 from kkt_jax.networks import kaiming
-from kkt_jax.training import GenerateFn
 
-InitFn = Callable[[jax.Array], tuple[PyTree, PyTree]]
+# (theta, statistics, noise [M, D], y [M], t [M], train) -> (x [M, ...], statistics); the statistics are the generator's
+# own running averages (batch norm), an empty tree for generators without them.
+GenerateFn = Callable[[PyTree, PyTree, jax.Array, jax.Array, jax.Array, bool], tuple[jax.Array, PyTree]]
+# (key, progress from 0 to 1, classes [M], a constant) -> the noise [M, D] of one classifier's batch in one step.
+NoiseFn = Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]
+
+
+class Generator(NamedTuple):
+  """A conditional generator, as functions.
+
+  Attributes:
+    init: ``key -> (theta, statistics)``.
+    generate: ``(theta, statistics, noise [M, D], y [M], t [M], train) -> (x [M, ...], statistics)``, x in the
+      classifiers' own units.
+    noise: the noise of a training step, for one classifier.
+    noise_dim: D.
+    batch_size: M, samples for each classifier in each training step.
+  """
+
+  init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+  generate: GenerateFn
+  noise: NoiseFn
+  noise_dim: int
+  batch_size: int
+
+
+GeneratorFactory = Callable[[Sequence[Examination]], Generator]
+
+
+def num_labels(examinations: Sequence[Examination]) -> int:
+  """One more than the greatest label of any classifier."""
+  return 1 + max(max(own.classifier.labels) for own in examinations)
+
+
+def normal_noise(dimensions: int) -> NoiseFn:
+  """Standard normal noise, new in every step."""
+  return lambda key, progress, classes: jax.random.normal(key, (len(classes), dimensions))
+
+
+def stratified_noise(dimensions: int, *, size: Callable[[jax.Array], Any] = lambda progress: 1.0) -> NoiseFn:
+  """Standard normal noise whose first coordinate is drawn once from each of n equally likely intervals.
+
+  n is the number of samples of the class in the batch, so that a generator with n codes uses each of them in every
+  step.
+
+  Args:
+    dimensions: D.
+    size: factor on the other coordinates, a function of the progress from 0 to 1 through the training.
+
+  >>> z = stratified_noise(1)(jax.random.key(0), 0, np.array([0, 1, 0, 1]))[:, 0]
+  >>> bool(z[0] < 0 < z[2]) and bool(z[1] < 0 < z[3])
+  True
+  """
+
+  def noise(key: jax.Array, progress: jax.Array, classes: np.ndarray) -> jax.Array:
+    normal_key, uniform_key = jax.random.split(key)
+    drawn = jax.random.normal(normal_key, (len(classes), dimensions))
+    number = np.array([np.sum(classes[:i] == own) for i, own in enumerate(classes)])
+    count = np.array([np.sum(classes == own) for own in classes])
+    uniform = (number + jax.random.uniform(uniform_key, number.shape)) / count
+    tiny = 1e-6  # the quantile of 0 and of 1 is not finite
+    first = jax.scipy.stats.norm.ppf(jnp.clip(uniform, tiny, 1 - tiny))
+    return jnp.concatenate([first[:, None], size(progress) * drawn[:, 1:]], axis=1)
+
+  return noise
+
+
+def fixed_noise(noise: NoiseFn, *, seed: int = 0) -> NoiseFn:
+  """The same noise in every step: sums over samples then have no sampling error, but fresh draws were never trained."""
+  return lambda key, progress, classes: noise(jax.random.key(seed), jnp.zeros(()), classes)
+
+
+def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> GeneratorFactory:
+  """A generator without a network: each noise picks one of many learned samples.
+
+  ``g(noise, y, t) = start_t + c F_t`` with the coefficients c of one of ``codes`` codes of label y. Where the first
+  layer reveals the span of the data, the rows of F_t are its directions s_j^p v_j (basis v, strengths s), with p the
+  share of all dimensions that the span fills: the strengths span six decades, and gradient descent needs directions of
+  comparable size. Else F_t is the identity, and samples are free, as in Haim et al. (2022).
+
+  It is a *finite* generator: its distribution is ``codes`` equally likely samples of each label and classifier, and
+  nothing is shared between them but the equations.
+
+  Args:
+    codes: samples of each label and classifier.
+    in_span: whether to search in the span only, if all classifiers reveal theirs.
+    deviation: root mean square of a coordinate of the random first samples around the start, over what black and white
+      pixels of that mean would have, or over .3 of the range of the inputs if the start is not an image.
+
+  Returns:
+    A factory. Outside training samples are clipped to the classifiers' range, if there is one.
+
+  Raises:
+    ValueError: ``codes`` below 1 or ``deviation`` negative.
+  """
+  _checks.check_at_least("codes", codes, 1)
+  _checks.check_at_least("deviation", deviation, 0)
+
+  def make(examinations: Sequence[Examination]) -> Generator:
+    classifiers = [own.classifier for own in examinations]
+    shape = classifiers[0].input_shape
+    bounded = all(classifier.value_range is not None for classifier in classifiers)
+    starts = [own.unit_start for own in examinations]
+    first = deviation * _typical_deviation(starts)
+    spans = [own.span for own in examinations] if in_span else [None]
+    factors: list[jax.Array | None] = [None] * len(starts)
+    if all(span is not None for span in spans):
+      power = float(np.mean([own.share for own in examinations]))
+      factors = []
+      for span in spans:
+        assert span is not None
+        scale = span.strengths**power
+        scale = scale * first * math.sqrt(starts[0].size) / jnp.linalg.norm(scale)
+        factors.append(scale[:, None] * span.basis.T)
+    sizes = [starts[0].size if factor is None else factor.shape[0] for factor in factors]
+
+    def init(key: jax.Array) -> tuple[PyTree, PyTree]:
+      keys = jax.random.split(key, len(sizes))
+      scales = [first if factor is None else 1.0 for factor in factors]
+      shapes = [(num_labels(examinations), codes, size) for size in sizes]
+      return [s * jax.random.normal(k, own) for k, own, s in zip(keys, shapes, scales, strict=True)], {}
+
+    def generate(
+      theta: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool
+    ) -> tuple[jax.Array, PyTree]:
+      code = _code(noise, codes)
+      x = jnp.zeros((noise.shape[0], starts[0].size))
+      for index, (own, start, factor) in enumerate(zip(theta, starts, factors, strict=True)):
+        coefficients = own[y, code]
+        unit = start.reshape(1, -1) + (coefficients if factor is None else coefficients @ factor)
+        if bounded and not train:
+          unit = jnp.clip(unit, 0.0, 1.0)
+        x = jnp.where((t == index)[:, None], classifiers[index].from_unit(unit), x)
+      return x.reshape(-1, *shape), statistics
+
+    batch_size = codes * max(classifier.num_classes for classifier in classifiers)
+    return Generator(init, generate, stratified_noise(1), 1, batch_size)
+
+  return make
+
+
+def _typical_deviation(starts: Sequence[jax.Array]) -> float:
+  """The deviation of black and white pixels with these means; .3 if they are no images."""
+  if any(float(jnp.std(start)) <= 1e-3 for start in starts):
+    return 0.3
+  return float(jnp.sqrt(jnp.mean(jnp.stack([jnp.clip(start * (1 - start), 0.01) for start in starts]))))
+
+
+def network(
+  module: Callable[[Sequence[Examination]], nn.Module],
+  *,
+  noise: NoiseFn,
+  noise_dim: int,
+  batch_size: int,
+) -> GeneratorFactory:
+  """A generator that is a flax module.
+
+  Args:
+    module: from the examinations to the module, which is called as ``module(noise, y, t, train=...)`` and returns
+      samples in the classifiers' own units.
+    noise: the noise of a training step.
+    noise_dim: D.
+    batch_size: M.
+
+  Returns:
+    A factory.
+  """
+  _checks.check_at_least("noise_dim", noise_dim, 1)
+  _checks.check_at_least("batch_size", batch_size, 1)
+
+  def make(examinations: Sequence[Examination]) -> Generator:
+    made = module(examinations)
+    apply: Any = made.apply
+
+    def init(key: jax.Array) -> tuple[PyTree, PyTree]:
+      zeros = jnp.zeros(1, jnp.int32)
+      variables: Any = jax.jit(made.init)(key, jnp.zeros((1, noise_dim)), zeros, zeros)
+      return variables["params"], variables.get("batch_stats", {})
+
+    def generate(
+      theta: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool
+    ) -> tuple[jax.Array, PyTree]:
+      variables = {"params": theta, "batch_stats": statistics}
+      if not train:
+        return apply(variables, noise, y, t), statistics
+      x, updated = apply(variables, noise, y, t, train=True, mutable=["batch_stats"])
+      return x, updated.get("batch_stats", {})
+
+    return Generator(init, generate, noise, noise_dim, batch_size)
+
+  return make
 
 
 class MLPGenerator(nn.Module):
@@ -87,10 +277,7 @@ class CodebookGenerator(nn.Module):
     shape = (self.num_classifiers, self.num_labels, self.codebook_size, noise.shape[1] - 1)
     codebook = self.param("codebook", nn.initializers.normal(1.0), shape)
     x = codebook[t, y, _code(noise, self.codebook_size)] + self.jitter * noise[:, 1:]
-    x = jnp.concatenate(
-      [x, jax.nn.one_hot(y, self.num_labels, dtype=x.dtype), jax.nn.one_hot(t, self.num_classifiers, dtype=x.dtype)],
-      axis=1,
-    )
+    x = _conditioned(x, y, t, self.num_labels, self.num_classifiers, strength=1.0)
     for width in self.hidden:
       x = nn.silu(nn.Dense(width, kernel_init=kaiming())(x))
     x = nn.Dense(math.prod(self.sample_shape), kernel_init=kaiming())(x)
@@ -140,155 +327,25 @@ class ConvGenerator(nn.Module):
     return self.output(nn.ConvTranspose(out_channels, (3, 3), kernel_init=last)(x))
 
 
-def _conditioned(noise: jax.Array, y: jax.Array, t: jax.Array, num_labels: int, num_classifiers: int) -> jax.Array:
+def _conditioned(
+  noise: jax.Array, y: jax.Array, t: jax.Array, labels: int, classifiers: int, strength: float = 3.0
+) -> jax.Array:
   """Noise, label and classifier index side by side; the one-hot parts as strong as several noise dimensions."""
-  label, index = jax.nn.one_hot(y, num_labels, dtype=noise.dtype), jax.nn.one_hot(t, num_classifiers, dtype=noise.dtype)
-  return jnp.concatenate([noise, 3 * label, 3 * index], axis=1)
+  label, index = jax.nn.one_hot(y, labels, dtype=noise.dtype), jax.nn.one_hot(t, classifiers, dtype=noise.dtype)
+  return jnp.concatenate([noise, strength * label, strength * index], axis=1)
 
 
-def _code(noise: jax.Array, num_codes: int) -> jax.Array:
+def _code(noise: jax.Array, codes: int) -> jax.Array:
   """Which of equally likely codes [M] the first coordinate of standard normal noise [M, D] picks."""
   uniform = jax.scipy.stats.norm.cdf(noise[:, 0])
-  return jnp.clip((uniform * num_codes).astype(jnp.int32), 0, num_codes - 1)
+  return jnp.clip((uniform * codes).astype(jnp.int32), 0, codes - 1)
 
 
-def span_functions(
-  starts: Sequence[ArrayLike],
-  spans: Sequence[InputSpan],
-  *,
-  num_labels: int,
-  num_codes: int,
-  deviation: float,
-  power: float = 0.5,
-) -> tuple[InitFn, GenerateFn]:
-  """A generator whose samples lie in the span of the first layer: each noise picks one of many learned combinations.
-
-  ``g(noise, y, t) = start_t + sum_j c_j s_j^power v_j`` with the basis v and the strengths s of classifier t's span and
-  the coefficients c of one of ``num_codes`` codes of label y. Nothing is shared between the codes but the equations:
-  a *finite* generator, whose distribution has num_codes equally likely images of each label and classifier. In the
-  coordinates c all directions are of comparable size, which gradient descent needs: the strengths span six decades.
+def pixel_output(start: ArrayLike) -> Callable[[jax.Array], jax.Array]:
+  """Images in (0, 1) around a start: ``sigmoid(logit(start) + x)``.
 
   Args:
-    starts: for each classifier the sample at c = 0 [*sample_shape], such as the stored mean image.
-    spans: the span of each classifier's inputs, of ``D = prod(sample_shape)`` dimensions.
-    num_labels: number of labels altogether.
-    num_codes: codes of each label and classifier.
-    deviation: root mean square of a coordinate of the random first samples around the start, in units of the samples.
-    power: how much of the strengths the coefficients are freed from: 1 leaves strong directions strong, 0 makes all
-      equal.
-
-  Returns:
-    ``init(key) -> (theta, statistics)`` and ``generate(theta, statistics, noise, y, t, train) -> (x, statistics)``, as
-    `generator_functions` returns them. Noise [M, 1] is enough. In training x may leave [0, 1], against which
-    `kkt_jax.priors.out_of_range` pulls; otherwise x is clipped to [0, 1].
-
-  Raises:
-    ValueError: no classifier, or spans that do not fit the starts.
-
-  >>> span = InputSpan(basis=jnp.eye(4)[:, :2], strengths=jnp.array([4.0, 1.0]))
-  >>> init, generate = span_functions([jnp.zeros((2, 2))], [span], num_labels=3, num_codes=5, deviation=0.1)
-  >>> theta, statistics = init(jax.random.key(0))
-  >>> theta[0].shape  # labels, codes, rank
-  (3, 5, 2)
-  >>> label = jnp.zeros(7, int)
-  >>> generate(theta, statistics, jnp.zeros((7, 1)), label, label, False)[0].shape
-  (7, 2, 2)
-  """
-  if not starts or len(starts) != len(spans):
-    raise ValueError(f"spans must hold one for each of {len(starts)} starts, at least one; got {len(spans)}.")
-  size, factors = jnp.size(starts[0]), []
-  for span in spans:
-    _checks.check_shape("spans[t].basis", span.basis, (size, span.strengths.size), "[D, r]")
-    scale = span.strengths**power
-    scale = scale * deviation * jnp.sqrt(size) / jnp.linalg.norm(scale)
-    factors.append(scale[:, None] * span.basis.T)
-  ranks = [span.strengths.size for span in spans]
-  return _table_functions(
-    starts, ranks, lambda t, c: c @ factors[t], num_labels=num_labels, num_codes=num_codes, deviation=1.0, limits=(0, 1)
-  )
-
-
-def free_functions(
-  starts: Sequence[ArrayLike],
-  *,
-  num_labels: int,
-  num_codes: int,
-  deviation: float,
-  limits: tuple[float, float] | None = (0.0, 1.0),
-) -> tuple[InitFn, GenerateFn]:
-  """A generator without any structure: each noise picks one of many free samples, as in Haim et al. (2022).
-
-  Args:
-    starts: for each classifier the sample around which the random first ones lie [*sample_shape].
-    num_labels: number of labels altogether.
-    num_codes: free samples of each label and classifier.
-    deviation: standard deviation of a coordinate of the first samples, in units of the samples.
-    limits: what samples are clipped to outside training; not at all where None.
-
-  Returns:
-    As of `span_functions`.
-
-  Raises:
-    ValueError: no classifier.
-
-  >>> init, generate = free_functions([jnp.zeros((2, 2))], num_labels=3, num_codes=5, deviation=0.1)
-  >>> theta, statistics = init(jax.random.key(0))
-  >>> theta[0].shape  # labels, codes, coordinates
-  (3, 5, 4)
-  """
-  if not starts:
-    raise ValueError("starts must hold at least one sample; got none.")
-  return _table_functions(
-    starts,
-    [jnp.size(start) for start in starts],
-    lambda t, c: c,
-    num_labels=num_labels,
-    num_codes=num_codes,
-    deviation=deviation,
-    limits=limits,
-  )
-
-
-def _table_functions(
-  starts: Sequence[ArrayLike],
-  sizes: Sequence[int],
-  decode: Callable[[int, jax.Array], jax.Array],
-  *,
-  num_labels: int,
-  num_codes: int,
-  deviation: float,
-  limits: tuple[float, float] | None,
-) -> tuple[InitFn, GenerateFn]:
-  """``g(noise, y, t) = start_t + decode(t, c)`` with c [sizes[t]] of the code that the noise picks, from a table."""
-  sample_shape = jnp.shape(starts[0])
-
-  def init(key: jax.Array) -> tuple[PyTree, PyTree]:
-    keys = jax.random.split(key, len(sizes))
-    return [
-      deviation * jax.random.normal(k, (num_labels, num_codes, size)) for k, size in zip(keys, sizes, strict=True)
-    ], {}
-
-  def generate(
-    theta: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool
-  ) -> tuple[jax.Array, PyTree]:
-    code = _code(noise, num_codes)
-    x = jnp.zeros((noise.shape[0], math.prod(sample_shape)))
-    for index, (table, start) in enumerate(zip(theta, starts, strict=True)):
-      own = jnp.asarray(start).reshape(1, -1) + decode(index, table[y, code])
-      x = jnp.where((t == index)[:, None], own, x)
-    if limits is not None and not train:
-      x = jnp.clip(x, *limits)
-    return x.reshape(-1, *sample_shape), statistics
-
-  return init, generate
-
-
-def pixel_output(start: ArrayLike, *, blur: float = 0.0) -> Callable[[jax.Array], jax.Array]:
-  """Images in (0, 1) around a start: ``sigmoid(logit(start) + blur(x))``, a smoothness prior in the generator itself.
-
-  Args:
-    start: the image at x = 0, [H, W, C] with values in [0, 1]: the data's mean where it is known.
-    blur: standard deviation of a Gaussian blur of x, in pixels; none where 0.
+    start: the image at x = 0, [H, W, C] with values in [0, 1]: the data's mean if it is known.
 
   Returns:
     A function from [M, H, W, C] to [M, H, W, C].
@@ -297,15 +354,7 @@ def pixel_output(start: ArrayLike, *, blur: float = 0.0) -> Callable[[jax.Array]
   [0.25]
   """
   start = jnp.clip(jnp.asarray(start), 3e-3, 1 - 3e-3)  # the logit of pure black is not finite
-  base = jnp.log(start) - jnp.log1p(-start)
-  rows, columns = (_blur_matrix(size, blur) for size in start.shape[:2])
-
-  def output(x: jax.Array) -> jax.Array:
-    if blur:
-      x = jnp.einsum("ih,mhwc,jw->mijc", rows, x, columns)
-    return nn.sigmoid(base[None] + x)
-
-  return output
+  return lambda x: nn.sigmoid((jnp.log(start) - jnp.log1p(-start))[None] + x)
 
 
 def affine_output(means: ArrayLike, factors: ArrayLike, *, bound: float) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -327,47 +376,3 @@ def affine_output(means: ArrayLike, factors: ArrayLike, *, bound: float) -> Call
   """
   means, factors = jnp.asarray(means), jnp.asarray(factors)
   return lambda x, t: means[t] + jnp.einsum("mde,me->md", factors[t], bound * jnp.tanh(x / bound))
-
-
-def _blur_matrix(size: int, blur: float) -> jax.Array:
-  """[size, size]: row i holds Gaussian weights around i that sum to 1."""
-  distance = jnp.arange(size)[:, None] - jnp.arange(size)[None, :]
-  weights = jnp.exp(-0.5 * jnp.square(distance / max(blur, 1e-6)))
-  return weights / jnp.sum(weights, axis=1, keepdims=True)
-
-
-def generator_functions(
-  module: MLPGenerator | CodebookGenerator | ConvGenerator, noise_dim: int
-) -> tuple[InitFn, GenerateFn]:
-  """The two functions that `kkt_jax.training` needs of a generator module.
-
-  Args:
-    module: the generator.
-    noise_dim: D.
-
-  Returns:
-    ``init(key) -> (theta, statistics)`` and ``generate(theta, statistics, noise, y, t, train) -> (x, statistics)``.
-
-  >>> init, generate = generator_functions(MLPGenerator(sample_shape=(2,), num_labels=3, hidden=(4,)), noise_dim=5)
-  >>> theta, statistics = init(jax.random.key(0))
-  >>> label = jnp.zeros(7, int)
-  >>> generate(theta, statistics, jnp.zeros((7, 5)), label, label, False)[0].shape
-  (7, 2)
-  """
-  apply: Any = module.apply
-
-  def init(key: jax.Array) -> tuple[PyTree, PyTree]:
-    zeros = jnp.zeros(1, jnp.int32)
-    variables: Any = module.init(key, jnp.zeros((1, noise_dim)), zeros, zeros)
-    return variables["params"], variables.get("batch_stats", {})
-
-  def generate(
-    theta: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool
-  ) -> tuple[jax.Array, PyTree]:
-    variables = {"params": theta, "batch_stats": statistics}
-    if not train:
-      return apply(variables, noise, y, t), statistics
-    x, updated = apply(variables, noise, y, t, train=True, mutable=["batch_stats"])
-    return x, updated.get("batch_stats", {})
-
-  return init, generate

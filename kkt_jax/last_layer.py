@@ -1,10 +1,11 @@
-"""What the last layer gives away about the data: how sure the classifier was of its training samples."""
+"""What the last layer reveals about the data: how sure the classifier was of its training samples."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+import numpy as np
 
 from kkt_jax import _checks, losses
 
@@ -14,17 +15,19 @@ def typical_margin(kernel: ArrayLike, *, weight_decay: float, competitors: float
 
   The stationarity of the last kernel W, multiplied by W, says ``w |W|^2 = mean_i sum_c p_c (Phi_y - Phi_c)`` (without
   the last bias). Were all training samples equally sure, with equal logits of k competing classes and no probability
-  for the others, the right-hand side would be ``q k / (k + e^q)`` with the margin q; the greater of the two solutions
-  is returned. Beyond the paper, and data-free: multipliers of the right size need samples of the right margin.
+  for the others, the right-hand side would be ``q k / (k + e^q)`` with the margin q. It rises to its peak W(k / e) at
+  q = 1 + W(k / e), with Lambert's W, and falls beyond: of the two solutions the greater one is returned. Beyond the
+  paper, and data-free: multipliers of the right size need samples of the right margin.
 
   Args:
     kernel: W [F, C].
     weight_decay: w, positive.
-    competitors: k, positive. Exact for two classes with 1 and for equal logits with C - 1; C / 2 where None, which is a
+    competitors: k, positive. Exact for two classes with 1 and for equal logits with C - 1; C / 2 if None, which is a
       rule of thumb for classes that are not all alike.
 
   Returns:
-    q in logits, at least 1.
+    q in logits, at least 1 + W(k / e); NaN if there is no solution: the weights are too large for this weight decay
+    (the classifier has not converged, or was trained otherwise), or all 0.
 
   Raises:
     ValueError: ``kernel`` is not such a matrix, has fewer than two columns, or ``weight_decay`` is not positive.
@@ -41,17 +44,18 @@ def typical_margin(kernel: ArrayLike, *, weight_decay: float, competitors: float
     raise ValueError(f"kernel must have at least two columns; got shape {jnp.shape(kernel)}.")
   others = num_classes / 2 if competitors is None else competitors
   _checks.check_positive("competitors", others)
+  from scipy import optimize, special  # type: ignore[import-untyped]
+
   wanted = weight_decay * float(jnp.sum(jnp.square(jnp.asarray(kernel))))
+  low = 1 + float(special.lambertw(others / math.e).real)
 
-  def product(q: float) -> float:
-    return q * others / (others + math.exp(q))
+  def excess(q: float) -> float:
+    return math.log(q) + math.log(others / wanted) - float(np.logaddexp(math.log(others), q))
 
-  # Beyond its peak the product falls with q: halve the interval.
-  low, high = max(1.0, math.log(others)), 100.0
-  for _ in range(60):
-    middle = (low + high) / 2
-    low, high = (middle, high) if product(middle) > wanted else (low, middle)
-  return low
+  if not wanted or excess(low) < 0:
+    return math.nan
+  # q k / (k + e^q) < q k / e^q < wanted as soon as q - log q > log(k / wanted), and log q < q / 2.
+  return optimize.brentq(excess, low, low + 2 * math.log(others / wanted))
 
 
 def collapsed_features(kernel: ArrayLike, scale: ArrayLike, shift: ArrayLike) -> jax.Array:
@@ -100,7 +104,7 @@ def collapsed_margin(kernel: ArrayLike, bias: ArrayLike, scale: ArrayLike, shift
     shift: beta of that batch norm [F].
 
   Returns:
-    The median over classes of the margin to the runner-up, in logits; below 0 where the classifier did not collapse.
+    The median over classes of the margin to the runner-up, in logits; below 0 if the classifier did not collapse.
 
   Raises:
     ValueError: shapes do not fit, or fewer than two classes.

@@ -1,41 +1,42 @@
 """Where the KKT multipliers mu >= 0 come from: the network h of the paper, the classifier's softmax, or a table."""
 
+from collections.abc import Callable
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-import optax
 
 from kkt_jax import _checks, losses
 from kkt_jax.classifier import PyTree
 from kkt_jax.conditions import Conditions
 
-FORMS = ("softplus", "relu", "softmax", "runner_up")
 
-
-def from_network(raw: ArrayLike, *, form: str = "softplus", log_scale: ArrayLike = 0.0) -> jax.Array:
+def from_network(
+  raw: ArrayLike, *, positive: Callable[[jax.Array], jax.Array] = jax.nn.softplus, log_scale: ArrayLike = 0.0
+) -> jax.Array:
   """Multipliers from the output mu' of the network h: dual feasibility, Eq. 3c.
 
-  Where it departs from the paper: ``mu = ReLU(mu')`` is form ``"relu"``. Started at random it dies within a hundred
-  steps (every mu 0, no gradient). Softplus, the default, cannot: its gradient is positive everywhere.
+  Where it departs from the paper: ``mu = ReLU(mu')`` is ``positive=jax.nn.relu``. Started at random it dies within a
+  hundred steps (every mu 0, no gradient). Softplus, the default, cannot: its gradient is positive everywhere.
 
   Args:
     raw: mu' [M, C].
-    form: ``"softplus"`` or ``"relu"``.
+    positive: an elementwise function without negative values.
     log_scale: logarithm of a learned positive factor, a scalar; see `initial_log_scale`.
 
   Returns:
     mu [M, C], not negative.
 
   Raises:
-    ValueError: another form or rank.
+    ValueError: shapes that do not fit.
 
   >>> import jax.numpy as jnp
-  >>> print(from_network(jnp.array([[-1.0, 2.0]]), form="relu"))
+  >>> print(from_network(jnp.array([[-1.0, 2.0]]), positive=jax.nn.relu))
   [[0. 2.]]
   """
-  _checks.check_choice("form", form, ("softplus", "relu"))
   _checks.check_rank("raw", raw, 2, "[M, C]")
-  positive = jax.nn.softplus if form == "softplus" else jax.nn.relu
+  _checks.check_rank("log_scale", log_scale, 0, "()")
   return jnp.exp(log_scale) * positive(jnp.asarray(raw))
 
 
@@ -48,13 +49,14 @@ def from_softmax(logits: ArrayLike, *, log_scale: ArrayLike = 0.0) -> jax.Array:
 
   Args:
     logits: [M, C].
-    log_scale: logarithm of the factor, a scalar.
+    log_scale: logarithm of the factor, a scalar. It is added before the exponential, so that a large factor saves the
+      tiny probabilities of a sure classifier from underflow.
 
   Returns:
     mu [M, C], positive.
 
   Raises:
-    ValueError: another rank, or no floating-point numbers.
+    ValueError: shapes that do not fit, or no floating-point numbers.
 
   >>> import jax.numpy as jnp
   >>> print(from_softmax(jnp.zeros((1, 4))))
@@ -62,21 +64,24 @@ def from_softmax(logits: ArrayLike, *, log_scale: ArrayLike = 0.0) -> jax.Array:
   """
   _checks.check_rank("logits", logits, 2, "[M, C]")
   _checks.check_floating("logits", logits)
-  return jnp.exp(log_scale) * jax.nn.softmax(jnp.asarray(logits))
+  _checks.check_rank("log_scale", log_scale, 0, "()")
+  exponent = log_scale + jax.nn.log_softmax(jnp.asarray(logits))
+  # The true class of a sure sample is the first to overflow. It does not count, but the gradient of an inf is NaN.
+  return jnp.exp(jnp.minimum(exponent, math.log(jnp.finfo(exponent.dtype).max) - 1))
 
 
-def on_runner_up(raw: ArrayLike, logits: ArrayLike, y: ArrayLike) -> jax.Array:
-  """One free multiplier a sample, on the runner-up class alone: the form of Buzaglo et al. (2023).
+def on_runner_up(raw: ArrayLike, logits: ArrayLike, classes: ArrayLike) -> jax.Array:
+  """One free multiplier per sample, on the runner-up class alone: the form of Buzaglo et al. (2023).
 
   The sum over samples is then that of ``raw_i [grad Phi_y - grad max_{c != y} Phi_c]``.
 
   Args:
     raw: the multipliers [M, 1]. They may be negative; see `shortfall`.
     logits: [M, C].
-    y: output indices of the true classes [M].
+    classes: true classes [M].
 
   Returns:
-    mu [M, C]; runners-up that are tied share. Which class is the runner-up has no gradient.
+    mu [M, C]; tied runners-up share it. Which class is the runner-up has no gradient.
 
   Raises:
     ValueError: shapes do not fit.
@@ -87,43 +92,44 @@ def on_runner_up(raw: ArrayLike, logits: ArrayLike, y: ArrayLike) -> jax.Array:
   """
   _checks.check_rank("logits", logits, 2, "[M, C]")
   _checks.check_shape("raw", raw, (jnp.shape(logits)[0], 1), "[M, 1]")
-  runner_up = jax.lax.stop_gradient(losses.runner_up_set(logits, y))
+  runner_up = jax.lax.stop_gradient(losses.runner_up_set(logits, classes))
   return jnp.where(runner_up, jnp.asarray(raw) / jnp.sum(runner_up, axis=1, keepdims=True), 0.0)
 
 
-def softmax_distance(mu: ArrayLike, logits: ArrayLike, y: ArrayLike) -> jax.Array:
+def softmax_distance(mu: ArrayLike, logits: ArrayLike, classes: ArrayLike) -> jax.Array:
   """How far free multipliers are from the classifier's own probabilities, whatever their common factor.
 
   Tied to the softmax from the start, multipliers span so many orders of magnitude that a few misplaced samples make up
-  the whole sum, and nothing descends. Free ones find the way, but do not know how sure a sample has to be. As a term
-  whose weight grows, this leads from the ones to the others. Beyond the paper; for classifiers with weight decay.
+  the whole sum, and nothing descends. Free multipliers descend, but do not know how sure a sample has to be. A term
+  whose weight grows leads from free to tied multipliers. Beyond the paper; for classifiers with weight decay.
 
   Args:
     mu: [M, C], not negative.
     logits: [M, C].
-    y: output indices of the true classes [M].
+    classes: true classes [M].
 
   Returns:
-    A scalar: the variance of ``log mu_c - log p_c`` over all samples and their wrong classes.
+    A scalar: the variance of ``log mu_c - log p_c`` over all samples and their wrong classes. A mu below 1e-30 counts
+    as 1e-30 and has no gradient.
 
   Raises:
     ValueError: shapes do not fit.
 
   >>> import jax.numpy as jnp
-  >>> logits, y = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([2])
-  >>> print(softmax_distance(7 * from_softmax(logits), logits, y).round(6))
+  >>> logits, classes = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([2])
+  >>> print(softmax_distance(7 * from_softmax(logits), logits, classes).round(6))
   0.0
-  >>> print(softmax_distance(jnp.ones((1, 3)), logits, y).round(6))  # the variance of 0 and 1
+  >>> print(softmax_distance(jnp.ones((1, 3)), logits, classes).round(6))  # the variance of 0 and 1
   0.25
   """
   _checks.check_rank("logits", logits, 2, "[M, C]")
   _checks.check_same_shapes("mu", mu, "logits", logits)
-  _checks.check_labels("y", y, jnp.shape(logits)[0])
-  gap = jnp.log(jnp.maximum(jnp.asarray(mu), 1e-12)) - jax.nn.log_softmax(jnp.asarray(logits))
-  return jnp.var(gap, where=~losses.is_true_class(gap, jnp.asarray(y)))
+  _checks.check_labels("classes", classes, jnp.shape(logits)[0])
+  gap = jnp.log(jnp.maximum(jnp.asarray(mu), 1e-30)) - jax.nn.log_softmax(jnp.asarray(logits))
+  return jnp.var(gap, where=~losses.is_true_class(gap, classes))
 
 
-def shortfall(mu: ArrayLike, least: float) -> jax.Array:
+def shortfall(mu: ArrayLike, *, least: float) -> jax.Array:
   """How far each sample is from being a support vector: ``relu(least - sum_c mu_ic)^2``.
 
   Args:
@@ -137,7 +143,7 @@ def shortfall(mu: ArrayLike, least: float) -> jax.Array:
     ValueError: another rank, or ``least`` is negative.
 
   >>> import jax.numpy as jnp
-  >>> print(shortfall(jnp.array([[0.0, -1.0], [0.0, 3.0]]), 1.0))
+  >>> print(shortfall(jnp.array([[0.0, -1.0], [0.0, 3.0]]), least=1.0))
   [4. 0.]
   """
   _checks.check_rank("mu", mu, 2, "[M, C]")
@@ -146,25 +152,21 @@ def shortfall(mu: ArrayLike, least: float) -> jax.Array:
 
 
 def initial_log_scale(conditions: Conditions, sums: PyTree) -> jax.Array:
-  """A start that cannot die: the factor that makes the first stationarity sum as long as its target.
+  """The factor on the multipliers that makes the first stationarity sum as long as its target.
 
   Args:
     conditions: what the sum must be; parameters that are left out do not count.
     sums: `kkt_jax.losses.stationarity_sum` at the start, with ``log_scale`` 0.
 
   Returns:
-    ``log(|target| / |sums|)``, a scalar; 0 where either is 0.
+    ``log(|target| / |sums|)``, a scalar; 0 if either is 0.
 
   >>> import jax.numpy as jnp
   >>> conditions = Conditions(target={"w": jnp.array([jnp.e])}, mask={"w": jnp.ones(1)})
   >>> print(initial_log_scale(conditions, {"w": jnp.array([1.0])}).round(3))
   1.0
   """
-  _checks.check_same_shapes("sums", sums, "conditions.target", conditions.target)
-
-  def norm(tree: PyTree) -> jax.Array:
-    return jnp.asarray(optax.tree.norm(jax.tree.map(jnp.multiply, conditions.mask, tree)))
-
-  wanted, got = norm(conditions.target), norm(sums)
-  usable = (wanted > 0) & (got > 0)
-  return jnp.where(usable, jnp.log(jnp.where(usable, wanted, 1.0) / jnp.where(usable, got, 1.0)), 0.0)
+  zeros = jax.tree.map(jnp.zeros_like, sums)
+  wanted = losses.absolute_residual(conditions, zeros)
+  got = losses.absolute_residual(Conditions(zeros, conditions.mask), sums)
+  return jnp.where((wanted == 0) | (got == 0), 0.0, jnp.log(wanted) - jnp.log(got))

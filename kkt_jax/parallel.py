@@ -1,6 +1,6 @@
 """Training on many devices: generated samples split along one axis of a mesh, large parameters along the other.
 
-A `kkt_jax.training.Method` with a mesh splits every batch of generated samples over its axis ``"data"``. All else
+A `kkt_jax.training.Problem` with a mesh splits every batch of generated samples over its axis ``"data"``. All else
 follows from that under `jax.jit`: each device generates its share, runs the classifier on it, and adds up its own part
 of the stationarity sum; the parts are added across devices before the norm is taken (Eq. 5), and so are the gradients
 of theta and eta. Nothing that grows with the number of samples crosses devices. Batch norm sees the whole batch: its
@@ -30,7 +30,7 @@ def device_mesh(devices: Sequence[Any] | None = None, *, model: int = 1) -> Mesh
   """Devices as a grid with the axes ``"data"`` and ``"model"``.
 
   Args:
-    devices: the devices, of all processes; every one there is where None.
+    devices: the devices, of all processes; all of them if None.
     model: devices that share one copy of the split parameters; must divide their number.
 
   Returns:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import contextlib
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +42,12 @@ class PretrainResult:
   stop_reason: str
 
 
-def log_cross_entropy(logits: ArrayLike, y: ArrayLike) -> jax.Array:
+def log_cross_entropy(logits: ArrayLike, classes: ArrayLike) -> jax.Array:
   """Logarithm of the mean cross-entropy, accurate where the cross-entropy itself underflows.
 
   Args:
     logits: [M, C].
-    y: true classes [M].
+    classes: true classes [M].
 
   Returns:
     A scalar.
@@ -55,7 +56,7 @@ def log_cross_entropy(logits: ArrayLike, y: ArrayLike) -> jax.Array:
   >>> print(log_cross_entropy(jnp.array([[200.0, 0.0]]), jnp.array([0])))  # log(log(1 + e^-200))
   -200.0
   """
-  log_odds = jax.nn.logsumexp(-losses.margins(logits, y), axis=1)  # log sum_c exp(Phi_c - Phi_y)
+  log_odds = jax.nn.logsumexp(-losses.margins(logits, classes), axis=1)  # log sum_c exp(Phi_c - Phi_y)
   # log(log(1 + e^v)) is v for very negative v; the inner where keeps the gradient of the unused branch finite.
   tiny = log_odds < -12
   log_losses = jnp.where(tiny, log_odds, jnp.log(jax.nn.softplus(jnp.where(tiny, 0.0, log_odds))))
@@ -66,7 +67,7 @@ def gradient_descent(
   apply_fn: ApplyFn,
   params: PyTree,
   x: ArrayLike,
-  y: ArrayLike,
+  classes: ArrayLike,
   *,
   num_steps: int,
   learning_rate: float | Callable[[ArrayLike], ArrayLike],
@@ -89,7 +90,7 @@ def gradient_descent(
     apply_fn: ``(params, x[N, ...]) -> logits[N, C]``; with batch norm the one on batch statistics.
     params: initial zeta.
     x: the training data [N, ...], floating point.
-    y: output indices of the true classes [N], at least two distinct ones.
+    classes: true classes [N], at least two distinct ones.
     num_steps: greatest number of steps, at least 1.
     learning_rate: step size, or an optax schedule from step to step size.
     weight_decay: w, at least 0; on every parameter, biases included.
@@ -117,8 +118,8 @@ def gradient_descent(
   """
   x = jnp.asarray(x)
   _checks.check_batch("x", x)
-  _checks.check_labels("y", y, x.shape[0])
-  _checks.check_label_range("y", y, jax.eval_shape(apply_fn, params, x).shape[1])
+  _checks.check_labels("classes", classes, x.shape[0])
+  _checks.check_label_range("classes", classes, jax.eval_shape(apply_fn, params, x).shape[1])
   _checks.check_finite("x", x)
   _checks.check_finite("params", params)
   _checks.check_at_least("num_steps", num_steps, 1)
@@ -144,7 +145,7 @@ def gradient_descent(
     step, stop_reason = 0, "num_steps"
     while step < num_steps:
       length = min(steps_per_call, num_steps - step)
-      carry, log_loss, relative_gradient = run(carry, x, jnp.asarray(y), length)
+      carry, log_loss, relative_gradient = run(carry, x, jnp.asarray(classes), length)
       step += length
       if not jnp.isfinite(log_loss):
         raise FloatingPointError(
@@ -159,23 +160,71 @@ def gradient_descent(
         stop_reason = "gradient_tolerance"
         break
     trained = carry[0]
-    _, log_loss, relative_gradient = gradient_of(trained, x, jnp.asarray(y))
-    margins = losses.runner_up_margin(apply_fn(trained, x), y)
+    _, log_loss, relative_gradient = gradient_of(trained, x, jnp.asarray(classes))
+    margins = losses.runner_up_margin(apply_fn(trained, x), classes)
     trained = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), trained, dtypes)
   return PretrainResult(trained, float(log_loss), float(relative_gradient), np.asarray(margins), step, stop_reason)
 
 
+def to_convergence(
+  apply_fn: ApplyFn,
+  params: PyTree,
+  x: ArrayLike,
+  classes: ArrayLike,
+  *,
+  num_steps: int,
+  learning_rate: float,
+  weight_decay: float | None = None,
+  last_share: float = 1e-3,
+  **settings: Any,
+) -> PretrainResult:
+  """Trains a classifier to its convergence point, with weight decay or without, by the recipe of the experiments.
+
+  With weight decay by gradient descent with momentum 0.9. Without it by loss-scaled steps, whose size is
+  ``learning_rate`` for the first fifth of them and falls exponentially to ``last_share`` of that.
+
+  Args:
+    apply_fn: see `gradient_descent`, as for everything up to ``num_steps``.
+    params: initial zeta.
+    x: the training data [N, ...].
+    classes: true classes [N].
+    num_steps: number of steps.
+    learning_rate: step size; of loss-scaled steps the first.
+    weight_decay: its strength; loss-scaled steps if None or 0.
+    last_share: the last loss-scaled step's size over the first's.
+    **settings: further arguments of `gradient_descent`.
+
+  Returns:
+    A `PretrainResult`.
+
+  Raises:
+    ValueError, FloatingPointError: see `gradient_descent`.
+
+  >>> x, classes = jnp.array([[-1.0], [1.0]]), jnp.array([0, 1])
+  >>> result = to_convergence(lambda w, x: x @ w, jnp.ones((1, 2)), x, classes, num_steps=500, learning_rate=0.1)
+  >>> result.log_loss < -5
+  True
+  """
+  if weight_decay:
+    form: dict[str, Any] = {"learning_rate": learning_rate, "weight_decay": weight_decay, "momentum": 0.9}
+  else:
+    hold = num_steps // 5
+    falling = optax.schedules.exponential_decay(learning_rate, num_steps - hold, last_share, transition_begin=hold)
+    form = {"learning_rate": falling, "loss_scaled": True}
+  return gradient_descent(apply_fn, params, x, classes, num_steps=num_steps, **form, **settings)
+
+
 def _gradient(
-  apply_fn: ApplyFn, weight_decay: float, loss_scaled: bool, params: PyTree, x: jax.Array, y: jax.Array
+  apply_fn: ApplyFn, weight_decay: float, loss_scaled: bool, params: PyTree, x: jax.Array, classes: jax.Array
 ) -> tuple[PyTree, jax.Array, jax.Array]:
   """The gradient of the objective, the logarithm of the cross-entropy, and |gradient| / |zeta|."""
 
   def objective(params: PyTree) -> tuple[jax.Array, jax.Array]:
     logits = apply_fn(params, x)
-    log_loss = log_cross_entropy(logits, y)
+    log_loss = log_cross_entropy(logits, classes)
     if loss_scaled:
       return log_loss, log_loss
-    cross_entropy = jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, y))
+    cross_entropy = jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, classes))
     return cross_entropy + 0.5 * weight_decay * optax.tree.norm(params, squared=True), log_loss
 
   (_, log_loss), gradient = jax.value_and_grad(objective, has_aux=True)(params)
@@ -189,20 +238,20 @@ def _compiled_steps(
 ) -> Callable[..., tuple[PyTree, jax.Array, jax.Array]]:
   """A jitted function that takes ``length`` steps, with the loss and the relative gradient before the last of them."""
 
-  def step(carry: PyTree, x: jax.Array, y: jax.Array) -> tuple[PyTree, tuple[jax.Array, jax.Array]]:
+  def step(carry: PyTree, x: jax.Array, classes: jax.Array) -> tuple[PyTree, tuple[jax.Array, jax.Array]]:
     params, opt_state = carry
-    gradient, log_loss, relative_gradient = gradient_of(params, x, y)
+    gradient, log_loss, relative_gradient = gradient_of(params, x, classes)
     if loss_scaled:
       gradient = optax.tree.scale(1 / optax.tree.norm(params), gradient)
     updates, opt_state = optimizer.update(gradient, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), (log_loss, relative_gradient)
 
   @functools.partial(jax.jit, static_argnames="length", donate_argnums=0)
-  def run(carry: PyTree, x: jax.Array, y: jax.Array, length: int) -> tuple[PyTree, jax.Array, jax.Array]:
+  def run(carry: PyTree, x: jax.Array, classes: jax.Array, length: int) -> tuple[PyTree, jax.Array, jax.Array]:
     if length == 1:
-      carry, last = step(carry, x, y)
+      carry, last = step(carry, x, classes)
     else:
-      carry, history = jax.lax.scan(lambda c, _: step(c, x, y), carry, length=length)
+      carry, history = jax.lax.scan(lambda c, _: step(c, x, classes), carry, length=length)
       last = jax.tree.map(lambda values: values[-1], history)
     return carry, *last
 

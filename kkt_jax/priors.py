@@ -57,7 +57,7 @@ def binarisation(x: ArrayLike) -> jax.Array:
   return jnp.mean((x * (1 - x)).reshape(x.shape[0], -1), axis=1)
 
 
-def out_of_range(x: ArrayLike, low: float = 0.0, high: float = 1.0) -> jax.Array:
+def out_of_range(x: ArrayLike, *, low: float = 0.0, high: float = 1.0) -> jax.Array:
   """Inputs have a known range: mean squared excess over it, per sample.
 
   Args:
@@ -76,47 +76,6 @@ def out_of_range(x: ArrayLike, low: float = 0.0, high: float = 1.0) -> jax.Array
   _checks.check_batch("x", x)
   excess = jax.nn.relu(low - x) + jax.nn.relu(x - high)
   return jnp.mean(jnp.square(excess).reshape(x.shape[0], -1), axis=1)
-
-
-def mean_distance(x: ArrayLike, mean: ArrayLike) -> jax.Array:
-  """How far the mean of a batch is from a known mean, relative to its size: ``|mean_i x_i - mean|^2 / |mean|^2``.
-
-  Args:
-    x: samples [M, ...].
-    mean: the data's mean where the classifier gives it away, such as a stored preprocessing constant; [...].
-
-  Returns:
-    A scalar.
-
-  >>> import jax.numpy as jnp
-  >>> float(mean_distance(jnp.array([[0.0], [2.0]]), jnp.array([2.0])))
-  0.25
-  """
-  x, mean = jnp.asarray(x), jnp.asarray(mean)
-  _checks.check_shape("mean", mean, x.shape[1:], "x.shape[1:]")
-  return _relative_square(jnp.mean(x, axis=0), mean)
-
-
-def ink(x: ArrayLike, mean: ArrayLike, *, least: float = 0.7) -> jax.Array:
-  """No drawing is almost blank: ``relu(least - mean(x_i) / mean(mean))^2`` per sample.
-
-  Args:
-    x: samples [M, ...], 0 where nothing is drawn.
-    mean: the data's mean where the classifier gives it away; [...].
-    least: share of the mean's ink below which a sample costs, positive.
-
-  Returns:
-    [M], 0 where a sample has enough ink.
-
-  >>> import jax.numpy as jnp
-  >>> print(ink(jnp.array([[0.0, 0.4], [1.0, 1.0]]), jnp.array([0.5, 0.5])).round(2))  # (0.7 - 0.2 / 0.5)^2
-  [0.09 0.  ]
-  """
-  x, mean = jnp.asarray(x), jnp.asarray(mean)
-  _checks.check_shape("mean", mean, x.shape[1:], "x.shape[1:]")
-  _checks.check_positive("least", least)
-  drawn = jnp.mean(x.reshape(x.shape[0], -1), axis=1) / jnp.mean(mean)
-  return jnp.square(jax.nn.relu(least - drawn))
 
 
 def statistics_distance(statistics: PyTree, stored: PyTree) -> jax.Array:
@@ -177,45 +136,16 @@ def collapse(features: ArrayLike, of_class: ArrayLike, scale: ArrayLike) -> jax.
   return jnp.mean(jnp.square(distance), axis=1)
 
 
-def mode_seeking(features: ArrayLike, noise: ArrayLike, y: ArrayLike, *, floor: float = 0.05) -> jax.Array:
-  """Different noise must give different samples (Mao et al. 2019): mean of noise distance over feature distance.
-
-  Args:
-    features: [M, F], such as the classifier's first hidden layer, in units of their typical size: distances are root
-      mean squares over F.
-    noise: [M, D].
-    y: labels [M]; pairs of one label count.
-    floor: added to the feature distance, positive, so that equal samples cost much but not infinitely much.
-
-  Returns:
-    A scalar; 0 where no label has two samples.
-
-  Raises:
-    ValueError: shapes do not fit or ``floor`` is not positive.
-
-  >>> import jax.numpy as jnp
-  >>> features, noise = jnp.array([[0.0], [2.0]]), jnp.array([[0.0], [1.0]])
-  >>> round(float(mode_seeking(features, noise, jnp.array([0, 0]))), 4)  # 1 / (2 + 0.05)
-  0.4878
-  """
-  _checks.check_rank("features", features, 2, "[M, F]")
-  _checks.check_rank("noise", noise, 2, "[M, D]")
-  _checks.check_positive("floor", floor)
-  pairs = _same_label_pairs(y, jnp.shape(features)[0])
-  ratio = _root_mean_square_distance(noise) / (_root_mean_square_distance(features) + floor)
-  return jnp.sum(jnp.where(pairs, ratio, 0.0)) / jnp.maximum(jnp.sum(pairs), 1)
-
-
-def repulsion(x: ArrayLike, y: ArrayLike, *, bandwidth: float) -> jax.Array:
+def repulsion(x: ArrayLike, labels: ArrayLike, *, bandwidth: float) -> jax.Array:
   """Samples of one label push one another apart: mean over pairs of ``exp(-|x_i - x_j|^2 / (2 bandwidth^2))``.
 
   Args:
     x: samples [M, D].
-    y: labels [M]; pairs of one label count.
+    labels: [M]; only pairs of one label count.
     bandwidth: distance at which the push fades, in units of ``x``, positive.
 
   Returns:
-    A scalar in [0, 1]; 0 where no label has two samples.
+    A scalar in [0, 1]; 0 if no label has two samples.
 
   Raises:
     ValueError: shapes do not fit or ``bandwidth`` is not positive.
@@ -226,31 +156,19 @@ def repulsion(x: ArrayLike, y: ArrayLike, *, bandwidth: float) -> jax.Array:
   """
   _checks.check_rank("x", x, 2, "[M, D]")
   _checks.check_positive("bandwidth", bandwidth)
-  pairs = _same_label_pairs(y, jnp.shape(x)[0])
+  pairs = _same_label_pairs(labels, jnp.shape(x)[0])
   nearness = jnp.exp(-_squared_distances(jnp.asarray(x)) / (2 * bandwidth**2))
   return jnp.sum(jnp.where(pairs, nearness, 0.0)) / jnp.maximum(jnp.sum(pairs), 1)
 
 
-def _same_label_pairs(y: ArrayLike, num_samples: int) -> jax.Array:
+def _same_label_pairs(labels: ArrayLike, num_samples: int) -> jax.Array:
   """Boolean [M, M]: two different samples of one label."""
-  _checks.check_labels("y", y, num_samples)
-  y = jnp.asarray(y)
-  return (y[:, None] == y[None, :]) & ~jnp.eye(num_samples, dtype=bool)
+  _checks.check_labels("labels", labels, num_samples)
+  labels = jnp.asarray(labels)
+  return (labels[:, None] == labels[None, :]) & ~jnp.eye(num_samples, dtype=bool)
 
 
 def _squared_distances(x: jax.Array) -> jax.Array:
   """[M, M] through one matrix product; never below 0."""
   square = jnp.sum(x * x, axis=1)
   return jax.nn.relu(square[:, None] + square[None, :] - 2 * x @ x.T)
-
-
-def _root_mean_square_distance(x: ArrayLike) -> jax.Array:
-  """[M, M]; a tiny number under the root keeps the gradient finite where two rows are equal."""
-  x = jnp.asarray(x)
-  return jnp.sqrt(_squared_distances(x) / x.shape[1] + 1e-8)
-
-
-def _relative_square(value: jax.Array, reference: jax.Array) -> jax.Array:
-  """``|value - reference|^2 / |reference|^2``; against 1 where the reference is 0."""
-  size = jnp.sum(jnp.square(reference))
-  return jnp.sum(jnp.square(value - reference)) / jnp.where(size > 0, size, 1.0)

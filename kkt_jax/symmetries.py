@@ -1,4 +1,4 @@
-"""How far a classifier is from every KKT point, told from its weights alone.
+"""How far a classifier is from every KKT point, from its weights alone.
 
 A direction in parameter space along which no margin changes, whatever the input, is orthogonal to every gradient of
 every margin: to the stationarity sum of Eq. 4 of *any* data with *any* multipliers. What the target has in such a
@@ -6,6 +6,18 @@ direction no data can account for: its share of the target is a lower bound on t
 many such directions. A ReLU layer can be scaled up and the next one down, unit by unit; weights before a normalisation
 can be scaled at will; a common shift of all logits changes no margin. They are found by trying, not by knowing the
 network.
+
+The scaling of units, for ``relu(relu(x A) C) B`` with w units in either hidden layer and the target T. Unit k of the
+first layer is A's column k and C's row k: scaling these by 1 + e and 1 - e changes nothing to first order, so
+``d_k = (A_:k, -C_k:, 0)`` is a direction of no change, and likewise ``d'_k = (0, C_:k, -B_k:)`` of the second. Their
+products with the target and with one another are
+
+- ``<T, d_k>   = sum_i A_ik T^A_ik - sum_j C_kj T^C_kj``, a difference of sums per unit,
+- ``<d_k, d_k> = sum_i A_ik^2 + sum_j C_kj^2`` and ``<d_k, d_l> = 0``: two units of one layer share no entry,
+- ``<d_k, d'_l> = -C_kl^2``: both scale the entry from unit k to unit l, which is what makes a square C special,
+
+and with p the products and G the Gram matrix of all directions, ``p' G^-1 p`` is the squared length of what the target
+has in them. `_units` finds the coefficients (here 1 and -1) by trying, `_along_units` adds up p and G.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +28,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
-from scipy import optimize  # type: ignore[import-untyped]
 
 from kkt_jax import _checks
 from kkt_jax.classifier import ApplyFn, PyTree
@@ -95,7 +106,7 @@ def scale_invariant(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> PyTree:
   """Which tensors can be scaled up, alone or together with others, without any change of the margins.
 
   Such are the weights before batch norm or layer norm. Weight decay shrinks them for ever: they are at no stationary
-  point of it, and a condition that asks for one asks for what cannot be.
+  point of it, and a condition that asks for one asks for the impossible.
 
   Args:
     apply_fn: ``(params, x[K, ...]) -> logits[K, C]`` with exact derivatives; samples may interact.
@@ -110,6 +121,8 @@ def scale_invariant(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> PyTree:
   >>> print(scale_invariant(net, params, jnp.array([[1.0, 2.0], [3.0, -1.0]])))
   {'a': True, 'b': False}
   """
+  from scipy import optimize  # type: ignore[import-untyped]
+
   x = jnp.asarray(x)
   _checks.check_batch("x", x)
   leaves, structure = jax.tree.flatten(params)

@@ -4,7 +4,7 @@ What is expected is known before a file is opened: the classifier's own tree of 
 or other shapes, or is larger than they can be, is refused before its numbers are read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import os
 import pathlib
 from typing import Any
@@ -21,6 +21,8 @@ from kkt_jax.homogeneity import tensor_names
 
 FORMATS = ".safetensors file, a flax .msgpack file, or an orbax checkpoint folder"
 _OVERHEAD = 1 << 20  # bytes for names and shapes, beside the numbers themselves
+_DTYPES = {"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16")}
+_DTYPES |= {"BF16": jnp.dtype("bfloat16"), "I64": np.dtype("int64"), "I32": np.dtype("int32")}
 _SHOWN = 5  # names in a message
 
 
@@ -41,8 +43,9 @@ def read_weights(path: str | os.PathLike[str], like: PyTree) -> PyTree:
     A pytree like ``like`` of arrays of its shapes and dtypes. Numbers of another precision are converted.
 
   Raises:
-    WeightsError: no such file, another format, other names or shapes than ``like``, a file larger than they can be, a
-      damaged one, or numbers that are not finite.
+    WeightsError: no such file, one that cannot be read, another format, other names or shapes than ``like``, a file
+      larger than they can be, a damaged one, numbers that are not finite, or numbers that only stand for parameters
+      (quantised to integers or to 8 bits).
 
   >>> import tempfile
   >>> path = pathlib.Path(tempfile.mkdtemp(), "weights.msgpack")
@@ -53,16 +56,15 @@ def read_weights(path: str | os.PathLike[str], like: PyTree) -> PyTree:
   path = pathlib.Path(path)
   needed = dict(zip(tensor_names(like), jax.tree.leaves(like), strict=True))
   try:
+    _check_files(path, needed)
     if path.is_dir():
       found = _read_orbax(path, like, needed)
     elif path.suffix == ".safetensors":
       found = _read_safetensors(path, needed)
     elif path.suffix == ".msgpack":
       found = _read_msgpack(path, needed)
-    elif path.exists():
-      raise WeightsError(f"it must be a {FORMATS}; its name ends in {path.suffix or 'nothing'!r}")
     else:
-      raise WeightsError("there is no such file")
+      raise WeightsError(f"it must be a {FORMATS}; its name ends in {path.suffix or 'nothing'!r}")
     leaves = [_checked(name, found[name], leaf) for name, leaf in needed.items()]
   except WeightsError as error:
     raise WeightsError(f"{path}: {error}.") from error.__cause__
@@ -72,23 +74,48 @@ def read_weights(path: str | os.PathLike[str], like: PyTree) -> PyTree:
   return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
+def _check_files(path: pathlib.Path, needed: Mapping[str, Any]) -> None:
+  """Looks at what there is to read before anything is opened."""
+  if not path.exists():
+    raise WeightsError("there is no such file")
+  size = 0
+  for file in path.rglob("*") if path.is_dir() else [path]:
+    if file.is_dir():
+      continue
+    if not file.is_file():
+      raise WeightsError(f"{'it' if file == path else file.name} is not a regular file")
+    try:
+      file.open("rb").close()
+    except OSError as error:
+      raise WeightsError(f"it cannot be read: {error.strerror}") from error
+    size += file.stat().st_size
+  most = sum(8 * int(np.prod(leaf.shape)) for leaf in needed.values()) + _OVERHEAD  # at most in double precision
+  if size > most:
+    raise WeightsError(f"it has {size:,} bytes, more than the {most:,} that the classifier's parameters can need")
+
+
 def _read_safetensors(path: pathlib.Path, needed: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  _check_size(path, needed)
   alike = lambda name: name.replace(".", "/")
   with safetensors.safe_open(path, framework="numpy") as file:
-    stored = {alike(name): name for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    shapes = {name: tuple(file.get_slice(own).get_shape()) for name, own in stored.items()}
-    _check_shapes(shapes, {alike(name): leaf for name, leaf in needed.items()})
+    stored: dict[str, str] = {}
+    for own in file.keys():  # noqa: SIM118 (it is no mapping)
+      if (other := stored.setdefault(alike(own), own)) != own:
+        raise WeightsError(f"it has two tensors of one name, {own[:60]!r} and {other[:60]!r}")
+    wanted = {alike(name): leaf for name, leaf in needed.items()}
+    if len(wanted) < len(needed):
+      raise WeightsError("two of the classifier's own names differ in dots and slashes only: use another format")
+    parts = {name: file.get_slice(own) for name, own in stored.items()}
+    found = {name: (part.get_shape(), _DTYPES.get(part.get_dtype(), part.get_dtype())) for name, part in parts.items()}
+    _check_tensors(found, wanted)
     return {name: file.get_tensor(stored[alike(name)]) for name in needed}
 
 
 def _read_msgpack(path: pathlib.Path, needed: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  _check_size(path, needed)
   tree = serialization.msgpack_restore(path.read_bytes())
   if not isinstance(tree, Mapping):
     raise WeightsError(f"it holds a {type(tree).__name__}, not a tree of arrays")
-  found = dict(zip(tensor_names(tree), jax.tree.leaves(tree), strict=True))
-  _check_shapes({name: np.shape(leaf) for name, leaf in found.items()}, needed)
+  found = {name: np.asarray(leaf) for name, leaf in zip(tensor_names(tree), jax.tree.leaves(tree), strict=True)}
+  _check_tensors({name: (array.shape, array.dtype) for name, array in found.items()}, needed)
   return found
 
 
@@ -102,21 +129,14 @@ def _read_orbax(path: pathlib.Path, like: PyTree, needed: Mapping[str, Any]) -> 
     is_leaf = lambda node: hasattr(node, "shape")
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     names = [jax.tree_util.keystr(where, simple=True, separator="/") for where, _ in leaves]
-    _check_shapes({name: tuple(leaf.shape) for name, (_, leaf) in zip(names, leaves, strict=True)}, needed)
+    _check_tensors({name: (leaf.shape, leaf.dtype) for name, (_, leaf) in zip(names, leaves, strict=True)}, needed)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
     return dict(zip(needed, jax.tree.leaves(checkpointer.restore(path.resolve(), abstract)), strict=True))
 
 
-def _check_size(path: pathlib.Path, needed: Mapping[str, Any]) -> None:
-  if not path.is_file():
-    raise WeightsError("there is no such file")
-  most = sum(8 * int(np.prod(leaf.shape)) for leaf in needed.values()) + _OVERHEAD  # at most in double precision
-  if (size := path.stat().st_size) > most:
-    raise WeightsError(f"it has {size:,} bytes, more than the {most:,} that the classifier's parameters can need")
-
-
-def _check_shapes(found: Mapping[str, tuple[int, ...]], needed: Mapping[str, Any]) -> None:
+def _check_tensors(found: Mapping[str, tuple[Sequence[int], Any]], needed: Mapping[str, Any]) -> None:
+  """Compares names, shapes and kinds of numbers, (shape, dtype), with what is needed."""
   missing, unknown = sorted(set(needed) - set(found)), sorted(set(found) - set(needed))
   if missing or unknown:
     parts = [
@@ -124,8 +144,15 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], needed: Mapping[str, Any
     ]
     raise WeightsError(f"its tensors are not the classifier's: {'; '.join(parts)}")
   for name, leaf in needed.items():
-    if found[name] != tuple(leaf.shape):
-      raise WeightsError(f"{name} has shape {found[name]}; the classifier needs {tuple(leaf.shape)}")
+    shape, dtype = found[name]
+    if tuple(shape) != tuple(leaf.shape):
+      raise WeightsError(f"{name} has shape {tuple(shape)}; the classifier needs {tuple(leaf.shape)}")
+    kind = jnp.floating if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.integer
+    if isinstance(dtype, str) or not jnp.issubdtype(dtype, kind) or (kind is jnp.floating and dtype.itemsize < 2):
+      raise WeightsError(
+        f"{name} holds {dtype}; the classifier needs {leaf.dtype}, from floats of 16, 32 or 64 bits. Quantised numbers"
+        " only stand for its parameters: store scale * (number - zero point)"
+      )
 
 
 def _some(names: list[str]) -> str:
@@ -136,8 +163,9 @@ def _some(names: list[str]) -> str:
 
 def _checked(name: str, value: Any, leaf: Any) -> jax.Array:
   array = np.asarray(value)
-  if not (np.issubdtype(array.dtype, np.number) or array.dtype == jnp.bfloat16) or np.iscomplexobj(array):
-    raise WeightsError(f"{name} holds {array.dtype}, not real numbers")
-  if not np.all(np.isfinite(array.astype(np.float64))):
-    raise WeightsError(f"{name} holds a NaN or an infinity")
-  return jnp.asarray(array, leaf.dtype)
+  with np.errstate(over="ignore"):
+    converted = array.astype(leaf.dtype)
+  for numbers, what in ((array, "a NaN or an infinity"), (converted, f"a number beyond {leaf.dtype}")):
+    if not np.all(np.isfinite(numbers)):
+      raise WeightsError(f"{name} holds {what}")
+  return jnp.asarray(converted)

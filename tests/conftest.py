@@ -1,13 +1,19 @@
-"""Strict settings for every test: no silent rank promotion, parsed absl flags, optional x64.
+"""Strict settings for every test: no silent rank promotion, parsed absl flags, few examples of hypothesis.
 
-``JAX_ENABLE_X64=1 pytest`` runs the whole suite in double precision.
+``HYPOTHESIS_PROFILE=thorough pytest`` tries more examples.
 """
 
 from collections.abc import Iterator
+import os
 
 from absl import flags
+import hypothesis
 import jax
 import pytest
+
+hypothesis.settings.register_profile("quick", max_examples=25, deadline=None)
+hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

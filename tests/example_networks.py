@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kkt_jax.networks import ConvClassifier, from_module, MLPClassifier
+from kkt_jax.networks import ConvClassifier, MLPClassifier
+from kkt_jax.relaxation import relaxed
+from kkt_jax.subject import from_linen
 
 
 class ResidualMLP(nn.Module):
@@ -40,7 +42,9 @@ def random_like(tree: Any, seed: int, scale: float = 0.7) -> Any:
 
 
 @functools.cache
-def random_classifier(module: nn.Module, input_shape: tuple[int, ...], num_samples: int, seed: int):
+def random_classifier(
+  module: nn.Module, input_shape: tuple[int, ...], num_samples: int, seed: int, gate_sharpness: float | None
+):
   """A `Classifier` with random parameters, inputs and labels for it; scales and variances stay positive."""
   x = inputs(num_samples, *input_shape, seed=seed + 100)
   y = jnp.asarray(np.arange(num_samples) % module.num_classes)
@@ -49,18 +53,19 @@ def random_classifier(module: nn.Module, input_shape: tuple[int, ...], num_sampl
     lambda path, leaf: jnp.abs(leaf) + 0.5 if path[-1].key in ("scale", "var") else leaf,
     random_like(dict(shapes), seed),
   )
-  made = from_module(module, variables, input_shape=input_shape, labels=range(module.num_classes))
+  made = relaxed(from_linen(module, variables, input_shape=input_shape), gate_sharpness)
   functions = {name: jax.jit(getattr(made, name)) for name in ("apply_fn", "predict_fn")}
   return dataclasses.replace(made, **functions), x, y
 
 
-def random_mlp(num_samples: int = 6, seed: int = 0, **settings: Any):
-  return random_classifier(MLPClassifier(**{"num_classes": 3, "hidden": (5, 4), **settings}), (2,), num_samples, seed)
+def random_mlp(num_samples: int = 6, seed: int = 0, gate_sharpness: float | None = None, **settings: Any):
+  module = MLPClassifier(**{"num_classes": 3, "hidden": (5, 4), **settings})
+  return random_classifier(module, (2,), num_samples, seed, gate_sharpness)
 
 
-def random_conv(num_samples: int = 3, seed: int = 0, **settings: Any):
+def random_conv(num_samples: int = 3, seed: int = 0, gate_sharpness: float | None = None, **settings: Any):
   module = ConvClassifier(**{"num_classes": 3, "channels": (2, 3), **settings})
-  return random_classifier(module, (4, 4, 1), num_samples, seed)
+  return random_classifier(module, (4, 4, 1), num_samples, seed, gate_sharpness)
 
 
 def random_residual(num_samples: int = 6, seed: int = 0):

@@ -1,5 +1,6 @@
 """What `test_parallel` runs in a process that has eight virtual devices."""
 
+import functools
 import re
 
 import chex
@@ -9,75 +10,88 @@ import pytest
 from tiny_run import problem
 
 from kkt_jax import parallel, training
+from kkt_jax.reconstruction import reconstruct, Reconstruction
 
 _COLLECTIVE = re.compile(
   r"= (?P<shapes>.*?) (?P<kind>all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)"
   r"(?:-start)?\("
 )
-CASES = [
-  {"batch_norm": True, "num_classifiers": 2},
-  {"batch_norm": False, "num_classifiers": 2, "microbatch_size": 24},
-  {"batch_norm": False, "num_classifiers": 1, "batch_size": 42},  # 42 samples on 8 devices
-]
+COUPLED = {"batch_norm": True, "num_classifiers": 2}
+SEPARABLE = {"batch_norm": False, "num_classifiers": 2, "microbatch_size": 24}
 
 
-def on_mesh(parts, mesh):
-  return parallel.replicate(parts, mesh)
+def begin(mesh=None, microbatch_size=None, **settings):
+  """A step, and what it takes."""
+  examinations, recipe = problem(**settings)
+  classifiers = [own.classifier for own in examinations]
+  own = Reconstruction.begin(classifiers, recipe, examinations=examinations, microbatch_size=microbatch_size, mesh=mesh)
+  parts = (own.state, own.classifiers, own.conditions)
+  return training.make_train_step(own.problem), parts if mesh is None else parallel.replicate(parts, mesh)
 
 
-@pytest.mark.parametrize("settings", CASES)
+@functools.cache
+def on_mesh(**settings):
+  """The compiled step on all devices, and what it takes."""
+  step, parts = begin(parallel.device_mesh(), **settings)
+  return step.lower(*parts, None).compile(), parts
+
+
+@pytest.mark.parametrize("settings", [COUPLED, SEPARABLE])
 def test_a_step_on_eight_devices_is_the_step_on_one(settings):
-  method, *parts = problem(**settings)
-  alone, metrics = training.make_train_step(method).call(*parts)
-  mesh = parallel.device_mesh()
-  method, *parts = problem(**settings, mesh=mesh)
-  together, metrics_together = training.make_train_step(method).call(*on_mesh(parts, mesh))
+  step, parts = begin(**settings)
+  alone, metrics = step(*parts, None)
+  step, parts = on_mesh(**settings)
+  together, metrics_together = step(*parts, None)
   chex.assert_trees_all_close(parallel.fetch(together.params), alone.params, rtol=1e-5, atol=1e-6)
   chex.assert_trees_all_close(parallel.fetch(together.statistics), alone.statistics, rtol=1e-5, atol=1e-6)
   chex.assert_trees_all_close(parallel.fetch(metrics_together), metrics, rtol=1e-4, atol=1e-6)
 
 
+def test_a_reconstruction_with_restarts_comes_back_from_its_devices():
+  examinations, recipe = problem(num_classifiers=1, batch_norm=False, steps=4, restarts=2, restart_steps=2)
+  classifiers = [own.classifier for own in examinations]
+  state = reconstruct(classifiers, recipe, examinations=examinations, mesh=parallel.device_mesh()).state
+  assert int(state.step) == 4
+  assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(state))
+
+
 def collectives(settings):
   """The kinds of collectives in a compiled step, how many numbers go through them, and how many ought to."""
-  mesh = parallel.device_mesh()
-  method, *parts = problem(**settings, mesh=mesh)
-  compiled = training.make_train_step(method).call.lower(*on_mesh(parts, mesh)).compile()
+  compiled, (state, classifiers, _) = on_mesh(**settings)
   kinds, numbers = set(), 0
   for match in _COLLECTIVE.finditer(compiled.as_text()):
     kinds.add(match["kind"])
     numbers += sum(
       int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"\[([\d,]*)\]", match["shapes"])
     )
-  state, classifiers, _ = parts
   # The stationarity sum of each classifier, the gradient of theta, and that of eta from each classifier.
   large = [[c.params for c in classifiers], state.params["theta"], [state.params["eta"]] * len(classifiers)]
   return kinds, numbers, sum(leaf.size for leaf in jax.tree.leaves(large))
 
 
 def test_only_sums_cross_devices():
-  settings = {"batch_norm": False, "num_classifiers": 2, "microbatch_size": 24}
-  kinds, numbers, expected = collectives(settings)
+  kinds, numbers, expected = collectives(SEPARABLE)
   assert kinds == {"all-reduce"}
   assert expected <= numbers <= expected + 20  # and a few scalars; nothing that is one for each sample
-  assert collectives(settings | {"batch_size": 96})[1] == numbers
+  assert collectives(SEPARABLE | {"batch_size": 96})[1] == numbers
 
 
 def test_with_batch_norm_its_statistics_cross_too_and_nothing_that_grows_with_the_batch():
-  settings = {"batch_norm": True, "num_classifiers": 1}
-  kinds, numbers, _ = collectives(settings)
+  kinds, numbers, _ = collectives(COUPLED)
   assert kinds == {"all-reduce"}
-  assert collectives(settings | {"batch_size": 96})[1] == numbers
+  assert collectives(COUPLED | {"batch_size": 96})[1] == numbers
 
 
 def test_parameters_split_over_a_model_axis_give_the_same_step():
-  method, *parts = problem(num_classifiers=1)
-  alone, _ = training.make_train_step(method).call(*parts)
+  settings = {"num_classifiers": 1, "batch_norm": False, "batch_size": 41}  # on two copies
+  step, parts = begin(**settings)
+  alone, _ = step(*parts, None)
   mesh = parallel.device_mesh(model=4)
-  method, state, classifiers, conditions = problem(num_classifiers=1, mesh=mesh)
+  step, (state, classifiers, conditions) = begin(mesh, **settings)
   split = parallel.split_parameters((classifiers, conditions), mesh)
   kernel = split[0][0].params["Dense_0"]["kernel"]
   assert kernel.addressable_shards[0].data.shape == (4, 4)  # of (4, 16): a quarter on each device
-  together, _ = training.make_train_step(method).call(parallel.replicate(state, mesh), *split)
+  together, _ = step(state, *split, None)
   chex.assert_trees_all_close(parallel.fetch(together.params), alone.params, rtol=1e-5, atol=1e-6)
 
 

@@ -1,28 +1,28 @@
-"""The audit of anybody's classifier: it runs for every kind of module and file, and knows what is hopeless."""
+"""The audit of anybody's classifier: what it refuses, what it says, and that it runs for every kind of module."""
 
 import dataclasses
+import io
 import json
+import os
 import zipfile
 
 from flax import linen as nn
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
 
-from experiments import audit, audit_examples, audit_report, common
-from experiments.audit_data import read_images
-from experiments.audit_findings import examine
+from experiments.audit import __main__ as audit
+from experiments.audit import data, examples, report
+from experiments.harness.flags import UsageError
+import kkt_jax
 from kkt_jax import pretrain
-from kkt_jax.subject import from_linen, from_nnx, Subject
 
 SHAPE = (8, 8, 1)
-DESCRIBED = {"input_shape": SHAPE, "num_classes": 3}
 
 
-class Linen(nn.Module):
+class Network(nn.Module):
   @nn.compact
   def __call__(self, x):
     h = nn.relu(nn.Dense(40)(x.reshape(x.shape[0], -1)))
@@ -37,50 +37,36 @@ class Normalised(nn.Module):
     return nn.Dense(3)(h.reshape(x.shape[0], -1))
 
 
-class Smooth(nnx.Module):
-  def __init__(self, rngs):
-    self.first, self.norm, self.last = (
-      nnx.Linear(64, 16, rngs=rngs),
-      nnx.LayerNorm(16, rngs=rngs),
-      nnx.Linear(16, 3, rngs=rngs),
-    )
-
-  def __call__(self, x):
-    return self.last(nnx.gelu(self.norm(self.first(x.reshape(x.shape[0], -1)))))
-
-
 def linen():
-  return from_linen(Linen(), **DESCRIBED)
+  return kkt_jax.Subject.from_linen(Network(), input_shape=SHAPE, value_range=(-1.0, 1.0))
 
 
 def normalised():
-  return from_linen(Normalised(), **DESCRIBED)
+  return kkt_jax.Subject.from_linen(Normalised(), input_shape=SHAPE)
 
 
-def smooth():
-  return from_nnx(Smooth, **DESCRIBED)
+def vectors():
+  return kkt_jax.Subject.from_linen(Network(), input_shape=(5,), value_range=None)
 
 
-def function():
-  """A plain function on inputs from -1 to 1, from which it subtracts an image."""
+def broken():
+  return 1 / 0
 
-  def apply_fn(params, x):
-    h = (x - jnp.linspace(-0.5, 0.5, 64).reshape(1, *SHAPE)).reshape(x.shape[0], -1)
-    return jax.nn.relu(h @ params["a.weight"].T + params["a.bias"][None]) @ params["b.weight"].T
 
-  def init_fn():
-    keys = jax.random.split(jax.random.key(0), 2)
-    return {
-      "a.weight": 0.2 * jax.random.normal(keys[0], (40, 64)),
-      "a.bias": jnp.zeros(40),
-      "b.weight": 0.2 * jax.random.normal(keys[1], (3, 40)),
-    }
+def asking(what):
+  return what
 
-  return Subject(apply_fn, init_fn, value_range=(-1.0, 1.0), **DESCRIBED)
+
+def nothing():
+  return {}
+
+
+def broken_inside():
+  return kkt_jax.Subject(lambda params, x: x, lambda: 1 / 0, SHAPE)
 
 
 def images(seed, count=5):
-  """Three kinds of blobs, and their labels."""
+  """Three kinds of blobs in [0, 1], and their classes."""
   random = np.random.default_rng(seed)
   y = np.arange(3 * count, dtype=np.int32) % 3
   centres = np.stack([np.outer(np.hanning(8), np.roll(np.hanning(8), shift)) for shift in (-2, 0, 2)])
@@ -88,179 +74,343 @@ def images(seed, count=5):
   return x[..., None].astype(np.float32), y
 
 
+def classifier(subject):
+  return subject.classifier(subject.init_fn())
+
+
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-  """A folder with each subject's parameters after some training, and the data."""
+  """A folder with each subject's parameters, and the data: of blobs for images, of noise for vectors."""
   folder = tmp_path_factory.mktemp("stored")
-  x, y = images(0)
-  for build, kind in ((linen, "msgpack"), (smooth, "orbax"), (function, "safetensors"), (normalised, "msgpack")):
-    subject = build()
-    variables = subject.init_fn()
-    if build is not normalised:
-      scaled = jnp.asarray(subject.value_range[0] + (subject.value_range[1] - subject.value_range[0]) * x)
-      result = pretrain.gradient_descent(
-        subject.apply_fn, variables, scaled, y, num_steps=1500, learning_rate=0.1, weight_decay=0.03, momentum=0.9
-      )
-      variables = result.params
-    target = folder / build.__name__
-    target.mkdir()
-    audit_examples.store(target, variables, kind)
-  np.savez(folder / "train.npz", x=x, y=y)
-  other, labels = images(1, count=10)
-  np.savez(folder / "held_out.npz", x=(255 * other).astype(np.uint8), y=labels)
+  for build in (linen, normalised, vectors):
+    examples.store(folder / f"{build.__name__}.safetensors", build().init_fn())
+  for name, seed, count in (("train", 0, 5), ("held_out", 1, 10)):
+    x, y = images(seed, count)
+    np.savez(folder / f"{name}.npz", x=(255 * x).astype(np.uint8), y=y)
+    np.savez(folder / f"{name}_vectors.npz", x=np.random.default_rng(seed).normal(size=(len(y), 5)), y=y)
   return folder
 
 
-def config(stored, build, kind, **settings):
-  name = "weights" if kind == "orbax" else f"weights.{kind}"
-  tiny = {"codes": 4, "steps": 4, "warmup": 2, "log_every": 2, "checkpoint_every": 2, "anyway": True}
-  return audit.Config(
-    classifier=f"test_audit:{build.__name__}",
-    checkpoint=str(stored / build.__name__ / name),
-    **tiny | settings,
-  )
+def config(stored, build=linen, **settings):
+  tiny = {"codes": 4, "steps": 4, "log_every": 2, "save_every": 2, "force": True}
+  path = stored / f"{build.__name__}.safetensors"
+  return audit.Config(classifier=f"test_audit:{build.__name__}", checkpoint=str(path), **tiny | settings)
 
 
-@pytest.mark.parametrize(
-  ("build", "kind", "form"),
-  [(smooth, "orbax", "weight_decay"), (normalised, "msgpack", "max_margin")],
-)
-def test_every_kind_of_module_and_file_is_audited(stored, tmp_path, build, kind, form):
-  metrics = audit.run(config(stored, build, kind), tmp_path)
-  assert metrics["form"] == form
-  assert 0 <= metrics["generated"]["agreement"] <= 1
-  assert "No verdict" in metrics["verdict"]
-  assert (tmp_path / "samples.png").exists()
+def with_data(stored, suffix=""):
+  return {f"{name}_data": str(stored / f"{name}{suffix}.npz") for name in ("train", "held_out")}
 
 
-def test_with_the_owner_s_data_there_is_a_verdict(stored, tmp_path):
-  data = {"train_data": str(stored / "train.npz"), "held_out_data": str(stored / "held_out.npz")}
-  metrics = audit.run(config(stored, linen, "msgpack", **data), tmp_path)
-  assert metrics["training_data"]["cover"] == 1
-  assert 0 < metrics["generated"]["p_value"] <= 1
-  assert metrics["generated"]["chance"] == pytest.approx(1 / 3)  # two others to each
-  assert json.loads((tmp_path / "metrics.json").read_text())["verdict"] == metrics["verdict"]
-  page = (tmp_path / "report.html").read_text()
-  assert metrics["verdict"].split(":")[0] in page
-  assert (tmp_path / "pairs.png").exists()
-
-
-def test_a_plain_function_tells_its_mean_and_the_data_s_span(stored):
-  subject = function()
-  classifier = audit.load_classifier(subject, str(stored / "function" / "weights.safetensors"))
-  findings = examine(classifier)
-  assert findings.form == "weight_decay"
-  # On inputs in [0, 1], of which its own are twice less 1.
-  expected = (np.linspace(-0.5, 0.5, 64).reshape(SHAPE) + 1) / 2
-  np.testing.assert_allclose(findings.start, expected, atol=1e-3)
-  assert findings.span is not None
-  assert findings.span.strengths.size <= 15  # as many as there are training samples
-
-
-@pytest.mark.parametrize("network", audit_examples.NETWORKS)
-def test_every_example_is_trained_and_stored_with_its_data(tmp_path, network):
-  settings = audit_examples.Config(network=network, steps=2, samples_per_class=2, held_out_per_class=2)
-  command = audit_examples.run(settings, tmp_path)["audit"].split()
-  given = dict(argument.removeprefix("--").split("=") for argument in command if argument.startswith("--"))
-  subject = audit.load_subject(given["classifier"])
-  classifier = audit.load_classifier(subject, given["checkpoint"])
-  first = jax.tree.leaves(subject.init_fn())
-  stored = jax.tree.leaves(classifier.params)
-  assert all(bool(jnp.isfinite(leaf).all()) for leaf in stored)
-  assert not np.array_equal(stored[0], first[-len(stored)])  # it has been trained
-  for name in ("train_data", "held_out_data"):
-    data = read_images(given[name], flag=name, input_shape=(28, 28, 1), num_classes=10, value_range=subject.value_range)
-    assert data.x.shape == (20, 28, 28, 1)
-
-
-def test_weights_without_a_kkt_point_are_recognised_before_any_training(tmp_path, stored):
-  subject = linen()
-  audit_examples.store(tmp_path, jax.tree.map(lambda leaf: leaf + 0.3, subject.init_fn()), "msgpack")
-  settings = config(stored, linen, "msgpack", anyway=False, form="weight_decay")
-  metrics = audit.run(dataclasses.replace(settings, checkpoint=str(tmp_path / "weights.msgpack")), tmp_path / "run")
-  assert metrics["least_residual"]["weight_decay"] > 0.25
-  assert "No data can account for" in metrics["verdict"]
-  assert not (tmp_path / "run" / "generator").exists()
+# What is refused, before there is a folder.
 
 
 @pytest.mark.parametrize(
   ("settings", "said"),
   [
     ({"classifier": ""}, "--classifier must be given"),
-    ({"classifier": "test_audit"}, "--classifier must be module:function"),
-    ({"classifier": "no_such_module:f"}, "--classifier=no_such_module:f cannot be loaded"),
-    ({"classifier": "test_audit:nothing"}, "--classifier=test_audit:nothing cannot be loaded"),
-    ({"classifier": "test_audit:images_of_nothing"}, "must return a kkt_jax.subject.Subject; got dict"),
+    ({"classifier": "test_audit"}, "--classifier must be module:function, such as mine:classifier; got 'test_audit'."),
+    ({"classifier": ":linen"}, "--classifier must be module:function"),
+    ({"classifier": "../mine:linen"}, "--classifier must be module:function"),
+    ({"classifier": "no_such:f"}, "--classifier=no_such:f raised ModuleNotFoundError: No module named 'no_such'"),
+    ({"classifier": "test_audit:absent"}, "--classifier=test_audit:absent raised AttributeError: module 'test_audit'"),
+    ({"classifier": "test_audit:broken"}, "--classifier=test_audit:broken raised ZeroDivisionError: division by zero"),
+    ({"classifier": "test_audit:broken_inside"}, "broken_inside raised ZeroDivisionError: division by zero"),
+    ({"classifier": "test_audit:asking"}, r"raised TypeError: asking\(\) missing 1 required positional argument"),
+    ({"classifier": "test_audit:nothing"}, "must return a kkt_jax.Subject; got dict"),
     ({"checkpoint": "/no/where.msgpack"}, "--checkpoint: /no/where.msgpack: there is no such file"),
-    ({"classifier": "test_audit:function"}, "its tensors are not the classifier's"),
-    ({"warmup": 4}, "--warmup must be less than --steps = 4; got 4"),
-    ({"train_data": "/no/where.npz"}, "--train_data=/no/where.npz cannot be read"),
+    ({"classifier": "test_audit:normalised"}, "its tensors are not the classifier's"),
+    ({"weights": "stationarity=many"}, "--weights must be name=number"),
+    ({"train_data": "/no/where.npz"}, "--train_data=/no/where.npz: .* there is no such file"),
+    ({"held_out_data": "same"}, "--held_out_data needs --train_data"),
   ],
 )
-def test_what_cannot_be_audited_is_named(stored, tmp_path, settings, said):
-  with pytest.raises(common.UsageError, match=said):
-    audit.run(dataclasses.replace(config(stored, linen, "msgpack"), **settings), tmp_path)
+def test_what_cannot_be_audited_is_named_and_leaves_no_folder(stored, tmp_path, settings, said):
+  settings = {name: str(stored / "train.npz") if value == "same" else value for name, value in settings.items()}
+  with pytest.raises(UsageError, match=said) as error:
+    audit.run(dataclasses.replace(config(stored), **settings), tmp_path / "new")
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "new").exists()
 
 
-def images_of_nothing():
-  return {}
+def test_the_forms_of_the_command_line_are_those_of_the_library():
+  (form,) = (field for field in dataclasses.fields(audit.Config) if field.name == "form")
+  assert form.metadata["choices"] == ("auto", *kkt_jax.examination.FORMS)
 
 
-def read(path, **settings):
-  return read_images(
-    str(path), flag="train_data", **{"input_shape": SHAPE, "num_classes": 3, "value_range": (0.0, 1.0)} | settings
-  )
+# The owner's data.
+
+
+def read(path, subject=normalised):
+  return data.read(str(path), "", classifier(subject()))[0]
+
+
+def test_data_in_the_classifier_s_own_units_and_bytes_mean_the_same(tmp_path):
+  x, y = images(0)
+  x = np.round(255 * x) / 255
+  np.savez(tmp_path / "own.npz", x=2 * x.astype(np.float64) - 1, y=y.astype(np.int64))
+  np.savez(tmp_path / "bytes.npz", x=np.round(255 * x).astype(np.uint8), y=y)
+  for name in ("own", "bytes"):
+    found = read(tmp_path / f"{name}.npz", linen)  # inputs from -1 to 1
+    np.testing.assert_allclose(found.x, x, atol=1e-6)
+    np.testing.assert_array_equal(found.y, y)
+    assert (found.x.dtype, found.y.dtype) == (np.float32, np.int32)
 
 
 @pytest.mark.parametrize(
   ("arrays", "said"),
   [
     ({"x": np.zeros((2, 4, 4, 1), np.float32), "y": np.zeros(2, int)}, r"x must have shape \[N, 8, 8, 1\]"),
-    ({"x": np.zeros((2, *SHAPE), np.float32), "y": np.array([0, 3])}, r"labels must lie in 0..2; got 0..3"),
-    ({"x": np.full((2, *SHAPE), 2.0), "y": np.zeros(2, int)}, "x must lie in the classifier's range"),
-    ({"x": np.full((2, *SHAPE), np.nan), "y": np.zeros(2, int)}, "x must lie in the classifier's range"),
+    ({"x": np.zeros((3, *SHAPE), np.float32), "y": np.array([0, 1, 3])}, "labels must lie in 0 to 2; got 0 to 3"),
+    ({"x": np.zeros((1, *SHAPE), np.float32), "y": np.array([2**32])}, "labels must lie in 0 to 2; got 4294967296"),
+    ({"x": np.zeros((1, *SHAPE), np.float32), "y": np.array([2**63], np.uint64)}, "labels must lie in 0 to 2"),
+    ({"x": np.zeros((2, *SHAPE), np.float32), "y": np.array([0, 1])}, "every class; it has none of class 2"),
+    ({"x": np.zeros((0, *SHAPE), np.float32), "y": np.zeros(0, int)}, "cannot be read|labels must lie in"),
+    ({"x": np.full((3, *SHAPE), 2.0), "y": np.arange(3)}, "x must lie in the classifier's range, 0.0 to 1.0; got 2.0"),
+    ({"x": np.full((3, *SHAPE), np.nan), "y": np.arange(3)}, "x must lie in the classifier's range"),
+    ({"x": np.zeros((2, *SHAPE), np.uint16), "y": np.zeros(2, int)}, "x must be uint8 or floating point"),
     ({"x": np.zeros((2, *SHAPE), np.float32)}, "y missing"),
     ({"x": np.zeros((2, *SHAPE), np.float32), "y": np.array(["a", "b"])}, "y integers"),
-    ({"x": np.array([{}, {}]), "y": np.zeros(2, int)}, "cannot be read"),  # would have to be unpickled
+    ({"x": np.array([{}, {}]), "y": np.zeros(2, int)}, "x.npy is damaged"),  # would have to be unpickled
   ],
 )
 def test_data_that_do_not_fit_are_named(tmp_path, arrays, said):
   np.savez(tmp_path / "data.npz", **arrays)
-  with pytest.raises(common.UsageError, match=said):
+  with pytest.raises(UsageError, match=said):
     read(tmp_path / "data.npz")
 
 
-def test_an_archive_that_would_fill_the_memory_is_not_opened(tmp_path, monkeypatch):
-  monkeypatch.setattr("experiments.audit_data._LARGEST", 1 << 20)
-  path = tmp_path / "data.npz"
-  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-    archive.writestr("x.npy", bytes(2 << 20))  # next to nothing, until it is opened
-  with pytest.raises(common.UsageError, match="x.npy would have 2,097,152 bytes; at most 1,048,576"):
-    read(path)
+def archive(path, **members):
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+    for name, content in members.items():
+      file.writestr(f"{name}.npy", content)
+  return path
+
+
+def header(shape, dtype="<f4"):
+  content = io.BytesIO()
+  np.lib.format.write_array_header_1_0(content, {"descr": dtype, "fortran_order": False, "shape": shape})
+  return content.getvalue()
+
+
+def test_an_archive_is_judged_by_its_headers_before_anything_is_allocated(tmp_path, monkeypatch):
+  labels = header((10**9,), "<i8")
+  lies = archive(tmp_path / "lies.npz", x=header((10**9, *SHAPE)), y=labels)  # 256 GB, of which nothing is there
+  with pytest.raises(UsageError, match="x.npy is damaged: its header says .*, and 0 bytes follow"):
+    read(lies)
+  unlike = archive(tmp_path / "unlike.npz", x=header((4, 100)) + bytes(1600), y=header((4,), "<i8") + bytes(32))
+  monkeypatch.setattr(np.lib.format, "read_array", None)  # must not be called
+  with pytest.raises(UsageError, match=r"x must have shape \[N, 8, 8, 1\]"):
+    read(unlike)
+  monkeypatch.setattr(data, "_LARGEST", 1 << 10)
+  large = archive(tmp_path / "large.npz", x=header((8, *SHAPE)) + bytes(2048), y=header((8,), "<i8") + bytes(64))
+  with pytest.raises(UsageError, match="x.npy has 2,048 bytes; at most 1,024 are read"):
+    read(large)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x05\x06" + bytes(18)])
+def test_what_is_no_archive_is_refused(tmp_path, content):
+  (tmp_path / "data.npz").write_bytes(content)
+  with pytest.raises(UsageError, match="neither an .npz file nor a folder|x and y missing"):
+    read(tmp_path / "data.npz")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / "data.npz")
+  with pytest.raises(UsageError, match="neither an .npz file nor a folder"):
+    read(tmp_path / "data.npz")
+
+
+def in_folders(folder):
+  x, y = images(0, count=1)
+  for image, label in zip(x, y, strict=True):
+    (folder / str(label)).mkdir()
+    Image.fromarray((255 * image[..., 0]).astype(np.uint8)).save(folder / str(label) / "one.png")
+  return x, y
 
 
 def test_images_come_from_a_folder_for_each_class(tmp_path):
-  x, y = images(0, count=1)
-  for number, (image, label) in enumerate(zip(x, y, strict=True)):
-    folder = tmp_path / str(label)
-    folder.mkdir(exist_ok=True)
-    Image.fromarray((255 * image[..., 0]).astype(np.uint8)).save(folder / f"{number}.png")
+  x, y = in_folders(tmp_path)
+  os.mkfifo(tmp_path / "0" / "pipe.png")  # is passed over
+  (tmp_path / ".hidden").mkdir()
   found = read(tmp_path)
   np.testing.assert_allclose(found.x, x, atol=1 / 255)
   np.testing.assert_array_equal(found.y, y)
-  Image.new("L", (9, 8)).save(tmp_path / "0" / "large.png")
-  with pytest.raises(common.UsageError, match="large.png has 9 x 8 pixels; the classifier takes 8 x 8"):
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "said"),
+  [
+    ("0/large.png", Image.new("L", (9, 8)), "large.png has 9 x 8 pixels; the classifier takes 8 x 8"),
+    ("0/deep.png", Image.new("I;16", (8, 8), 40000), "deep.png has pixels of the kind I;16; .* 8-bit L"),
+    ("0/colour.png", Image.new("RGB", (8, 8)), "colour.png has pixels of the kind RGB; with 1 channel"),
+    ("0/no.png", b"no image", "cannot be read"),
+    ("3/one.png", Image.new("L", (8, 8)), "a folder of images for each class, 0 to 2; '3' is no class"),
+    ("²/one.png", Image.new("L", (8, 8)), "'²' is no class"),
+    ("99999999999999999999/one.png", Image.new("L", (8, 8)), "'99999999999999999999' is no class"),
+  ],
+)
+def test_images_that_do_not_fit_are_named(tmp_path, name, content, said):
+  in_folders(tmp_path)
+  path = tmp_path / name
+  path.parent.mkdir(exist_ok=True)
+  path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
+  with pytest.raises(UsageError, match=said):
     read(tmp_path)
-  (tmp_path / "0" / "large.png").write_bytes(b"no image")
-  with pytest.raises(common.UsageError, match="cannot be read"):
-    read(tmp_path)
+
+
+def test_held_out_data_that_hold_training_samples_are_refused(tmp_path):
+  (x, y), (other, labels) = images(0), images(1)
+  np.savez(tmp_path / "train.npz", x=np.round(255 * x).astype(np.uint8), y=y)
+  mixed = np.concatenate([other, np.round(255 * x[:2]) / 255])  # the same, stored as floats
+  np.savez(tmp_path / "held_out.npz", x=mixed, y=np.concatenate([labels, y[:2]]))
+  own = classifier(normalised())
+  with pytest.raises(UsageError, match="2 of its 17 are identical to one of --train_data, the first at place 15"):
+    data.read(str(tmp_path / "train.npz"), str(tmp_path / "held_out.npz"), own)
+
+
+def test_held_out_data_that_lack_a_class_are_refused(tmp_path):
+  for name, seed, count in (("train", 0, 15), ("held_out", 1, 2)):
+    x, y = images(seed)
+    np.savez(tmp_path / f"{name}.npz", x=x[:count], y=y[:count])
+  with pytest.raises(UsageError, match="--held_out_data=.* must hold samples of every class; it has none of class 2"):
+    data.read(str(tmp_path / "train.npz"), str(tmp_path / "held_out.npz"), classifier(normalised()))
+
+
+# The verdict.
+
+
+def found(hits, p_value, tested=100):
+  return {
+    "retrieval_hits": hits,
+    "retrieval_p_value": p_value,
+    "retrieval_chance": 0.2,
+    "retrieval_candidates": 5,
+    "tested": tested,
+  }
 
 
 def test_the_verdict_says_what_the_numbers_say():
-  known = {"cover": 0.5, "trained": 100, "group": 4, "chance": 0.2, "nearer": 0.6}
-  assert "No verdict" in audit_report._verdict({"cover": 0.5})
-  yes = audit_report._verdict(known | {"retrieved": 0.6, "p_value": 1e-9})
-  assert "give training samples away" in yes
-  assert "60 could be picked out of 5" in yes and "by chance it would be 20" in yes and "About 40%" in yes
-  no = audit_report._verdict(known | {"retrieved": 0.22, "p_value": 0.34})
-  assert "No evidence" in no and "no proof" in no
+  assert report._verdict({}, 100).startswith("No verdict without data")
+  yes = report._verdict(found(60, 1e-5), 100)
+  assert yes.startswith("These weights reveal individual training samples.")
+  # Wilson, by hand: z = 1.96, (.6 + z^2/200 +- z sqrt(.24/100 + z^2/40000)) / (1 + z^2/100) = .502, .691
+  assert "Of 100 training samples, 60 (95 %: 50 to 69) could be picked out from 5 real samples" in yes
+  assert "by chance 20" in yes and "about one in 100,000" in yes
+  # (.6 - .2) / (1 - .2) = .5, and the same of the bounds
+  assert "50% of them (95 %: 38% to 61%)" in yes
+  no = report._verdict(found(22, 0.34), 100)
+  assert no.startswith("No evidence") and "probability 0.34" in no and "no proof" in no
+
+
+def test_the_verdict_neither_rounds_to_certainty_nor_hides_what_was_not_tested():
+  every = report._verdict(found(100, 1e-70), 100)
+  assert "below one in a billion" in every and "100% of them (95 %: 95% to 100%)" in every
+  assert "The other 90 were not tested" in report._verdict(found(10, 1e-7, tested=10), 100)
+  assert "not tested" not in every
+
+
+# Whole audits.
+
+
+@pytest.mark.slow
+def test_a_classifier_beyond_the_theory_is_refused_with_a_report_and_can_be_tried_anyway(stored, tmp_path):
+  settings = config(stored, force=False, form="weight_decay")
+  metrics = audit.run(settings, tmp_path)
+  assert metrics["bounds"]["weight_decay"] > 0.05
+  assert metrics["verdict"].startswith("The theory of this audit does not cover these weights")
+  assert metrics["pictures"] == ["report.html"] and not (tmp_path / "generator").exists()
+  page = (tmp_path / "report.html").read_text()
+  assert "<strong>The theory of this audit does not cover these weights" in page
+  assert "<li>2,723 parameters, 3 classes, no batch norm.</li>" in page  # 64 x 40 + 40 + 40 x 3 + 3
+  audit.run(dataclasses.replace(settings, force=True), tmp_path)  # as the verdict suggests, in the same folder
+  assert (tmp_path / "generator").exists()
+
+
+@pytest.mark.slow
+def test_data_given_later_are_compared_without_training_again(stored, tmp_path):
+  metrics = audit.run(config(stored), tmp_path)
+  assert metrics["verdict"].startswith("No verdict")
+  assert metrics["pictures"] == ["report.html", "samples.png"]
+  logged = (tmp_path / "metrics.jsonl").read_text()
+  metrics = audit.run(config(stored, **with_data(stored)), tmp_path)
+  assert (tmp_path / "metrics.jsonl").read_text() == logged
+  assert metrics["pictures"] == ["report.html", "pairs.png", "samples.png"]
+  assert all((tmp_path / name).exists() for name in metrics["pictures"])
+  assert metrics["against_data"]["retrieval_chance"] == pytest.approx(1 / 3)  # two others to each
+  assert metrics["against_data"]["tested"] == 15
+  assert metrics["training_data"]["likeness"] > metrics["uniform_noise"]["likeness"]
+  assert json.loads((tmp_path / "metrics.json").read_text())["verdict"] == metrics["verdict"]
+  page = (tmp_path / "report.html").read_text()
+  assert metrics["verdict"].split(".")[0] in page and page.count("<img ") == 2 and "0.0000" not in page
+  with pytest.raises(UsageError, match="--steps was 4, now 5"):
+    audit.run(config(stored, steps=5), tmp_path)
+
+
+@pytest.mark.slow
+def test_another_classifier_under_the_same_name_is_not_taken_for_the_first(stored, tmp_path):
+  examples.store(tmp_path / "weights.safetensors", linen().init_fn())
+  settings = dataclasses.replace(config(stored, force=False), checkpoint=str(tmp_path / "weights.safetensors"))
+  audit.run(settings, tmp_path / "run")
+  examples.store(tmp_path / "weights.safetensors", jax.tree.map(lambda leaf: 2 * leaf, linen().init_fn()))
+  with pytest.raises(UsageError, match="--checkpoint_digest was"):
+    audit.run(settings, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("build", "suffix", "pictures"), [(normalised, "", 3), (vectors, "_vectors", 1)])
+def test_batch_norm_and_inputs_that_are_no_images_are_audited(stored, tmp_path, build, suffix, pictures):
+  metrics = audit.run(config(stored, build, **with_data(stored, suffix)), tmp_path)
+  assert len(metrics["pictures"]) == pictures
+  assert 0 <= metrics["generated"]["agreement"] <= 1
+  assert 0 < metrics["against_data"]["retrieval_p_value"] <= 1
+
+
+@pytest.mark.slow
+def test_training_data_are_told_from_others_and_data_never_seen_are_not(stored, tmp_path):
+  """Weight decay, trained to its stationary point: what is generated knows the 15 blobs, and not another 15."""
+  subject = linen()
+  (x, y), (other, labels) = images(0), images(3, count=20)
+  result = pretrain.gradient_descent(
+    subject.apply_fn, subject.init_fn(), jnp.asarray(2 * x - 1), y, num_steps=6000, learning_rate=0.1,
+    weight_decay=0.03, momentum=0.9,
+  )  # fmt: skip
+  examples.store(tmp_path / "weights.safetensors", result.params)
+  np.savez(tmp_path / "train.npz", x=2 * x - 1, y=y)
+  np.savez(tmp_path / "never_seen.npz", x=2 * other[:15] - 1, y=labels[:15])
+  np.savez(tmp_path / "held_out.npz", x=2 * other[15:] - 1, y=labels[15:])
+  p_values = []
+  for name in ("train", "never_seen"):
+    given = {"train_data": str(tmp_path / f"{name}.npz"), "held_out_data": str(tmp_path / "held_out.npz")}
+    settings = config(stored, codes=10, steps=600, log_every=100, save_every=600, force=False, **given)
+    settings = dataclasses.replace(settings, checkpoint=str(tmp_path / "weights.safetensors"))
+    metrics = audit.run(settings, tmp_path / "run")
+    p_values.append(metrics["against_data"]["retrieval_p_value"])
+  assert metrics["form"] == "weight_decay"
+  assert p_values[0] < 0.01 < p_values[1]
+
+
+# The examples.
+
+
+@pytest.mark.parametrize("network", examples.NETWORKS)
+def test_every_example_is_a_classifier_of_ten_digits(tmp_path, network):
+  examples.store(tmp_path / "weights.safetensors", examples.NETWORKS[network]().init_fn())
+  own = audit.load(f"experiments.audit.examples:{network}", str(tmp_path / "weights.safetensors"))
+  assert own.num_classes == 10
+  assert own.batch_coupled == (network in ("mlp_batch_norm", "resnet"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "training"), [("function", "theory"), ("resnet", "adam")])
+def test_an_example_is_trained_and_stored_with_its_data_and_says_how_to_audit_it(tmp_path, network, training):
+  settings = examples.Config(network=network, steps=2, held_out_per_class=2, training=training)
+  command = examples.run(settings, tmp_path)["summary"].split()
+  given = dict(argument.removeprefix("--").split("=") for argument in command if argument.startswith("--"))
+  own = audit.load(given["classifier"], given["checkpoint"])
+  first = examples.NETWORKS[network]().init_fn()
+  first = jax.tree.leaves(first if network == "function" else first["params"])
+  moved = [not np.array_equal(a, b) for a, b in zip(first, jax.tree.leaves(own.params), strict=True)]
+  assert all(moved)
+  for images, count in zip(data.read(given["train_data"], given["held_out_data"], own), (10, 2), strict=True):
+    assert images.x.shape == (10 * count, 28, 28, 1)
+    assert (images.x.min(), images.x.max()) == (0, 1)

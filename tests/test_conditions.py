@@ -1,7 +1,6 @@
 """The targets of the stationarity condition, on problems whose KKT point is known in closed form."""
 
 import chex
-from example_networks import random_mlp
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import scipy.optimize
 
 from kkt_jax.conditions import Conditions, max_margin_conditions, weigh_tensors, weight_decay_conditions
-from kkt_jax.homogeneity import derivative_equations, given_rates, ParameterGroups, solve_rates
+from kkt_jax.homogeneity import balanced, derivative_equations, given_rates
 from kkt_jax.losses import duality_loss, runner_up_margin, stationarity_residual, stationarity_sum
 from kkt_jax.multipliers import from_softmax
 
@@ -28,67 +27,79 @@ SVM_W = jnp.array([[0.06, -0.06], [0.08, -0.08]])
 SVM_MU = jnp.array([[0.0, 0.01], [0.01, 0.0]])
 
 
-class MaxMarginTest(chex.TestCase):
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_groups_by_hand(self):
-    params = {"slow": jnp.array([2.0]), "target": jnp.array([3.0, -5.0]), "fast": jnp.array([7.0])}
-    solution = given_rates({"slow": 0.0, "target": 0.5, "fast": 1.0}, params, target_rate=0.5)
-    conditions = self.variant(max_margin_conditions)(params, solution)
+def test_groups_by_hand():
+  params = {"slow": jnp.array([2.0]), "target": jnp.array([3.0, -5.0]), "fast": jnp.array([7.0])}
+  solution = given_rates({"slow": 0.0, "target": 0.5, "fast": 1.0}, params, target_rate=0.5)
+  for function in (max_margin_conditions, jax.jit(max_margin_conditions)):
+    conditions = function(params, solution)
     np.testing.assert_allclose(conditions.target["target"], [1.5, -2.5])  # 0.5 zeta
     np.testing.assert_array_equal(conditions.target["slow"], [0.0])
     np.testing.assert_array_equal(conditions.target["fast"], [0.0])
     assert [float(conditions.mask[name][0]) for name in ("slow", "target", "fast")] == [1.0, 1.0, 0.0]
 
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_alpha_and_number_of_samples_by_hand(self):
-    # Lambda-bar / N = lambda e^(alpha (2 lambda - 1)) / N = 2 e^(3 alpha) / 4; alpha = log 2 gives 2 * 8 / 4 = 4.
-    params = {"w": jnp.array([1.0, 5.0])}
-    conditions = self.variant(max_margin_conditions, static_argnames="num_samples")(
-      params, given_rates({"w": 2.0}, params), alpha=jnp.log(2.0), num_samples=4
-    )
-    np.testing.assert_allclose(conditions.target["w"], [4.0, 20.0], rtol=1e-5)
 
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_alpha_does_not_matter_at_rate_one_half(self):
-    params = {"w": jnp.array([2.0])}
-    conditions = self.variant(max_margin_conditions)(params, given_rates({"w": 0.5}, params), alpha=3.0)
-    np.testing.assert_allclose(conditions.target["w"], [1.0])
+def test_alpha_and_number_of_samples_by_hand():
+  # Lambda-bar / N = lambda e^(alpha (2 lambda - 1)) / N = 2 e^(3 alpha) / 4; alpha = log 2 gives 2 * 8 / 4 = 4.
+  params = {"w": jnp.array([1.0, 5.0])}
+  conditions = max_margin_conditions(params, given_rates({"w": 2.0}, params), alpha=jnp.log(2.0), num_samples=4)
+  np.testing.assert_allclose(conditions.target["w"], [4.0, 20.0], rtol=1e-5)
+  half = max_margin_conditions(params, given_rates({"w": 0.5}, params), alpha=3.0)  # alpha does not matter at 1/2
+  np.testing.assert_allclose(half.target["w"], [0.5, 2.5])
 
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_no_gradient_flows_into_the_target(self):
-    params = {"w": jnp.array([1.0, 2.0])}
 
-    def total(params, alpha):
-      made = self.variant(max_margin_conditions)(params, given_rates({"w": 1.0}, params), alpha=alpha)
-      return jnp.sum(made.target["w"])
+def test_no_gradient_flows_into_the_target():
+  def total(params, alpha):
+    made = max_margin_conditions(params, given_rates({"w": 1.0}, params), alpha=alpha)
+    return jnp.sum(made.target["w"]) + jnp.sum(weight_decay_conditions(params).target["w"])
 
-    by_params, by_alpha = jax.grad(total, argnums=(0, 1))(params, 0.3)
-    np.testing.assert_array_equal(by_params["w"], [0.0, 0.0])
-    assert float(by_alpha) == 0.0
+  by_params, by_alpha = jax.grad(total, argnums=(0, 1))({"w": jnp.array([1.0, 2.0])}, 0.3)
+  np.testing.assert_array_equal(by_params["w"], [0.0, 0.0])
+  assert float(by_alpha) == 0.0
 
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_given_groups_are_used(self):
-    params = {"a": jnp.array([2.0]), "b": jnp.array([3.0])}
-    yes, no = jnp.array([True]), jnp.array([False])
-    groups = ParameterGroups(target={"a": yes, "b": no}, zero={"a": no, "b": no}, left_out={"a": no, "b": yes})
-    conditions = self.variant(max_margin_conditions)(params, given_rates({"a": 1.0, "b": 1.0}, params), groups=groups)
-    assert (float(conditions.target["a"][0]), float(conditions.mask["a"][0])) == (2.0, 1.0)
-    assert (float(conditions.target["b"][0]), float(conditions.mask["b"][0])) == (0.0, 0.0)
 
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_linear_svm_in_closed_form(self):
-    @self.variant
-    def residual(mu):
-      conditions = max_margin_conditions(SVM_W, given_rates(jnp.array(1.0), SVM_W), num_samples=2)
-      return stationarity_residual(conditions, stationarity_sum(linear, SVM_W, SVM_X, SVM_Y, mu))
+def test_given_groups_are_used():
+  params = {"a": jnp.array([2.0]), "b": jnp.array([3.0]), "c": jnp.array([5.0])}
+  groups = {"a": jnp.array([0]), "b": jnp.array([1]), "c": jnp.array([-1])}
+  conditions = max_margin_conditions(params, given_rates(dict.fromkeys("abc", 1.0), params), groups=groups)
+  assert [float(conditions.target[name][0]) for name in "abc"] == [2.0, 0.0, 0.0]
+  assert [float(conditions.mask[name][0]) for name in "abc"] == [1.0, 0.0, 1.0]
 
-    assert float(residual(SVM_MU).absolute) < 1e-7
-    # Another split of the multipliers between the two supports is a KKT point as well: only their sum counts.
-    assert float(residual(jnp.array([[0.0, 0.015], [0.005, 0.0]])).absolute) < 1e-7
-    # The opposite sign (the bracket of Eqs. 2a, 3a and 4): |t - (-t)|^2 / |t|^2 = 4.
-    assert float(residual(-SVM_MU).relative) == pytest.approx(4.0, rel=1e-5)
-    assert float(residual(2 * SVM_MU).relative) == pytest.approx(1.0, rel=1e-5)
-    assert float(residual(0 * SVM_MU).relative) == pytest.approx(1.0, rel=1e-5)
+
+@pytest.mark.parametrize(("rate", "value"), [(1.0, 0.0), (0.0, 1.0)])
+def test_an_empty_target_is_refused(rate, value):
+  params = {"w": jnp.full(2, value), "b": jnp.ones(1)}
+  with pytest.raises(ValueError, match=r"^solution must have a target group with parameters other than 0.*got target"):
+    max_margin_conditions(params, given_rates({"w": rate, "b": -1.0}, params))
+  jax.jit(max_margin_conditions)(params, given_rates({"w": rate, "b": -1.0}, params))  # values are unknown there
+
+
+@pytest.mark.parametrize(
+  ("params", "needs"),
+  [
+    ({}, "must hold at least one tensor"),
+    ({"w": jnp.array([jnp.nan])}, "must be finite; w holds"),
+    ({"w": jnp.array([2])}, "at w, must be floating point; got dtype int"),
+    ({"w": jnp.ones((0, 2))}, "must hold no tensor without entries"),
+  ],
+  ids=["empty", "nan", "integers", "zero size"],
+)
+def test_parameters_without_conditions_are_refused(params, needs):
+  solution = given_rates({"w": 1.0}, {"w": jnp.ones(1)})
+  for function in (lambda params: max_margin_conditions(params, solution), weight_decay_conditions):
+    with pytest.raises(ValueError, match=f"^params,? {needs}"):
+      function(params)
+
+
+def test_linear_svm_in_closed_form():
+  conditions = max_margin_conditions(SVM_W, given_rates(jnp.array(1.0), SVM_W), num_samples=2)
+  residual = lambda mu: stationarity_residual(conditions, stationarity_sum(linear, SVM_W, SVM_X, SVM_Y, mu))
+  assert float(residual(SVM_MU).absolute) < 1e-7
+  # Another split of the multipliers between the two supports is a KKT point as well: only their sum counts.
+  assert float(residual(jnp.array([[0.0, 0.015], [0.005, 0.0]])).absolute) < 1e-7
+  # The opposite sign (the bracket of Eqs. 2a, 3a and 4): |t - (-t)|^2 / |t|^2 = 4.
+  assert float(residual(-SVM_MU).relative) == pytest.approx(4.0, rel=1e-5)
+  assert float(residual(2 * SVM_MU).relative) == pytest.approx(1.0, rel=1e-5)
+  assert float(residual(0 * SVM_MU).relative) == pytest.approx(1.0, rel=1e-5)
 
 
 def test_linear_svm_is_feasible_and_tight():
@@ -109,7 +120,7 @@ def test_linear_svm_holds_for_a_scaled_network_with_its_alpha():
 
 def test_solved_rate_of_the_svm_is_one():
   network = lambda p, x: linear(p["kernel"], x)
-  solution = solve_rates(derivative_equations(network, {"kernel": SVM_W}, SVM_X), {"kernel": SVM_W})
+  solution = balanced(derivative_equations(network, {"kernel": SVM_W}, SVM_X), {"kernel": SVM_W})
   conditions = max_margin_conditions({"kernel": SVM_W}, solution, num_samples=2)
   sums = stationarity_sum(network, {"kernel": SVM_W}, SVM_X, SVM_Y, SVM_MU)
   assert float(stationarity_residual(conditions, sums).relative) < 1e-6
@@ -152,7 +163,7 @@ def test_two_layer_linear_network_in_closed_form():
   params = {"u": jnp.array([[0.5**0.5]]), "v": jnp.array([[0.5**0.5]])}
   network = lambda p, x: (x @ p["u"] @ p["v"]) * jnp.array([[1.0, -1.0]])
   x, y = jnp.array([[1.0]]), jnp.array([0])
-  solution = solve_rates(derivative_equations(network, params, jnp.array([[1.0], [-2.0]])), params)
+  solution = balanced(derivative_equations(network, params, jnp.array([[1.0], [-2.0]])), params)
   assert float(solution.target_rate) == pytest.approx(0.5, abs=1e-5)
   conditions = max_margin_conditions(params, solution)
   residual = lambda mu: stationarity_residual(conditions, stationarity_sum(network, params, x, y, mu))
@@ -166,20 +177,14 @@ def test_number_of_samples_below_one_is_refused(num_samples):
     max_margin_conditions(SVM_W, given_rates(jnp.array(1.0), SVM_W), num_samples=num_samples)
 
 
-class WeightDecayTest(chex.TestCase):
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_target_is_the_decay_times_every_parameter(self):
-    params = {"a": jnp.array([2.0, -4.0]), "b": jnp.array([[3.0]])}
-    made = self.variant(weight_decay_conditions, static_argnames="weight_decay")(params, weight_decay=0.25)
-    np.testing.assert_allclose(made.target["a"], [0.5, -1.0])
-    np.testing.assert_allclose(made.target["b"], [[0.75]])
-    for leaf in jax.tree.leaves(made.mask):
-      np.testing.assert_array_equal(leaf, np.ones_like(leaf))
-
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_no_gradient_flows_into_the_target(self):
-    gradient = jax.grad(lambda w: jnp.sum(self.variant(weight_decay_conditions)(w).target))(jnp.ones(3))
-    np.testing.assert_array_equal(gradient, [0.0, 0.0, 0.0])
+def test_target_of_weight_decay_is_the_decay_times_every_parameter():
+  params = {"a": jnp.array([2.0, -4.0]), "b": jnp.array([[3.0]])}
+  made = weight_decay_conditions(params, weight_decay=0.25)
+  np.testing.assert_allclose(made.target["a"], [0.5, -1.0])
+  np.testing.assert_allclose(made.target["b"], [[0.75]])
+  chex.assert_trees_all_equal(made.mask, jax.tree.map(jnp.ones_like, params))
+  traced = jax.jit(lambda p, w: weight_decay_conditions(p, weight_decay=w))(params, 0.25)
+  chex.assert_trees_all_close(traced, made)
 
 
 def cross_entropy(apply_fn, x, y):
@@ -217,22 +222,24 @@ def test_softmax_classifier_trained_with_weight_decay_satisfies_its_condition():
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_sum_with_softmax_multipliers_is_minus_the_gradient_of_cross_entropy(batch_norm):
-  classifier, x, y = random_mlp(6, batch_norm=batch_norm)
+  random = np.random.default_rng(1)
+  params = {name: jnp.asarray(random.normal(size=shape)) for name, shape in (("u", (2, 4)), ("v", (4, 3)))}
+  x, y = jnp.asarray(random.normal(size=(6, 2))), jnp.arange(6) % 3
 
-  @jax.jit
-  def both(p):
-    mu = from_softmax(classifier.apply_fn(p, x))
-    sums = stationarity_sum(classifier.apply_fn, p, x, y, mu)
-    return sums, jax.grad(cross_entropy(classifier.apply_fn, x, y))(p)
+  def network(p, x):
+    h = x @ p["u"]
+    h = (h - h.mean(0, keepdims=True)) / h.std(0, keepdims=True) if batch_norm else h
+    return jax.nn.relu(h) @ p["v"]
 
-  sums, gradient = both(classifier.params)
-  chex.assert_trees_all_close(sums, jax.tree.map(jnp.negative, gradient), rtol=1e-3, atol=1e-4)
-  assert float(jnp.max(jnp.abs(gradient["Dense_1"]["kernel"]))) > 1e-2
+  sums = stationarity_sum(network, params, x, y, from_softmax(network(params, x)))
+  gradient = jax.grad(cross_entropy(network, x, y))(params)
+  chex.assert_trees_all_close(sums, jax.tree.map(jnp.negative, gradient), rtol=1e-3, atol=1e-5)
+  assert float(jnp.max(jnp.abs(gradient["u"]))) > 1e-2
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, -0.1, float("nan")])
-def test_weight_decay_must_be_positive(weight_decay):
-  with pytest.raises(ValueError, match=r"^weight_decay must be positive"):
+@pytest.mark.parametrize("weight_decay", [0.0, -0.1, float("nan"), float("inf")])
+def test_weight_decay_must_be_positive_and_finite(weight_decay):
+  with pytest.raises(ValueError, match=r"^weight_decay must be positive and finite; got"):
     weight_decay_conditions(SVM_W, weight_decay=weight_decay)
 
 
@@ -250,5 +257,29 @@ def test_weighed_tensors_count_their_squared_errors_so_often():
   squared = stationarity_residual(weigh_tensors(conditions, {"a": 5.0}), sums).squared
   np.testing.assert_allclose([squared["a"], squared["b"]], [5 * 2.0**2, 1.0], rtol=1e-6)
   chex.assert_trees_all_equal(weigh_tensors(conditions, {}), conditions)
-  with pytest.raises(ValueError, match=r"^weights must name tensors .* got \['c'\]"):
-    weigh_tensors(conditions, {"c": 1.0})
+  chex.assert_trees_all_equal(weigh_tensors(conditions, {"a": 5.0, "b": 2.0}).mask["b"], jnp.sqrt(jnp.array([2.0])))
+
+
+def test_weights_may_be_a_tree_or_named():
+  ones = [(jnp.ones(1), jnp.ones(2))]
+  conditions = Conditions(ones, ones)
+  tree = weigh_tensors(conditions, [(4.0, 9.0)])
+  chex.assert_trees_all_equal(tree.mask, [(jnp.array([2.0]), jnp.array([3.0, 3.0]))])
+  chex.assert_trees_all_equal(weigh_tensors(conditions, {"0/0": 4.0, "0/1": 9.0}), tree)
+
+
+@pytest.mark.parametrize(
+  ("weights", "needs"),
+  [
+    ({"c": 1.0}, r"^weights must name tensors of the conditions, \['a', 'b'\], or be a tree like them; got \['c'\]"),
+    ([1.0], r"^weights must name tensors of the conditions, \['a', 'b'\], or be a tree like them; got \[1.0\]"),
+    ({"a": -2.0}, r"^weights\['a'\] must be at least 0; got -2.0"),
+    ({"a": float("nan")}, r"^weights\['a'\] must be at least 0; got nan"),
+    ({"a": float("inf")}, r"^weights\['a'\] must be finite"),
+    ({"a": jnp.ones(2)}, r"^weights\['a'\] must have shape \(\)"),
+  ],
+  ids=["unknown", "other tree", "negative", "nan", "infinite", "no scalar"],
+)
+def test_weights_that_weigh_nothing_are_refused(weights, needs):
+  with pytest.raises(ValueError, match=needs):
+    weigh_tensors(weight_decay_conditions({"a": jnp.ones(2), "b": jnp.ones(1)}), weights)

@@ -1,19 +1,24 @@
-"""Every experiment runs for a few steps, leaves what it promises, resumes, and says clearly what is wrong."""
+"""Every door runs for a few steps, leaves what it promises, resumes, wires its parts, and names what is wrong."""
 
 import dataclasses
 import json
-import subprocess
-import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import benchmark, circle, common, duality_loss, faces, images, lambda_estimation, merits, mnist
-from kkt_jax import training
+from experiments import circle, duality_loss, faces, images, lambda_estimation, mnist
+from experiments.attack import methods, plane
+from experiments.benchmark import __main__ as benchmark
+from experiments.compare import metrics as compared
+from experiments.harness.flags import UsageError
+import kkt_jax
+from kkt_jax import priors, training
 from kkt_jax.checkpoint import Checkpointer
 
 CIRCLE = circle.Config(
-  width=8, pretrain_steps=40, restarts=2, restart_steps=20, steps=60, log_every=20, checkpoint_every=20, codes=4
+  width=8, pretrain_steps=40, restarts=2, restart_steps=20, steps=60, log_every=20, save_every=20, codes=4
 )
 SMALL = {
   "samples_per_class": 3,
@@ -22,15 +27,14 @@ SMALL = {
   "pretrain_steps": 20,
   "codes": 2,
   "steps": 6,
-  "warmup": 2,
   "log_every": 2,
-  "grid_every": 2,
+  "save_every": 2,
   "judge_epochs": 1,
   "population": 40,
   "thorough": False,
 }
 MNIST = mnist.Config(batch_norm=False, **SMALL)
-NETWORK = {"generator": "mlp", "batch_size": 20, "num_fresh": 10}
+slow = pytest.mark.slow
 
 
 def assert_complete(workdir, *pictures):
@@ -39,6 +43,7 @@ def assert_complete(workdir, *pictures):
   json.loads((workdir / "metrics.json").read_text())
 
 
+@slow
 def test_lambda_estimation_meets_its_claim(tmp_path):
   metrics = lambda_estimation.run(lambda_estimation.Config(), tmp_path)
   assert metrics["claim_holds"]
@@ -52,52 +57,47 @@ def test_duality_loss_has_the_shape_of_fig_2(tmp_path):
   assert_complete(tmp_path, "fig2.png")
 
 
-@pytest.mark.parametrize(("classifiers", "batch_norm"), [(1, True), (2, True), (1, False)])
+@slow
+@pytest.mark.parametrize(("classifiers", "batch_norm"), [(2, True), (1, False)])
 def test_circle_runs_and_resumes(tmp_path, classifiers, batch_norm):
   config = dataclasses.replace(CIRCLE, classifiers=classifiers, batch_norm=batch_norm)
   metrics = circle.run(config, tmp_path)
   assert_complete(tmp_path, "fig4.png" if classifiers == 1 else "fig5.png")
-  assert metrics["controls"]["training_data"]["precision"] == 1.0
+  assert metrics["training_data"]["precision"] == 1.0
   assert len(metrics["exp_minus_alpha"]) == classifiers
   if classifiers == 1:
-    assert circle.run(config, tmp_path) == metrics  # nothing is trained again
+    assert circle.run(config, tmp_path)["generated"] == metrics["generated"]  # nothing is trained again
 
 
+@slow
 @pytest.mark.parametrize(
   "settings",
   [
     {"thorough": True, "samples_per_class": 4},
     {"mean_image": False, "microbatch_size": 10, "compute_dtype": "bfloat16"},
     {"batch_norm": True, "classifiers": 2},
-    NETWORK | {"classifiers": 2, "multiplier_form": "softplus", "fixed_noise": False},
   ],
   ids=str,
 )
 def test_mnist_runs(tmp_path, settings):
   metrics = mnist.run(dataclasses.replace(MNIST, **settings), tmp_path)
-  figure = "fig8.png" if settings.get("classifiers", 1) > 1 else "fig6.png"
-  assert_complete(tmp_path, figure, "samples_000006.png")
+  picture = "fig8.png" if settings.get("classifiers", 1) > 1 else "fig6.png"
+  assert_complete(tmp_path, picture, "samples_000006.png")
   controls = {"real_held_out", "training_data", "class_means", "dataset_mean", "uniform_noise"}
-  assert controls <= set(metrics)
-  assert ("trained_noise" in metrics) == settings.get("fixed_noise", True)
+  assert controls | {"trained_noise"} <= set(metrics)
   assert metrics["training_data"]["label_agreement"] == 1.0
   assert metrics["class_means"]["spread"] == 0.0
   for name in (*controls, "fresh_noise"):
-    figures = merits.of_images(metrics[name])
+    figures = compared.of_images(metrics[name])
     assert np.all(np.isfinite(list(figures.values()))), name
     assert {"eval_accuracy", "ssim_matched", "distinct_nearest"} <= set(figures)
-    if (
-      settings.get("thorough") and name != "real_held_out"
-    ):  # too few images a class for k = 5; minutes are not kept here
-      assert set(merits.IMAGES_HEADLINE) - {"coverage_features_k5", "minutes"} <= set(figures)
   for name in ("fresh_noise", "training_data", "uniform_noise"):
     assert len(metrics[name]["residual"]) == settings.get("classifiers", 1)
   line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-  terms = {name.split("/")[0] for name in line}
-  assert {"stationarity", "duality", "total", "residual", "margin"} <= terms
-  assert ("fresh_duality" in terms) == ("num_fresh" in settings)
+  assert {"stationarity", "duality", "total", "residual", "margin"} <= {name.split("/")[0] for name in line}
 
 
+@slow
 def test_faces_run_on_what_a_package_ships(tmp_path):
   metrics = faces.run(faces.Config(**SMALL), tmp_path)
   assert_complete(tmp_path, "fig7.png")
@@ -105,28 +105,28 @@ def test_faces_run_on_what_a_package_ships(tmp_path):
   assert metrics["recovered_by_all_trained_noise"]["images"] == 4  # two codes of each of two classes
 
 
+@slow
 def test_methods_attack_the_same_classifier(tmp_path):
-  settings = {name: value for name, value in SMALL.items() if name not in ("codes", "steps", "warmup")}
-  settings["shared_dir"] = str(tmp_path / "shared")
-  first = mnist.run(mnist.Config(method="means", **settings), tmp_path / "means")
+  settings = SMALL | {"shared_dir": str(tmp_path / "shared")}
+  first = mnist.run(mnist.Config(method="means", **settings | {"steps": 0}), tmp_path / "means")
   controls = (tmp_path / "shared" / "controls.json").stat().st_mtime_ns
   for method in ("points_published", "paper"):
-    metrics = mnist.run(mnist.Config(method=method, steps=4, warmup=0, **settings), tmp_path / method)
+    metrics = mnist.run(mnist.Config(method=method, **settings), tmp_path / method)
     assert np.isfinite(metrics["fresh_noise"]["ssim_cover"])
     assert metrics["training_data"] == first["training_data"]
   assert (tmp_path / "shared" / "controls.json").stat().st_mtime_ns == controls  # measured once
-  with pytest.raises(common.UsageError, match="--shared_dir=.*--width was 12, now 13"):
+  with pytest.raises(UsageError, match="--shared_dir=.*--width was 12, now 13"):
     mnist.run(mnist.Config(method="means", **settings | {"width": 13}), tmp_path / "other")
 
 
+@slow
 def test_a_stopped_mnist_run_resumes_to_the_same_figures(tmp_path, monkeypatch):
   config = dataclasses.replace(MNIST, shared_dir=str(tmp_path / "shared"))
   straight = mnist.run(config, tmp_path / "straight")
-  save, saved = Checkpointer.save, []
+  save = Checkpointer.save
 
   def save_then_stop(self, step, state):
     save(self, step, state)
-    saved.append(step)
     if step == 4:
       raise KeyboardInterrupt
 
@@ -135,115 +135,161 @@ def test_a_stopped_mnist_run_resumes_to_the_same_figures(tmp_path, monkeypatch):
     mnist.run(config, tmp_path / "stopped")
   monkeypatch.setattr(Checkpointer, "save", save)
   resumed = mnist.run(config, tmp_path / "stopped")
-  assert resumed == straight
+  paths = {"pictures", "summary"}
+  assert {k: v for k, v in resumed.items() if k not in paths} == {k: v for k, v in straight.items() if k not in paths}
   steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
   assert steps == [2, 4, 6]  # nothing lost, nothing twice
 
 
-def test_the_generator_is_trained_without_the_data(tmp_path):
-  # The function that trains it takes the configuration, the classifiers and the folder: no data can reach it.
-  names = images.train_generator.__code__.co_varnames[: images.train_generator.__code__.co_argcount]
-  assert names == ("config", "classifiers", "out")
+# --- the wiring: a recipe's terms are what their names say, and weigh what the tables say ---
 
 
+def a_classifier(*, batch_norm, input_shape=(8, 8, 1), classes=3):
+  module = kkt_jax.networks.MLPClassifier(num_classes=classes, hidden=(12, 8), batch_norm=batch_norm)
+  variables = module.init(jax.random.key(0), jnp.zeros((2, *input_shape)))
+  decay = None if batch_norm else 0.1
+  return kkt_jax.from_linen(module, variables, input_shape=input_shape, weight_decay=decay)
+
+
+@pytest.fixture(scope="module")
+def examinations():
+  examined = {kind: kkt_jax.examine(a_classifier(batch_norm=kind)) for kind in (True, False)}
+  # As if the first layer had revealed a span of 16 of the 64 dimensions, and the last one a margin.
+  span = kkt_jax.first_layer.InputSpan(jnp.eye(64)[:, :16], jnp.linspace(2.0, 1.0, 16))
+  return {kind: dataclasses.replace(own, span=span, margin=3.0) for kind, own in examined.items()}
+
+
+@pytest.mark.parametrize(
+  ("batch_norm", "weights"),
+  [
+    (
+      True,
+      {
+        "stationarity": 8.0,
+        "duality": 14.0,
+        "range": 8000.0,
+        "total_variation": 25 * 16 / 64,  # times the share of all dimensions that the span fills
+        "statistics": 1000.0,
+        "class_features": 30.0,
+        "binarisation": 6.0,
+      },
+    ),
+    (False, {"stationarity": 72.0, "duality": 14.0, "range": 8000.0, "total_variation": 4.0, "binarisation": 12.0}),
+  ],
+)
+def test_images_weigh_their_terms_as_documented(examinations, batch_norm, weights):
+  config = images.resolve(mnist.Config(batch_norm=batch_norm), mnist.DEFAULTS)
+  recipe = images.recipe_of(config, [examinations[batch_norm]], drawings=True)
+  found = {name: term.weight for name, term in recipe.terms.items()} | {"stationarity": recipe.stationarity.weight}
+  assert found == weights
+
+
+def test_the_terms_are_what_their_names_say(examinations):
+  own = examinations[True]
+  classifier = own.classifier
+  recipe = kkt_jax.recipes.default([own])
+  x = jax.random.uniform(jax.random.key(1), (6, 8, 8, 1), minval=-0.2, maxval=1.2)
+  classes = jnp.arange(6) % 3
+  logits = classifier.predict_fn(classifier.params, x)
+  batch = kkt_jax.terms.Batch(x, x, classes, classes, jnp.zeros((6, 1)), 0, logits, None, jnp.zeros(()))
+  features, scale = own.class_features
+  expected = {
+    "range": priors.out_of_range(x),
+    "total_variation": priors.total_variation(x),
+    "statistics": priors.statistics_distance(classifier.statistics_fn(classifier.params, x), classifier.statistics),
+    "class_features": priors.collapse(classifier.features_fn(classifier.params, x), features[classes], scale),
+    "duality": kkt_jax.losses.duality_loss(logits, classes, 0.0, delta=0.01, relative=True),
+  }
+  assert set(expected) == set(recipe.terms)
+  for name, value in expected.items():
+    np.testing.assert_allclose(recipe.terms[name].function(classifier, batch), value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_stationarity_counts_after_the_warm_up_and_not_in_it(examinations, batch_norm):
+  recipe = kkt_jax.recipes.default([examinations[batch_norm]])
+  recipe = recipe.with_weights(**{name: 0.0 for name in recipe.terms if name not in ("duality", "stationarity")})
+  recipe = dataclasses.replace(recipe, generator=kkt_jax.generators.table(codes=2)).with_stationarity(begin=0.5)
+  logged = []
+  kkt_jax.reconstruct(
+    [examinations[batch_norm].classifier],
+    recipe.with_schedule(steps=4),
+    examinations=[examinations[batch_norm]],
+    log_every=1,
+    on_log=lambda step, metrics: logged.append(metrics),
+  )
+  counts = [m["total"] - 14.0 * m["duality"] for m in logged]
+  weight = recipe.stationarity.weight
+  expected = [0.0, 0.0, weight * logged[2]["stationarity"], weight * logged[3]["stationarity"]]
+  np.testing.assert_allclose(counts, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_circle_weighs_its_terms_as_documented():
+  own = dataclasses.replace(kkt_jax.examine(a_classifier(batch_norm=True, input_shape=(2,))), margin=3.0)
+  recipe = plane.recipe([own], codes=4, steps=100, restarts=2, restart_steps=20, learning_rate=3e-3)
+  assert {name: term.weight for name, term in recipe.terms.items()} == {
+    "repulsion": 0.3,
+    "duality": 3.0,
+    "statistics": 100.0,
+  }
+  assert (recipe.stationarity.weight, recipe.stationarity.begin, recipe.stationarity.ramp) == (1.0, 0.2, 0.1)
+
+
+@pytest.mark.parametrize("name", methods.IMAGES)
+def test_every_method_makes_a_recipe_and_ablations_change_one_thing(examinations, name):
+  setting = methods.Setting([examinations[True]], codes=2, num_samples=3)
+  base = images.recipe_of(images.resolve(mnist.Config(), mnist.DEFAULTS), [examinations[True]], drawings=True)
+  recipe = methods.IMAGES[name].change(base, setting)
+  if name.startswith("no_") and name != "no_span":
+    before = {n: t.weight for n, t in base.terms.items()} | {"stationarity": base.stationarity.weight}
+    after = {n: t.weight for n, t in recipe.terms.items()} | {"stationarity": recipe.stationarity.weight}
+    changed = {n for n in before if before[n] != after[n]}
+    assert changed == {name.removeprefix("no_")}
+    assert after[name.removeprefix("no_")] == 0.0
+  assert recipe.generator([examinations[True]]).batch_size >= 1
+
+
+@slow
 def test_benchmark_reports_every_figure(tmp_path):
   metrics = benchmark.run(benchmark.Config(samples=4, repeats=1, wide=16, greatest=0), tmp_path)
   assert_complete(tmp_path, "times.png")
-  assert len(metrics["functions"]) == 10
+  assert {"mnist, batch norm: whole step", "width 256, 10 classes: stationarity, explicit Jacobians"} <= set(
+    metrics["functions"]
+  )
   assert all(row["milliseconds"] > 0 for row in metrics["functions"].values())
 
 
 @pytest.mark.parametrize(
-  ("settings", "message"),
+  ("module", "config", "message"),
   [
-    ({"warmup": 6}, "--warmup must be less than --steps = 6; got 6"),
-    (NETWORK | {"mean_image": False}, "--mean_weight and --ink_weight must be 0 with --nomean_image"),
-    ({"samples_per_class": 450}, "--samples_per_class=450 needs"),
-    ({"batch_size": 1}, "--batch_size must be at least 2"),
-    ({"codes": 0}, "--codes must be at least 1"),
-    ({"batch_norm": True, "generator": "conv"}, "--generator must be span or free with --batch_norm; got conv"),
-    ({"batch_norm": True, "multiplier_form": "softmax"}, "--multiplier_form must not be softmax with --batch_norm"),
-    (NETWORK | {"multiplier_form": "runner_up"}, "--generator must be span or free with --multiplier_form=runner_up"),
-    ({"rule": "least_norm"}, "--rule and --target_scale need --batch_norm"),
-    ({"collapse_weight": 1.0}, "--statistics_weight and --collapse_weight must be 0 without --batch_norm"),
-    ({"batch_norm": True, "microbatch_size": 10}, "--microbatch_size must be 0 with --batch_norm"),
-    ({"num_fresh": 5}, "--num_fresh must be 0 .* with --generator=span"),
+    (mnist, {"samples_per_class": 450}, "--samples_per_class=450 needs"),
+    (mnist, {"codes": 0}, "--codes must be at least 1"),
+    (mnist, {"batch_norm": True, "microbatch_size": 10}, "--microbatch_size must be 0 with --batch_norm"),
+    (mnist, {"weights": "duality"}, "--weights must be name=number"),
+    (mnist, {"weights": "duality=-1"}, "--weights must be finite and at least 0"),
+    (mnist, {"learning_rate": float("nan")}, "--learning_rate must be finite"),
+    (faces, {"classifiers": 2}, "--classifiers must be 1"),
+    (faces, {"data": "celeba"}, "--celeba_dir"),
+    (faces, {"attribute": "Foo"}, "--attribute must be empty with --data=lfw"),
+    (faces, {"samples_per_class": 80}, "--samples_per_class=80 needs"),
+    (circle, {"restart_steps": 9000}, "--restart_steps must be less than --steps = 8000; got 9000"),
   ],
 )
-def test_impossible_mnist_flags_are_named(tmp_path, settings, message):
-  with pytest.raises(common.UsageError, match=message):
-    mnist.run(dataclasses.replace(MNIST, **settings), tmp_path)
+def test_impossible_flags_are_named_and_leave_no_folder(tmp_path, module, config, message):
+  small = {} if module is circle else SMALL
+  with pytest.raises(UsageError, match=message):
+    module.run(module.Config(**small | config), tmp_path / "new")
+  assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(
-  ("settings", "message"),
-  [
-    ({"classifiers": 2}, "--classifiers must be 1"),
-    ({"data": "celeba"}, "--celeba_dir"),
-    ({"samples_per_class": 80}, "--samples_per_class=80 needs"),
-  ],
-)
-def test_impossible_faces_flags_are_named(tmp_path, settings, message):
-  with pytest.raises(common.UsageError, match=message):
-    faces.run(faces.Config(**SMALL | settings), tmp_path)
+@slow
+def test_a_weight_of_no_term_is_named(tmp_path):
+  with pytest.raises(UsageError, match="--weights: .*'dualty'. Did you mean duality?"):
+    mnist.run(dataclasses.replace(MNIST, weights="dualty=5"), tmp_path)
 
 
-@pytest.mark.parametrize(
-  ("settings", "message"),
-  [
-    ({"restart_steps": 60}, "--restart_steps must be less than --steps = 60; got 60"),
-    ({"log_every": 30}, "--log_every must be a multiple of 20; got 30"),
-    ({"multiplier_form": "softmax"}, "--multiplier_form must not be softmax with --batch_norm"),
-    ({"multiplier_form": "runner_up"}, "--generator must be free with --multiplier_form=runner_up"),
-  ],
-)
-def test_impossible_circle_flags_are_named(tmp_path, settings, message):
-  with pytest.raises(common.UsageError, match=message):
-    circle.run(dataclasses.replace(CIRCLE, **settings), tmp_path)
-
-
+@slow
 def test_a_nan_stops_the_run_and_names_the_term(tmp_path):
   with pytest.raises(training.TrainingDiverged, match="became"):
     mnist.run(dataclasses.replace(MNIST, learning_rate=1e30), tmp_path)
   assert (tmp_path / "config.json").exists()
-
-
-def command(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.lambda_estimation", *arguments], capture_output=True, text=True, check=False
-  )
-
-
-def test_the_command_line_prints_one_error_and_no_traceback(tmp_path):
-  (tmp_path / "config.json").write_text('{"seed": 5}')
-  result = command(f"--workdir={tmp_path}")
-  assert result.returncode == 1
-  assert result.stderr.startswith("error: --workdir=")
-  assert "--seed was 5, now 0" in result.stderr
-  assert "Traceback" not in result.stderr
-
-
-@pytest.mark.parametrize(
-  ("argument", "named"),
-  [("--rule=best", "rule"), ("--hidden=0", "hidden"), ("--hiden=3", "hiden"), ("surplus", "surplus")],
-)
-def test_bad_flags_are_named_on_the_command_line(tmp_path, argument, named):
-  result = command(f"--workdir={tmp_path / 'new'}", argument)
-  assert result.returncode != 0
-  assert named in result.stderr
-  assert "Traceback" not in result.stderr
-  assert not (tmp_path / "new").exists()
-
-
-def test_help_lists_every_flag_with_its_meaning():
-  text = command("--help").stdout
-  for field in dataclasses.fields(lambda_estimation.Config):
-    assert f"--{field.name}" in text.replace("--[no]", "--"), field.name
-  assert "--workdir" in text
-  assert "Width of the hidden layer." in text
-
-
-def test_the_workdir_is_required():
-  result = command()
-  assert result.returncode != 0
-  assert "--workdir" in result.stderr

@@ -1,6 +1,5 @@
 """Distances between samples: closed forms."""
 
-import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,13 +7,11 @@ import pytest
 from kkt_jax import metrics
 
 
-class PairwiseDistanceTest(chex.TestCase):
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_by_hand_over_all_axes_of_a_sample(self):
-    a = jnp.array([[[0.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])
-    # (1 + 4 + 4 + 16)^.5 and (0 + 1 + 1 + 9)^.5
-    distance = self.variant(metrics.pairwise_distance)(a, jnp.array([[[1.0, 2.0], [2.0, 4.0]]]))
-    np.testing.assert_allclose(distance, [[5.0], [11**0.5]], rtol=1e-6)
+def test_distance_by_hand_over_all_axes_of_a_sample():
+  a = jnp.array([[[0.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])
+  # (1 + 4 + 4 + 16)^.5 and (0 + 1 + 1 + 9)^.5
+  distance = metrics.pairwise_distance(a, jnp.array([[[1.0, 2.0], [2.0, 4.0]]]))
+  np.testing.assert_allclose(distance, [[5.0], [11**0.5]], rtol=1e-6)
 
 
 def test_samples_of_different_shapes_are_named():
@@ -29,6 +26,8 @@ def test_precision_and_coverage_count_only_the_same_class():
   assert scores["precision"] == 0.5
   assert scores["coverage"] == 0.5
   np.testing.assert_allclose(scores["median_distance"], (0.1 + 0.9) / 2, rtol=1e-5)
+  near = metrics.precision_coverage(data[:1] + 1e-8, labels[:1], data[:1], labels[:1], radius=1.0)
+  np.testing.assert_allclose(near["median_distance"], 2**0.5 * 1e-8, rtol=1e-5)  # not rounded
 
 
 def test_within_class_distance_averages_classes_not_pairs():

@@ -19,36 +19,34 @@ def flat(*values):
   return jnp.stack([jnp.full((8, 8, 1), value) for value in values])
 
 
-class PairwiseTest(chex.TestCase):
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_ssim_agrees_with_scikit_image(self):
-    for channels in (1, 3):
-      a, b = images(0, 4, channels), images(1, 4, channels)
-      expected = [
-        structural_similarity(np.asarray(p), np.asarray(q), channel_axis=-1, data_range=1.0)
-        for p, q in zip(a, b, strict=True)
-      ]
-      np.testing.assert_allclose(self.variant(metrics.ssim)(a, b), expected, rtol=1e-4, atol=1e-5)
+def test_ssim_agrees_with_scikit_image():
+  for channels in (1, 3):
+    a, b = images(0, 4, channels), images(1, 4, channels)
+    expected = [
+      structural_similarity(np.asarray(p), np.asarray(q), channel_axis=-1, data_range=1.0)
+      for p, q in zip(a, b, strict=True)
+    ]
+    np.testing.assert_allclose(metrics.ssim(a, b), expected, rtol=1e-4, atol=1e-5)
 
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_ncc_agrees_with_numpy_corrcoef(self):
-    a, b = images(0, 3, channels=3), images(1, 4, channels=3)
-    expected = np.corrcoef(np.reshape(a, (3, -1)), np.reshape(b, (4, -1)))[:3, 3:]
-    np.testing.assert_allclose(self.variant(metrics.pairwise_ncc)(a, b), expected, atol=1e-6)
 
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_mse_by_hand(self):
-    a, b = jnp.array([[0.0, 2.0], [1.0, 1.0]]), jnp.array([[0.0, 2.0], [3.0, 2.0], [1.0, 5.0]])
-    # (0, 9 + 0, 1 + 9) / 2 and (1 + 1, 4 + 1, 0 + 16) / 2
-    np.testing.assert_allclose(self.variant(metrics.pairwise_mse)(a, b), [[0.0, 4.5, 5.0], [1.0, 2.5, 8.0]])
+def test_ncc_agrees_with_numpy_corrcoef():
+  a, b = images(0, 3, channels=3), images(1, 4, channels=3)
+  expected = np.corrcoef(np.reshape(a, (3, -1)), np.reshape(b, (4, -1)))[:3, 3:]
+  np.testing.assert_allclose(metrics.pairwise_ncc(a, b), expected, atol=1e-6)
 
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_every_pairwise_matrix_is_transposed_with_its_arguments(self):
-    a, b = images(0, 3), images(1, 5)
-    for pairwise in (metrics.pairwise_ssim, metrics.pairwise_ncc, metrics.pairwise_mse, metrics.pairwise_distance):
-      forward, backward = self.variant(pairwise)(a, b), self.variant(pairwise)(b, a)
-      assert forward.shape == (3, 5)
-      np.testing.assert_allclose(forward, backward.T, rtol=1e-5, atol=1e-6)
+
+def test_mse_by_hand():
+  a, b = jnp.array([[0.0, 2.0], [1.0, 1.0]]), jnp.array([[0.0, 2.0], [3.0, 2.0], [1.0, 5.0]])
+  # (0, 9 + 0, 1 + 9) / 2 and (1 + 1, 4 + 1, 0 + 16) / 2
+  np.testing.assert_allclose(metrics.pairwise_mse(a, b), [[0.0, 4.5, 5.0], [1.0, 2.5, 8.0]])
+
+
+def test_every_pairwise_matrix_is_transposed_with_its_arguments():
+  a, b = images(0, 3), images(1, 5)
+  for pairwise in (metrics.pairwise_ssim, metrics.pairwise_ncc, metrics.pairwise_mse, metrics.pairwise_distance):
+    forward, backward = pairwise(a, b), pairwise(b, a)
+    assert forward.shape == (3, 5)
+    np.testing.assert_allclose(forward, backward.T, rtol=1e-5, atol=1e-6)
 
 
 def test_ssim_of_constant_images_is_the_luminance_term():
@@ -189,13 +187,6 @@ def test_an_image_below_the_threshold_is_not_recovered():
 def test_nearest_indices_point_into_the_whole_data_set():
   x, y = images(0, 4), jnp.array([0, 0, 1, 1])
   np.testing.assert_array_equal(metrics.ssim_nearest_indices(x[::-1], y[::-1], x, y), [3, 2, 1, 0])
-
-
-def test_best_similarity_is_the_column_maximum_within_the_class():
-  x, y, samples = images(0, 3), jnp.array([0, 1, 2]), images(1, 3)
-  best = metrics.best_similarity(samples, jnp.array([0, 0, 1]), x, y)
-  pairs = metrics.pairwise_ssim(samples, x)
-  np.testing.assert_allclose(best, [max(pairs[0, 0], pairs[1, 0]), pairs[2, 1], -np.inf])
 
 
 def test_labels_that_do_not_fit_are_named():

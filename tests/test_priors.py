@@ -1,6 +1,5 @@
-"""Priors on generated samples: total variation by hand."""
+"""Priors on generated samples: numbers by hand."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,33 +8,32 @@ import pytest
 from kkt_jax import priors
 
 
-class TotalVariationTest(chex.TestCase):
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_by_hand_in_each_direction(self):
-    images = jnp.array([[[0.0, 3.0, 7.0], [4.0, 0.0, 1.0], [9.0, 9.0, 9.0]], [[5.0] * 3] * 3])
-    # (down, across): (4, 3), (-3, 4), (5, -4), (9, 1); a flat image has none.
-    expected = (5 + 5 + 41**0.5 + 82**0.5) / 4
-    np.testing.assert_allclose(self.variant(priors.total_variation)(images), [expected, 0.0], atol=2e-3)
+def test_total_variation_by_hand_in_each_direction():
+  images = jnp.array([[[0.0, 3.0, 7.0], [4.0, 0.0, 1.0], [9.0, 9.0, 9.0]], [[5.0] * 3] * 3])
+  # (down, across): (4, 3), (-3, 4), (5, -4), (9, 1); a flat image has none.
+  expected = (5 + 5 + 41**0.5 + 82**0.5) / 4
+  np.testing.assert_allclose(priors.total_variation(images), [expected, 0.0], atol=2e-3)
 
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_channels_are_averaged_not_differenced(self):
-    image = jnp.array([[0.0, 3.0], [4.0, 0.0]])  # length 5
-    images = jnp.stack([image, 3 * image], axis=-1)[None]
-    np.testing.assert_allclose(self.variant(priors.total_variation)(images), [10.0], atol=2e-3)
 
-  def test_a_round_disc_costs_less_than_its_bounding_box(self):
-    # What the anisotropic one cannot tell: it measures the box around a convex shape.
-    rows, columns = jnp.mgrid[:40, :40] - 19.5
-    disc = jnp.clip(15 - jnp.sqrt(rows**2 + columns**2), 0, 1)
-    box = jnp.clip(15 - jnp.maximum(jnp.abs(rows), jnp.abs(columns)), 0, 1)
-    disc_value, box_value = priors.total_variation(jnp.stack([disc, box]))
-    assert disc_value < 0.9 * box_value
+def test_channels_are_averaged_not_differenced():
+  image = jnp.array([[0.0, 3.0], [4.0, 0.0]])  # length 5
+  images = jnp.stack([image, 3 * image], axis=-1)[None]
+  np.testing.assert_allclose(priors.total_variation(images), [10.0], atol=2e-3)
+
+
+def test_a_round_disc_costs_less_than_its_bounding_box():
+  # What the anisotropic one cannot tell: it measures the box around a convex shape.
+  rows, columns = np.mgrid[:40, :40] - 19.5
+  disc = np.clip(15 - np.sqrt(rows**2 + columns**2), 0, 1)
+  box = np.clip(15 - np.maximum(np.abs(rows), np.abs(columns)), 0, 1)
+  disc_value, box_value = priors.total_variation(jnp.asarray(np.stack([disc, box])))
+  assert disc_value < 0.9 * box_value
 
 
 def test_out_of_range_counts_the_excess_only():
   x = jnp.array([[[0.0, 1.0], [0.5, 3.0]], [[-1.0, -3.0], [0.0, 0.0]]])
   np.testing.assert_allclose(priors.out_of_range(x), [1.0, 2.5])  # 2^2 / 4 and (1 + 9) / 4
-  np.testing.assert_allclose(priors.out_of_range(x, -3.0, 3.0), [0.0, 0.0])
+  np.testing.assert_allclose(priors.out_of_range(x, low=-3.0, high=3.0), [0.0, 0.0])
   np.testing.assert_allclose(jax.grad(lambda x: priors.out_of_range(x).sum())(x)[0], [[0.0, 0.0], [0.0, 1.0]])
 
 
@@ -60,14 +58,6 @@ def test_binarisation_is_zero_for_black_and_white_and_a_quarter_for_grey():
   np.testing.assert_allclose(priors.binarisation(x), [0.0, 0.25, 0.25 / 3], rtol=1e-6)
 
 
-def test_mean_distance_is_zero_at_the_mean_and_one_for_black():
-  mean = jnp.array([[0.2, 0.4]])
-  assert float(priors.mean_distance(jnp.stack([0.5 * mean, 1.5 * mean]), mean)) == 0.0
-  np.testing.assert_allclose(priors.mean_distance(jnp.zeros((3, 1, 2)), mean), 1.0, rtol=1e-6)
-  with pytest.raises(ValueError, match="mean must have shape"):
-    priors.mean_distance(jnp.zeros((3, 1, 2)), jnp.zeros(2))
-
-
 def test_statistics_of_the_same_data_have_no_distance_and_others_the_known_one():
   stored = {"a": {"mean": jnp.array([1.0, 2.0]), "var": jnp.array([4.0, 4.0])}}
   assert float(priors.statistics_distance(stored, stored)) == 0.0
@@ -89,17 +79,9 @@ def test_statistics_of_another_tree_are_named():
     priors.statistics_distance({"a": {"mean": jnp.ones(1)}}, {"a": {"mean": jnp.ones(1), "var": jnp.ones(1)}})
 
 
-def test_mode_seeking_counts_pairs_of_one_label_only():
-  features, noise = jnp.array([[0.0], [2.0], [100.0]]), jnp.array([[0.0], [3.0], [0.0]])
-  # One pair within label 0, in both orders: 3 / (2 + 1).
-  np.testing.assert_allclose(priors.mode_seeking(features, noise, jnp.array([0, 0, 1]), floor=1.0), 1.0, rtol=1e-4)
-  assert float(priors.mode_seeking(features, noise, jnp.array([0, 1, 2]))) == 0.0
-
-
 def test_equal_samples_have_finite_gradients():
-  x, noise, y = jnp.ones((3, 2)), jnp.arange(6.0).reshape(3, 2), jnp.zeros(3, int)
-  for loss in (lambda x: priors.mode_seeking(x, noise, y), lambda x: priors.repulsion(x, y, bandwidth=0.3)):
-    assert bool(jnp.all(jnp.isfinite(jax.grad(loss)(x))))
+  gradient = jax.grad(lambda x: priors.repulsion(x, jnp.zeros(3, int), bandwidth=0.3))(jnp.ones((3, 2)))
+  assert bool(jnp.all(jnp.isfinite(gradient)))
 
 
 def test_repulsion_is_the_kernel_averaged_over_pairs_of_one_label():
@@ -112,5 +94,22 @@ def test_bad_scales_are_named():
   x, y = jnp.ones((2, 2)), jnp.zeros(2, int)
   with pytest.raises(ValueError, match="bandwidth must be positive"):
     priors.repulsion(x, y, bandwidth=0.0)
-  with pytest.raises(ValueError, match="floor must be positive"):
-    priors.mode_seeking(x, x, y, floor=0.0)
+
+
+def test_double_precision_is_kept():
+  @jax.jit
+  def everything(x):
+    labels, layer = jnp.array([0, 0]), {"mean": x[0], "var": jnp.ones(2)}
+    return [
+      priors.out_of_range(x),
+      priors.total_variation(x[None]),
+      priors.binarisation(x),
+      priors.statistics_distance(layer, layer),
+      priors.collapse(x, x, jnp.ones(2)),
+      priors.repulsion(x, labels, bandwidth=1.0),
+    ]
+
+  with jax.enable_x64(True):
+    results = everything(jnp.asarray([[0.2, 1.5], [0.5, -1.0]], jnp.float64))
+    assert all(value.dtype == jnp.float64 for value in results)
+    np.testing.assert_allclose(results[0], [0.5**2 / 2, 1 / 2], rtol=1e-14)

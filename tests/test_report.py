@@ -2,6 +2,7 @@
 
 import base64
 import html.parser
+import io
 import math
 import re
 
@@ -9,21 +10,22 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments import report
-from experiments.report import Figure, Report, Row
+from experiments.compare import metrics, report
+from experiments.compare.metrics import Metric
+from experiments.compare.report import Report, Row
 
 _VOID = {"meta", "img", "link", "br"}
-_FIGURES = (
-  Figure("accuracy", "Accuracy", "Share read as wanted.", "higher", 2, "Recognisable"),
-  Figure("distance", "Distance", "How far from the data.", "lower", 1, "Faithful"),
-  Figure("spread", "Spread", "How diverse.", "", 3, "Diverse"),
+_METRICS = (
+  Metric("accuracy", "Accuracy", "higher", 2, "Recognisable", "Share read as wanted."),
+  Metric("distance", "Distance", "lower", 1, "Faithful", "How far from the data."),
+  Metric("spread", "Spread", "", 3, "Diverse", "How diverse."),
 )
 
 
 def _report(
-  rows, *, title="Comparison", figures=_FIGURES, headline=("accuracy", "distance", "spread"), notes=("A note.",)
+  rows, *, title="Comparison", shown=_METRICS, headline=("accuracy", "distance", "spread"), notes=("A note.",)
 ):
-  return Report(title, ["What this is."], figures, rows, headline, {"Steps": "10"}, notes)
+  return Report(title, ["What this is."], shown, rows, headline, {"Steps": "10"}, notes)
 
 
 def _row(name, kind="method", **values):
@@ -136,8 +138,8 @@ def test_markdown_has_rows_by_kind_and_a_legend():
 
 
 def test_markdown_shows_special_characters_as_they_are():
-  figure = Figure("a", "p|q <b>", "Two\nlines *here*.", "", 1, "G")
-  text = report.markdown(_report([], figures=[figure], headline=["a"]))
+  metric = Metric("a", "p|q <b>", "", 1, "G", "Two\nlines *here*.")
+  text = report.markdown(_report([], shown=[metric], headline=["a"]))
   assert text.splitlines()[0] == "| | Runs | p\\|q &lt;b> |"
   assert "Two lines \\*here\\*." in text
 
@@ -159,18 +161,20 @@ def test_html_needs_nothing_else(full, picture):
   text = report.html(full)
   page = _Page(text)
   prefix = "data:image/png;base64,"
-  (image,) = page.all("img")
+  image, plot = page.all("img")
   assert image["src"].startswith(prefix)
   assert base64.b64decode(image["src"].removeprefix(prefix)) == picture.read_bytes()
   assert (image["alt"], image["width"], image["height"]) == ("A: seed 0", "12", "4")
-  assert not re.search(r"https?:|//|url\(|@import", text.replace(image["src"], ""))
+  assert plot["src"].startswith(prefix) and plot["alt"] == "B: loss by training step"
+  rest = text.replace(image["src"], "").replace(plot["src"], "")
+  assert not re.search(r"https?:|//|url\(|@import", rest)
   assert not page.all("script") + page.all("link")
 
 
-def test_html_explains_every_figure_in_sight_and_labels_its_tables(full):
+def test_html_explains_every_metric_in_sight_and_labels_its_tables(full):
   page = _Page(report.html(full))
-  for figure in full.figures:
-    assert page.text.count(figure.explanation) == 2  # the summary and the table of its group
+  for metric in full.metrics:
+    assert page.text.count(metric.explanation) == 2  # the summary and the table of its group
   assert page.text.count("↓ lower is better") == 2
   assert len(page.all("caption")) == len(page.all("table")) == 5  # summary, three groups, settings
   assert all("scope" in attributes for attributes in page.all("th"))
@@ -181,72 +185,61 @@ def test_html_explains_every_figure_in_sight_and_labels_its_tables(full):
 
 def test_html_escapes_every_text(picture):
   evil = "<script>alert('\"&')</script>"
-  figure = Figure("a", evil, evil, "higher", 1, evil)
+  metric = Metric("a", evil, "higher", 1, evil, evil)
   row = Row(evil, evil, evil, "method", {"a": [1.0]}, [(evil, picture)], [(evil, [0, 1], [1, 2])])
-  text = report.html(Report(evil, [evil], [figure], [row], ["a"], {evil: evil}, [evil]))
+  text = report.html(Report(evil, [evil], [metric], [row], ["a"], {evil: evil}, [evil]))
   assert "<script" not in text
   page = _Page(text)
   assert page.all("img")[0]["alt"] == f"{evil}: {evil}"
   assert evil in page.text
-  assert "<script" not in report.markdown(_report([row], figures=[figure], headline=["a"]))
+  assert "<script" not in report.markdown(_report([row], shown=[metric], headline=["a"]))
 
 
-def test_curves_are_logarithmic_where_all_losses_are_positive():
-  def page(losses):
-    return report.html(_report([Row("a", "A", "", "method", {}, (), [("run 1", range(len(losses)), losses)])]))
-
-  assert "loss (logarithmic)" in page([1.0, 0.1, 0.01])
-  # from 1 at the top (12) to 0.01 at the bottom (270): 0.1 lies in the middle
-  assert "M60.0 12.0L380.0 141.0L700.0 270.0" in page([1.0, 0.1, 0.01])
-  assert "loss (logarithmic)" not in page([1.0, 0.0, -1.0])
-  assert "M60.0 12.0L380.0 141.0L700.0 270.0" in page([1.0, 0.0, -1.0])
-  assert "run 1" in page([1.0, 0.0])
+def test_curves_are_drawn_if_any_loss_is_finite():
+  row = lambda *losses: Row("a", "A", "", "method", {}, (), [("run 1", range(len(losses)), losses)])
+  drawn = [row(*losses).plot for losses in ([1.0, 0.1, 0.01], [1.0, 0.0, -1.0], [2.0, math.nan, math.inf, 1.0], [3.0])]
+  assert len(set(drawn)) == 4  # on a logarithmic axis, a linear one, with a gap, of a single step
+  for png in drawn:
+    assert matplotlib.image.imread(io.BytesIO(png)).shape[:2] == (300, 720)
+  assert row(math.nan, math.inf).plot is None
+  assert row().plot is None
 
 
-def test_curves_break_where_the_loss_is_not_finite_and_need_no_range():
-  row = Row("a", "A", "", "method", {}, (), [("r", [0, 1, 2, 3, 4], [2.0, 2.0, math.nan, 2.0, 2.0])])
-  path = "M60.0 141.0L220.0 141.0M540.0 141.0L700.0 141.0"  # a flat curve is in the middle
-  assert path in report.html(_report([row]))
-  assert "<svg" not in report.html(_report([Row("a", "A", "", "method", {}, (), [("r", [0], [math.nan])])]))
-
-
-def test_long_curves_are_thinned_and_keep_their_end():
-  losses = np.linspace(2, 1, 10_001)
-  text = report.html(_report([Row("a", "A", "", "method", {}, (), [("r", np.arange(10_001), losses)])]))
-  (path,) = (d for d in re.findall(' d="(M.*?)"', text) if d.count("L") > 1)
-  assert path.count("L") < 500
-  assert path.endswith("L700.0 270.0")
-
-
-def test_write_leaves_two_files_and_repeats_itself(full, tmp_path):
-  folder = tmp_path / "new" / "folder"
-  report.write(full, folder)
-  first = {path.name: path.read_bytes() for path in folder.iterdir()}
-  report.write(full, folder)
-  assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
-  assert set(first) == {"report.html", "report.md"}
-  assert first["report.md"].decode() == report.markdown(full)
-
-
-def test_a_failed_write_leaves_the_old_report(full, tmp_path, picture):
-  report.write(full, tmp_path / "out")
-  before = (tmp_path / "out" / "report.html").read_bytes()
+def test_a_picture_that_is_no_png_is_named(full, picture):
   picture.write_bytes(b"GIF89a")
   with pytest.raises(ValueError, match="must be PNG"):
-    report.write(full, tmp_path / "out")
-  assert (tmp_path / "out" / "report.html").read_bytes() == before
+    report.html(full)
 
 
-@pytest.mark.parametrize(
-  "make, match",
-  [
-    (lambda: Figure("a", "", "", "more", 1, ""), "better of figure 'a'"),
-    (lambda: Row("a", "", "", "rival", {}), "kind of row 'a'"),
-    (lambda: _report([_row("a"), _row("a")]), "rows must have different names"),
-    (lambda: _report([_row("a", speed=[1.0])]), "speed"),
-    (lambda: _report([], headline=["speed"]), "speed"),
-  ],
-)
-def test_mistakes_are_named(make, match):
-  with pytest.raises(ValueError, match=match):
-    make()
+def test_the_page_repeats_itself(full):
+  assert report.html(full) == report.html(full)
+
+
+def test_p_values_are_never_zero_and_the_largest_counts():
+  metric = Metric("hits_p_value", "p", "", 3, "G", "")
+  cell = lambda *values: Row("a", "A", "", "method", {"hits_p_value": values}).cell(metric)
+  assert cell(1e-9, 1e-12) == ("< 0.001", "")
+  assert cell(1e-9, 0.25, math.nan) == ("0.250", "(2 of 3)")
+
+
+def test_a_table_replaces_the_one_of_its_name_in_a_document(tmp_path):
+  document = tmp_path / "results.md"
+  report.insert(document, "mnist", "first")
+  report.insert(document, "faces", "other\n")
+  text = document.read_text().replace("<!-- end mnist -->\n", "<!-- end mnist -->\nSaid by hand.\n")
+  document.write_text(f"# Results\n\n{text}")
+  report.insert(document, "mnist", "second")
+  assert document.read_text() == (
+    "# Results\n\n<!-- begin mnist -->\nsecond\n<!-- end mnist -->\nSaid by hand.\n"
+    "\n<!-- begin faces -->\nother\n<!-- end faces -->\n"
+  )
+
+
+@pytest.mark.parametrize("kind", ["images", "circle"])
+def test_the_metrics_of_an_experiment_are_told_apart_and_its_headline_is_among_them(kind):
+  table = metrics.table(kind)
+  names = [metric.name for metric in table]
+  assert len(set(names)) == len(names)
+  assert set(metrics.HEADLINES[kind]) <= set(names)
+  assert len({metric.title for metric in table}) == len(table)
+  assert all(metric.better in ("higher", "lower", "") and metric.explanation.endswith(".") for metric in table)

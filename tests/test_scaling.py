@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments import scaling
-from experiments.scaling import Size
+from experiments.benchmark import scaling
+from experiments.benchmark.scaling import Size
 
 
 def test_every_sweep_changes_one_number_alone():

@@ -81,9 +81,34 @@ def test_a_common_shift_of_all_logits_is_out_of_reach():
 def test_parameters_without_a_condition_bound_nothing():
   params, _, _ = trained(0.0, 200)
   everything = weight_decay_conditions(params)
-  mask = everything.mask | {"in": jnp.zeros_like(params["in"])}
-  free = bound(params, Conditions(everything.target, mask)).by_symmetry
-  assert not any("in" in name.split() for name in free)
+  tensors = lambda found: {name for key in found.by_symmetry for name in key.split(" of ")[1].split(", ")}
+  assert tensors(bound(params, everything)) == {"bias", "in", "out", "whole tensors"}
+  without = Conditions(everything.target, everything.mask | {"in": jnp.zeros_like(params["in"])})
+  assert tensors(bound(params, without)) == {
+    "out"
+  }  # the shift of all logits remains; units cannot be scaled without "in"
+
+
+def three_layers(params, x):
+  return jax.nn.relu(jax.nn.relu(x @ params["a"]) @ params["c"]) @ params["b"]
+
+
+def test_a_square_tensor_is_scaled_by_the_units_before_and_after_it():
+  # The directions written out, one per unit of either hidden layer, and the target projected on them by least squares.
+  random = np.random.default_rng(0)
+  shapes = {"a": (3, 4), "b": (4, 2), "c": (4, 4)}
+  params = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+  flat = lambda tree: np.concatenate([np.ravel(tree[name]) for name in sorted(shapes)]).astype(np.float64)
+  zero = {name: np.zeros(shape) for name, shape in shapes.items()}
+  directions = []
+  for unit in np.eye(4):
+    directions.append(flat(zero | {"a": params["a"] * unit, "c": -params["c"] * unit[:, None]}))
+    directions.append(flat(zero | {"c": params["c"] * unit, "b": -params["b"] * unit[:, None]}))
+  directions, target = np.stack(directions, axis=1), flat(params)
+  projection = directions @ np.linalg.lstsq(directions, target, rcond=None)[0]
+  probe = jnp.asarray(random.normal(size=(20, 3)), jnp.float32)
+  found = symmetries.least_residual(three_layers, params, weight_decay_conditions(params), probe)
+  assert found.by_symmetry["units of a, c, b"] == pytest.approx(np.sum(projection**2) / np.sum(target**2), rel=1e-3)
 
 
 def test_weights_before_a_normalisation_cannot_be_a_target():

@@ -11,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import common
-from kkt_jax import generators, networks, priors, training
-from kkt_jax.conditions import Conditions, weight_decay_conditions
+from experiments.attack.train import train_generator
+from experiments.harness import flags
+from experiments.harness.workdir import Workdir
+import kkt_jax
+from kkt_jax import generators, losses, networks, recipes, terms
+from kkt_jax.conditions import weight_decay_conditions
 
 _SHAPE = (4,)
 _LABELS = ((0, 1, 2), (3, 4, 5))
@@ -21,67 +24,68 @@ _LABELS = ((0, 1, 2), (3, 4, 5))
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  steps: int = common.flag(20, "Training steps.", lower=1)
-  checkpoint_every: int = common.flag(5, "Steps between checkpoints.", lower=1)
+  steps: int = flags.flag(20, "Training steps.", lower=1)
+  save_every: int = flags.flag(5, "Steps between checkpoints.", lower=1)
+
+
+def sgd(num_steps: int) -> optax.GradientTransformation:
+  return optax.sgd(1e-2, momentum=0.9)
+
+
+def examined(t: int, *, batch_norm: bool) -> kkt_jax.Examination:
+  """What is known of the t-th classifier, one of random weights; examining it would take longer than the training."""
+  module = networks.MLPClassifier(num_classes=3, hidden=(16, 8), batch_norm=batch_norm)
+  variables = jax.jit(module.init)(jax.random.key(t), jnp.zeros((2, *_SHAPE)))
+  classifier = kkt_jax.from_linen(module, variables, input_shape=_SHAPE, labels=_LABELS[t], weight_decay=1.0)
+  unknown = dict.fromkeys(field.name for field in dataclasses.fields(kkt_jax.Examination))
+  conditions = weight_decay_conditions(classifier.params)
+  return kkt_jax.Examination(**unknown | {"classifier": classifier, "form": "weight_decay", "conditions": conditions})
 
 
 def problem(
-  *, batch_norm: bool = True, num_classifiers: int = 2, batch_size: int = 48, **settings: Any
-) -> tuple[training.Method, training.TrainState, list[networks.Classifier], list[Conditions]]:
-  """Classifiers of random weights, a generator with batch norm or without, and a network of multipliers."""
-  classifiers = []
-  for t, labels in enumerate(_LABELS[:num_classifiers]):
-    module = networks.MLPClassifier(num_classes=3, hidden=(16, 8), batch_norm=batch_norm)
-    variables = module.init(jax.random.key(t), jnp.zeros((2, *_SHAPE)))
-    classifiers.append(networks.from_module(module, variables, input_shape=_SHAPE, labels=labels))
-  sizes: dict[str, Any] = {"num_labels": 6, "num_classifiers": num_classifiers, "hidden": (8,)}
-  generator = generators.MLPGenerator(sample_shape=_SHAPE, output_scale=1.0, batch_norm=batch_norm, **sizes)
-  init, generate = generators.generator_functions(generator, noise_dim=3)
-  network = networks.MultiplierNetwork(num_outputs=3, **sizes)
-  zero = jnp.zeros(1, jnp.int32)
-  method = training.Method(
-    generate=generate,
-    optimizer=training.partitioned(*(optax.sgd(1e-2, momentum=0.9) for _ in range(3))),
-    noise_dim=3,
-    batch_size=batch_size,
-    weights={"stationarity": 1.0, "duality": 0.1, "range": 0.1},
-    priors={"range": lambda classifier, batch: priors.out_of_range(batch.x)},
-    raw_multipliers=network.apply,
-    **settings,
+  *, batch_norm: bool = True, num_classifiers: int = 2, batch_size: int = 48, **schedule: Any
+) -> tuple[list[kkt_jax.Examination], kkt_jax.Recipe]:
+  """What is known of the classifiers, and a recipe with a network generator, with batch norm or without."""
+
+  def module_of(examinations: Any) -> generators.MLPGenerator:
+    return generators.MLPGenerator(
+      sample_shape=_SHAPE, num_labels=6, num_classifiers=2, hidden=(8,), output_scale=1.0, batch_norm=batch_norm
+    )
+
+  recipe = recipes.Recipe(
+    generator=generators.network(module_of, noise=generators.normal_noise(3), noise_dim=3, batch_size=batch_size),
+    multipliers=recipes.network_multipliers(hidden=(8,), scaled=True),
+    stationarity=recipes.Stationarity(1.0, losses.relative_residual, gate_sharpness=0.0),
+    terms={
+      "duality": terms.Term(0.1, terms.duality(delta=0.1)),
+      "range": terms.Term(0.1, terms.in_range),
+    },
+    schedule=recipes.Schedule(**{"steps": 20, "theta": sgd, "eta": sgd, "alpha": sgd} | schedule),
   )
-  conditions = [weight_decay_conditions(classifier.params) for classifier in classifiers]
-  theta, statistics = init(jax.random.key(1))
-  eta = network.init(jax.random.key(3), jnp.zeros((1, *_SHAPE)), zero, zero)
-  state = training.init_state(
-    jax.random.key(2), method, classifiers, conditions, theta=theta, statistics=statistics, eta=eta
-  )
-  return method, state, classifiers, conditions
+  return [examined(t, batch_norm=batch_norm) for t in range(num_classifiers)], recipe
+
+
+def digest(state: Any) -> str:
+  """SHA-256 of all the bits of a training state."""
+  leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.statistics, state.opt_state))]
+  leaves.append(np.asarray(jax.random.key_data(state.key)))
+  return hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()
 
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Trains; the figures are a digest of the final state's bits, and its numbers' sum."""
-  out = common.Workdir(workdir, config)
-  method, state, classifiers, conditions = problem()
-  state = common.train(
-    method,
-    state,
-    classifiers,
-    conditions,
-    out,
-    num_steps=config.steps,
-    log_every=1,
-    checkpoint_every=config.checkpoint_every,
-  )
-  leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.statistics, state.opt_state))]
-  leaves.append(np.asarray(jax.random.key_data(state.key)))
+  out = Workdir(workdir, config)
+  examinations, recipe = problem(steps=config.steps)
+  state = train_generator(out, examinations, recipe, seed=2, log_every=1, save_every=config.save_every).state
+  leaves = jax.tree.leaves((state.params, state.statistics))
   metrics = {
     "devices": jax.device_count(),
-    "digest": hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest(),
-    "sum": float(sum(np.sum(np.abs(leaf.astype(np.float64))) for leaf in leaves[:-1])),
+    "digest": digest(state),
+    "sum": float(sum(np.sum(np.abs(np.asarray(leaf, np.float64))) for leaf in leaves)),
   }
   out.finish(metrics)
   return metrics
 
 
 if __name__ == "__main__":
-  common.main(Config, run, jointly=True)
+  flags.main(Config, run, jointly=True)

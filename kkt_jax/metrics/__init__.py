@@ -13,7 +13,6 @@ from kkt_jax.metrics.distances import pairwise_distance, precision_coverage, wit
 from kkt_jax.metrics.distributions import kernel_distance, precision_recall
 from kkt_jax.metrics.memorisation import nearer_to_training, retrieval
 from kkt_jax.metrics.similarity import (
-  best_similarity,
   faithfulness,
   pairwise_mse,
   pairwise_ncc,
@@ -25,7 +24,6 @@ from kkt_jax.metrics.similarity import (
 
 __all__ = [
   "RECOVERED_SSIM",
-  "best_similarity",
   "faithfulness",
   "kernel_distance",
   "nearer_to_training",

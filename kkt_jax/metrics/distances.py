@@ -1,4 +1,7 @@
-"""Euclidean distances between samples: near data within a radius, and the spread within a class."""
+"""Euclidean distances between samples: near data within a radius, and the spread within a class.
+
+The first three functions are what every comparison of all pairs shares.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +9,27 @@ from jax.typing import ArrayLike
 import numpy as np
 
 from kkt_jax import _checks
-from kkt_jax.metrics import _pairs
+
+
+def check_batches(a_name: str, a: ArrayLike, b_name: str, b: ArrayLike) -> None:
+  """Raises ValueError unless both are non-empty floating-point batches of samples of one shape."""
+  _checks.check_batch(a_name, a)
+  _checks.check_batch(b_name, b)
+  if jnp.shape(a)[1:] != jnp.shape(b)[1:]:
+    needs = ", ".join(str(size) for size in jnp.shape(a)[1:])
+    raise ValueError(f"{b_name} must hold samples like {a_name}, shape [..., {needs}]; got shape {jnp.shape(b)}.")
+
+
+def same_class(sample_labels: ArrayLike, num_samples: int, data_labels: ArrayLike, num_data: int) -> jax.Array:
+  """Boolean [S, N]: sample and data point have one label. Raises ValueError for labels that do not fit."""
+  _checks.check_labels("sample_labels", sample_labels, num_samples)
+  _checks.check_labels("data_labels", data_labels, num_data)
+  return jnp.asarray(sample_labels)[:, None] == jnp.asarray(data_labels)[None, :]
+
+
+def within_class(matrix: jax.Array, sample_labels: ArrayLike, data_labels: ArrayLike, other: float) -> jax.Array:
+  """The matrix [S, N] with ``other`` where the labels of row and column differ."""
+  return jnp.where(same_class(sample_labels, matrix.shape[0], data_labels, matrix.shape[1]), matrix, other)
 
 
 @jax.jit
@@ -27,7 +50,7 @@ def pairwise_distance(a: ArrayLike, b: ArrayLike) -> jax.Array:
   >>> print(pairwise_distance(jnp.array([[0.0, 0.0]]), jnp.array([[3.0, 4.0], [0.0, 1.0]])))
   [[5. 1.]]
   """
-  _pairs.check_batches("a", a, "b", b)
+  check_batches("a", a, "b", b)
   a, b = (jnp.asarray(value).reshape(jnp.shape(value)[0], -1) for value in (a, b))
   return jax.lax.map(lambda row: jnp.sqrt(jnp.sum(jnp.square(row[None] - b), axis=1)), a)
 
@@ -53,16 +76,16 @@ def precision_coverage(
     ValueError: samples or labels that do not fit.
 
   >>> import jax.numpy as jnp
-  >>> precision_coverage(jnp.array([[0.0], [5.0]]), jnp.array([0, 0]), jnp.array([[0.1]]), jnp.array([0]), radius=0.2)
+  >>> precision_coverage(jnp.array([[0.0], [5.0]]), jnp.array([0, 0]), jnp.array([[0.5]]), jnp.array([0]), radius=0.5)
   {'precision': 0.5, 'coverage': 1.0, 'median_distance': 2.5}
   """
-  _pairs.check_batches("samples", samples, "data", data)
-  distance = _pairs.within_class(pairwise_distance(samples, data), sample_labels, data_labels, jnp.inf)
+  check_batches("samples", samples, "data", data)
+  distance = within_class(pairwise_distance(samples, data), sample_labels, data_labels, jnp.inf)
   nearest = jnp.min(distance, axis=1)
   return {
     "precision": float(jnp.mean(nearest <= radius)),
     "coverage": float(jnp.mean(jnp.min(distance, axis=0) <= radius)),
-    "median_distance": round(float(jnp.median(nearest)), 6),
+    "median_distance": float(jnp.median(nearest)),
   }
 
 

@@ -5,8 +5,7 @@ from jax.typing import ArrayLike
 import numpy as np
 
 from kkt_jax import _checks
-from kkt_jax.metrics import _pairs
-from kkt_jax.metrics.distances import pairwise_distance
+from kkt_jax.metrics.distances import check_batches, pairwise_distance
 
 
 def precision_recall(
@@ -40,7 +39,7 @@ def precision_recall(
   >>> precision_recall(real, labels, jnp.array([[4.0], [8.0]]), jnp.array([0, 0]), k=1)  # radii 4, 4
   {'precision': 0.5, 'recall': 1.0, 'density': 0.5, 'coverage': 0.3333333333333333}
   """
-  _pairs.check_batches("real", real, "generated", generated)
+  check_batches("real", real, "generated", generated)
   _checks.check_labels("real_labels", real_labels, jnp.shape(real)[0])
   _checks.check_labels("generated_labels", generated_labels, jnp.shape(generated)[0])
   _checks.check_at_least("k", k, 1)
@@ -100,7 +99,7 @@ def kernel_distance(a: ArrayLike, b: ArrayLike) -> float:
   """
   _checks.check_rank("a", a, 2, "[A, F]")
   _checks.check_rank("b", b, 2, "[B, F]")
-  _pairs.check_batches("a", a, "b", b)
+  check_batches("a", a, "b", b)
   for name, features in (("a", a), ("b", b)):
     if jnp.shape(features)[0] < 2:
       raise ValueError(f"{name} must hold at least two samples; got shape {jnp.shape(features)}.")

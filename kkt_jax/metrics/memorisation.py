@@ -6,8 +6,7 @@ import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
 from kkt_jax import _checks
-from kkt_jax.metrics import _pairs
-from kkt_jax.metrics.distances import pairwise_distance
+from kkt_jax.metrics.distances import check_batches, pairwise_distance
 
 
 def nearer_to_training(generated: ArrayLike, training: ArrayLike, disjoint: ArrayLike) -> dict[str, float]:
@@ -33,7 +32,7 @@ def nearer_to_training(generated: ArrayLike, training: ArrayLike, disjoint: Arra
   >>> nearer_to_training(jnp.array([[1.0], [1.5]]), jnp.array([[0.0]]), jnp.array([[3.0]]))  # 1 : 2 and a tie
   {'share': 0.75, 'median_ratio': 0.75, 'p_value': 1.0}
   """
-  _pairs.check_batches("generated", generated, "training", training)
+  check_batches("generated", generated, "training", training)
   _checks.check_shape("disjoint", disjoint, jnp.shape(training), "that of training")
   for name, batch in (("generated", generated), ("training", training), ("disjoint", disjoint)):
     _checks.check_finite(name, batch)

@@ -7,7 +7,7 @@ import numpy as np
 from scipy import optimize  # type: ignore[import-untyped]
 
 from kkt_jax import _checks
-from kkt_jax.metrics import _pairs
+from kkt_jax.metrics.distances import check_batches, same_class, within_class
 
 _Pair = tuple[np.ndarray, np.ndarray]  # of the samples, of the data
 _WINDOW = 7
@@ -84,7 +84,7 @@ def pairwise_ssim(a: ArrayLike, b: ArrayLike) -> jax.Array:
   >>> pairwise_ssim(jnp.zeros((2, 8, 8, 1)), jnp.ones((3, 8, 8, 1))).shape
   (2, 3)
   """
-  _pairs.check_batches("a", a, "b", b)
+  check_batches("a", a, "b", b)
   return jax.lax.map(lambda image: ssim(image[None], jnp.asarray(b)), jnp.asarray(a))
 
 
@@ -108,7 +108,7 @@ def pairwise_ncc(a: ArrayLike, b: ArrayLike) -> jax.Array:
   >>> print(pairwise_ncc(jnp.array([[0.0, 1.0]]), jnp.array([[0.2, 0.3], [1.0, 0.0], [0.5, 0.5]])).round(3))
   [[ 1. -1.  0.]]
   """
-  _pairs.check_batches("a", a, "b", b)
+  check_batches("a", a, "b", b)
   return jnp.matmul(_standardised(a), _standardised(b).T, precision="highest")
 
 
@@ -139,7 +139,7 @@ def pairwise_mse(a: ArrayLike, b: ArrayLike) -> jax.Array:
   >>> print(pairwise_mse(jnp.array([[0.0, 1.0]]), jnp.array([[0.0, 1.0], [1.0, 1.0]])))
   [[0.  0.5]]
   """
-  _pairs.check_batches("a", a, "b", b)
+  check_batches("a", a, "b", b)
   a, b = (jnp.asarray(value).reshape(jnp.shape(value)[0], -1) for value in (a, b))
   return jax.lax.map(lambda row: jnp.mean(jnp.square(row[None] - b), axis=1), a)
 
@@ -179,10 +179,10 @@ def faithfulness(
   >>> round(scores["ssim_matched"], 3), scores["mse_cover"], scores["recovered"], scores["distinct_nearest"]
   (1.0, 0.0, 3, 3)
   """
-  _pairs.check_batches("samples", samples, "data", data)
+  check_batches("samples", samples, "data", data)
   _checks.check_finite("samples", samples)
   _checks.check_finite("data", data)
-  pairs = np.asarray(_pairs.same_class(sample_labels, jnp.shape(samples)[0], data_labels, jnp.shape(data)[0]))
+  pairs = np.asarray(same_class(sample_labels, jnp.shape(samples)[0], data_labels, jnp.shape(data)[0]))
   ssims, nccs, mses = (
     np.asarray(pairwise(samples, data), np.float64) for pairwise in (pairwise_ssim, pairwise_ncc, pairwise_mse)
   )
@@ -231,30 +231,6 @@ def _mean_square(images: ArrayLike) -> np.ndarray:
   return np.mean(np.square(x.reshape(len(x), -1)), axis=1)
 
 
-def best_similarity(samples: ArrayLike, sample_labels: ArrayLike, data: ArrayLike, data_labels: ArrayLike) -> jax.Array:
-  """The best SSIM of each data image to a sample of its class.
-
-  Args:
-    samples: images [S, H, W, C] in [0, 1].
-    sample_labels: [S].
-    data: images [N, H, W, C] in [0, 1].
-    data_labels: [N].
-
-  Returns:
-    [N], each in [-1, 1]; -inf where the class has no sample.
-
-  Raises:
-    ValueError: images or labels that do not fit.
-
-  >>> import jax.numpy as jnp
-  >>> images = jnp.stack([jnp.zeros((8, 8, 1)), jnp.ones((8, 8, 1))])
-  >>> print(best_similarity(images[:1], jnp.array([0]), images, jnp.array([0, 1])))
-  [  1. -inf]
-  """
-  _pairs.check_batches("samples", samples, "data", data)
-  return jnp.max(_pairs.within_class(pairwise_ssim(samples, data), sample_labels, data_labels, -jnp.inf), axis=0)
-
-
 def ssim_nearest_indices(
   samples: ArrayLike, sample_labels: ArrayLike, data: ArrayLike, data_labels: ArrayLike
 ) -> jax.Array:
@@ -277,6 +253,6 @@ def ssim_nearest_indices(
   >>> print(ssim_nearest_indices(images[::-1], jnp.array([1, 0]), images, jnp.array([0, 1])))
   [1 0]
   """
-  _pairs.check_batches("samples", samples, "data", data)
-  similarity = _pairs.within_class(pairwise_ssim(samples, data), sample_labels, data_labels, -jnp.inf)
+  check_batches("samples", samples, "data", data)
+  similarity = within_class(pairwise_ssim(samples, data), sample_labels, data_labels, -jnp.inf)
   return jnp.argmax(similarity, axis=1)

@@ -1,0 +1,317 @@
+"""The methods that `--method` chooses from, as changes of a recipe: ours, its ablations, and its neighbours'.
+recipe.
+
+Every method attacks the same classifiers and is measured in the same way. Each changes the recipe of ``kkt``, which is
+`kkt_jax.recipes.default` with what is known of the kind of data. `kkt_jax` loads its parts when they are used, so that
+the names of the methods cost nothing.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
+from typing import Any
+
+from experiments.harness.flags import UsageError
+import kkt_jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What a method may use.
+
+  Attributes:
+    examinations: what the weights of the attacked classifiers say.
+    codes: samples that the generator learns of each class.
+    num_samples: training samples of each class, which only the baselines are told.
+    deviation: of the random first samples, see `kkt_jax.generators.table`.
+    hidden: widths of the multiplier network.
+  """
+
+  examinations: "Sequence[kkt_jax.Examination]"
+  codes: int
+  num_samples: int
+  deviation: float = 1.0
+  hidden: Sequence[int] = (128, 128)
+
+
+_WITHOUT = "This library's method with one piece taken away."
+Change = Callable[["kkt_jax.Recipe", Setting], "kkt_jax.Recipe"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A method.
+
+  Attributes:
+    title: its name for people.
+    explanation: what it does, for someone who has not read the paper.
+    kind: ``"method"``, ``"baseline"`` or ``"ablation"``.
+    change: what it makes of the recipe.
+  """
+
+  title: str
+  explanation: str
+  kind: str
+  change: Change = lambda recipe, setting: recipe
+
+
+def parse_weights(text: str) -> dict[str, float]:
+  """Weights of terms by name.
+
+  >>> parse_weights("stationarity=0, duality=2.5")
+  {'stationarity': 0.0, 'duality': 2.5}
+  """
+  weights = {}
+  for part in filter(None, (part.strip() for part in text.split(","))):
+    name, _, value = part.partition("=")
+    try:
+      weights[name] = float(value)
+    except ValueError as error:
+      raise UsageError(f"--weights must be name=number, separated by commas; got {part!r}.") from error
+    if not 0 <= weights[name] < float("inf"):
+      raise UsageError(f"--weights must be finite and at least 0; got {part!r}.")
+  return weights
+
+
+def with_weights(recipe: "kkt_jax.Recipe", text: str) -> "kkt_jax.Recipe":
+  """The recipe with the weights of the flag ``--weights``."""
+  try:
+    return recipe.with_weights(**parse_weights(text))
+  except ValueError as error:
+    raise UsageError(f"--weights: {error}") from error
+
+
+def _weights(recipe: "kkt_jax.Recipe", **weights: float) -> "kkt_jax.Recipe":
+  """Other weights for those terms that the recipe has."""
+  known = {"stationarity", *recipe.terms}
+  return recipe.with_weights(**{name: weight for name, weight in weights.items() if name in known})
+
+
+def _only(recipe: "kkt_jax.Recipe", **weights: float) -> "kkt_jax.Recipe":
+  """The recipe without any term but those named and the range of the inputs."""
+  off = dict.fromkeys(["stationarity", *recipe.terms], 0.0)
+  range_weight = recipe.terms["range"].weight if "range" in recipe.terms else 0.0
+  return _weights(recipe, **off | {"range": range_weight} | weights)
+
+
+def _table(setting: Setting, *, in_span: bool = False, **changes: Any) -> Any:
+  settings = {"codes": setting.codes, "deviation": setting.deviation} | changes
+  return kkt_jax.generators.table(in_span=in_span, **settings)
+
+
+def _term(weight: float, name: str) -> Any:
+  return kkt_jax.terms.Term(weight, getattr(kkt_jax.terms, name))
+
+
+# --- neighbours ---
+
+
+def _points(recipe: "kkt_jax.Recipe", setting: Setting, *, total_variation: float = 3.0) -> "kkt_jax.Recipe":
+  """One free sample for each of twice as many as there are, each with one free multiplier (Haim 2022, Buzaglo 2023)."""
+  adam = kkt_jax.recipes.adam(0.05)
+  least = kkt_jax.terms.Term(5.0, kkt_jax.terms.least_multiplier(0.2))
+  binarisation = recipe.terms["binarisation"].weight if "binarisation" in recipe.terms else 0.0
+  changed = _only(
+    recipe,
+    stationarity=recipe.stationarity.weight,
+    binarisation=binarisation,
+    total_variation=total_variation,
+  )
+  return dataclasses.replace(
+    changed.with_terms(least_multiplier=least)
+    .with_stationarity(begin=0, ramp=0)
+    .with_schedule(theta=adam, eta=adam, restarts=1, restart_steps=0),
+    generator=_table(setting, codes=2 * setting.num_samples),
+    multipliers=kkt_jax.recipes.runner_up_multipliers(),
+  )
+
+
+def _points_published(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  """The same with the settings of decoreco's second multi-class run, 50 images of each class of CIFAR-10."""
+  import optax  # slow
+
+  sgd = lambda rate: lambda num_steps: optax.sgd(rate, momentum=0.9)
+  changed = _points(recipe, setting, total_variation=0.0)
+  # Their losses are sums over samples and pixels.
+  batch = 2 * setting.num_samples * max(own.classifier.num_classes for own in setting.examinations)
+  pixels = batch * math.prod(setting.examinations[0].classifier.input_shape)
+  least = kkt_jax.terms.Term(5.0 * batch, kkt_jax.terms.least_multiplier(0.2032089016))
+  changed = _weights(
+    changed.with_terms(least_multiplier=least), stationarity=1.0, range=float(pixels), binarisation=0.0
+  )
+  return dataclasses.replace(
+    changed.with_stationarity(measure=kkt_jax.losses.squared_residual, gate_sharpness=39.51743621).with_schedule(
+      steps=8000, theta=sgd(0.0013623494), eta=sgd(0.4793320031)
+    ),
+    generator=_table(setting, codes=2 * setting.num_samples, deviation=2e-4),
+  )
+
+
+def _classification(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  changed = _only(recipe.with_terms(cross_entropy=_term(1.0, "cross_entropy")), cross_entropy=1.0, total_variation=1.0)
+  if "total_variation" in recipe.terms:  # on images; times the share of all dimensions that the span fills
+    share = sum(own.share for own in setting.examinations) / len(setting.examinations)
+    changed = changed.with_weights(total_variation=share).with_schedule(steps=600)
+  return changed
+
+
+def _inversion(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  """DeepInversion (Yin et al. 2020)."""
+  statistics = recipe.terms["statistics"].weight if "statistics" in recipe.terms else 0.0
+  changed = recipe.with_terms(cross_entropy=_term(1.0, "cross_entropy"))
+  if "range" in recipe.terms:
+    changed = changed.with_terms(mean_square=_term(0.1, "mean_square")).with_schedule(steps=1200)
+  changed = _only(changed, cross_entropy=1.0, mean_square=0.1, statistics=statistics, total_variation=3.0)
+  return dataclasses.replace(changed, generator=_table(setting))
+
+
+def _start_only(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  changed = recipe.with_schedule(steps=0, restarts=1, restart_steps=0)
+  return dataclasses.replace(changed, generator=_table(setting, codes=1, deviation=0.0))
+
+
+def _moments(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  """Gaussian points of the mean and covariance that the first batch norm stores."""
+  from experiments.attack import plane  # slow
+
+  changed = recipe.with_schedule(steps=0, restarts=1, restart_steps=0)
+  return dataclasses.replace(changed, generator=plane.gaussian_generator)
+
+
+# --- ablations ---
+
+
+def _without(what: str, *names: str) -> Method:
+  change = lambda recipe, setting: _weights(recipe, **dict.fromkeys(names, 0.0))
+  return Method(f"without {what}", _WITHOUT, "ablation", change)
+
+
+def _without_span(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  share = sum(own.share for own in setting.examinations) / len(setting.examinations)
+  full = recipe.terms["total_variation"].weight / share
+  changed = recipe.with_weights(total_variation=full).with_schedule(theta=kkt_jax.recipes.adam(0.02))
+  return dataclasses.replace(changed, generator=_table(setting))
+
+
+def _literal(title: str, change: Change) -> Method:
+  explanation = "This library's method with one choice of the paper put back, to the letter."
+  return Method(title, explanation, "ablation", change)
+
+
+def _least_norm(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  """Lambda by the least sum of squares over all tensors."""
+
+  def conditions(examination: "kkt_jax.Examination") -> Any:
+    classifier, homogeneity = examination.classifier, kkt_jax.homogeneity
+    equations = homogeneity.derivative_equations(classifier.apply_fn, classifier.params, examination.probes)
+    rates = homogeneity.least_norm(equations, classifier.params)
+    own = kkt_jax.conditions.max_margin_conditions(classifier.params, rates)
+    return recipe.stationarity.conditions(dataclasses.replace(examination, conditions=own))
+
+  return recipe.with_stationarity(conditions=conditions)
+
+
+def _relu(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  import jax  # slow
+
+  scaled = recipe.stationarity.measure is not kkt_jax.losses.cosine_distance
+  own = kkt_jax.recipes.network_multipliers(positive=jax.nn.relu, hidden=setting.hidden, scaled=scaled)
+  return dataclasses.replace(recipe, multipliers=own)
+
+
+def _unsquared(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  """Eq. 5's norm, which needs multipliers of the right size."""
+  own = kkt_jax.recipes.network_multipliers(hidden=setting.hidden, scaled=True)
+  changed = recipe.with_stationarity(measure=kkt_jax.losses.absolute_residual)
+  return dataclasses.replace(changed, multipliers=own)
+
+
+def _target_scale(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  """Lambda-bar with the factor of the learned alpha."""
+  rate = float(setting.examinations[0].rates.target_rate)
+  return _unsquared(recipe, setting).with_stationarity(target_exponent=2 * rate - 1)
+
+
+def _paper(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  changed = _relu(_least_norm(_unsquared(recipe, setting), setting), setting)
+  changed = changed.with_stationarity(target_exponent=1.0)  # of least norm the last bias has the greatest rate, 1
+  return _weights(changed, statistics=0.0, class_features=0.0, binarisation=0.0, repulsion=0.0)
+
+
+_POINTS = (
+  "One free sample for each unknown one, twice as many as there are, each with its own multiplier (Haim et al. 2022,"
+  " Buzaglo et al. 2023): stationarity with relaxed gates, no multiplier below a least one; {}."
+)
+_BOTH: Mapping[str, Method] = {
+  "kkt": Method(
+    "this library",
+    "A conditional generator whose samples satisfy the conditions that gradient descent left in the weights (Yu and"
+    " Wang 2023), with everything else that the weights reveal.",
+    "method",
+  ),
+  "points": Method(
+    "free samples, our settings",
+    _POINTS.format("angle of the residual, Adam and total variation as in our method"),
+    "baseline",
+    _points,
+  ),
+  "points_published": Method(
+    "free samples, published settings",
+    _POINTS.format("published step sizes, momentum, gates and norm; 8,000 of 50,000 steps"),
+    "baseline",
+    _points_published,
+  ),
+  "ce": Method(
+    "classification only",
+    "The same generator, trained only to be classified as wanted; images with total variation.",
+    "baseline",
+    _classification,
+  ),
+  "inversion": Method(
+    "DeepInversion",
+    "Free samples that are classified as wanted and reproduce the stored batch-norm statistics; images with total"
+    " variation and small squares (Yin et al. 2020).",
+    "baseline",
+    _inversion,
+  ),
+  "no_stationarity": _without("stationarity", "stationarity"),
+  "no_duality": _without("duality", "duality"),
+  "no_statistics": _without("batch-norm statistics", "statistics"),
+  "least_norm": _literal("Lambda of least norm", _least_norm),
+  "relu": _literal("ReLU multipliers", _relu),
+  "unsquared": _literal("unsquared norm", _unsquared),
+  "target_scale": _literal("learned scale of the target", _target_scale),
+  "paper": Method(
+    "the paper to the letter",
+    "Lambda of least norm, ReLU multipliers, unsquared norm, learned scale, and of the priors only total variation; in"
+    " the first layer's span, or of the stored moments.",
+    "ablation",
+    _paper,
+  ),
+}
+IMAGES: Mapping[str, Method] = {
+  **_BOTH,
+  "means": Method(
+    "mean image",
+    "The mean training image, which the classifier stores, for every sample: what can be had without any training.",
+    "baseline",
+    _start_only,
+  ),
+  "no_class_features": _without("class features", "class_features"),
+  "no_binarisation": _without("black and white", "binarisation"),
+  "no_total_variation": _without("total variation", "total_variation"),
+  "no_span": Method("without the first layer's span", _WITHOUT, "ablation", _without_span),
+}
+CIRCLE: Mapping[str, Method] = {
+  **_BOTH,
+  "means": Method(
+    "stored moments",
+    "Gaussian points of the mean and covariance that the first batch norm stores: what can be had without training.",
+    "baseline",
+    _moments,
+  ),
+  "no_repulsion": _without("repulsion", "repulsion"),
+  "no_restarts": Method(
+    "without restarts", _WITHOUT, "ablation", lambda recipe, setting: recipe.with_schedule(restarts=1)
+  ),
+}

@@ -1,0 +1,124 @@
+"""The recipe of `experiments.circle`: few separate points of the plane, from classifiers of it.
+
+A network of continuous noise must bridge the gaps between the points; a codebook need not. Several generators are
+trained to lie where the classifier can have seen data at all (its stored statistics, its common margin), and the one
+with the least loss goes on with the stationarity. Nothing in this looks at the points.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kkt_jax import first_layer, generators, losses, priors, recipes, terms
+from kkt_jax.classifier import Classifier, PyTree
+from kkt_jax.examination import Examination
+
+_CODE_SIZE, _JITTER, _FINAL_JITTER = 8, 0.1, 0.03
+_BANDWIDTH = 0.3  # of the repulsion, in standard deviations of the data
+
+
+def input_moments(classifier: Classifier) -> tuple[jax.Array, jax.Array]:
+  """The mean [2] and the covariance's Cholesky factor [2, 2] of the training points, read off the first batch norm.
+
+  Without batch norm they are not to be had; 0 and the identity stand for the region in which points are searched.
+  """
+  if classifier.statistics is None:
+    return jnp.zeros(2), jnp.eye(2)
+  layer, stored = classifier.params["Dense_0"], classifier.statistics["BatchNorm_0"]
+  mean, covariance = first_layer.input_moments(layer["kernel"], layer["bias"], stored["mean"], stored["var"])
+  return mean, jnp.linalg.cholesky(covariance)
+
+
+def _moments(examinations: Sequence[Examination]) -> tuple[jax.Array, jax.Array]:
+  """Means [T, 2] and factors [T, 2, 2] of the points of each classifier."""
+  means, factors = zip(*(input_moments(own.classifier) for own in examinations), strict=True)
+  return jnp.stack(means), jnp.stack(factors)
+
+
+def gaussian_generator(examinations: Sequence[Examination]) -> generators.Generator:
+  """Gaussian points of the stored moments, which need no training."""
+  means, factors = _moments(examinations)
+
+  def generate(theta: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool) -> Any:
+    return means[t] + jnp.einsum("mde,me->md", factors[t], noise), statistics
+
+  return generators.Generator(lambda key: ({}, {}), generate, generators.normal_noise(2), 2, 180)
+
+
+def recipe(
+  examinations: Sequence[Examination],
+  *,
+  codes: int,
+  steps: int,
+  restarts: int,
+  restart_steps: int,
+  learning_rate: float,
+) -> recipes.Recipe:
+  """The recipe for classifiers with batch norm, or with weight decay of known strength.
+
+  Args:
+    examinations: of the classifiers.
+    codes: learned codes of each class; each is used once in every step.
+    steps: training steps altogether.
+    restarts: generators that are started.
+    restart_steps: steps of each before the choice.
+    learning_rate: peak of generator and multipliers.
+  """
+  coupled = examinations[0].classifier.batch_coupled
+  means, factors = _moments(examinations)
+  size = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(factors), axis=2)))  # a coordinate's standard deviation
+
+  def module(examinations: Sequence[Examination]) -> generators.CodebookGenerator:
+    return generators.CodebookGenerator(
+      sample_shape=(2,),
+      num_labels=generators.num_labels(examinations),
+      num_classifiers=len(examinations),
+      codebook_size=codes,
+      jitter=_FINAL_JITTER,
+      output=generators.affine_output(means, factors, bound=2.5),
+    )
+
+  begin = restart_steps / steps
+  noise = generators.stratified_noise(
+    1 + _CODE_SIZE, size=lambda progress: jnp.where(progress < begin, _JITTER / _FINAL_JITTER, 1.0)
+  )
+  cosine = optax.schedules.cosine_decay_schedule(learning_rate, max(steps, 1), alpha=0.02)
+  # e^-alpha waits until most samples are on their side; moving early, it follows the misplaced ones. Without batch norm
+  # it starts near its place.
+  hold, pace = steps // 5, 1.0 if coupled else 0.01
+
+  def repulsion(classifier: Classifier, batch: terms.Batch) -> jax.Array:
+    return priors.repulsion(batch.x / size, batch.y, bandwidth=_BANDWIDTH)
+
+  fading = lambda progress: jnp.maximum(1.0 - progress / 0.7, 0.0)
+  own = {"repulsion": terms.Term(0.3, repulsion, fading)}
+  ramp: dict[str, Any] = {"begin": begin, "ramp": 0.1}
+  if coupled:
+    multipliers = recipes.network_multipliers(hidden=(64,))
+    stationarity = recipes.Stationarity(1.0, losses.cosine_distance, gate_sharpness=0.0, **ramp)
+    own |= {
+      "duality": terms.Term(3.0, terms.duality(delta=0.01)),
+      "statistics": terms.Term(100.0, terms.statistics),
+    }
+  else:
+    multipliers = recipes.softmax_multipliers()
+    stationarity = recipes.Stationarity(0.3, losses.relative_residual, **ramp)
+    own["duality"] = terms.Term(10.0, terms.duality(delta=1.0))
+  return recipes.Recipe(
+    generator=generators.network(module, noise=noise, noise_dim=1 + _CODE_SIZE, batch_size=3 * codes),
+    multipliers=multipliers,
+    stationarity=stationarity,
+    terms=own,
+    schedule=recipes.Schedule(
+      steps=steps,
+      theta=lambda num_steps: optax.adam(cosine),
+      eta=lambda num_steps: optax.adam(cosine),
+      alpha=lambda num_steps: optax.adam(lambda step: jnp.where(step < hold, 0.0, pace * cosine(step))),
+      restarts=restarts,
+      restart_steps=restart_steps if steps else 0,
+      steps_per_call=20,
+    ),
+  )

@@ -1,0 +1,1 @@
+"""What do my weights reveal? ``python -m experiments.audit`` answers for anybody's classifier."""

@@ -1,0 +1,140 @@
+"""What do my weights reveal? A generator from anybody's classifier, and an answer in plain words.
+
+The owner names a Python function that describes the classifier (`kkt_jax.Subject`) and a file with its parameters. The
+weights are examined: which conditions they obey, and how far they are from every point that obeys them. Then a
+generator is trained so that what it generates obeys them, and ``report.html`` shows what came out. With
+``--train_data`` and ``--held_out_data``, which are compared only then, it says how much of the training data that is.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import hashlib
+import importlib
+import pathlib
+import sys
+from typing import Any, TYPE_CHECKING
+
+from experiments.attack import methods
+from experiments.harness import flags
+from experiments.harness.flags import flag, UsageError
+
+if TYPE_CHECKING:
+  import kkt_jax
+
+# What has no influence on the generator: a later run in the same folder can differ in it, and need not train again.
+_AFTERWARDS = ("train_data", "held_out_data", "force")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Settings of the run; each is a flag of the same name."""
+
+  classifier: str = flag(
+    "",
+    "module:function that returns the kkt_jax.Subject. The module lies in the current folder, or is installed.",
+    group="The classifier",
+  )
+  checkpoint: str = flag("", "Its parameters: a .safetensors or flax .msgpack file, or an orbax folder.")
+  train_data: str = flag(
+    "",
+    "The training data, to say how much of them came out: an .npz file with x and y, or a folder with a folder of"
+    " images for each class, 0, 1, and so on.",
+    group="For its owner",
+  )
+  held_out_data: str = flag("", "Other data of the same kind, without which little can be said.")
+  form: str = flag(
+    "auto",
+    "Which conditions the weights obey; auto finds out.",
+    choices=("auto", "weight_decay", "max_margin"),
+    group="The generator",
+  )
+  force: bool = flag(False, "Train a generator even if the weights are too far from all conditions.")
+  codes: int = flag(0, "Samples of each class; 0 is what suits the classifier.", lower=0)
+  steps: int = flag(1500, "Training steps.", lower=1)
+  weights: str = flag("", "Other weights of terms of the loss: stationarity=0,total_variation=10.")
+  seed: int = flag(0, "Seed of everything random.", lower=0)
+  log_every: int = flag(50, "Steps between logged metrics.", lower=1, group="Output")
+  save_every: int = flag(500, "Steps between checkpoints and pictures.", lower=1)
+
+
+def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
+  """Runs or resumes the audit; returns its metrics, with the verdict in words."""
+  for name in ("classifier", "checkpoint"):
+    if not getattr(config, name):
+      raise UsageError(f"--{name} must be given; --help says what it is.")
+  methods.parse_weights(config.weights)
+  import jax
+  import numpy as np
+
+  from experiments.attack.train import train_generator
+  from experiments.audit import data, report
+  from experiments.harness.progress import say
+  from experiments.harness.workdir import Workdir
+  import kkt_jax
+
+  classifier = load(config.classifier, config.checkpoint)
+  train, held_out = data.read(config.train_data, config.held_out_data, classifier)
+  say("examining the weights")
+  form = None if config.form == "auto" else config.form
+  examination = kkt_jax.examine(classifier, form=form, seed=config.seed)
+  recipe = recipe_of(config, examination)
+  say(str(examination))
+  content = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(classifier.params))
+  settings = dataclasses.asdict(config) | {"checkpoint_digest": hashlib.sha256(content).hexdigest()[:16]}
+  out = Workdir(workdir, {name: value for name, value in settings.items() if name not in _AFTERWARDS})
+  reconstruction = None
+  if config.force or examination.bound <= kkt_jax.examination.HOPELESS:
+    reconstruction = train_generator(
+      out,
+      [examination],
+      recipe,
+      seed=config.seed + 1,
+      log_every=config.log_every,
+      save_every=config.save_every,
+      draw=functools.partial(report.draw, out.path),
+    )
+  return report.write(out, settings, examination, reconstruction, train, held_out)
+
+
+def recipe_of(config: Config, examination: "kkt_jax.Examination") -> "kkt_jax.Recipe":
+  """What suits the classifier, with what was asked for by hand."""
+  import kkt_jax
+
+  recipe = kkt_jax.recipes.default([examination]).with_schedule(steps=config.steps)
+  if config.codes:
+    recipe = dataclasses.replace(recipe, generator=kkt_jax.generators.table(codes=config.codes))
+  return methods.with_weights(recipe, config.weights)
+
+
+def load(name: str, checkpoint: str) -> "kkt_jax.Classifier":
+  """The subject that ``module:function`` returns, with the parameters of a file.
+
+  Raises:
+    UsageError: there is no such function, it fails or returns something else, or the file is none or does not fit.
+  """
+  import kkt_jax
+
+  module, _, function = name.partition(":")
+  if not all(part.isidentifier() for part in (*module.split("."), function)):
+    raise UsageError(f"--classifier must be module:function, such as mine:classifier; got {name!r}.")
+  if "" not in sys.path:
+    sys.path.insert(0, "")  # the user's own modules lie where the user is
+  try:
+    subject = getattr(importlib.import_module(module), function)()
+    like = subject.variables_like() if isinstance(subject, kkt_jax.Subject) else None
+  except Exception as error:  # whatever somebody else's code may raise
+    reason = (str(error).splitlines() or [""])[0]
+    raise UsageError(f"--classifier={name} raised {type(error).__name__}: {reason}") from error
+  if like is None:
+    raise UsageError(f"--classifier={name} must return a kkt_jax.Subject; got {type(subject).__name__}.")
+  try:
+    return subject.classifier(kkt_jax.read_weights(checkpoint, like))
+  except kkt_jax.weights.WeightsError as error:
+    raise UsageError(f"--checkpoint: {error}") from error
+  except ValueError as error:
+    raise UsageError(f"--classifier={name} and --checkpoint do not make a classifier: {error}") from error
+
+
+if __name__ == "__main__":
+  flags.main(Config, run, jointly=True)

@@ -1,0 +1,159 @@
+"""The owner's own data, for `experiments.audit` to compare with; nothing else ever sees them."""
+
+import pathlib
+from typing import Any
+import warnings
+import zipfile
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from experiments.data import Images
+from experiments.harness.flags import UsageError
+from experiments.measure.comparison import check_classes
+from kkt_jax.classifier import Classifier
+
+_LARGEST = 2 << 30  # bytes of one array
+_MOST_PIXELS = 1 << 24  # of one image file
+# By channels the modes that Pillow turns into 8-bit pixels without loss; the first is what they become.
+_MODES = {1: ("L", "1"), 3: ("RGB", "P", "L", "1"), 4: ("RGBA",)}
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error, Image.DecompressionBombError)
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def read(train_data: str, held_out_data: str, classifier: Classifier) -> tuple[Images | None, Images | None]:
+  """The training data and the held-out data, each None if its path is empty, with x in [0, 1] as `Classifier.to_unit`.
+
+  Raises:
+    UsageError: a file cannot be read or holds something else, a class is missing, or the two share samples.
+  """
+  paths = {"--train_data": train_data, "--held_out_data": held_out_data}
+  sets = {f"{flag}={path}": _read(flag, path, classifier) for flag, path in paths.items() if path}
+  check_classes(sets, range(classifier.num_classes))
+  train, held_out = (sets.get(f"{flag}={path}") for flag, path in paths.items())
+  if held_out is not None:
+    if train is None:
+      raise UsageError("--held_out_data needs --train_data, with which it is compared.")
+    known = {row.tobytes() for row in _rounded(train, classifier)}
+    twice = [i for i, row in enumerate(_rounded(held_out, classifier)) if row.tobytes() in known]
+    if twice:
+      raise UsageError(
+        f"--held_out_data must hold none of the training samples; {len(twice)} of its {len(held_out.y)} are identical"
+        f" to one of --train_data, the first at place {twice[0]} (from 0)."
+      )
+  return train, held_out
+
+
+def _rounded(images: Images, classifier: Classifier) -> np.ndarray:
+  """Samples in which the last bits make no difference, if their size is known."""
+  return images.x if classifier.value_range is None else np.round(images.x, 4) + np.float32(0)
+
+
+def _read(flag: str, path: str, classifier: Classifier) -> Images:
+  """Labelled data from an ``.npz`` file with x [N, *input_shape] and y [N], or from a folder for each class."""
+  where = pathlib.Path(path)
+  try:
+    if where.is_dir():
+      x, y = _read_folder(where, classifier)
+    elif where.is_file() and zipfile.is_zipfile(where):
+      x, y = _read_npz(where, classifier.input_shape)
+    else:
+      raise UsageError(f"it is neither an .npz file nor a folder{'' if where.exists() else '; there is no such file'}.")
+    return Images(_unit(x, classifier), _classes(y, classifier.num_classes))
+  except UsageError as error:
+    raise UsageError(f"{flag}={path}: {error}") from error
+  except (*_UNREADABLE, zipfile.BadZipFile) as error:
+    raise UsageError(f"{flag}={path} cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def _unit(x: np.ndarray, classifier: Classifier) -> np.ndarray:
+  """Samples in [0, 1], from bytes or from numbers in the classifier's range; as they are if it has none."""
+  if classifier.value_range is None:
+    if x.dtype == np.uint8 or not np.all(np.isfinite(x)):
+      raise UsageError("x must be floating point and finite, for the classifier has no value_range.")
+    return x.astype(np.float32)
+  if x.dtype == np.uint8:
+    return x.astype(np.float32) / 255
+  low, high = classifier.value_range
+  unit = np.asarray(classifier.to_unit(x.astype(np.float32)))
+  if not (unit.min() >= -1e-3 and unit.max() <= 1 + 1e-3):  # NaN is neither
+    raise UsageError(f"x must lie in the classifier's range, {low} to {high}; got {x.min()} to {x.max()}.")
+  return np.clip(unit, 0, 1)
+
+
+def _classes(y: np.ndarray, num_classes: int) -> np.ndarray:
+  if not len(y) or y.min() < 0 or y.max() >= num_classes:
+    found = f"{y.min()} to {y.max()}" if len(y) else "none"
+    raise UsageError(f"labels must lie in 0 to {num_classes - 1}; got {found}.")
+  return y.astype(np.int32)
+
+
+def _read_npz(path: pathlib.Path, input_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+  with zipfile.ZipFile(path) as archive:
+    missing = [name for name in ("x", "y") if f"{name}.npy" not in archive.namelist()]
+    if missing:
+      raise UsageError(f"it must hold arrays x and y; {' and '.join(missing)} missing.")
+    (x_shape, x_type), (y_shape, y_type) = (_header(archive, f"{name}.npy") for name in ("x", "y"))
+    if x_shape[1:] != input_shape or y_shape != x_shape[:1]:
+      wanted = ", ".join(map(str, input_shape))
+      raise UsageError(f"x must have shape [N, {wanted}] and y [N]; got {x_shape} and {y_shape}.")
+    if not np.issubdtype(y_type, np.integer) or not (x_type == np.uint8 or np.issubdtype(x_type, np.floating)):
+      raise UsageError(f"x must be uint8 or floating point, and y integers; got {x_type} and {y_type}.")
+    arrays = []
+    for name in ("x.npy", "y.npy"):
+      with archive.open(name) as member:
+        arrays.append(np.lib.format.read_array(member, allow_pickle=False))
+  return arrays[0], arrays[1]
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], Any]:
+  """Shape and dtype of an array that has not been read, after a look at whether its numbers can be there."""
+  with archive.open(name) as member:
+    version = np.lib.format.read_magic(member)
+    if version not in _HEADERS:
+      raise UsageError(f"{name} is of the unknown format {version}.")
+    shape, _, dtype = _HEADERS[version](member)
+    size, held = int(np.prod(shape, dtype=object)) * dtype.itemsize, archive.getinfo(name).file_size - member.tell()
+  if dtype.hasobject or size != held:
+    raise UsageError(f"{name} is damaged: its header says {shape} of {dtype}, and {held:,} bytes follow.")
+  if size > _LARGEST:
+    raise UsageError(f"{name} has {size:,} bytes; at most {_LARGEST:,} are read.")
+  return shape, dtype
+
+
+def _read_folder(path: pathlib.Path, classifier: Classifier) -> tuple[np.ndarray, np.ndarray]:
+  input_shape = classifier.input_shape
+  if len(input_shape) != 3 or input_shape[2] not in _MODES:
+    raise UsageError(f"folders are for images [H, W, channels]; the classifier takes {input_shape}.")
+  folders = {own.name: own for own in path.iterdir() if own.is_dir() and not own.name.startswith(".")}
+  if strange := sorted(folders.keys() ^ set(map(str, range(classifier.num_classes)))):
+    which = "missing" if strange[0] not in folders else "no class"
+    raise UsageError(
+      f"it must hold a folder of images for each class, 0 to {classifier.num_classes - 1}; {strange[0]!r} is {which}."
+    )
+  x, y = [], []
+  for label in range(classifier.num_classes):
+    for file in sorted(folders[str(label)].iterdir()):
+      if file.suffix.lower() in (".png", ".jpg", ".jpeg") and file.is_file():
+        x.append(_read_image(file, input_shape))
+        y.append(label)
+  if not x:
+    raise UsageError("its folders hold no PNG or JPEG images.")
+  return np.stack(x), np.asarray(y)
+
+
+def _read_image(file: pathlib.Path, input_shape: tuple[int, ...]) -> np.ndarray:
+  height, width, channels = input_shape
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below, before anything is decoded
+    with Image.open(file, formats=["PNG", "JPEG"]) as image:  # reads the header only
+      if image.size != (width, height) or width * height > _MOST_PIXELS:
+        found = f"{image.size[0]} x {image.size[1]}"
+        raise UsageError(f"{file.name} has {found} pixels; the classifier takes {width} x {height}.")
+      if image.mode not in _MODES[channels]:
+        raise UsageError(
+          f"{file.name} has pixels of the kind {image.mode}; with {channels} channel(s) it must be 8-bit"
+          f" {_MODES[channels][0]}. Convert it as it was for the training."
+        )
+      return np.asarray(image.convert(_MODES[channels][0]), np.uint8).reshape(input_shape)

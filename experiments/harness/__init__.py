@@ -1,0 +1,1 @@
+"""What every experiment needs and that knows nothing of any: flags, the working directory, progress, processes."""

@@ -1,0 +1,56 @@
+"""What a run says while it works, on stderr: stdout is for its result."""
+
+from collections.abc import Mapping
+import math
+import sys
+import time
+
+
+def say(text: str) -> None:
+  """Prints a line for the person who watches."""
+  print(text, file=sys.stderr, flush=True)
+
+
+class Progress:
+  """Progress with a rate and a time left: one line that rewrites itself on a terminal, plain lines elsewhere."""
+
+  def __init__(self, what: str, total: int, *, start: int = 0):
+    """Starts the clock.
+
+    Args:
+      what: what is going on, a word or two.
+      total: number of steps altogether.
+      start: steps done by an earlier run.
+    """
+    self._what, self._total, self._start = what, total, start
+    self._began = self._shown = time.monotonic()
+    self._terminal = sys.stderr.isatty()
+
+  def update(self, step: int, shown: Mapping[str, float] | str = "") -> None:
+    """Shows that ``step`` steps are done, and some metrics or a word; cheap enough to call often."""
+    now = time.monotonic()
+    finished = step >= self._total
+    if not finished and now - self._shown < (0.2 if self._terminal else 15):
+      return
+    self._shown = now
+    rate = (step - self._start) / max(now - self._began, 1e-9)
+    left = (self._total - step) / rate if rate > 0 else math.inf
+    speed = f"{rate:.1f}/s" if rate >= 0.1 else f"{60 * rate:.1f}/min"
+    text = shown if isinstance(shown, str) else "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+    line = f"{self._what} {step}/{self._total}  {speed}  {_duration(left)} left  {text}".rstrip()
+    if self._terminal:
+      print(f"\r\033[K{line}", end="\n" if finished else "", file=sys.stderr, flush=True)
+    else:
+      say(line)
+
+
+def _duration(seconds: float) -> str:
+  """A time for people.
+
+  >>> _duration(75), _duration(math.inf)
+  ('1:15', '?')
+  """
+  if not math.isfinite(seconds):
+    return "?"
+  minutes, seconds = divmod(round(seconds), 60)
+  return f"{minutes}:{seconds:02d}"

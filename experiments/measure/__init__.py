@@ -1,0 +1,1 @@
+"""Generated samples against the data, beside the controls without which no metric means anything."""

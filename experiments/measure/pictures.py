@@ -1,0 +1,143 @@
+"""The pictures of the experiments, as PNG files."""
+
+from collections.abc import Callable, Mapping, Sequence
+import pathlib
+from typing import Any
+
+from jax.typing import ArrayLike
+import numpy as np
+
+COLUMNS = 20  # images in a row of a picture
+_CAPTIONS = 220  # pixels at their left
+_CLASS_COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#ff9900", "#0099c6", "#dd4477", "#66aa00")
+
+
+def scaling_curves(path: pathlib.Path, alphas: ArrayLike, scaled: ArrayLike, expected: ArrayLike) -> None:
+  """Fig. 3: Phi(x; e^(alpha Lambda) zeta) solid, e^alpha Phi(x; zeta) dotted, one colour per input.
+
+  Args:
+    path: PNG file.
+    alphas: [A].
+    scaled: [A, K], solid.
+    expected: [A, K], dotted.
+  """
+  figure, (axes,) = _figure((5, 4))
+  for k, (solid, dotted) in enumerate(zip(np.asarray(scaled).T, np.asarray(expected).T, strict=True)):
+    labels = (r"$\Phi(x; e^{\alpha\Lambda}\zeta)$", r"$e^{\alpha}\Phi(x; \zeta)$") if k == 0 else (None, None)
+    axes.plot(alphas, solid, color=_CLASS_COLOURS[k % len(_CLASS_COLOURS)], alpha=0.5, linewidth=3, label=labels[0])
+    axes.plot(alphas, dotted, color="black", linestyle=":", label=labels[1])
+  axes.set(xlabel=r"$\alpha$", ylabel="output", title="Solid and dotted coincide where Lambda is right")
+  axes.legend()
+  figure.savefig(path)
+
+
+def u_shape(path: pathlib.Path, margin: ArrayLike, loss: ArrayLike, *, alpha: float, delta: float) -> None:
+  """Fig. 2: the duality loss of one margin.
+
+  Args:
+    path: PNG file.
+    margin: [A].
+    loss: [A].
+    alpha: the flat bottom begins at e^-alpha.
+    delta: its width.
+  """
+  figure, (axes,) = _figure((5, 3))
+  axes.plot(margin, loss, linewidth=2)
+  low = float(np.exp(-alpha))
+  axes.axvspan(low, low + delta, alpha=0.15)
+  axes.set_xticks([low, low + delta], [r"$e^{-\alpha}$", r"$e^{-\alpha}+\delta$"])
+  axes.set(xlabel="margin to the runner-up", ylabel="duality loss")
+  figure.savefig(path)
+
+
+def bars(path: pathlib.Path, values: Mapping[str, float], unit: str) -> None:
+  """Named values as horizontal bars on a logarithmic axis."""
+  figure, (axes,) = _figure((8, 0.4 * len(values) + 1))
+  axes.bar_label(axes.barh(list(values), list(values.values())), fmt="%.3g", padding=3)
+  axes.set(xscale="log", xlabel=unit)
+  axes.margins(x=0.15)
+  axes.invert_yaxis()
+  figure.savefig(path)
+
+
+def scatter(path: pathlib.Path, panels: Sequence[tuple[str, Any, Any]], label: str) -> None:
+  """Points in panels side by side: title, horizontal and vertical values of each; one horizontal label."""
+  figure, grid = _figure((3.4 * len(panels), 3.2), columns=len(panels))
+  for axes, (title, x, y) in zip(grid, panels, strict=True):
+    axes.scatter(x, y, s=18, alpha=0.7)
+    axes.set(title=title, xlabel=label)
+  figure.savefig(path)
+
+
+def image_rows(path: pathlib.Path, rows: Sequence[tuple[str, ArrayLike]], *, scale: int = 3) -> None:
+  """Rows of images with a caption at their left, as in Figs. 6 to 8.
+
+  Args:
+    path: PNG file.
+    rows: captions and images [n, H, W, C] in [0, 1], C of 1 or 3; the rows may have different lengths.
+    scale: pixels of the file per pixel of an image.
+  """
+  from matplotlib.figure import Figure
+
+  gap = 2
+  height, width = np.add(np.shape(rows[0][1])[1:3], gap)
+  columns = max(np.shape(images)[0] for _, images in rows)
+  canvas = np.ones((len(rows) * height, columns * width, 3))
+  for row, (_, images) in enumerate(rows):
+    for column, image in enumerate(np.clip(images, 0, 1)):
+      top, left = row * height, column * width
+      canvas[top : top + height - gap, left : left + width - gap] = image
+  canvas = canvas.repeat(scale, axis=0).repeat(scale, axis=1)
+  size = np.array([canvas.shape[1] + _CAPTIONS, canvas.shape[0]])
+  figure = Figure(figsize=tuple(size / 100), dpi=100)
+  figure.figimage(canvas, xo=_CAPTIONS)
+  for row, (caption, _) in enumerate(rows):
+    middle = 1 - (row + 0.5 - gap / height / 2) / len(rows)
+    figure.text((_CAPTIONS - 8) / size[0], middle, caption, ha="right", va="center", fontsize=8)
+  figure.savefig(path)
+
+
+def plane(path: pathlib.Path, panels: Sequence[tuple[str, Any]], *, num_classes: int, limit: float = 2.0) -> None:
+  """Panels of the plane side by side, as in Figs. 4 and 5.
+
+  Args:
+    path: PNG file.
+    panels: titles with either points [S, 2] and their labels [S], or a function from points [K, 2] to logits [K, C].
+    num_classes: C.
+    limit: half the side of the square that is shown.
+  """
+  figure, grid = _figure((3.4 * len(panels), 3.6), columns=len(panels))
+  angle = np.linspace(0, 2 * np.pi, 200)
+  for axes, (title, content) in zip(grid, panels, strict=True):
+    if callable(content):
+      _regions(axes, content, limit, num_classes)
+    else:
+      axes.plot(np.cos(angle), np.sin(angle), color="lightgray", linewidth=0.5, zorder=0)
+      for label in range(num_classes):
+        own = np.asarray(content[0])[np.asarray(content[1]) == label]
+        axes.scatter(own[:, 0], own[:, 1], s=14, alpha=0.6, color=_CLASS_COLOURS[label], linewidths=0)
+    sides = {"xlim": (-limit, limit), "ylim": (-limit, limit), "xticks": [-1, 0, 1], "yticks": [-1, 0, 1]}
+    axes.set(title=title, aspect="equal", **sides)
+  figure.savefig(path)
+
+
+def _regions(axes: Any, logits_fn: Callable[[np.ndarray], ArrayLike], limit: float, num_classes: int) -> None:
+  """The prediction landscape: the colour of the winning class, white at the boundary."""
+  from matplotlib import colors
+
+  side = np.linspace(-limit, limit, 240, dtype=np.float32)
+  points = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
+  logits = np.asarray(logits_fn(points))
+  second, first = np.sort(logits, axis=1).T[-2:]
+  sure = 1 - np.exp(-(first - second) / (1e-9 + 0.1 * np.median(first - second)))
+  colours = colors.to_rgba_array(_CLASS_COLOURS[:num_classes])[:, :3]
+  blended = 1 - (1 - colours[logits.argmax(1)]) * (0.55 * sure[:, None])
+  axes.imshow(blended.reshape(240, 240, 3), extent=(-limit, limit, -limit, limit), origin="lower")
+
+
+def _figure(size: tuple[float, float], *, columns: int = 1) -> tuple[Any, Any]:
+  """A figure and its row of axes [columns], without the state and the screen of pyplot."""
+  from matplotlib.figure import Figure  # slow to import; only when something is drawn
+
+  figure = Figure(figsize=size, dpi=100, layout="constrained")
+  return figure, figure.subplots(1, columns, squeeze=False)[0]

@@ -1,0 +1,374 @@
+"""What a classifier's weights say before any training, found by trying its function on random inputs. No data are seen.
+
+`examine` reads off which conditions the weights obey, in which directions the data lie (first layer), and how sure the
+classifier was of them (last layer). `kkt_jax.recipes.default` turns this into a recipe, for anybody's classifier.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kkt_jax import _checks, homogeneity, symmetries
+from kkt_jax.classifier import Classifier, PyTree
+from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_conditions
+from kkt_jax.first_layer import input_span, InputSpan
+from kkt_jax.last_layer import collapsed_features, collapsed_margin, typical_margin
+
+FORMS = ("weight_decay", "max_margin")
+HOPELESS = 0.05  # share of the target that no data can account for, above which an audit is not worth its time
+_HOMOGENEOUS = 1e-2  # greatest error of scaling that counts as none
+_PROBES = 24
+_FILLED = 0.9  # greatest share of a layer's directions that data may fill for their span to be recognised
+_FALL, _NOTHING = 5.0, 1e-4  # least fall of singular values that ends a span, and the most that may follow it
+_ROUNDING = 1e-7  # relative to the greatest singular value; what is smaller is indistinguishable from it
+_ALIKE = 1e-3  # relative error below which two gradients are the same
+
+
+@dataclasses.dataclass(frozen=True)
+class LastLayer:
+  """The last dense layer, and the batch norm that feeds it through a ReLU, if there is one.
+
+  Attributes:
+    kernel: W [F, C].
+    bias: [C], zeros if the layer has none.
+    scale: gamma of the batch norm [F], or None.
+    shift: beta of the batch norm [F], or None.
+  """
+
+  kernel: jax.Array
+  bias: jax.Array
+  scale: jax.Array | None
+  shift: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Examination:
+  """What the weights of a classifier say; printing it says so in words.
+
+  Attributes:
+    classifier: the classifier.
+    form: ``"weight_decay"`` or ``"max_margin"``: which stationarity condition its weights obey.
+    why: why that form.
+    conditions: the stationarity condition of that form.
+    free: which tensors have no scale of their own (before a normalisation), a pytree of bools; weight decay leaves no
+      condition on them.
+    rates: Lambda, balanced.
+    scaling_error: how far the network is from quasi-homogeneous.
+    start: the constant that the network subtracts from its inputs [*input_shape], the mean of the data if it was stored
+      as such; None if the function does not reveal it.
+    span: directions of the data, read off a fully connected first layer that is wide enough; None if there is none.
+    roles: what each tensor is, a pytree like the parameters: ``"first kernel"``, ``"kernel"``, ``"last bias"`` or
+      ``"other"``.
+    last: the last dense layer, or None.
+    margin: the typical margin of the training data in logits as the last layer reveals it, or None.
+    probes: the random inputs that were tried [K, *input_shape].
+  """
+
+  classifier: Classifier
+  form: str
+  why: str
+  conditions: Conditions
+  free: PyTree
+  rates: homogeneity.RateSolution
+  scaling_error: float
+  start: jax.Array | None
+  span: InputSpan | None
+  roles: PyTree
+  last: LastLayer | None
+  margin: float | None
+  probes: jax.Array
+
+  @functools.cached_property
+  def bounds(self) -> Mapping[str, float]:
+    """For each form, the share of its target that no data can account for; seconds to minutes of work."""
+    return _bounds(self.classifier, _possible(self.classifier, self.rates, self.free), self.probes)
+
+  @property
+  def bound(self) -> float:
+    """The share of the target that no data can account for."""
+    return self.bounds[self.form]
+
+  @property
+  def share(self) -> float:
+    """The share of all dimensions that the data are known to fill; 1 if that is unknown."""
+    return 1.0 if self.span is None else self.span.strengths.size / math.prod(self.classifier.input_shape)
+
+  @property
+  def unit_start(self) -> jax.Array:
+    """Where samples start, in units of the range: what the network subtracts, else the middle of the range."""
+    shape, bounded = self.classifier.input_shape, self.classifier.value_range is not None
+    if self.start is None:
+      return jnp.full(shape, 0.5 if bounded else 0.0)
+    unit = self.classifier.to_unit(self.start)
+    return jnp.clip(unit, 0.0, 1.0) if bounded else unit
+
+  @property
+  def class_features(self) -> tuple[jax.Array, jax.Array] | None:
+    """The common features of each class before the last ReLU [C, F] and their scales [F]; None if not revealed."""
+    last = self.last
+    if self.margin is None or last is None or last.scale is None or last.shift is None:
+      return None
+    return collapsed_features(last.kernel, last.scale, last.shift), last.scale
+
+  def __str__(self) -> str:
+    """The findings in plain words."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(self.classifier.params))
+    trained = {
+      "weight_decay": "weights trained to convergence with weight decay",
+      "max_margin": "weights that gradient descent drove to a maximal margin",
+    }[self.form]
+    dimensions = math.prod(self.classifier.input_shape)
+    lines = [
+      f"{count:,} parameters, {self.classifier.num_classes} classes,"
+      f" {'batch norm' if self.classifier.batch_coupled else 'no batch norm'}.",
+      f"They are examined as {trained}, because {self.why}.",
+      f"Share of them that no data whatever could have caused: {self.bound:.2%}"
+      f" ({'too much' if self.bound > HOPELESS else 'fine'}; the limit is {HOPELESS:.0%}).",
+      "They do not reveal in which directions the data lie."
+      if self.span is None
+      else f"They confine the data to {self.span.strengths.size} of {dimensions} dimensions.",
+      _subtracted(self.start),
+      "They do not reveal the margin of the data."
+      if self.margin is None
+      else f"The data have a typical margin of {self.margin:.4g} logits.",
+    ]
+    return "\n".join(lines)
+
+
+def _subtracted(start: jax.Array | None) -> str:
+  if start is None:
+    return "What the network subtracts from its inputs is not revealed."
+  if float(jnp.std(start)) > _ALIKE:
+    return "The network subtracts an image from its inputs, taken for the mean of the data."
+  value = float(jnp.mean(start))
+  return (
+    f"The network subtracts {value:.3g} from its inputs."
+    if abs(value) > _ALIKE
+    else "The network subtracts nothing from its inputs."
+  )
+
+
+def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -> Examination:
+  """Tries the classifier on random inputs, and draws the conclusions.
+
+  Args:
+    classifier: the classifier.
+    form: one of `FORMS`; chosen if None: weight decay if its strength is known, the max-margin form with batch norm,
+      else the form whose target more data can account for.
+    seed: of the inputs.
+
+  Returns:
+    An `Examination`.
+
+  Raises:
+    ValueError: another form.
+
+  >>> from kkt_jax.classifier import make_classifier
+  >>> params = {"w1": jnp.eye(4), "w2": jnp.ones((4, 2))}
+  >>> relu = make_classifier(lambda p, x: jnp.maximum(x @ p["w1"], 0) @ p["w2"], params, (4,))
+  >>> examine(relu, form="max_margin").rates.rates["w1"][0, 0].round(3)
+  Array(0.5, dtype=float32)
+  """
+  if form is not None:
+    _checks.check_choice("form", form, FORMS)
+  params = classifier.params
+  key, shape = jax.random.key(seed), (_PROBES, *classifier.input_shape)
+  bounded = classifier.value_range is not None
+  probes = classifier.from_unit(jax.random.uniform(key, shape)) if bounded else jax.random.normal(key, shape)
+  rates = homogeneity.balanced(homogeneity.derivative_equations(classifier.apply_fn, params, probes), params)
+  alphas = jnp.linspace(-0.5, 0.5, 5)
+  error = float(homogeneity.scaling_error(classifier.apply_fn, params, rates.rates, probes, alphas))
+  free = symmetries.scale_invariant(classifier.apply_fn, params, probes)
+  possible = _possible(classifier, rates, free)
+  chosen, why = (form, "it was asked for") if form else _choose(classifier, rates, error, possible, probes)
+  start, span, first = _first_layer(classifier, probes)
+  last, last_kernel, last_bias = _last_layer(classifier, probes)
+  leaves, structure = jax.tree.flatten(params)
+  roles = ["kernel" if leaf.ndim > 1 else "other" for leaf in leaves]
+  if first is not None:
+    roles[first] = "first kernel"
+  if last_bias is not None:
+    roles[last_bias] = "last bias"
+  return Examination(
+    classifier=classifier,
+    form=chosen,
+    why=why,
+    conditions=possible[chosen],
+    free=free,
+    rates=rates,
+    scaling_error=error,
+    start=classifier.offset if classifier.offset is not None else start,
+    span=span,
+    roles=jax.tree.unflatten(structure, roles),
+    last=last,
+    margin=_margin(classifier, last),
+    probes=probes,
+  )
+
+
+def _possible(classifier: Classifier, rates: homogeneity.RateSolution, free: PyTree) -> dict[str, Conditions]:
+  """The condition of each form; weight decay leaves none on what has no scale of its own."""
+  decay = weight_decay_conditions(classifier.params, weight_decay=classifier.weight_decay or 1.0)
+  masks = jax.tree.map(lambda own, ones: jnp.zeros_like(ones) if own else ones, free, decay.mask)
+  return {
+    "weight_decay": dataclasses.replace(decay, mask=masks),
+    "max_margin": max_margin_conditions(classifier.params, rates),
+  }
+
+
+def _bounds(classifier: Classifier, possible: Mapping[str, Conditions], probes: jax.Array) -> dict[str, float]:
+  return {
+    name: symmetries.least_residual(classifier.apply_fn, classifier.params, own, probes).value
+    for name, own in possible.items()
+  }
+
+
+def _choose(
+  classifier: Classifier,
+  rates: homogeneity.RateSolution,
+  error: float,
+  possible: Mapping[str, Conditions],
+  probes: jax.Array,
+) -> tuple[str, str]:
+  """The form, and why."""
+  if classifier.weight_decay is not None:
+    return "weight_decay", f"their weight decay is known, {classifier.weight_decay:g}"
+  if classifier.batch_coupled:
+    return (
+      "max_margin",
+      "batch norm undoes the scale of the weights before it, which weight decay would shrink for ever",
+    )
+  # A linear last layer alone is always quasi-homogeneous; if nothing before it is, there is no other solution.
+  trivial = bool(rates.null_space_dimension == 0) and float(rates.target_rate) > 1 - _HOMOGENEOUS
+  if error > _HOMOGENEOUS or trivial:
+    return "weight_decay", "nothing before the last layer is quasi-homogeneous, which the max-margin form needs"
+  bounds = _bounds(classifier, possible, probes)
+  decay, margin = bounds["weight_decay"], bounds["max_margin"]
+  if min(decay, margin) > HOPELESS:
+    chosen = "weight_decay" if decay <= margin else "max_margin"
+    return (
+      chosen,
+      f"neither form fits ({decay:.2g} and {margin:.2g} of the targets are out of reach) and it fits better",
+    )
+  if decay <= max(0.01, margin):
+    return (
+      "weight_decay",
+      f"its layers are in the balance that weight decay brings about ({decay:.2g} of it is missing)",
+    )
+  return "max_margin", f"its layers lack the balance that weight decay brings about ({decay:.2g} of it is missing)"
+
+
+def _margin(classifier: Classifier, last: LastLayer | None) -> float | None:
+  """The typical margin of the training data, if the last layer reveals it."""
+  if last is None:
+    return None
+  margin = math.nan
+  if classifier.weight_decay is not None:
+    margin = typical_margin(last.kernel, weight_decay=classifier.weight_decay)
+  elif last.scale is not None and last.shift is not None:
+    margin = collapsed_margin(last.kernel, last.bias, last.scale, last.shift)
+  return margin if margin > 0 else None
+
+
+def _gradients(classifier: Classifier, weights: jax.Array, samples: jax.Array) -> list[list[np.ndarray]]:
+  """For each sample the gradient of ``weights . logits`` at inference by every tensor."""
+
+  @jax.jit
+  def gradient(sample: jax.Array) -> list[jax.Array]:
+    logit = lambda params: jnp.vdot(classifier.predict_fn(params, sample[None])[0], weights)
+    return jax.tree.leaves(jax.grad(logit)(classifier.params))
+
+  return [[np.asarray(g, np.float64) for g in gradient(sample)] for sample in samples]
+
+
+def _matrices(leaves: list[jax.Array], size: int, *, axis: int) -> list[tuple[int, bool]]:
+  """Matrices with a side of a given size, as flax lays them out (along ``axis``), then turned, as PyTorch does."""
+  flat = [(i, leaf.shape) for i, leaf in enumerate(leaves) if leaf.ndim == 2]
+  return [(i, turned) for turned in (False, True) for i, shape in flat if shape[1 - axis if turned else axis] == size]
+
+
+def _first_layer(classifier: Classifier, x: jax.Array) -> tuple[jax.Array | None, InputSpan | None, int | None]:
+  """What a network subtracts from its inputs, and the span and place of a fully connected first layer, if it has one.
+
+  The gradient of any logit by the kernel of such a layer is the outer product of the layer's input with the gradient by
+  its bias. So the input that the layer sees follows from gradients, and from it what was subtracted.
+  """
+  leaves = jax.tree.leaves(classifier.params)
+  found = _gradients(classifier, jnp.linspace(-1.0, 1.0, classifier.num_classes), x[:3])
+  flat = np.asarray(x[:3], np.float64).reshape(3, -1)
+  for place, turned in _matrices(leaves, flat.shape[1], axis=0):
+    kernel = leaves[place].T if turned else leaves[place]
+    by_kernel = [own[place].T if turned else own[place] for own in found]
+    for bias in (i for i, leaf in enumerate(leaves) if leaf.shape == kernel.shape[1:]):
+      pairs = list(zip(by_kernel, [own[bias] for own in found], strict=True))
+      seen = np.stack([k @ b / max(float(b @ b), 1e-300) for k, b in pairs])
+      missing = [np.linalg.norm(k - np.outer(s, b)) for (k, b), s in zip(pairs, seen, strict=True)]
+      if any(m > _ALIKE * np.linalg.norm(k) for m, k in zip(missing, by_kernel, strict=True)):
+        continue  # another layer's bias
+      moved = flat[0] - flat[1]
+      scale = float(np.vdot(seen[0] - seen[1], moved) / np.vdot(moved, moved))
+      offsets = flat - seen / scale
+      if np.abs(offsets - offsets[0]).max() > _ALIKE * np.abs(flat).max():
+        continue  # its inputs are not the data: another layer, or they go through something else first
+      start = jnp.asarray(offsets[0].reshape(classifier.input_shape), jnp.float32)
+      fall = _fall(kernel)
+      return start, None if fall is None else input_span(kernel, tolerance=fall), place
+  return None, None, None
+
+
+def _fall(kernel: jax.Array) -> float | None:
+  """Where the singular values fall off, relative to the greatest: amid the greatest fall to almost nothing, if any."""
+  strengths: np.ndarray = np.asarray(jnp.linalg.svd(kernel, compute_uv=False), np.float64)
+  values = np.maximum(strengths / max(strengths[0], 1e-300), _ROUNDING)
+  falls = np.where(values[1:] < _NOTHING, values[:-1] / values[1:], 0.0)
+  falls = falls[: int(_FILLED * len(falls))]  # a normalisation takes directions away, which says nothing of data
+  at = int(np.argmax(falls)) if len(falls) else 0
+  return float(np.sqrt(values[at] * values[at + 1])) if len(falls) and falls[at] > _FALL else None
+
+
+def _last_layer(classifier: Classifier, x: jax.Array) -> tuple[LastLayer | None, int | None, int | None]:
+  """The last dense layer, and the places of its kernel and bias among the tensors.
+
+  The gradient of ``v . logits`` by its kernel is the outer product of the layer's input with v, whatever v is.
+  """
+  leaves = jax.tree.leaves(classifier.params)
+  classes = classifier.num_classes
+  weights = [jnp.linspace(-1.0, 1.0, classes), jnp.cos(jnp.arange(float(classes)))]
+  found = [_gradients(classifier, own, x[:1])[0] for own in weights]
+  v = [np.asarray(own, np.float64) for own in weights]
+  alike = lambda a, b: bool(np.linalg.norm(a - b) <= _ALIKE * max(float(np.linalg.norm(a)), 1e-30))
+  for place, turned in _matrices(leaves, classes, axis=1):
+    gradients = [own[place].T if turned else own[place] for own in found]
+    inputs = gradients[0] @ v[0] / (v[0] @ v[0])
+    if not np.any(inputs) or not all(alike(g, np.outer(inputs, own)) for g, own in zip(gradients, v, strict=True)):
+      continue
+    biases = [i for i, leaf in enumerate(leaves) if leaf.shape == (classes,)]
+    bias = next((i for i in biases if all(alike(g[i], own) for g, own in zip(found, v, strict=True))), None)
+    kernel = leaves[place].T if turned else leaves[place]
+    scale, shift = _last_norm(classifier, x, kernel.shape[0])
+    return LastLayer(kernel, jnp.zeros(classes) if bias is None else leaves[bias], scale, shift), place, bias
+  return None, None, None
+
+
+def _last_norm(classifier: Classifier, x: jax.Array, width: int) -> tuple[jax.Array | None, jax.Array | None]:
+  """Scale and shift [F] of the batch norm whose output is the features: f = scale * normalised + shift."""
+  if classifier.features_fn is None:
+    return None, None
+  features_fn, params = classifier.features_fn, classifier.params
+  features = np.asarray(features_fn(params, x[:1])[0], np.float64)
+  leaves = jax.tree.leaves(params)
+  # The derivative of the sum of all features by the shift is 1, and by the scale the normalised value.
+  gradient = jax.tree.leaves(jax.grad(lambda p: jnp.sum(features_fn(p, x[:1])))(params))
+  places = [i for i, leaf in enumerate(leaves) if leaf.shape == (width,)]
+  shifts = [i for i in places if np.allclose(gradient[i], 1.0, atol=_ALIKE)]
+  for shift in shifts:
+    for scale in places:
+      value = np.asarray(leaves[scale] * gradient[scale] + leaves[shift], np.float64)
+      if scale != shift and np.linalg.norm(value - features) <= _ALIKE * np.linalg.norm(features):
+        return leaves[scale], leaves[shift]
+  return None, None

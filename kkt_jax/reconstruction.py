@@ -1,0 +1,345 @@
+"""From classifiers to a generator of their training data, in one call."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+import numpy as np
+
+from kkt_jax import _checks, parallel, recipes, training
+from kkt_jax.checkpoint import Checkpointer
+from kkt_jax.classifier import Classifier
+from kkt_jax.conditions import Conditions
+from kkt_jax.examination import Examination, examine
+from kkt_jax.recipes import Recipe
+from kkt_jax.relaxation import computed_in, relaxed
+from kkt_jax.training import OnLog, Problem, Saver, TrainState
+
+OnSave = Callable[["Reconstruction"], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+  """A generator together with what it was trained from; made by `reconstruct`.
+
+  Attributes:
+    examinations: what each classifier's weights said.
+    recipe: how it is trained; no part is None.
+    state: the trained parameters; ``state.params`` holds theta, eta and alpha.
+    microbatch_size: samples in memory at once while training, all if None.
+    mesh: devices over which training splits the samples.
+  """
+
+  examinations: tuple[Examination, ...]
+  recipe: Recipe
+  state: TrainState
+  microbatch_size: int | None = None
+  mesh: Mesh | None = None
+
+  @functools.cached_property
+  def classifiers(self) -> list[Classifier]:
+    """The classifiers, with the derivatives that the stationarity uses."""
+    return [_with_gradients(own.classifier, self.recipe.stationarity) for own in self.examinations]
+
+  @property
+  def conditions(self) -> list[Conditions]:
+    """The stationarity condition of each classifier, as its examination has it, whatever was trained."""
+    return [own.conditions for own in self.examinations]
+
+  @property
+  def margins(self) -> np.ndarray:
+    """e^-alpha, the learned margin of each classifier's training data [T], in logits."""
+    return np.exp(-np.asarray(self.state.params["alpha"]))
+
+  @functools.cached_property
+  def problem(self) -> Problem:
+    """What a training step is made of."""
+    return _problem(self.recipe, self.examinations, microbatch_size=self.microbatch_size, mesh=self.mesh)
+
+  @classmethod
+  def begin(
+    cls,
+    classifiers: Sequence[Classifier],
+    recipe: Recipe | None = None,
+    *,
+    seed: int = 0,
+    examinations: Sequence[Examination] | None = None,
+    microbatch_size: int | None = None,
+    mesh: Mesh | None = None,
+  ) -> "Reconstruction":
+    """The random start of `reconstruct`, before any training."""
+    if not classifiers:
+      raise ValueError("classifiers must hold at least one classifier; got none.")
+    shapes = {classifier.input_shape for classifier in classifiers}
+    if len(shapes) > 1:
+      raise ValueError(f"classifiers must have inputs of one shape; got {sorted(shapes)}.")
+    if examinations is None:
+      examinations = [examine(classifier) for classifier in classifiers]
+    if len(examinations) != len(classifiers):
+      raise ValueError(
+        f"examinations must hold one for each of {len(classifiers)} classifiers; got {len(examinations)}."
+      )
+    examinations = tuple(
+      dataclasses.replace(own, classifier=classifier) for own, classifier in zip(examinations, classifiers, strict=True)
+    )
+    recipe = recipes.complete(recipe or Recipe(), examinations)
+    problem = _problem(recipe, examinations, microbatch_size=microbatch_size, mesh=mesh)
+    return cls(examinations, recipe, _random_state(problem, recipe, examinations, seed), microbatch_size, mesh)
+
+  def sample(self, key: jax.Array, y: ArrayLike, *, t: ArrayLike | None = None) -> jax.Array:
+    """Draws from the generator with fresh noise.
+
+    Args:
+      key: typed random key.
+      y: wanted labels [S].
+      t: classifier indices [S]; if None, drawn uniformly from T_y, the classifiers that know label y (the end of
+        section 4 of the paper).
+
+    Returns:
+      Samples [S, *input_shape], in the classifiers' own units.
+
+    Raises:
+      ValueError: a label that no classifier knows, or that classifier ``t`` does not know.
+    """
+    noise_key, index_key = jax.random.split(key)
+    t = self.choose_classifiers(index_key, y) if t is None else jnp.asarray(t)
+    y = jnp.asarray(y)
+    _checks.check_labels("y", y, y.shape[0])
+    _checks.check_labels("t", t, y.shape[0])
+    if not bool(jnp.all((t >= 0) & (t < len(self.examinations)))) or not bool(
+      jnp.all(jnp.take_along_axis(self._knows(y), t[:, None], axis=1))
+    ):
+      raise ValueError("t must hold indices of classifiers that know the label at the same place of y.")
+    generator = self.problem.generator
+    noise = jax.random.normal(noise_key, (y.shape[0], generator.noise_dim))
+    return generator.generate(self.state.params["theta"], self.state.statistics, noise, y, t, False)[0]
+
+  def choose_classifiers(self, key: jax.Array, y: ArrayLike) -> jax.Array:
+    """For each label y [S] one of the classifiers that know it, at random [S].
+
+    Raises:
+      ValueError: a label that no classifier knows.
+    """
+    y = jnp.asarray(y)
+    _checks.check_labels("y", y, y.shape[0])
+    knows = self._knows(y)
+    unknown = sorted(set(y[~jnp.any(knows, axis=1)].tolist()))
+    if unknown:
+      raise ValueError(f"y must hold labels that a classifier knows; no classifier knows {unknown}.")
+    return jax.random.categorical(key, jnp.where(knows, 0.0, -jnp.inf), axis=1)
+
+  def every_sample(self) -> tuple[jax.Array, np.ndarray]:
+    """All samples of one training step, M for each classifier, and their labels; for a table, every one it can draw."""
+    own = training.batch_samples(self.problem, self.state, self.classifiers)
+    return jnp.concatenate([x for x, _ in own]), np.concatenate([np.asarray(y) for _, y in own])
+
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """Writes the state into a folder, under its step.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    with Checkpointer(folder) as checkpointer:
+      checkpointer.save(int(self.state.step), self.state)
+
+  @classmethod
+  def load(
+    cls,
+    folder: str | os.PathLike[str],
+    classifiers: Sequence[Classifier],
+    recipe: Recipe | None = None,
+    **settings: Any,
+  ) -> "Reconstruction":
+    """What `save` wrote, for the same classifiers and recipe; ``settings`` as of `reconstruct`.
+
+    Raises:
+      CheckpointError: there is no state of this recipe in the folder.
+      FileNotFoundError: there is none at all.
+    """
+    start = cls.begin(classifiers, recipe, **settings)
+    with Checkpointer(folder) as checkpointer:
+      restored = checkpointer.restore(start.state)
+    if restored is None:
+      raise FileNotFoundError(f"folder must hold a saved reconstruction; {os.fspath(folder)} holds none.")
+    return dataclasses.replace(start, state=restored[1])
+
+  def continue_training(
+    self,
+    num_steps: int | None = None,
+    *,
+    saver: Saver | None = None,
+    on_log: OnLog | None = None,
+    on_save: OnSave | None = None,
+    log_every: int = 50,
+    save_every: int = 500,
+  ) -> "Reconstruction":
+    """Trains on until ``num_steps`` steps altogether, those of the recipe if None; see `reconstruct`."""
+    schedule = self.recipe.schedule
+    arguments = (self.state, self.classifiers, _trained_conditions(self.recipe, self.examinations))
+    if self.mesh is not None:
+      arguments = parallel.replicate(arguments, self.mesh)
+    state = training.fit(
+      training.make_train_step(self.problem),
+      *arguments,
+      num_steps=schedule.steps if num_steps is None else num_steps,
+      steps_per_call=schedule.steps_per_call,
+      log_every=log_every,
+      on_log=on_log,
+      saver=saver,
+      save_every=save_every,
+      on_save=None if on_save is None else lambda state: on_save(self._at(state)),
+    )
+    return self._at(state)
+
+  def _at(self, state: TrainState) -> "Reconstruction":
+    return dataclasses.replace(self, state=parallel.fetch(state) if self.mesh is not None else state)
+
+  def _knows(self, y: jax.Array) -> jax.Array:
+    """[S, T]: whether each classifier knows each label."""
+    return jnp.stack([jnp.isin(y, jnp.asarray(own.classifier.labels)) for own in self.examinations], axis=1)
+
+
+def reconstruct(
+  classifiers: Sequence[Classifier],
+  recipe: Recipe | None = None,
+  *,
+  seed: int = 0,
+  examinations: Sequence[Examination] | None = None,
+  microbatch_size: int | None = None,
+  mesh: Mesh | None = None,
+  saver: Saver | None = None,
+  on_log: OnLog | None = None,
+  on_save: OnSave | None = None,
+  on_restart: Callable[[int, int, dict[str, float]], None] | None = None,
+  log_every: int = 50,
+  save_every: int = 500,
+) -> Reconstruction:
+  """Trains a generator so that what it generates satisfies the classifiers' own equations; no data are needed.
+
+  Args:
+    classifiers: T classifiers, with one numbering of labels and inputs of one shape.
+    recipe: how it is trained; what it leaves open is chosen by `kkt_jax.recipes.default`.
+    seed: of everything random.
+    examinations: what `kkt_jax.examination.examine` said of each classifier; examined here if None.
+    microbatch_size: samples for each classifier that are in memory at once; see `kkt_jax.training.Problem`.
+    mesh: devices over which the samples are split, from `kkt_jax.parallel.device_mesh`.
+    saver: keeps the state, and has the one to resume from, such as an open `kkt_jax.checkpoint.Checkpointer`.
+    on_log: called with (step, metrics as floats) every ``log_every`` steps.
+    on_save: called with the reconstruction so far every ``save_every`` steps, after the saver.
+    on_restart: called with (restart, step, metrics) while starts are tried.
+    log_every: steps between logged metrics.
+    save_every: steps between saved states.
+
+  Returns:
+    The trained `Reconstruction`.
+
+  Raises:
+    ValueError: no classifier, inputs of different shapes, another number of examinations, or a recipe that does not
+      fit.
+    TrainingDiverged: a NaN or an infinity appeared.
+
+  >>> import jax, jax.numpy as jnp, kkt_jax
+  >>> w = jnp.array([[1.0, -1.0], [0.5, 0.5]])
+  >>> linear = kkt_jax.make_classifier(lambda w, x: jnp.maximum(x, 0) @ w, w, (2,), weight_decay=0.1)
+  >>> quick = kkt_jax.Recipe(schedule=kkt_jax.recipes.Schedule(steps=2))
+  >>> kkt_jax.reconstruct([linear], quick).sample(jax.random.key(0), jnp.array([0, 1, 1])).shape
+  (3, 2)
+  """
+  begin = Reconstruction.begin(
+    classifiers, recipe, seed=seed, examinations=examinations, microbatch_size=microbatch_size, mesh=mesh
+  )
+  schedule = begin.recipe.schedule
+  restored = saver.restore(begin.state) if saver is not None else None
+  if restored is not None:
+    begin = dataclasses.replace(begin, state=restored[1])
+  elif schedule.restart_steps and schedule.steps:
+    begin = _best_start(begin, seed, on_restart)
+  return begin.continue_training(
+    saver=saver, on_log=on_log, on_save=on_save, log_every=log_every, save_every=save_every
+  )
+
+
+def _random_state(problem: Problem, recipe: Recipe, examinations: Sequence[Examination], seed: int) -> TrainState:
+  generator_key, state_key, multiplier_key = jax.random.split(jax.random.key(seed), 3)
+  theta, statistics = problem.generator.init(generator_key)
+  given = recipe.schedule.margin
+  return training.init_state(
+    state_key,
+    problem,
+    [_with_gradients(own.classifier, recipe.stationarity) for own in examinations],
+    _trained_conditions(recipe, examinations),
+    theta=theta,
+    statistics=statistics,
+    eta=problem.multipliers.init(multiplier_key),
+    margins=[own.margin if given is None else given for own in examinations],
+  )
+
+
+def _best_start(
+  begin: Reconstruction, seed: int, on_restart: Callable[[int, int, dict[str, float]], None] | None
+) -> Reconstruction:
+  """Trains several starts without stationarity and returns the one with the least loss; no data are used."""
+  recipe = begin.recipe.with_weights(stationarity=0.0)
+  schedule, terms = recipe.schedule, recipe.terms
+  lasting = {name: term.weight for name, term in terms.items() if term.weight and term.schedule is None}
+  problem = _problem(recipe, begin.examinations, microbatch_size=begin.microbatch_size, mesh=begin.mesh)
+  step = training.make_train_step(problem)
+  every = max(schedule.steps_per_call, schedule.restart_steps // 100)
+  tried: list[tuple[float, TrainState]] = []
+  for restart in range(schedule.restarts):
+    values: list[float] = []
+
+    def on_log(number: int, now: dict[str, float], restart: int = restart, values: list[float] = values) -> None:
+      values.append(sum(w * v for n, w in lasting.items() for k, v in now.items() if k.split("/")[0] == n))
+      if on_restart is not None:
+        on_restart(restart, number, now)
+
+    state = training.fit(
+      step,
+      _random_state(problem, recipe, begin.examinations, seed + restart),
+      begin.classifiers,
+      begin.conditions,
+      num_steps=schedule.restart_steps,
+      steps_per_call=schedule.steps_per_call,
+      log_every=every,
+      on_log=on_log,
+    )
+    tried.append((float(np.mean(values[-10:])), state))  # noise makes single values uncertain
+  return dataclasses.replace(begin, state=min(tried, key=lambda own: own[0])[1])
+
+
+def _problem(
+  recipe: Recipe, examinations: Sequence[Examination], *, microbatch_size: int | None, mesh: Mesh | None
+) -> Problem:
+  generator = recipe.generator(examinations)
+  return Problem(
+    generator=generator,
+    multipliers=recipe.multipliers(examinations, generator.batch_size),
+    stationarity=recipe.stationarity,
+    terms=recipe.terms,
+    optimizer=recipe.schedule.optimizer(),
+    classes=[
+      training.class_sequence(own.classifier, generator.batch_size, recipe.label_weights) for own in examinations
+    ],
+    num_steps=recipe.schedule.steps,
+    microbatch_size=microbatch_size,
+    mesh=mesh,
+  )
+
+
+def _with_gradients(classifier: Classifier, stationarity: recipes.Stationarity) -> Classifier:
+  """The classifier with the derivatives that the stationarity uses."""
+  own = relaxed(classifier, stationarity.gate_sharpness)
+  if stationarity.compute_dtype is None:
+    return own
+  return dataclasses.replace(own, gradient_fn=computed_in(own.gradient_fn, stationarity.compute_dtype))
+
+
+def _trained_conditions(recipe: Recipe, examinations: Sequence[Examination]) -> list[Conditions]:
+  return [recipe.stationarity.conditions(own) for own in examinations]

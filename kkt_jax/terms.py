@@ -1,0 +1,126 @@
+"""The terms of a generator's loss beside stationarity: duality (Eq. 6) and the priors, as functions of a batch.
+
+Each is ``(classifier, batch) -> [M] or a scalar``, whose mean over the batch enters the loss. The arithmetic is in
+`kkt_jax.losses` and `kkt_jax.priors`; here it meets the batch.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kkt_jax import _checks, losses, multipliers, priors
+from kkt_jax.classifier import Classifier
+
+Schedule = Callable[[jax.Array], Any]
+
+
+class Batch(NamedTuple):
+  """What was generated for one classifier in one step.
+
+  Attributes:
+    x: samples [M, *input_shape], in the classifier's own units.
+    unit: the same in units of its range, [0, 1]; x itself if it has none.
+    y: their labels [M].
+    classes: the output indices of the labels [M].
+    noise: what they were generated from [M, D].
+    t: index of the classifier, a Python integer.
+    logits: at inference [M, C].
+    mu: multipliers [M, C]; zeros while they are computed themselves.
+    alpha: log-scale of the margin, a scalar.
+  """
+
+  x: jax.Array
+  unit: jax.Array
+  y: jax.Array
+  classes: jax.Array
+  noise: jax.Array
+  t: int
+  logits: jax.Array
+  mu: jax.Array
+  alpha: jax.Array
+
+
+TermFn = Callable[[Classifier, Batch], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+  """One term of the loss.
+
+  Attributes:
+    weight: its weight, at least 0; a term of weight 0 is not computed.
+    function: ``(classifier, batch) -> [M] or a scalar``. A scalar says that the term is one of the batch as a whole,
+      which cannot be gathered by microbatches.
+    schedule: factor on the weight, a function of the progress from 0 to 1 through the training; 1 throughout if None.
+  """
+
+  weight: float
+  function: TermFn
+  schedule: Schedule | None = None
+
+  def __post_init__(self) -> None:
+    _checks.check_at_least("weight", self.weight, 0)
+    _checks.check_finite("weight", self.weight)
+
+
+def duality(*, delta: float, relative: bool = True) -> TermFn:
+  """Eq. 6; see `kkt_jax.losses.duality_loss`."""
+  return lambda classifier, batch: losses.duality_loss(
+    batch.logits, batch.classes, batch.alpha, delta=delta, relative=relative
+  )
+
+
+def in_range(classifier: Classifier, batch: Batch) -> jax.Array:
+  """Inputs have a known range."""
+  return priors.out_of_range(batch.unit)
+
+
+def total_variation(classifier: Classifier, batch: Batch) -> jax.Array:
+  """Images are smooth, the paper's prior."""
+  return priors.total_variation(batch.unit)
+
+
+def binarisation(classifier: Classifier, batch: Batch) -> jax.Array:
+  """Pixels of drawings are black or white."""
+  return priors.binarisation(batch.unit)
+
+
+def mean_square(classifier: Classifier, batch: Batch) -> jax.Array:
+  """Pixels are small."""
+  return jnp.mean(jnp.square(batch.unit.reshape(batch.unit.shape[0], -1)), axis=1)
+
+
+def statistics(classifier: Classifier, batch: Batch) -> jax.Array:
+  """A batch reproduces the stored batch-norm statistics."""
+  assert classifier.statistics_fn is not None  # a classifier with batch norm
+  return priors.statistics_distance(classifier.statistics_fn(classifier.params, batch.x), classifier.statistics)
+
+
+def class_features(of_classes: list[tuple[jax.Array, jax.Array]]) -> TermFn:
+  """Samples have the common features of their class; for each classifier the features [C, F] and their scales [F]."""
+
+  def distance(classifier: Classifier, batch: Batch) -> jax.Array:
+    assert classifier.features_fn is not None  # it has class features
+    features, scale = of_classes[batch.t]
+    return priors.collapse(classifier.features_fn(classifier.params, batch.x), features[batch.classes], scale)
+
+  return distance
+
+
+def cross_entropy(classifier: Classifier, batch: Batch) -> jax.Array:
+  """Samples are classified as wanted."""
+  return optax.losses.softmax_cross_entropy_with_integer_labels(batch.logits, batch.classes)
+
+
+def softmax_distance(classifier: Classifier, batch: Batch) -> jax.Array:
+  """Free multipliers are drawn to the classifier's own probabilities; see `kkt_jax.multipliers.softmax_distance`."""
+  return multipliers.softmax_distance(batch.mu, batch.logits, batch.classes)
+
+
+def least_multiplier(least: float) -> TermFn:
+  """Every sample is a support vector; see `kkt_jax.multipliers.shortfall`."""
+  return lambda classifier, batch: multipliers.shortfall(batch.mu, least=least)

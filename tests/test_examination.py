@@ -1,0 +1,296 @@
+"""What the weights say: the same for everybody's names and layouts, exact where theory is, and silent where it ends."""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from trained_networks import (
+  batch_norm_classifier,
+  examined,
+  flax_classifier,
+  nameless_classifier,
+  with_batch_norm,
+  with_weight_decay,
+)
+
+import kkt_jax
+from kkt_jax import conditions, examination, examine, losses
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def by_flax():
+  return examined(flax_classifier)
+
+
+def random(shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+# A network of one hidden layer on 20 inputs: the parameters differ, the compiled functions need not.
+def mlp(p, x):
+  return jax.nn.relu(x @ p["w"] + p["b"][None]) @ p["v"] + p["c"][None]
+
+
+def mlp_params(kernel, *, width=16):
+  return {"w": kernel, "b": random(width, 1), "v": random((width, 3), 2), "c": random(3, 3)}
+
+
+def test_a_list_of_tuples_in_pytorchs_layout_says_what_the_flax_module_says(by_flax):
+  nameless = examined(nameless_classifier)
+  assert (nameless.form, nameless.why) == (by_flax.form, by_flax.why)
+  for a, b in ((nameless.margin, by_flax.margin), (nameless.share, by_flax.share)):
+    assert a == pytest.approx(b, rel=1e-6)
+  np.testing.assert_allclose(nameless.start, by_flax.start, atol=1e-5)
+  np.testing.assert_allclose(nameless.span.strengths, by_flax.span.strengths, rtol=1e-4)
+  project = lambda span: span.basis @ span.basis.T
+  np.testing.assert_allclose(project(nameless.span), project(by_flax.span), atol=1e-4)
+  (first, first_bias), (last, last_bias) = nameless.roles
+  assert (first, first_bias, last, last_bias) == ("first kernel", "other", "kernel", "last bias")
+  flax = by_flax.roles
+  assert (flax["Dense_0"]["kernel"], flax["Dense_0"]["bias"]) == (first, first_bias)
+  assert (flax["Dense_1"]["kernel"], flax["Dense_1"]["bias"]) == (last, last_bias)
+  np.testing.assert_array_equal(nameless.last.kernel, by_flax.last.kernel)
+  np.testing.assert_array_equal(nameless.last.bias, by_flax.last.bias)
+  assert max(nameless.scaling_error, by_flax.scaling_error) < 1e-3
+  for (w, b), name in zip(nameless.conditions.target, ("Dense_0", "Dense_1"), strict=True):
+    target = by_flax.conditions.target[name]
+    np.testing.assert_allclose(w.T, target["kernel"], rtol=1e-6)
+    np.testing.assert_allclose(b, target["bias"], rtol=1e-6)
+
+
+def test_of_a_network_trained_with_weight_decay_it_says_what_is_true(by_flax):
+  module, params, x, y = with_weight_decay(0)
+  assert by_flax.form == "weight_decay"
+  # The stationarity sum of the data themselves, with the probabilities as multipliers, is the target.
+  classifier = by_flax.classifier
+  mu = jax.nn.softmax(classifier.predict(x))
+  sums = losses.stationarity_sum(classifier.apply_fn, classifier.params, x, y, mu)
+  assert float(losses.relative_residual(by_flax.conditions, sums)) < 0.03  # all but the kinks of ReLU
+  # Nine drawings, from which nothing is subtracted, span nine dimensions.
+  assert by_flax.span.basis.shape == (64, 9)
+  np.testing.assert_allclose(x @ by_flax.span.basis @ by_flax.span.basis.T, x, atol=2e-2)
+  np.testing.assert_allclose(by_flax.start, 0.0, atol=1e-4)
+  np.testing.assert_allclose(by_flax.margin, jnp.mean(losses.runner_up_margin(classifier.predict(x), y)), rtol=0.1)
+  assert by_flax.share == 9 / 64
+  assert by_flax.class_features is None
+  assert not any(jax.tree.leaves(by_flax.free))
+
+
+@pytest.mark.parametrize("rank", [1, 7, 12])
+def test_a_span_is_recognised_exactly(rank):
+  data, mixed = random((20, rank)), random((rank, 16), 1)
+  classifier = kkt_jax.make_classifier(mlp, mlp_params(data @ mixed), (20,))
+  probes = jax.random.uniform(jax.random.key(0), (3, 20))
+  start, span, place = examination._first_layer(classifier, probes)
+  assert span.basis.shape == (20, rank)
+  np.testing.assert_allclose(span.basis @ span.basis.T @ data, data, atol=1e-4)
+  np.testing.assert_allclose(start, 0.0, atol=1e-5)
+  assert jax.tree.leaves(classifier.params)[place] is classifier.params["w"]
+
+
+@pytest.mark.parametrize(
+  ("strengths", "rank"),
+  [
+    (np.ones(16), None),  # every direction is filled
+    (np.r_[np.ones(8), np.full(8, 1e-3)], None),  # what follows the fall is not nothing
+    (np.r_[np.ones(8), np.full(8, 1e-5)], 8),
+    (np.r_[np.geomspace(1, 1e-3, 8), np.full(8, 1e-6)], 8),
+    (np.r_[np.geomspace(1, 1e-3, 8), np.full(8, 3e-4)], None),  # no fall that is steep
+    (np.r_[np.ones(15), 1e-6], None),  # as a normalisation leaves it
+    (np.zeros(16), None),
+  ],
+)
+def test_a_fall_of_the_singular_values_must_be_steep_and_end_in_almost_nothing(strengths, rank):
+  left, right = (jnp.linalg.qr(random((size, 16), size))[0] for size in (20, 16))
+  fall = examination._fall((left * jnp.asarray(strengths, jnp.float32)[None]) @ right.T)
+  found = None if fall is None else int(np.sum(strengths > fall * strengths[0]))
+  assert found == rank
+
+
+class Convolution(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Conv(4, (3, 3))(x))
+    return nn.Dense(3)(x.reshape(x.shape[0], -1))
+
+
+@pytest.mark.parametrize(
+  "before",
+  [lambda x: jnp.tanh(3 * x), lambda x: x @ random((20, 20), 5), lambda x: x / jnp.linalg.norm(x, axis=1)[:, None]],
+)
+def test_data_that_go_through_something_else_first_leave_no_span(before):
+  params = mlp_params(random((20, 3)) @ random((3, 16), 1))
+  classifier = kkt_jax.make_classifier(lambda p, x: mlp(p, before(x)), params, (20,))
+  probes = jax.random.uniform(jax.random.key(0), (3, 20))
+  assert examination._first_layer(classifier, probes) == (None, None, None)
+
+
+def test_a_network_without_dense_first_layer_has_no_span_and_prints():
+  module = Convolution()
+  found = examine(
+    kkt_jax.from_linen(module, module.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1))), input_shape=(4, 4, 1))
+  )
+  assert found.span is None and found.start is None
+  assert found.share == 1.0
+  np.testing.assert_array_equal(found.unit_start, 0.5)
+  assert "first kernel" not in jax.tree.leaves(found.roles)
+  assert jax.tree.leaves(found.roles).count("last bias") == 1
+  said = str(found)
+  assert "They do not reveal in which directions the data lie." in said
+  assert "What the network subtracts from its inputs is not revealed." in said
+  assert "They do not reveal the margin of the data." in said
+
+
+def test_it_prints_what_it_found(by_flax):
+  lines = str(by_flax).splitlines()
+  # (64 + 1) * 64 + (64 + 1) * 3 numbers.
+  assert lines[0] == "4,355 parameters, 3 classes, no batch norm."
+  assert lines[1] == (
+    "They are examined as weights trained to convergence with weight decay, because their weight decay is known, 0.01."
+  )
+  assert lines[2] == "Share of them that no data whatever could have caused: 0.00% (fine; the limit is 5%)."
+  assert lines[3] == "They confine the data to 9 of 64 dimensions."
+  assert lines[4] == "The network subtracts nothing from its inputs."
+  assert lines[5].startswith("The data have a typical margin of 5.")
+
+
+class TestUnits:
+  """What a network subtracts, in inputs of any range."""
+
+  @staticmethod
+  def classifier(value_range, before, **settings):
+    params = mlp_params(random((20, 3)) @ random((3, 16), 1))
+    settings |= {"value_range": value_range, "weight_decay": 0.1}
+    return kkt_jax.make_classifier(lambda p, x: mlp(p, before(x)), params, (20,), **settings)
+
+  def test_a_stored_mean_is_found_in_the_own_units_and_samples_start_there(self):
+    mean = jnp.linspace(-0.5, 0.9, 20)
+    found = examine(self.classifier((-1.0, 1.0), lambda x: x - mean[None]))
+    np.testing.assert_allclose(found.start, mean, atol=1e-4)
+    np.testing.assert_allclose(found.unit_start, (mean + 1) / 2, atol=1e-4)
+    assert float(found.probes.min()) < -0.9 and float(found.probes.max()) > 0.9
+    assert found.span.strengths.size == 3
+    assert "subtracts an image from its inputs, taken for the mean of the data" in str(found)
+
+  def test_without_a_range_inputs_are_normal_and_a_given_offset_is_believed(self):
+    offset = jnp.full(20, 7.0)
+    found = examine(self.classifier(None, lambda x: jnp.tanh(x - offset[None]), offset=offset))
+    assert abs(float(found.probes.mean())) < 0.2 and float(jnp.abs(found.probes).max()) > 2
+    np.testing.assert_array_equal(found.start, offset)
+    np.testing.assert_array_equal(found.unit_start, offset)
+    assert found.span is None
+
+  @pytest.mark.parametrize(("high", "shift", "scale"), [(1.0, 0.0, 1.0), (255.0, 127.5, 60.0), (65535.0, 3e4, 6e3)])
+  def test_inputs_that_are_scaled_too_are_taken_apart(self, high, shift, scale):
+    classifier = self.classifier((0.0, high), lambda x: (x - shift) / scale)
+    x = classifier.from_unit(jax.random.uniform(jax.random.key(0), (3, 20)))
+    start, span, _ = examination._first_layer(classifier, x)
+    np.testing.assert_allclose(start / high, shift / high, atol=1e-4)
+    assert span.strengths.size == 3
+
+
+def test_batch_norm_reveals_the_margin_and_the_features_of_each_class():
+  _, variables, x, y = with_batch_norm(0)
+  found = examined(batch_norm_classifier)
+  assert found.form == "max_margin" and "batch norm undoes the scale" in found.why
+  classifier = found.classifier
+  margins = losses.runner_up_margin(classifier.predict(x), y)
+  np.testing.assert_allclose(found.margin, jnp.median(margins), rtol=1e-2)
+  features, scale = found.class_features
+  np.testing.assert_array_equal(scale, variables["params"]["BatchNorm_0"]["scale"])
+  own = classifier.features_fn(classifier.params, x)
+  assert float(jnp.linalg.norm(own - features[y])) < 0.05 * float(jnp.linalg.norm(own - jnp.mean(own, axis=0)[None]))
+  assert "3 classes, batch norm." in str(found)
+
+
+@slow
+def test_batch_norm_by_other_names_reveals_the_same():
+  _, variables, *_ = with_batch_norm(0)
+  params, kept = variables["params"], variables["batch_stats"]["BatchNorm_0"]
+  # In another order: the last kernel, of as many rows as there are pixels, comes before the first.
+  renamed = {
+    "a": params["Dense_0"]["bias"],
+    "b": params["BatchNorm_0"]["bias"],
+    "c": params["BatchNorm_0"]["scale"],
+    "x": params["Dense_1"],
+    "z": params["Dense_0"]["kernel"],
+  }
+
+  def normalised(p, x, stored=True):
+    h = x @ p["z"] + p["a"][None]
+    mean, var = (kept["mean"], kept["var"]) if stored else (jnp.mean(h, axis=0), jnp.var(h, axis=0))
+    return (h - mean[None]) * jax.lax.rsqrt(var[None] + 1e-5) * p["c"][None] + p["b"][None]
+
+  last = lambda p, h: jax.nn.relu(h) @ p["x"]["kernel"] + p["x"]["bias"][None]
+  plain = kkt_jax.make_classifier(
+    lambda p, x: last(p, normalised(p, x, stored=False)),
+    renamed,
+    (64,),
+    predict_fn=lambda p, x: last(p, normalised(p, x)),
+    features_fn=normalised,
+    batch_coupled=True,
+  )
+  found, expected = examine(plain), examined(batch_norm_classifier)
+  assert found.form == expected.form
+  assert found.margin == pytest.approx(expected.margin, rel=1e-6)
+  np.testing.assert_array_equal(found.last.scale, renamed["c"])
+  np.testing.assert_array_equal(found.last.shift, renamed["b"])
+  np.testing.assert_allclose(found.class_features[0], expected.class_features[0], rtol=1e-5)
+  roles = {
+    "a": "other",
+    "b": "other",
+    "c": "other",
+    "x": {"bias": "last bias", "kernel": "kernel"},
+    "z": "first kernel",
+  }
+  assert found.roles == roles
+
+
+class TestForm:
+  """Two layers without biases: rescaling a hidden unit leaves the function alone, not the balance."""
+
+  @staticmethod
+  def params(balanced):
+    w, v = random((4, 8)), random((8, 3), 1)
+    v = v - jnp.mean(v, axis=1, keepdims=True)  # no sum of differences of logits moves all logits alike
+    if balanced:  # |w_j| = |v_j| for each hidden unit, as weight decay brings about
+      factor = jnp.sqrt(jnp.linalg.norm(v, axis=1) / jnp.linalg.norm(w, axis=0))
+      w, v = w * factor[None], v / factor[:, None]
+    return {"w": w, "v": v}
+
+  @staticmethod
+  def examined(params, activation=jax.nn.relu, **settings):
+    apply_fn = lambda p, x: activation(x @ p["w"]) @ p["v"]
+    return examine(kkt_jax.make_classifier(apply_fn, params, (4,)), **settings)
+
+  def test_layers_in_balance_fit_weight_decay_and_layers_out_of_it_fit_nothing(self):
+    balanced, other = self.examined(self.params(True)), self.examined(self.params(False))
+    assert balanced.form == "weight_decay" and "in the balance that weight decay brings about" in balanced.why
+    assert balanced.bound < 1e-6
+    assert "neither form fits" in other.why
+    assert min(other.bounds.values()) > 0.1 and "too much" in str(other)
+
+  def test_a_network_that_is_not_quasi_homogeneous_can_only_have_had_weight_decay(self):
+    found = self.examined(self.params(True), jnp.cos)
+    assert found.form == "weight_decay" and "nothing before the last layer is quasi-homogeneous" in found.why
+
+  def test_a_form_that_is_asked_for_is_taken_and_another_refused(self):
+    found = self.examined(self.params(True), form="max_margin")
+    assert (found.form, found.why) == ("max_margin", "it was asked for")
+    expected = conditions.max_margin_conditions(found.classifier.params, found.rates)
+    jax.tree.map(np.testing.assert_array_equal, found.conditions, expected)
+    with pytest.raises(ValueError, match=r"form must be one of .*; got 'sharp'"):
+      examine(found.classifier, form="sharp")
+
+
+def test_weight_decay_leaves_no_condition_on_what_has_no_scale():
+  normalised = lambda p, x: (x @ p["a"]) / jnp.linalg.norm(x @ p["a"], axis=1)[:, None] @ p["b"]
+  params = {"a": random((4, 5)), "b": random((5, 3), 1)}
+  found = examine(kkt_jax.make_classifier(normalised, params, (4,), weight_decay=0.1))
+  assert found.free == {"a": True, "b": False}
+  np.testing.assert_array_equal(found.conditions.mask["a"], 0.0)
+  np.testing.assert_array_equal(found.conditions.mask["b"], 1.0)
+  np.testing.assert_allclose(found.conditions.target["b"], 0.1 * params["b"], rtol=1e-6)

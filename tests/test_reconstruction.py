@@ -1,0 +1,327 @@
+"""One call from classifiers to a generator: it recovers training data; it resumes, chooses and refuses as promised."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from trained_networks import drawings, examined, flax_classifier, nameless_classifier, with_weight_decay
+
+import kkt_jax
+from kkt_jax import examine, generators, recipes, reconstruct, Reconstruction
+from kkt_jax.checkpoint import Checkpointer, CheckpointError
+from kkt_jax.conditions import weight_decay_conditions
+from kkt_jax.recipes import Recipe, Schedule, Stationarity
+from kkt_jax.terms import Term
+
+still = lambda num_steps: optax.set_to_zero()
+
+
+# A true experiment.
+
+
+def cover(x, others):
+  """How near the nearest of some drawings is to each training drawing, on average."""
+  distances = np.linalg.norm(np.asarray(x)[:, None] - np.asarray(others)[None], axis=2)
+  return float(np.mean(np.min(distances, axis=1)))
+
+
+@pytest.mark.slow
+def test_from_the_weights_alone_come_drawings_nearer_to_the_training_data_than_anything_that_never_saw_them():
+  seed = 0
+  classifier, found = flax_classifier(seed), examined(flax_classifier, seed)
+  *_, x, y = with_weight_decay(seed)
+  recipe = recipes.complete(Recipe(generators.table(codes=6)), [found])
+  recipe = recipe.with_schedule(steps=1000, steps_per_call=100, theta=recipes.adam(0.1))
+
+  def drawn(recipe):
+    return reconstruct([classifier], recipe, seed=seed, examinations=[found]).every_sample()[0]
+
+  reached = cover(x, drawn(recipe))
+  means = np.stack([np.asarray(x)[y == c].mean(axis=0) for c in range(3)])
+  assert reached < 0.75 * cover(x, means)  # which were made from the data
+  assert reached < 0.5 * cover(x, drawings(1000 + seed, 6)[0])  # as many others of the same classes
+  assert reached < 0.75 * cover(x, drawn(recipe.with_weights(stationarity=0.0)))  # the span and the range alone
+
+
+@pytest.mark.slow
+def test_names_and_layouts_do_not_matter():
+  recipe = Recipe(generators.table(codes=2), schedule=Schedule(steps=5, theta=lambda steps: optax.sgd(1e-4)))
+  named, nameless = (
+    reconstruct([make(0)], recipe, examinations=[examined(make)]) for make in (flax_classifier, nameless_classifier)
+  )
+  # The directions of the span have an arbitrary sign each, which multiplies the coefficients of the samples.
+  (x, y), (other, labels) = named.every_sample(), nameless.every_sample()
+  np.testing.assert_array_equal(y, labels)
+  np.testing.assert_allclose(named.margins, nameless.margins, rtol=1e-4)
+  if np.allclose(named.examinations[0].span.basis, nameless.examinations[0].span.basis, atol=1e-3):
+    np.testing.assert_allclose(x, other, atol=1e-3)
+
+
+# The rest needs no training data: networks of the plane with random weights.
+
+
+def plane(labels, seed):
+  draw = np.random.default_rng(seed).standard_normal
+  params = {"w": draw((2, 6)), "v": draw((6, len(labels)))}
+  params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+  apply_fn = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"]
+  return kkt_jax.make_classifier(apply_fn, params, (2,), labels=labels, weight_decay=0.1)
+
+
+@functools.cache
+def two():
+  """Two classifiers that share label 2, and their examinations; the second's says what is known of the first."""
+  first, second = plane((0, 1, 2), 0), plane((5, 2), 1)
+  known = examine(first)
+  conditions = weight_decay_conditions(second.params, weight_decay=0.1)
+  return [first, second], [known, dataclasses.replace(known, classifier=second, conditions=conditions)]
+
+
+def tiny(codes=3, **schedule):
+  exact = Stationarity(1.0, gate_sharpness=0.0)
+  return Recipe(generators.table(codes=codes), stationarity=exact, schedule=Schedule(**{"steps": 6} | schedule))
+
+
+def begin(recipe=None, **settings):
+  classifiers, examinations = two()
+  return Reconstruction.begin(classifiers, recipe or tiny(), examinations=examinations, **settings)
+
+
+def run(recipe=None, **settings):
+  classifiers, examinations = two()
+  return reconstruct(classifiers, recipe or tiny(), examinations=examinations, **settings)
+
+
+@functools.cache
+def straight():
+  """Six steps at once, and what was logged of them."""
+  logged = {}
+  return run(log_every=2, on_log=lambda step, metrics: logged.setdefault(step, metrics)), logged
+
+
+def assert_same(a, b):
+  """Bitwise, random keys included."""
+  a, b = (own.state._replace(key=jax.random.key_data(own.state.key)) for own in (a, b))
+  chex.assert_trees_all_equal(a, b)
+
+
+def test_what_comes_back_knows_how_it_was_made():
+  made, logged = straight()
+  assert int(made.state.step) == 6
+  assert list(logged) == [2, 4, 6]
+  assert {"stationarity/0", "stationarity/1", "duality/0", "range/1", "total"} <= set(logged[2])
+  np.testing.assert_allclose(made.margins, np.exp(-made.state.params["alpha"]))
+  assert made.margins.shape == (2,)
+  for condition, own in zip(made.conditions, two()[1], strict=True):
+    assert condition is own.conditions
+  assert all(getattr(made.recipe, name) is not None for name in ("multipliers", "terms"))
+
+
+def test_every_sample_is_every_one_that_a_table_can_draw():
+  made, _ = straight()
+  x, y = made.every_sample()
+  # Three codes for each of three labels, and a batch as large for the classifier of two, which has 4 or 5 of each.
+  np.testing.assert_array_equal(np.bincount(y[:9]), [3, 3, 3])
+  np.testing.assert_array_equal(np.bincount(y[9:], minlength=6), [0, 0, 4, 0, 0, 5])
+  assert len(np.unique(np.asarray(x[:9]), axis=0)) == 9
+  fresh = made.sample(jax.random.key(0), jnp.asarray([0, 1, 2] * 10), t=jnp.zeros(30, int))
+  distances = jnp.linalg.norm(fresh[:, None] - x[None, :9], axis=2)
+  np.testing.assert_allclose(jnp.min(distances, axis=1), 0.0, atol=1e-6)
+
+
+def test_samples_are_drawn_from_the_classifiers_that_know_the_label():
+  made, _ = straight()
+  y = jnp.asarray([0, 1, 5] * 20 + [2] * 40)
+  t = made.choose_classifiers(jax.random.key(1), y)
+  np.testing.assert_array_equal(t[:60], [0, 0, 1] * 20)
+  assert 8 < int(jnp.sum(t[60:])) < 32  # label 2 is known to both; 20, give or take nearly four deviations
+  x = made.sample(jax.random.key(0), y)
+  assert x.shape == (100, 2)
+  assert bool(jnp.all((x >= 0) & (x <= 1)))
+  codes = made.sample(jax.random.key(0), y[60:], t=t[60:])
+  of_first, of_second = (np.unique(np.asarray(codes)[np.asarray(t[60:]) == own], axis=0) for own in (0, 1))
+  assert (len(of_first), len(of_second)) == (3, 3)
+  assert not np.any(np.isin(of_first, of_second))
+
+
+@pytest.mark.parametrize(
+  ("y", "t", "message"),
+  [
+    ([0, 4], None, r"y must hold labels that a classifier knows; no classifier knows \[4\]"),
+    ([7, 4, 0], None, r"no classifier knows \[4, 7\]"),
+    ([5], [0], "t must hold indices of classifiers that know the label"),
+    ([0], [2], "t must hold indices of classifiers that know the label"),
+    ([0], [-1], "t must hold indices of classifiers that know the label"),
+    ([0, 1], [0], "t must"),
+  ],
+)
+def test_labels_that_nobody_or_not_the_given_classifier_knows_are_refused(y, t, message):
+  with pytest.raises(ValueError, match=message):
+    straight()[0].sample(jax.random.key(0), jnp.asarray(y), t=None if t is None else jnp.asarray(t))
+
+
+def test_label_weights_shift_the_classes_of_every_batch():
+  weights = {0: 4.0, 1: 1.0, 2: 1.0, 5: 2.0}
+  _, y = begin(dataclasses.replace(tiny(codes=4), label_weights=weights)).every_sample()
+  # 12 samples each: 8, 2, 2 and, of labels 2 and 5 with weights 1 and 2, 4 and 8.
+  np.testing.assert_array_equal(np.bincount(y[:12], minlength=6), [8, 2, 2, 0, 0, 0])
+  np.testing.assert_array_equal(np.bincount(y[12:], minlength=6), [0, 0, 4, 0, 0, 8])
+  with pytest.raises(ValueError, match="label_weights must hold a weight of at least 0 for each label"):
+    begin(dataclasses.replace(tiny(), label_weights={0: 1.0, 1: 1.0, 2: 1.0}))
+
+
+def test_saved_loaded_and_continued_it_is_bitwise_the_same(tmp_path):
+  classifiers, examinations = two()
+  partly = begin().continue_training(4)
+  partly.save(tmp_path)
+  loaded = Reconstruction.load(tmp_path, classifiers, tiny(), examinations=examinations)
+  assert_same(loaded, partly)
+  assert_same(loaded.continue_training(), straight()[0])
+  assert_same(loaded.continue_training(4), partly)  # it is there already
+  with pytest.raises(CheckpointError, match="step 4"):
+    Reconstruction.load(tmp_path, classifiers, tiny(codes=2), examinations=examinations)
+  with pytest.raises(FileNotFoundError, match="folder must hold a saved reconstruction"):
+    Reconstruction.load(tmp_path / "empty", classifiers, tiny(), examinations=examinations)
+
+
+def test_a_saver_resumes_an_interrupted_run_and_sees_what_can_already_draw(tmp_path):
+  class Stop(Exception):
+    pass
+
+  drawn = []
+
+  def on_save(own):
+    drawn.append((int(own.state.step), own.sample(jax.random.key(0), jnp.asarray([2])).shape))
+    if len(drawn) == 2:
+      raise Stop
+
+  with Checkpointer(tmp_path) as saver:
+    with pytest.raises(Stop):
+      run(saver=saver, save_every=2, on_save=on_save)
+    assert saver.steps() == [2, 4]
+    resumed = []
+    made = run(saver=saver, save_every=2, log_every=1, on_log=lambda step, metrics: resumed.append(step))
+  assert drawn == [(2, (1, 2)), (4, (1, 2))]
+  assert resumed == [5, 6]
+  assert_same(made, straight()[0])
+
+
+class TestRestarts:
+  """Nothing moves, so that the chosen start is seen at the end."""
+
+  recipe = dataclasses.replace(
+    tiny(steps=5, restarts=3, restart_steps=2, theta=still, eta=still, alpha=still),
+    terms={
+      "size": Term(2.0, lambda classifier, batch: jnp.mean(jnp.square(batch.x), axis=1)),
+      "late": Term(1e3, lambda classifier, batch: -jnp.mean(batch.x, axis=1), lambda progress: 0.0),
+    },
+  )
+
+  def test_the_start_with_the_least_loss_goes_on(self):
+    (classifier, _), (own, _) = two()
+    seen = {}
+    made = reconstruct(
+      [classifier],
+      self.recipe,
+      seed=5,
+      examinations=[own],
+      on_restart=lambda restart, step, metrics: seen.setdefault((restart, step), metrics),
+    )
+    assert sorted(seen) == [(restart, step) for restart in range(3) for step in (1, 2)]
+    assert all("stationarity" not in metrics for metrics in seen.values())
+    best = int(np.argmin([seen[restart, 1]["size"] + seen[restart, 2]["size"] for restart in range(3)]))
+    starts = [Reconstruction.begin([classifier], self.recipe, seed=5 + n, examinations=[own]) for n in range(3)]
+    same = [np.array_equal(start.state.params["theta"][0], made.state.params["theta"][0]) for start in starts]
+    assert same == [restart == best for restart in range(3)]
+    assert int(made.state.step) == 5
+
+  def test_a_resumed_run_tries_none(self):
+    class Kept:
+      steps, save = (lambda self: [3]), (lambda self, step, state: None)
+
+      def restore(self, like):
+        return 3, like._replace(step=jnp.asarray(3, jnp.int32))
+
+    def refuse(*_):
+      raise AssertionError
+
+    made = run(self.recipe, saver=Kept(), on_restart=refuse)
+    chex.assert_trees_all_equal(made.state.params, begin(self.recipe).state.params)
+
+
+def ranged(value_range, **schedule):
+  """A reconstruction whose first samples lie far out, of a classifier with inputs of this range."""
+  classifier, own = (parts[0] for parts in two())
+  classifier = dataclasses.replace(classifier, value_range=value_range)
+  recipe = Recipe(generators.table(deviation=9.0), schedule=Schedule(**schedule))
+  made = reconstruct([classifier], recipe, examinations=[dataclasses.replace(own, start=None)])
+  return made, made.sample(jax.random.key(0), jnp.arange(90) % 3)
+
+
+@pytest.mark.parametrize("value_range", [(-1.0, 1.0), (0.0, 255.0)])
+def test_samples_lie_in_the_range_of_the_classifier(value_range):
+  made, x = ranged(value_range, steps=0)
+  assert "range" in made.recipe.terms
+  assert (float(x.min()), float(x.max())) == value_range
+
+
+def test_without_a_range_samples_are_free():
+  made, x = ranged(None, steps=1)
+  assert set(made.recipe.terms) == {"duality"}
+  assert float(x.min()) < -1 and float(x.max()) > 2
+
+
+def test_without_steps_it_stays_at_the_random_start_which_the_seed_decides():
+  assert_same(run(tiny(steps=0), seed=3), begin(tiny(steps=0), seed=3))
+  theta = lambda own: own.state.params["theta"][0]
+  assert not np.any(np.isclose(theta(begin(seed=3)), theta(begin(seed=4))))
+
+
+def test_the_margin_starts_where_the_recipe_or_the_weights_say():
+  np.testing.assert_allclose(begin(tiny(margin=2.5)).margins, 2.5, rtol=1e-6)
+  classifiers, examinations = two()
+  said = [dataclasses.replace(own, margin=margin) for own, margin in zip(examinations, (3.0, 4.0), strict=True)]
+  started = Reconstruction.begin(classifiers, tiny(), examinations=said)
+  np.testing.assert_allclose(started.margins, [3.0, 4.0], rtol=1e-6)
+
+
+def test_stationarity_decides_on_derivatives_and_conditions_and_nothing_else():
+  doubled = lambda own: dataclasses.replace(own.conditions, target=jax.tree.map(lambda t: 2 * t, own.conditions.target))
+  exact = Stationarity(1.0, gate_sharpness=0.0, conditions=doubled)
+  classifier, own = (parts[0] for parts in two())
+  x = jnp.asarray([[0.3, 0.9], [0.5, 0.1]])
+
+  def slope(stationarity):
+    made = begin(dataclasses.replace(tiny(), stationarity=stationarity))
+    assert made.conditions[0] is own.conditions
+    np.testing.assert_array_equal(made.classifiers[0].predict(x), classifier.predict(x))
+    return jax.grad(lambda p: jnp.sum(made.classifiers[0].gradient_fn(p, x)[:, 0]))(classifier.params)["w"]
+
+  expected = jax.grad(lambda p: jnp.sum(classifier.apply_fn(p, x)[:, 0]))(classifier.params)["w"]
+  np.testing.assert_allclose(slope(exact), expected, rtol=1e-6)
+  for changed in ({"gate_sharpness": 20.0}, {"compute_dtype": "bfloat16"}):
+    other = slope(dataclasses.replace(exact, **changed))
+    assert 1e-5 < float(jnp.linalg.norm(other - expected) / jnp.linalg.norm(expected)) < 0.3
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda c, e: reconstruct([]), "classifiers must hold at least one classifier"),
+    (
+      lambda c, e: reconstruct([c[0], kkt_jax.make_classifier(lambda w, x: x @ w, jnp.ones((3, 2)), (3,))]),
+      r"classifiers must have inputs of one shape; got \[\(2,\), \(3,\)\]",
+    ),
+    (lambda c, e: reconstruct(c, examinations=e[:1]), "examinations must hold one for each of 2 classifiers; got 1"),
+    (lambda c, e: reconstruct(c, tiny(), examinations=e, microbatch_size=4), "microbatch_size must divide"),
+    (lambda c, e: reconstruct(c, tiny(), examinations=e, log_every=0), "log_every must be at least 1"),
+  ],
+)
+def test_what_does_not_fit_is_named(make, message):
+  with pytest.raises(ValueError, match=message):
+    make(*two())
