@@ -38,7 +38,7 @@ slow = pytest.mark.slow
 
 
 def assert_complete(workdir, *pictures):
-  for name in ("config.json", "metrics.jsonl", "metrics.json", *pictures):
+  for name in ("config.json", "metrics.json", *pictures):
     assert (workdir / name).stat().st_size > 0, name
   json.loads((workdir / "metrics.json").read_text())
 

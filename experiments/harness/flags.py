@@ -168,7 +168,11 @@ def parse(config_class: type[Any], text: str, *, flag: str = "set") -> dict[str,
   """
   fields = {field.name: field for field in dataclasses.fields(config_class)}
   values = {}
-  for part in filter(None, next(csv.reader([text], skipinitialspace=True), [])):
+  try:
+    parts = next(csv.reader([text], skipinitialspace=True), [])
+  except csv.Error as error:
+    raise UsageError(f"--{flag} must be name=value, separated by commas; got {text!r}.") from error
+  for part in filter(None, parts):
     name, equals, value = part.partition("=")
     if name not in fields:
       raise UsageError(f"--{flag}: {name} is not a flag of this experiment{did_you_mean(name, fields)}")
