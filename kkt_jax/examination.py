@@ -328,7 +328,10 @@ def _fall(kernel: jax.Array) -> float | None:
   falls = np.where(values[1:] < _NOTHING, values[:-1] / values[1:], 0.0)
   falls = falls[: int(_FILLED * len(falls))]  # a normalisation takes directions away, which says nothing of data
   at = int(np.argmax(falls)) if len(falls) else 0
-  return float(np.sqrt(values[at] * values[at + 1])) if len(falls) and falls[at] > _FALL else None
+  if len(falls) and falls[at] > _FALL:
+    return float(np.sqrt(values[at] * values[at + 1]))
+  # Without a sharp fall, what lies below the rounding errors of the training is no direction of the data.
+  return 2 * _ROUNDING if np.sum(values > 2 * _ROUNDING) < _FILLED * len(values) else None
 
 
 def _last_layer(classifier: Classifier, x: jax.Array) -> tuple[LastLayer | None, int | None, int | None]:
