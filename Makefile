@@ -22,7 +22,7 @@ define CHECK_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-oldest lint format lock clean
+.PHONY: help setup demo check test lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -38,14 +38,6 @@ check: lint ## lint, types, doctests and closed-form tests (two minutes)
 
 test: lint ## everything: what check does, and the tests that train, start processes or draw many cases
 	$(PYTEST)
-
-test-oldest: ## the closed-form tests with the oldest versions that the project admits, in a virtual environment of their own
-	$(CHECK_PYTHON)
-	$(PYTHON) -m venv --clear build/oldest
-	build/oldest/bin/python -m pip install --quiet --require-hashes -r requirements-oldest.lock
-	build/oldest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(TEST_ENV) build/oldest/bin/python -m pytest -n $(WORKERS) --maxprocesses=8 --dist=worksteal -m "not slow"
-	rm -rf build
 
 lint: setup ## check style, formatting and types
 	$(PY) -m ruff check .
