@@ -11,7 +11,6 @@ import pytest
 from experiments import circle, duality_loss, faces, images, lambda_estimation, mnist
 from experiments.attack import methods, plane
 from experiments.benchmark import __main__ as benchmark
-from experiments.compare import metrics as compared
 from experiments.harness.flags import UsageError
 import kkt_jax
 from kkt_jax import priors, training
@@ -88,9 +87,8 @@ def test_mnist_runs(tmp_path, settings):
   assert metrics["training_data"]["label_agreement"] == 1.0
   assert metrics["class_means"]["spread"] == 0.0
   for name in (*controls, "fresh_noise"):
-    figures = compared.of_images(metrics[name])
-    assert np.all(np.isfinite(list(figures.values()))), name
-    assert {"eval_accuracy", "ssim_matched", "distinct_nearest"} <= set(figures)
+    assert {"eval_accuracy", "ssim_matched", "distinct_nearest"} <= set(metrics[name])
+    assert np.isfinite(metrics[name]["ssim_cover"])
   for name in ("fresh_noise", "training_data", "uniform_noise"):
     assert len(metrics[name]["residual"]) == settings.get("classifiers", 1)
   line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
