@@ -331,7 +331,8 @@ def _fall(kernel: jax.Array) -> float | None:
   if len(falls) and falls[at] > _FALL:
     return float(np.sqrt(values[at] * values[at + 1]))
   # Without a sharp fall, what lies below the rounding errors of the training is no direction of the data.
-  return 2 * _ROUNDING if np.sum(values > 2 * _ROUNDING) < _FILLED * len(values) else None
+  count = int(np.sum(values > 2 * _ROUNDING))
+  return 2 * _ROUNDING if 0 < count < _FILLED * len(values) else None
 
 
 def _last_layer(classifier: Classifier, x: jax.Array) -> tuple[LastLayer | None, int | None, int | None]:
