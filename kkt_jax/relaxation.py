@@ -147,6 +147,7 @@ class _Value(NamedTuple):
     factors: the two values of which it is the product.
     step: (v, below, above, c): it is ``below`` where v < c and ``above`` where v > c.
     flags: "square"; "variance", a mean less a square; "gated", the output of a gate.
+    depends: whether it depends on the function's arguments; random numbers that it draws by itself do not.
   """
 
   array: Any
@@ -154,6 +155,7 @@ class _Value(NamedTuple):
   factors: tuple["_Value", ...] = ()
   step: tuple[Any, float, float, float] | None = None
   flags: frozenset[str] = frozenset()
+  depends: bool = True
 
   def slopes(self, root: Any) -> tuple[Any, Any] | None:
     """Below and above 0 of ``root``, the factor that makes this value of it; None if there is none."""
@@ -187,26 +189,30 @@ def _relaxed(apply_fn: ApplyFn, params: PyTree, x: Any, sharpness: float, report
 def _evaluate(closed: Any, arguments: Sequence[_Value], sharpness: float, report: _Report) -> list[_Value]:
   """Runs a program with its gates relaxed."""
   jaxpr = closed.jaxpr
-  known = dict(zip(jaxpr.constvars, map(_Value, closed.consts), strict=True))
+  known = {v: _Value(constant, depends=False) for v, constant in zip(jaxpr.constvars, closed.consts, strict=True)}
   known |= dict(zip(jaxpr.invars, arguments, strict=True))
 
   def read(atom: Any) -> _Value:
     if not isinstance(atom, core.Literal):
       return known[atom]
-    return _Value(atom.val, constant=float(atom.val) if np.ndim(atom.val) == 0 and np.isreal(atom.val) else None)
+    constant = float(atom.val) if np.ndim(atom.val) == 0 and np.isreal(atom.val) else None
+    return _Value(atom.val, constant=constant, depends=False)
 
   for equation in jaxpr.eqns:
     inputs, name = [read(atom) for atom in equation.invars], equation.primitive.name
+    depends = any(value.depends for value in inputs)
+    own = report if depends else _Report([], [])
     if name in _INLINED:
       outputs = _evaluate(equation.params[_INLINED[name]], inputs, sharpness, report)
     elif name == "custom_jvp_call" and _only_gates(equation.params["call_jaxpr"]):
       outputs = _evaluate(equation.params["call_jaxpr"], inputs, sharpness, report)
     else:
       if name not in _OWN_DERIVATIVE:
-        equation = equation.replace(params={k: _inside(v, sharpness, report) for k, v in equation.params.items()})
+        equation = equation.replace(params={k: _inside(v, sharpness, own) for k, v in equation.params.items()})
       outputs = [_Value(array) for array in _run(jaxpr, equation, [value.array for value in inputs])]
       if len(outputs) == 1:
-        outputs = [_described(name, inputs, outputs[0], sharpness, report)]
+        outputs = [_described(name, inputs, outputs[0], sharpness, own)]
+      outputs = [value._replace(depends=depends) for value in outputs]
     known |= dict(zip(equation.outvars, outputs, strict=True))
   return [read(atom) for atom in jaxpr.outvars]
 

@@ -4,6 +4,7 @@ import dataclasses
 
 from example_networks import inputs, random_conv, random_mlp
 from flax import linen as nn
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.test_util import check_grads
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from kkt_jax.relaxation import computed_in, gates, relax_gates, relaxed, relaxed_relu
+from kkt_jax.subject import Subject
 
 SHARPNESS = 3.0
 X = np.array([-1.0, -0.1, 0.0, 0.2, 7.0], np.float32)
@@ -183,3 +185,30 @@ def test_a_low_precision_is_within_its_rounding(batch_norm):
     assert gradients[-1].dtype == x.dtype
   error = float(jnp.linalg.norm(gradients[0] - gradients[1]) / jnp.linalg.norm(gradients[1]))
   assert 1e-4 < error < 0.05  # of 8 bits
+
+
+def test_kinks_in_random_numbers_that_the_function_draws_are_no_kinks_of_it():
+  # As of a module that is built anew inside the function: its initialisation clips what it draws.
+  def smooth(w, x):
+    drawn = jax.random.truncated_normal(jax.random.key(0), -2.0, 2.0, w.shape)
+    return jax.nn.gelu(x @ (w + jnp.maximum(drawn, -1.0)))
+
+  w, x = jnp.ones((3, 2)), jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
+  assert gates(smooth, w, x) == []
+  np.testing.assert_allclose(relax_gates(smooth, sharpness=20.0)(w, x), smooth(w, x), rtol=1e-5, atol=1e-6)
+
+
+def test_gelu_and_layer_norm_of_an_nnx_module_are_smooth():
+  class Smooth(nnx.Module):
+    def __init__(self, rngs):
+      self.first, self.norm = nnx.Linear(4, 6, rngs=rngs), nnx.LayerNorm(6, rngs=rngs)
+      self.last = nnx.Linear(6, 2, rngs=rngs)
+
+    def __call__(self, x):
+      return self.last(nnx.gelu(self.norm(self.first(x))))
+
+  own = Subject.from_nnx(Smooth, input_shape=(4,))
+  classifier = own.classifier(own.init_fn())
+  x = jax.random.normal(jax.random.key(1), (5, 4))
+  gradient_fn = relaxed(classifier, 20.0).gradient_fn
+  np.testing.assert_allclose(gradient_fn(classifier.params, x), classifier.predict(x), rtol=1e-5, atol=1e-6)
