@@ -11,11 +11,14 @@ disk. On one machine, the same command can be started several times in one workd
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import fcntl
+import functools
 import math
 import pathlib
 import statistics
+import time
 from typing import Any, TYPE_CHECKING
 import zlib
 
@@ -144,6 +147,7 @@ def open_study(config: Config, workdir: pathlib.Path) -> "optuna.Study":
   import optuna
   from optuna.storages import JournalStorage
   from optuna.storages.journal import JournalFileBackend
+  from sqlalchemy.exc import DBAPIError
 
   class ByNumber(optuna.samplers.RandomSampler):
     """Random search whose settings depend on the seed and on the number of the trial, whoever runs it."""
@@ -158,7 +162,14 @@ def open_study(config: Config, workdir: pathlib.Path) -> "optuna.Study":
   if "://" not in storage:
     storage = JournalStorage(JournalFileBackend(storage))
   name = f"{config.experiment} {config.set} {config.classifier_seed} {config.seed}"
-  return optuna.create_study(storage=storage, study_name=name, sampler=ByNumber(), load_if_exists=True)
+  create = functools.partial(
+    optuna.create_study, storage=storage, study_name=name, sampler=ByNumber(), load_if_exists=True
+  )
+  for pause in (0.5, 1.0, 2.0, 4.0):
+    with contextlib.suppress(DBAPIError, optuna.exceptions.StorageInternalError):
+      return create()
+    time.sleep(pause)  # another process is making the tables of a new database
+  return create()
 
 
 def _ended(study: "optuna.Study") -> list["optuna.trial.FrozenTrial"]:
