@@ -76,8 +76,8 @@ def stratified_noise(dimensions: int, *, size: Callable[[jax.Array], Any] = lamb
   def noise(key: jax.Array, progress: jax.Array, classes: np.ndarray) -> jax.Array:
     normal_key, uniform_key = jax.random.split(key)
     drawn = jax.random.normal(normal_key, (len(classes), dimensions))
-    number = np.array([np.sum(classes[:i] == own) for i, own in enumerate(classes)])
-    count = np.array([np.sum(classes == own) for own in classes])
+    own = classes[:, None] == np.arange(classes.max() + 1)[None, :]
+    number, count = (np.cumsum(own, axis=0) - 1)[own], own.sum(axis=0)[classes]
     uniform = (number + jax.random.uniform(uniform_key, number.shape)) / count
     tiny = 1e-6  # the quantile of 0 and of 1 is not finite
     first = jax.scipy.stats.norm.ppf(jnp.clip(uniform, tiny, 1 - tiny))

@@ -1,5 +1,4 @@
 """The methods that `--method` chooses from, as changes of a recipe: ours, its ablations, and its neighbours'.
-recipe.
 
 Every method attacks the same classifiers and is measured in the same way. Each changes the recipe of ``kkt``, which is
 `kkt_jax.recipes.default` with what is known of the kind of data. `kkt_jax` loads its parts when they are used, so that
@@ -32,6 +31,11 @@ class Setting:
   num_samples: int
   deviation: float = 1.0
   hidden: Sequence[int] = (128, 128)
+
+  @property
+  def share(self) -> float:
+    """The mean share of all dimensions that the data are known to fill."""
+    return sum(own.share for own in self.examinations) / len(self.examinations)
 
 
 _WITHOUT = "This library's method with one piece taken away."
@@ -150,8 +154,7 @@ def _points_published(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Re
 def _classification(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
   changed = _only(recipe.with_terms(cross_entropy=_term(1.0, "cross_entropy")), cross_entropy=1.0, total_variation=1.0)
   if "total_variation" in recipe.terms:  # on images; times the share of all dimensions that the span fills
-    share = sum(own.share for own in setting.examinations) / len(setting.examinations)
-    changed = changed.with_weights(total_variation=share).with_schedule(steps=600)
+    changed = changed.with_weights(total_variation=setting.share).with_schedule(steps=600)
   return changed
 
 
@@ -187,8 +190,7 @@ def _without(what: str, *names: str) -> Method:
 
 
 def _without_span(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
-  share = sum(own.share for own in setting.examinations) / len(setting.examinations)
-  full = recipe.terms["total_variation"].weight / share
+  full = recipe.terms["total_variation"].weight / setting.share
   changed = recipe.with_weights(total_variation=full).with_schedule(theta=kkt_jax.recipes.adam(0.02))
   return dataclasses.replace(changed, generator=_table(setting))
 
