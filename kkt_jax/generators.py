@@ -36,6 +36,7 @@ class Generator(NamedTuple):
     noise: the noise of a training step, for one classifier.
     noise_dim: D.
     batch_size: M, samples for each classifier in each training step.
+    codes: samples of each label and classifier that it can draw, one for each code (`code_of`); 0 if they are endless.
   """
 
   init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -43,6 +44,7 @@ class Generator(NamedTuple):
   noise: NoiseFn
   noise_dim: int
   batch_size: int
+  codes: int = 0
 
 
 GeneratorFactory = Callable[[Sequence[Examination]], Generator]
@@ -62,7 +64,7 @@ def stratified_noise(dimensions: int, *, size: Callable[[jax.Array], Any] = lamb
   """Standard normal noise whose first coordinate is drawn once from each of n equally likely intervals.
 
   n is the number of samples of the class in the batch, so that a generator with n codes uses each of them in every
-  step.
+  step, and one with more uses all equally often in the long run.
 
   Args:
     dimensions: D.
@@ -84,11 +86,6 @@ def stratified_noise(dimensions: int, *, size: Callable[[jax.Array], Any] = lamb
     return jnp.concatenate([first[:, None], size(progress) * drawn[:, 1:]], axis=1)
 
   return noise
-
-
-def fixed_noise(noise: NoiseFn, *, seed: int = 0) -> NoiseFn:
-  """The same noise in every step: sums over samples then have no sampling error, but fresh draws were never trained."""
-  return lambda key, progress, classes: noise(jax.random.key(seed), jnp.zeros(()), classes)
 
 
 def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> GeneratorFactory:
@@ -144,7 +141,7 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
     def generate(
       theta: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool
     ) -> tuple[jax.Array, PyTree]:
-      code = _code(noise, codes)
+      code = code_of(noise, codes)
       x = jnp.zeros((noise.shape[0], starts[0].size))
       for index, (own, start, factor) in enumerate(zip(theta, starts, factors, strict=True)):
         coefficients = own[y, code]
@@ -155,7 +152,7 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
       return x.reshape(-1, *shape), statistics
 
     batch_size = codes * max(classifier.num_classes for classifier in classifiers)
-    return Generator(init, generate, stratified_noise(1), 1, batch_size)
+    return Generator(init, generate, stratified_noise(1), 1, batch_size, codes)
 
   return make
 
@@ -221,7 +218,7 @@ class MLPGenerator(nn.Module):
     num_classifiers: T.
     hidden: widths of the hidden layers, each Linear-BatchNorm-ReLU.
     batch_norm: whether the hidden layers have batch norm.
-    output: maps the last layer [M, *sample_shape] to samples, such as `pixel_output`.
+    output: maps the last layer [M, *sample_shape] to samples.
     output_scale: factor on the last layer's initial weights; small starts all samples near ``output(0)``.
   """
 
@@ -276,55 +273,12 @@ class CodebookGenerator(nn.Module):
     """Maps noise [M, D], labels [M] and classifier indices [M] to samples [M, *sample_shape]; D is at least 2."""
     shape = (self.num_classifiers, self.num_labels, self.codebook_size, noise.shape[1] - 1)
     codebook = self.param("codebook", nn.initializers.normal(1.0), shape)
-    x = codebook[t, y, _code(noise, self.codebook_size)] + self.jitter * noise[:, 1:]
+    x = codebook[t, y, code_of(noise, self.codebook_size)] + self.jitter * noise[:, 1:]
     x = _conditioned(x, y, t, self.num_labels, self.num_classifiers, strength=1.0)
     for width in self.hidden:
       x = nn.silu(nn.Dense(width, kernel_init=kaiming())(x))
     x = nn.Dense(math.prod(self.sample_shape), kernel_init=kaiming())(x)
     return self.output(x.reshape(-1, *self.sample_shape), t)
-
-
-class ConvGenerator(nn.Module):
-  """The paper's generator: three fully connected layers, three transposed convolutions, ReLU, batch norm, Kaiming.
-
-  For accelerators: on a CPU it is many times slower than `MLPGenerator`.
-
-  Attributes:
-    sample_shape: height, width (multiples of 4) and channels of an image.
-    num_labels: number of labels altogether.
-    num_classifiers: T.
-    hidden: widths of the first two fully connected layers.
-    channels: channels of the three feature maps that the transposed convolutions take.
-    output: maps the last layer [M, H, W, C] to images, such as `pixel_output`.
-    output_scale: factor on the last layer's initial weights.
-  """
-
-  sample_shape: Sequence[int]
-  num_labels: int
-  num_classifiers: int = 1
-  hidden: Sequence[int] = (256, 256)
-  channels: Sequence[int] = (64, 32, 16)
-  output: Callable[[jax.Array], jax.Array] = lambda x: x
-  output_scale: float = 0.1
-
-  @nn.compact
-  def __call__(self, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool = False) -> jax.Array:
-    """Maps noise [M, D], labels [M] and classifier indices [M] to images [M, H, W, C]."""
-    height, width, out_channels = self.sample_shape
-    if height % 4 or width % 4:
-      raise ValueError(f"sample_shape must have height and width in multiples of 4; got {tuple(self.sample_shape)}.")
-
-    def normalised(x: jax.Array) -> jax.Array:
-      return nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, use_fast_variance=False)(x))
-
-    x = _conditioned(noise, y, t, self.num_labels, self.num_classifiers)
-    for size in (*self.hidden, height // 4 * (width // 4) * self.channels[0]):
-      x = normalised(nn.Dense(size, kernel_init=kaiming())(x))
-    x = x.reshape(-1, height // 4, width // 4, self.channels[0])
-    for size in self.channels[1:]:
-      x = normalised(nn.ConvTranspose(size, (4, 4), strides=(2, 2), kernel_init=kaiming())(x))
-    last = kaiming(self.output_scale)
-    return self.output(nn.ConvTranspose(out_channels, (3, 3), kernel_init=last)(x))
 
 
 def _conditioned(
@@ -335,26 +289,10 @@ def _conditioned(
   return jnp.concatenate([noise, strength * label, strength * index], axis=1)
 
 
-def _code(noise: jax.Array, codes: int) -> jax.Array:
+def code_of(noise: jax.Array, codes: int) -> jax.Array:
   """Which of equally likely codes [M] the first coordinate of standard normal noise [M, D] picks."""
   uniform = jax.scipy.stats.norm.cdf(noise[:, 0])
   return jnp.clip((uniform * codes).astype(jnp.int32), 0, codes - 1)
-
-
-def pixel_output(start: ArrayLike) -> Callable[[jax.Array], jax.Array]:
-  """Images in (0, 1) around a start: ``sigmoid(logit(start) + x)``.
-
-  Args:
-    start: the image at x = 0, [H, W, C] with values in [0, 1]: the data's mean if it is known.
-
-  Returns:
-    A function from [M, H, W, C] to [M, H, W, C].
-
-  >>> print(pixel_output(jnp.full((1, 1, 1), 0.25))(jnp.zeros((1, 1, 1, 1)))[0, 0, 0])
-  [0.25]
-  """
-  start = jnp.clip(jnp.asarray(start), 3e-3, 1 - 3e-3)  # the logit of pure black is not finite
-  return lambda x: nn.sigmoid((jnp.log(start) - jnp.log1p(-start))[None] + x)
 
 
 def affine_output(means: ArrayLike, factors: ArrayLike, *, bound: float) -> Callable[[jax.Array, jax.Array], jax.Array]:

@@ -18,7 +18,7 @@ from kkt_jax import _checks, generators, losses, multipliers, networks, terms
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions, weigh_tensors
 from kkt_jax.examination import Examination
-from kkt_jax.generators import GeneratorFactory
+from kkt_jax.generators import Generator, GeneratorFactory
 from kkt_jax.terms import Batch, Term
 
 Measure = Callable[[Conditions, PyTree], jax.Array]
@@ -42,7 +42,7 @@ class Multipliers(NamedTuple):
   scaled: bool = False
 
 
-MultipliersFactory = Callable[[Sequence[Examination], int], Multipliers]
+MultipliersFactory = Callable[[Sequence[Examination], Generator], Multipliers]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Schedule:
   Attributes:
     steps: training steps; 0 leaves the generator at its random start.
     theta: optimizer of the generator, from the number of steps.
-    eta: that of the multipliers.
+    eta: that of the multipliers; chosen by `default` if None.
     alpha: that of the scale of the margin.
     margin: e^-alpha at the start, in logits; what the last layer reveals if None, else that of the first samples.
     restarts: generators that are started; the one with the least loss without stationarity and without terms that have
@@ -119,7 +119,7 @@ class Schedule:
 
   steps: int = 1500
   theta: OptimizerFactory = adam(0.05)
-  eta: OptimizerFactory = adam(2e-3)
+  eta: OptimizerFactory = _CHOSEN
   alpha: OptimizerFactory = adam(2e-4)
   margin: float | None = None
   restarts: int = 1
@@ -189,7 +189,7 @@ class Recipe:
 
   def with_schedule(self, **changes: Any) -> "Recipe":
     """The recipe with changes to its schedule."""
-    return dataclasses.replace(self, schedule=dataclasses.replace(self.schedule, **changes))
+    return dataclasses.replace(self, schedule=dataclasses.replace(self.schedule or Schedule(), **changes))
 
   def with_stationarity(self, **changes: Any) -> "Recipe":
     """The recipe with changes to its stationarity."""
@@ -221,7 +221,7 @@ def default(examinations: Sequence[Examination]) -> Recipe:
   shape = classifiers[0].input_shape
   if len(shape) == 3 and min(shape[:2]) > 1:
     shared["total_variation"] = Term((25.0 if coupled else 16.0) * share, terms.total_variation)
-  begin, schedule = 0.2, Schedule()
+  begin, schedule = 0.2, Schedule(eta=adam(2e-3))
   if coupled:
     shared["statistics"] = Term(1000.0, terms.statistics)
     features = [own.class_features for own in examinations]
@@ -255,8 +255,10 @@ def default(examinations: Sequence[Examination]) -> Recipe:
 
 
 def complete(recipe: Recipe, examinations: Sequence[Examination]) -> Recipe:
-  """The recipe with every part that is None taken from `default`."""
+  """The recipe with every part that is None, and the schedule's eta, taken from `default`."""
   chosen = default(examinations)
+  if recipe.schedule is not None and recipe.schedule.eta is None:
+    recipe = recipe.with_schedule(eta=chosen.schedule.eta)
   given = {f.name: v for f in dataclasses.fields(recipe) if (v := getattr(recipe, f.name)) is not None}
   return dataclasses.replace(chosen, **given)
 
@@ -270,7 +272,7 @@ def weighed_conditions(examination: Examination) -> Conditions:
 def softmax_multipliers() -> MultipliersFactory:
   """The classifier's own probabilities; see `kkt_jax.multipliers.from_softmax`."""
   apply = lambda eta, classifier, batch: multipliers.from_softmax(classifier.gradient_fn(classifier.params, batch.x))
-  return lambda examinations, batch_size: Multipliers(lambda key: None, apply)
+  return lambda examinations, generator: Multipliers(lambda key: None, apply)
 
 
 def network_multipliers(
@@ -287,7 +289,7 @@ def network_multipliers(
     scaled: see `Multipliers`.
   """
 
-  def make(examinations: Sequence[Examination], batch_size: int) -> Multipliers:
+  def make(examinations: Sequence[Examination], generator: Generator) -> Multipliers:
     network = networks.MultiplierNetwork(
       num_outputs=max(own.classifier.num_classes for own in examinations),
       num_labels=generators.num_labels(examinations),
@@ -309,16 +311,18 @@ def network_multipliers(
 
 
 def free_multipliers(*, positive: Callable[[jax.Array], jax.Array] = jax.nn.softplus) -> MultipliersFactory:
-  """One free number for each sample of a batch and each class; every batch must hold the same samples in the same
-  order.
+  """One free number for each sample of a finite generator (`kkt_jax.generators.table`) and each class.
+
+  The factory raises a ValueError if the generator's samples are endless.
   """
 
-  def make(examinations: Sequence[Examination], batch_size: int) -> Multipliers:
+  def make(examinations: Sequence[Examination], generator: Generator) -> Multipliers:
     classes = max(own.classifier.num_classes for own in examinations)
-    shape = (len(examinations), batch_size, classes)
+    shape = _one_for_each_sample(examinations, generator, classes)
 
     def apply(eta: PyTree, classifier: Classifier, batch: Batch) -> jax.Array:
-      return multipliers.from_network(eta[batch.t][:, : classifier.num_classes], positive=positive)
+      own = eta[batch.t, batch.y, generators.code_of(batch.noise, generator.codes)]
+      return multipliers.from_network(own[:, : classifier.num_classes], positive=positive)
 
     return Multipliers(lambda key: jnp.zeros(shape), apply)
 
@@ -326,13 +330,26 @@ def free_multipliers(*, positive: Callable[[jax.Array], jax.Array] = jax.nn.soft
 
 
 def runner_up_multipliers(*, scaled: bool = False) -> MultipliersFactory:
-  """One free number for each sample of a batch, on the runner-up class (Buzaglo et al. 2023)."""
+  """One free number for each sample of a finite generator, on the runner-up class (Buzaglo et al. 2023).
 
-  def make(examinations: Sequence[Examination], batch_size: int) -> Multipliers:
+  The factory raises a ValueError if the generator's samples are endless.
+  """
+
+  def make(examinations: Sequence[Examination], generator: Generator) -> Multipliers:
+    shape = _one_for_each_sample(examinations, generator, 1)
+
     def apply(eta: PyTree, classifier: Classifier, batch: Batch) -> jax.Array:
       logits = classifier.gradient_fn(classifier.params, batch.x)
-      return multipliers.on_runner_up(eta[batch.t], logits, batch.classes)
+      own = eta[batch.t, batch.y, generators.code_of(batch.noise, generator.codes)]
+      return multipliers.on_runner_up(own, logits, batch.classes)
 
-    return Multipliers(lambda key: jax.random.uniform(key, (len(examinations), batch_size, 1)), apply, scaled)
+    return Multipliers(lambda key: jax.random.uniform(key, shape), apply, scaled)
 
   return make
+
+
+def _one_for_each_sample(examinations: Sequence[Examination], generator: Generator, width: int) -> tuple[int, ...]:
+  """The shape of multipliers [T, labels, codes, width] that belong to samples."""
+  if not generator.codes:
+    raise ValueError("multipliers of single samples need a generator of finitely many, such as generators.table.")
+  return len(examinations), generators.num_labels(examinations), generator.codes, width

@@ -62,6 +62,12 @@ class Reconstruction:
     """What a training step is made of."""
     return _problem(self.recipe, self.examinations, microbatch_size=self.microbatch_size, mesh=self.mesh)
 
+  @functools.cached_property
+  def _generate(self) -> Callable[[TrainState, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """``(state, noise, y, t) -> x``, at inference."""
+    generate = self.problem.generator.generate
+    return jax.jit(lambda state, noise, y, t: generate(state.params["theta"], state.statistics, noise, y, t, False)[0])
+
   @classmethod
   def begin(
     cls,
@@ -118,7 +124,7 @@ class Reconstruction:
       raise ValueError("t must hold indices of classifiers that know the label at the same place of y.")
     generator = self.problem.generator
     noise = jax.random.normal(noise_key, (y.shape[0], generator.noise_dim))
-    return generator.generate(self.state.params["theta"], self.state.statistics, noise, y, t, False)[0]
+    return self._generate(self.state, noise, y, t)
 
   def choose_classifiers(self, key: jax.Array, y: ArrayLike) -> jax.Array:
     """For each label y [S] one of the classifiers that know it, at random [S].
@@ -135,9 +141,16 @@ class Reconstruction:
     return jax.random.categorical(key, jnp.where(knows, 0.0, -jnp.inf), axis=1)
 
   def every_sample(self) -> tuple[jax.Array, np.ndarray]:
-    """All samples of one training step, M for each classifier, and their labels; for a table, every one it can draw."""
-    own = training.batch_samples(self.problem, self.state, self.classifiers)
-    return jnp.concatenate([x for x, _ in own]), np.concatenate([np.asarray(y) for _, y in own])
+    """All samples that a finite generator can draw, of an endless one those of one training step, and their labels."""
+    if not self.problem.generator.codes:
+      own = training.batch_samples(self.problem, self.state, self.classifiers)
+      return jnp.concatenate([x for x, _ in own]), np.concatenate([np.asarray(y) for _, y in own])
+    places = (np.arange(self.problem.generator.codes) + 0.5) / self.problem.generator.codes
+    batches = zip(self.examinations, self.problem.classes, strict=True)
+    pairs = [(own.classifier.labels[k], t) for t, (own, classes) in enumerate(batches) for k in np.unique(classes)]
+    y, t = np.repeat(pairs, len(places), axis=0).T
+    noise = jnp.tile(jax.scipy.stats.norm.ppf(places), len(pairs))[:, None]
+    return self._generate(self.state, noise, jnp.asarray(y), jnp.asarray(t)), y
 
   def save(self, folder: str | os.PathLike[str]) -> None:
     """Writes the state into a folder, under its step.
@@ -320,7 +333,7 @@ def _problem(
   generator = recipe.generator(examinations)
   return Problem(
     generator=generator,
-    multipliers=recipe.multipliers(examinations, generator.batch_size),
+    multipliers=recipe.multipliers(examinations, generator),
     stationarity=recipe.stationarity,
     terms=recipe.terms,
     optimizer=recipe.schedule.optimizer(),

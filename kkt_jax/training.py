@@ -42,8 +42,7 @@ class Problem:
     num_steps: training steps altogether, through which schedules run.
     microbatch_size: samples for each classifier that are in memory at once, a divisor of M; all of them if None. It
       changes memory and time, not the result, and needs samples that do not interact: no batch norm on batch
-      statistics, in generator or classifier, no term of the batch as a whole, no multipliers that belong to a place in
-      the batch.
+      statistics, in generator or classifier, no term of the batch as a whole.
     mesh: devices over which the samples of every batch, or microbatch, are split (`kkt_jax.parallel`).
   """
 

@@ -16,6 +16,7 @@ from kkt_jax.classifier import make_classifier
 from kkt_jax.conditions import Conditions
 from kkt_jax.examination import examine
 from kkt_jax.first_layer import InputSpan
+from kkt_jax.generators import Generator
 from kkt_jax.recipes import Recipe, Schedule, Stationarity
 from kkt_jax.terms import Batch, Term
 
@@ -64,7 +65,7 @@ def test_the_default_follows_the_kind_of_classifier(kind, measure, added):
   assert set(recipe.terms) == {"duality", "range"} | added
   assert all(getattr(recipe, field.name) is not None for field in dataclasses.fields(recipe)[:5])
   # A learned size of the sum is of no use to the angle, and known with a known weight decay.
-  assert not recipe.multipliers([said(**KINDS[kind])], 6).scaled
+  assert not recipe.multipliers([said(**KINDS[kind])], FOUR_CODES).scaled
 
 
 def test_classifiers_of_different_kinds_get_what_suits_all_of_them():
@@ -93,6 +94,17 @@ def test_the_softmax_distance_rises_once_the_stationarity_counts():
   begin = recipe.stationarity.begin
   assert begin == 0.2
   np.testing.assert_allclose([rising(p) for p in (0.0, begin, 0.5, 0.8, 1.0)], [0.0, 0.0, 0.5, 1.0, 1.0], atol=1e-6)
+
+
+def test_a_schedule_that_says_nothing_of_the_multipliers_leaves_theirs_to_the_classifier():
+  for kind in KINDS.values():
+    chosen = recipes.default([said(**kind)])
+    recipe = recipes.complete(Recipe(schedule=Schedule(steps=7)), [said(**kind)])
+    made = [own.schedule.eta(3) for own in (chosen, recipe)]
+    first, second = (optimizer.update({"w": 1.0}, optimizer.init({"w": 0.0}))[0]["w"] for optimizer in made)
+    assert first == second
+    assert recipe.schedule.steps == 7
+  assert Recipe().with_schedule(steps=3).schedule.steps == 3
 
 
 def test_complete_keeps_what_is_given():
@@ -197,6 +209,10 @@ def test_adam_holds_its_rate_for_a_third_and_falls_to_a_fiftieth_of_it():
   np.testing.assert_allclose(rates[30], 0.3 * 0.02, rtol=1e-3)
 
 
+CODES = (2, 0, 3, 2)  # which sample of its label each one of the batch is
+FOUR_CODES = Generator(None, None, None, 1, 4, codes=4)
+
+
 class TestMultipliers:
   """Two classifiers, of 2 and of 3 classes."""
 
@@ -207,37 +223,45 @@ class TestMultipliers:
     x = jnp.array([[1.0, -1.0], [0.5, 2.0], [0.3, 0.1], [-1.0, 0.0]])
     y = jnp.array([0, 1, 0, 1])
     logits = x @ self.classifiers[t].params
-    return Batch(x, x, y, y, jnp.zeros((4, 1)), t, logits, None, jnp.zeros(()))
+    noise = jax.scipy.stats.norm.ppf((jnp.array(CODES) + 0.5) / 4)[:, None]
+    return Batch(x, x, y, y, noise, t, logits, None, jnp.zeros(()))
 
   @pytest.mark.parametrize("t", [0, 1])
   def test_of_each_kind_there_is_one_for_each_class_of_the_own_classifier(self, t):
     batch, classifier = self.batch(t), self.classifiers[t]
     for make in (recipes.network_multipliers(hidden=(3,)), recipes.free_multipliers(), recipes.runner_up_multipliers()):
-      made = make(self.examinations, 4)
+      made = make(self.examinations, FOUR_CODES)
       mu = made.apply(made.init(jax.random.key(0)), classifier, batch)
       assert mu.shape == (4, classifier.num_classes)
       assert bool(jnp.all(mu >= 0)) and not made.scaled
 
   def test_softmax_multipliers_are_the_probabilities_and_have_nothing_to_learn(self):
-    made = recipes.softmax_multipliers()(self.examinations, 4)
+    made = recipes.softmax_multipliers()(self.examinations, FOUR_CODES)
     assert made.init(jax.random.key(0)) is None
     np.testing.assert_allclose(
       made.apply(None, self.classifiers[1], self.batch(1)), jax.nn.softmax(self.batch(1).logits)
     )
 
-  def test_free_multipliers_belong_to_a_classifier_and_a_place_in_the_batch(self):
-    made = recipes.free_multipliers(positive=jnp.abs)(self.examinations, 4)
-    eta = jnp.arange(24.0).reshape(2, 4, 3)
-    np.testing.assert_array_equal(made.apply(eta, self.classifiers[0], self.batch(0)), eta[0, :, :2])
-    np.testing.assert_array_equal(made.apply(eta, self.classifiers[1], self.batch(1)), eta[1])
+  def test_free_multipliers_follow_their_sample_wherever_it_is_in_the_batch(self):
+    made = recipes.free_multipliers(positive=jnp.abs)(self.examinations, FOUR_CODES)
+    eta = jnp.arange(72.0).reshape(2, 3, 4, 3)
+    y, code = self.batch(0).y, jnp.array(CODES)
+    np.testing.assert_array_equal(made.apply(eta, self.classifiers[0], self.batch(0)), eta[0, y, code, :2])
+    np.testing.assert_array_equal(made.apply(eta, self.classifiers[1], self.batch(1)), eta[1, y, code])
 
   def test_runner_up_multipliers_are_on_the_runner_up(self):
-    made = recipes.runner_up_multipliers(scaled=True)(self.examinations, 4)
+    made = recipes.runner_up_multipliers(scaled=True)(self.examinations, FOUR_CODES)
     assert made.scaled
-    eta = jnp.arange(1.0, 9.0).reshape(2, 4, 1)
+    eta = jnp.arange(1.0, 25.0).reshape(2, 3, 4, 1)
+    own = eta[1, self.batch(1).y, jnp.array(CODES)]
     mu = made.apply(eta, self.classifiers[1], self.batch(1))
-    np.testing.assert_array_equal(mu, multipliers.on_runner_up(eta[1], self.batch(1).logits, self.batch(1).classes))
-    np.testing.assert_array_equal(jnp.sum(mu, axis=1), eta[1, :, 0])
+    np.testing.assert_array_equal(mu, multipliers.on_runner_up(own, self.batch(1).logits, self.batch(1).classes))
+    np.testing.assert_array_equal(jnp.sum(mu, axis=1), own[:, 0])
+
+  @pytest.mark.parametrize("make", [recipes.free_multipliers, recipes.runner_up_multipliers])
+  def test_multipliers_of_single_samples_need_samples_that_can_be_counted(self, make):
+    with pytest.raises(ValueError, match="generator of finitely many"):
+      make()(self.examinations, FOUR_CODES._replace(codes=0))
 
 
 def test_stationarity_is_weighed_by_what_a_tensor_is_whatever_its_name():

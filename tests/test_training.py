@@ -48,7 +48,7 @@ def network(batch_norm):
 
 def fixed_table(examinations):
   """Every step has the same noise: the first code of a class first, and so on."""
-  noise = generators.fixed_noise(generators.stratified_noise(1))
+  noise = lambda key, progress, classes: generators.stratified_noise(1)(jax.random.key(0), progress, classes)
   return generators.table(codes=CODES)(examinations)._replace(noise=noise)
 
 
@@ -89,7 +89,7 @@ def setup(
   mu = own or (recipes.softmax_multipliers() if tied else recipes.network_multipliers(hidden=(8,), scaled=True))
   problem = training.Problem(
     generator=generator,
-    multipliers=mu(examinations, generator.batch_size),
+    multipliers=mu(examinations, generator),
     stationarity=stationarity or recipes.Stationarity(1.0, losses.relative_residual),
     terms=loss_terms or {},
     optimizer=optimizer or optax.adam(1e-2),
@@ -294,7 +294,8 @@ def test_free_multipliers_are_drawn_to_the_softmax():
   assert first > 0.01
   assert float(metrics["softmax_distance"][0]) < 1e-3
   (x, y), *_ = training.batch_samples(own.problem, after, own.classifiers)
-  mu = jax.nn.softplus(after.params["eta"]["multipliers"][0])
+  code = np.arange(len(y)) // own.classifiers[0].num_classes  # classes are dealt in turn
+  mu = jax.nn.softplus(after.params["eta"]["multipliers"][0, y, code])
   np.testing.assert_array_less(multipliers.softmax_distance(mu, x @ own.classifiers[0].params, y), 1e-3)
 
 
@@ -448,8 +449,6 @@ def test_what_microbatches_would_change_is_refused():
     setup(microbatch_size=4, **SEPARABLE | {"generator": network(batch_norm=True)})
   with pytest.raises(ValueError, match="microbatch_size must be None with terms of the batch as a whole, softmax"):
     setup(microbatch_size=4, **SEPARABLE | {"loss_terms": {"softmax": Term(1.0, terms.softmax_distance)}}).once()
-  with pytest.raises(ValueError, match="mu"):  # free multipliers belong to places in the batch
-    setup(microbatch_size=4, own=recipes.free_multipliers())
   coupled = dataclasses.replace(linear_classifier(), batch_coupled=True)
   with pytest.raises(ValueError, match="microbatch_size must be None with batch norm"):
     setup((coupled,), microbatch_size=4, **SEPARABLE)
