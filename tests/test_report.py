@@ -22,10 +22,8 @@ _METRICS = (
 )
 
 
-def _report(
-  rows, *, title="Comparison", shown=_METRICS, headline=("accuracy", "distance", "spread"), notes=("A note.",)
-):
-  return Report(title, ["What this is."], shown, rows, headline, {"Steps": "10"}, notes)
+def _report(rows, *, shown=_METRICS, headline=("accuracy", "distance", "spread")):
+  return Report("digits", shown, rows, headline, "python -m this", 10, ["One failed."])
 
 
 def _row(name, kind="method", **values):
@@ -187,7 +185,7 @@ def test_html_escapes_every_text(picture):
   evil = "<script>alert('\"&')</script>"
   metric = Metric("a", evil, "higher", 1, evil, evil)
   row = Row(evil, evil, evil, "method", {"a": [1.0]}, [(evil, picture)], [(evil, [0, 1], [1, 2])])
-  text = report.html(Report(evil, [evil], [metric], [row], ["a"], {evil: evil}, [evil]))
+  text = report.html(Report(evil, [metric], [row], ["a"], evil, 1, [evil]))
   assert "<script" not in text
   page = _Page(text)
   assert page.all("img")[0]["alt"] == f"{evil}: {evil}"

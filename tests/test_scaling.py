@@ -1,5 +1,6 @@
 """How steps grow: the sizes that are timed, and what is said of them."""
 
+import jax
 import pytest
 
 from experiments.benchmark import scaling
@@ -8,21 +9,28 @@ from experiments.benchmark.scaling import Size
 
 def test_every_sweep_changes_one_number_alone():
   for name, sizes in scaling.sweeps(greatest=16384, devices=4).items():
-    changed = {field for size in sizes for field in vars(size) if getattr(size, field) != getattr(sizes[0], field)}
+    first = sizes[0][1]
+    changed = {field for _, size in sizes for field in vars(size) if getattr(size, field) != getattr(first, field)}
     assert len(changed) == 1, name
 
 
 def test_the_longest_sweep_ends_where_it_is_told_to():
   sizes = scaling.sweeps(greatest=1024, devices=1)
-  assert max(size.samples for size in sizes["samples M, by microbatches"]) == 1024
+  assert max(size.samples for _, size in sizes["samples M, by microbatches"]) == 1024
   assert "devices" not in sizes  # there is nothing to share with
+
+
+def test_the_number_of_parameters_is_that_of_the_network():
+  size = Size(samples=2, width=8, classes=3)
+  classifiers = scaling.step(size)[1][1]
+  assert sum(leaf.size for leaf in jax.tree.leaves(classifiers[0].params)) == size.parameters
 
 
 def test_rows_hold_what_was_measured():
   tiny = {"width": 8, "classes": 2}
   sizes = {
-    "samples M, by microbatches": [Size(samples=m, microbatch=4, **tiny) for m in (4, 8)],
-    "classifiers T": [Size(samples=4, classifiers=t, **tiny) for t in (1, 2)],
+    "samples M, by microbatches": [(m, Size(samples=m, microbatch=4, **tiny)) for m in (4, 8)],
+    "classifiers T": [(t, Size(samples=4, classifiers=t, **tiny)) for t in (1, 2)],
   }
   results = scaling.measure(sizes, repeats=1, rate=1.0)
   for name, expected in (("samples M, by microbatches", [4, 8]), ("classifiers T", [1, 2])):

@@ -13,19 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmark import timing
-from kkt_jax import (
-  examination,
-  generators,
-  losses,
-  networks,
-  parallel,
-  recipes,
-  reconstruction,
-  subject,
-  terms,
-  training,
-)
-from kkt_jax.classifier import Classifier
+from kkt_jax import generators, losses, networks, parallel, recipes, reconstruction, subject, terms, training
 
 _SHAPE = (28, 28, 1)
 _MICROBATCH = 64
@@ -51,6 +39,12 @@ class Size:
   devices: int = 1
   microbatch: int | None = None
 
+  @property
+  def parameters(self) -> int:
+    """P, of one classifier."""
+    shapes = ((np.prod(_SHAPE), self.width), (self.width, self.width), (self.width, self.classes))
+    return int(sum((inputs + 1) * outputs for inputs, outputs in shapes))
+
 
 def step(size: Size) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   """A training step of a generator network without batch norm and tied multipliers, and its arguments."""
@@ -60,18 +54,16 @@ def step(size: Size) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     variables = module.init(jax.random.key(t), jnp.zeros((1, *_SHAPE)))
     labels = range(t * size.classes, (t + 1) * size.classes)
     classifiers.append(subject.from_linen(module, variables, input_shape=_SHAPE, labels=labels, weight_decay=0.02))
-
-  def module_of(examinations: Sequence[examination.Examination]) -> generators.MLPGenerator:
-    return generators.MLPGenerator(
-      sample_shape=_SHAPE,
-      num_labels=size.classes * size.classifiers,
-      num_classifiers=size.classifiers,
-      hidden=(64,),
-      batch_norm=False,
-    )
-
+  network = generators.MLPGenerator(
+    sample_shape=_SHAPE,
+    num_labels=size.classes * size.classifiers,
+    num_classifiers=size.classifiers,
+    hidden=(64,),
+    batch_norm=False,
+  )
+  noise = generators.normal_noise(8)
   recipe = recipes.Recipe(
-    generator=generators.network(module_of, noise=generators.normal_noise(8), noise_dim=8, batch_size=size.samples),
+    generator=generators.network(lambda examinations: network, noise=noise, noise_dim=8, batch_size=size.samples),
     multipliers=recipes.softmax_multipliers(),
     stationarity=recipes.Stationarity(1.0, losses.relative_residual, gate_sharpness=30.0),
     terms={"duality": terms.Term(1.0, terms.duality(delta=0.1))},
@@ -79,32 +71,32 @@ def step(size: Size) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   )
   mesh = parallel.device_mesh(jax.devices()[: size.devices]) if size.devices > 1 else None
   begin = reconstruction.Reconstruction.begin(classifiers, recipe, microbatch_size=size.microbatch, mesh=mesh)
-  one = training.make_train_step(begin.problem)
+  one: Any = training.make_train_step(begin.problem)
   arguments = (begin.state, begin.classifiers, begin.conditions)
-  call = lambda state, classifiers, conditions: one(state, classifiers, conditions, None)
+  call = lambda *arguments: one(*arguments, None)
   return call, parallel.replicate(arguments, mesh) if mesh else arguments
 
 
-def sweeps(*, greatest: int, devices: int) -> dict[str, list[Size]]:
-  """The sizes of each sweep, by what it changes.
+def sweeps(*, greatest: int, devices: int) -> dict[str, list[tuple[int, Size]]]:
+  """What each sweep changes and the size it gives, by a name for people.
 
   Args:
     greatest: M of the longest sweep over samples.
     devices: how many there are.
   """
   samples = [m for m in (64, 256, 1024, 4096, 16384) if m <= greatest] or [greatest]
-  sizes = {
-    "samples M": [Size(samples=m) for m in samples if m <= 4096],
-    "samples M, by microbatches": [Size(samples=m, microbatch=min(_MICROBATCH, m)) for m in samples],
-    "parameters P": [Size(width=w) for w in (128, 256, 512, 1024)],
-    "classes C": [Size(classes=c) for c in (2, 10, 50, 200)],
-    "classifiers T": [Size(classifiers=t) for t in (1, 2, 4)],
-  }
+  sizes = [Size(width=width) for width in (128, 256, 512, 1024)]
   shares = [d for d in (1, 2, 4, 8, 16, 32, 64) if d <= devices]
-  return sizes | ({"devices": [Size(samples=1024, devices=d) for d in shares]} if devices > 1 else {})
+  return {
+    "samples M": [(m, Size(samples=m)) for m in samples if m <= 4096],
+    "samples M, by microbatches": [(m, Size(samples=m, microbatch=min(_MICROBATCH, m))) for m in samples],
+    "parameters P": [(size.parameters, size) for size in sizes],
+    "classes C": [(c, Size(classes=c)) for c in (2, 10, 50, 200)],
+    "classifiers T": [(t, Size(classifiers=t)) for t in (1, 2, 4)],
+  } | ({"devices": [(d, Size(samples=1024, devices=d)) for d in shares]} if devices > 1 else {})
 
 
-def measure(sizes: Mapping[str, Sequence[Size]], *, repeats: int, rate: float) -> dict[str, Any]:
+def measure(sizes: Mapping[str, Sequence[tuple[int, Size]]], *, repeats: int, rate: float) -> dict[str, Any]:
   """Times every step of every sweep.
 
   Args:
@@ -113,21 +105,20 @@ def measure(sizes: Mapping[str, Sequence[Size]], *, repeats: int, rate: float) -
     rate: the machine's measured rate of matrix products, in 1e9 operations a second.
 
   Returns:
-    For each sweep its ``rows`` and the ``exponent`` of the time (none for one size only). A row has what was changed,
-    ``milliseconds``, ``megabytes`` of working memory, ``gigaflops`` and ``gigabytes`` that one step computes and moves
-    by XLA's count (which counts a loop once: not given by microbatches), and the fraction ``of_matmul_rate``.
+    For each sweep its ``rows`` and the ``exponent`` of the time (none for one size only). A row has ``size``, which was
+    changed, ``milliseconds``, ``megabytes`` of working memory, ``gigaflops`` and ``gigabytes`` that one step computes
+    and moves by XLA's count, and the fraction ``of_matmul_rate``. XLA counts a loop once: by microbatches the last
+    three are None.
   """
   results: dict[str, Any] = {}
   for name, chosen in sizes.items():
     rows = []
-    for size in chosen:
+    for number, size in chosen:
       call, arguments = step(size)
       cost = timing.measure(call, repeats, *arguments)
-      row = {"size": _changed(name, size, arguments[1]), **dataclasses.asdict(cost)}
-      if size.microbatch is None:
-        row["of_matmul_rate"] = timing.fraction(cost, rate)
-      else:
-        row = {key: value for key, value in row.items() if key not in ("gigaflops", "gigabytes")}
+      row = {"size": number, **dataclasses.asdict(cost), "of_matmul_rate": timing.fraction(cost, rate)}
+      if size.microbatch is not None:
+        row |= dict.fromkeys(("gigaflops", "gigabytes", "of_matmul_rate"))
       rows.append(row)
     results[name] = {"rows": rows, "exponent": exponent([r["size"] for r in rows], [r["milliseconds"] for r in rows])}
   return results
@@ -146,26 +137,12 @@ def exponent(sizes: Sequence[float], times: Sequence[float]) -> float | None:
 
 def table(results: Mapping[str, Any]) -> str:
   """The figures as a Markdown table for people."""
+  units = {"milliseconds": " ms", "megabytes": " MB", "gigaflops": " G", "gigabytes": " GB", "of_matmul_rate": ""}
   lines = ["| | size | time | memory | operations | moved | of the matmul rate | exponent of time |", "|---" * 8 + "|"]
   for name, sweep in results.items():
-    for index, row in enumerate(sweep["rows"]):
-      known = (
-        f"{row['gigaflops']:.2f} G | {row['gigabytes']:.2f} GB | {row['of_matmul_rate']:.0%}"
-        if "gigabytes" in row
-        else "| |"
-      )
-      slope = sweep["exponent"] if index == len(sweep["rows"]) - 1 else None
-      lines.append(
-        f"| {name} | {row['size']:,} | {row['milliseconds']:.1f} ms | {row['megabytes']:.1f} MB | {known} |"
-        f" {'' if slope is None else f'{slope:.2f}'} |"
-      )
+    slopes = [None] * (len(sweep["rows"]) - 1) + [sweep["exponent"]]
+    for row, slope in zip(sweep["rows"], slopes, strict=True):
+      cells = ["" if row[key] is None else f"{row[key]:.2f}{unit}" for key, unit in units.items()]
+      last = "" if slope is None else f"{slope:.2f}"
+      lines.append("| " + " | ".join([name, f"{row['size']:,}", *cells, last]) + " |")
   return "\n".join(lines)
-
-
-def _changed(name: str, size: Size, classifiers: Sequence[Classifier]) -> int:
-  """What a sweep changes."""
-  if name == "parameters P":
-    return sum(leaf.size for leaf in jax.tree.leaves(classifiers[0].params))
-  return {"samples M": size.samples, "classes C": size.classes, "classifiers T": size.classifiers}.get(
-    name, size.devices if name == "devices" else size.samples
-  )

@@ -118,22 +118,22 @@ class Report:
   """All that is shown.
 
   Attributes:
-    title: of the page.
-    introduction: paragraphs.
+    what: what the classifiers were trained on.
     metrics: all columns, in order.
     rows: in the order in which they are shown within their kind.
     headline: names of the metrics in the summary and in the Markdown.
-    settings: by name.
-    notes: what a reader should keep in mind.
+    command: that makes it.
+    num_runs: of which it is made.
+    failures: what became of runs that failed, a sentence each.
   """
 
-  title: str
-  introduction: Sequence[str]
+  what: str
   metrics: Sequence[Metric]
   rows: Sequence[Row]
   headline: Sequence[str]
-  settings: Mapping[str, str]
-  notes: Sequence[str]
+  command: str
+  num_runs: int
+  failures: Sequence[str] = ()
 
   @property
   def summary(self) -> list[Metric]:
@@ -184,27 +184,8 @@ def build(experiment: str, methods: Mapping[str, Any], jobs: Mapping[str, Sequen
     for job in every_job
     if (outcome := job.outcome()) and outcome["error"]
   ]
-  return Report(
-    title=f"What the weights of a classifier reveal of its training data: {what}",
-    introduction=(
-      f"A classifier was trained on {what}; then the data were put away. Each method below was given the weights of the"
-      " classifier, nothing else, and had to generate the data again.",
-      "What it generated was then compared with the training data. A number says little alone: look at the controls,"
-      " above all at other real data, which resemble the training data as far as data of one kind resemble one another."
-      " What is nearer than that was revealed by the weights.",
-      "Everything is measured on fresh samples of each generator. The classifiers are small and trained to convergence"
-      " by gradient descent over all of their data, as the theory asks; what holds for them need not hold for others.",
-    ),
-    metrics=metrics.table(kind),
-    rows=[*rows, *_controls(next(iter(jobs.values())))],
-    headline=headline,
-    settings={"command": command, "runs": str(len(every_job))},
-    notes=[
-      "The settings of this library's method were found by looking at such numbers, on other data of the same kind"
-      " (digits) or on the same data (faces, circle). Those of the baselines are as their rows say.",
-      *failures,
-    ],
-  )
+  rows += _controls(next(iter(jobs.values())))
+  return Report(what, metrics.table(kind), rows, headline, command, len(every_job), failures)
 
 
 def _row(name: str, method: Any, jobs: Sequence[Job], headline: Sequence[str], caption: str) -> Row:
@@ -256,7 +237,7 @@ def markdown(report: Report, *, legend: bool = True) -> str:
 
   >>> accuracy = Metric("accuracy", "Accuracy", "higher", 2, "Recognisable", "Share read as wanted.")
   >>> rows = [Row("a", "A", "", "method", {"accuracy": [0.8, 0.9]}), Row("b", "B", "", "baseline", {"accuracy": [0.5]})]
-  >>> print(markdown(Report("Test", [], [accuracy], rows, ["accuracy"], {}, []), legend=False))
+  >>> print(markdown(Report("tests", [accuracy], rows, ["accuracy"], "", 2), legend=False))
   | | Runs | Accuracy ↑ |
   |---|---:|---:|
   | A | 2 | **0.85 ± 0.07** |
@@ -294,7 +275,8 @@ def html(report: Report) -> str:
   """The whole report as one page that needs no other file. Raises OSError or ValueError if a picture is no PNG."""
   groups = {key: list(own) for key, own in itertools.groupby(report.metrics, key=lambda metric: metric.group)}
   template = pathlib.Path(__file__).with_name("page.html.j2")
-  return pages.render(template, title=report.title, report=report, groups=groups, kinds=KINDS, how_to_read=HOW_TO_READ)
+  title = f"What the weights of a classifier reveal of its training data: {report.what}"
+  return pages.render(template, title=title, report=report, groups=groups, kinds=KINDS, how_to_read=HOW_TO_READ)
 
 
 def insert(document: pathlib.Path, name: str, text: str) -> None:
