@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
-import difflib
 import hashlib
 import pathlib
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from experiments.harness.flags import UsageError
+from experiments.harness.flags import did_you_mean, UsageError
 
 # Digits that tensorflow-datasets' 60,000 are cut to, per class, so that both sources behave alike.
 _PER_CLASS = 500
@@ -211,12 +210,9 @@ def _tfds_records(name: str, *, without_download: str) -> Iterable[Mapping[str, 
 
 
 def _check_attribute(attribute: str, names: Iterable[str]) -> None:
-  if attribute in names:
-    return
-  by_lower_case = {name.lower(): name for name in names}
-  close = [by_lower_case[match] for match in difflib.get_close_matches(attribute.lower(), by_lower_case)]
-  hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(by_lower_case.values())}."
-  raise UsageError(f"--attribute={attribute}: CelebA has no such attribute; {hint}")
+  if attribute not in names:
+    hint = did_you_mean(attribute, names)
+    raise UsageError(f"--attribute={attribute}: CelebA has no such attribute{hint} It has {', '.join(names)}.")
 
 
 def _celeba_files(celeba_dir: str, attribute: str) -> list[tuple[int, pathlib.Path]]:

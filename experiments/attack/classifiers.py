@@ -3,6 +3,7 @@
 The functions of this file are the only ones on the way to a generator that see training data, as plain arrays.
 """
 
+from collections.abc import Callable, Sequence
 import pathlib
 from typing import Any
 
@@ -29,18 +30,7 @@ def label_groups(num_labels: int, num_classifiers: int) -> list[tuple[int, ...]]
   return [tuple(int(label) for label in part) for part in np.array_split(np.arange(num_labels), num_classifiers)]
 
 
-def train(
-  subject: Subject,
-  variables: PyTree,
-  x: np.ndarray,
-  classes: np.ndarray,
-  *,
-  num_steps: int,
-  learning_rate: float,
-  last_share: float = 1e-3,
-  weight_decay: float | None,
-  steps_per_call: int = 1,
-) -> PyTree:
+def train(subject: Subject, variables: PyTree, x: np.ndarray, classes: np.ndarray, **settings: Any) -> PyTree:
   """Trains a network to its convergence point: with weight decay, or with batch norm by loss-scaled steps.
 
   Args:
@@ -48,11 +38,7 @@ def train(
     variables: where it starts.
     x: inputs [N, *input_shape].
     classes: output indices [N].
-    num_steps: steps of full-batch gradient descent.
-    learning_rate: their size; of loss-scaled ones that of the first fifth.
-    last_share: the last loss-scaled step's size over the first's.
-    weight_decay: its weight; loss-scaled steps if None.
-    steps_per_call: steps in one compiled call.
+    **settings: of `kkt_jax.pretrain.to_convergence`; one step in a compiled call unless they say otherwise.
 
   Returns:
     The trained variables, with the statistics that batch norm stores.
@@ -64,18 +50,14 @@ def train(
   def apply_fn(params: PyTree, x: jax.Array) -> jax.Array:
     return subject.apply_fn(params, x) if train_fn is None else train_fn(rest | {"params": params}, x)[0]
 
-  progress = Progress("classifier", num_steps)
+  progress = Progress("classifier", settings["num_steps"])
   result = pretrain.to_convergence(
     apply_fn,
     variables if train_fn is None else variables["params"],
     inputs,
     jnp.asarray(classes),
-    num_steps=num_steps,
-    learning_rate=learning_rate,
-    last_share=last_share,
-    weight_decay=weight_decay,
-    steps_per_call=steps_per_call,
     on_progress=lambda step, log_loss: progress.update(step, {"ln loss": log_loss}),
+    **{"steps_per_call": 1} | settings,
   )
   low, median, high = np.percentile(result.margins, [5, 50, 95])
   say(
@@ -85,6 +67,17 @@ def train(
   if train_fn is None:
     return result.params
   return {"params": result.params, **rest, "batch_stats": train_fn(rest | {"params": result.params}, inputs)[1]}
+
+
+def _kept(folder: pathlib.Path, like: PyTree, make: Callable[[], PyTree]) -> PyTree:
+  """What a folder holds; if nothing, what is made now and kept there."""
+  with Checkpointer(folder) as checkpointer:
+    restored = checkpointer.restore(like)
+    if restored:
+      return restored[1]
+    made = make()
+    checkpointer.save(0, made)
+    return made
 
 
 def of_images(config: Any, x: np.ndarray, y: np.ndarray, folder: pathlib.Path, *, seed: int) -> list[Classifier]:
@@ -99,46 +92,42 @@ def of_images(config: Any, x: np.ndarray, y: np.ndarray, folder: pathlib.Path, *
     folder: where they are kept.
     seed: of their first weights.
   """
-  classifiers = []
-  for index, labels in enumerate(label_groups(len(np.unique(y)), config.classifiers)):
-    module = MLPClassifier(
-      num_classes=len(labels),
-      hidden=(config.width, config.second_width),
-      batch_norm=config.batch_norm,
-      init_scale=_SMALL if config.batch_norm else 1.0,
-    )
-    variables: Any = module.init(jax.random.fold_in(jax.random.key(seed), index), jnp.zeros((1, *x.shape[1:])))
-    if config.batch_norm:
-      params = variables["params"]
-      params["Dense_0"]["kernel"] *= config.first_init_scale / _SMALL
-      params["BatchNorm_1"]["scale"] *= _SMALL  # a small last normalisation, like small weights
-    else:
-      variables = variables["params"]
-    own = np.isin(y, labels)
-    mean = x[own].mean(axis=0) if config.mean_image else np.zeros(x.shape[1:], np.float32)
-    weight_decay = None if config.batch_norm else config.weight_decay
+  groups = label_groups(len(np.unique(y)), config.classifiers)
+  keys = [jax.random.fold_in(jax.random.key(seed), index) for index in range(len(groups))]
+  own = [(x[chosen], y[chosen]) for chosen in (np.isin(y, labels) for labels in groups)]
+  parts = enumerate(zip(groups, own, keys, strict=True))
+  return [_of_labels(config, *images, labels, folder / str(t), key) for t, (labels, images, key) in parts]
 
-    def subject(mean: Any, module: Any = module, weight_decay: float | None = weight_decay) -> Subject:
-      offset = mean if config.mean_image else None
-      return Subject.from_linen(module, input_shape=x.shape[1:], offset=offset, weight_decay=weight_decay)
 
-    with Checkpointer(folder / str(index)) as checkpointer:
-      restored = checkpointer.restore({"variables": variables, "mean": jnp.asarray(mean)})
-      if restored:
-        variables, mean = restored[1]["variables"], restored[1]["mean"]
-      else:
-        variables = train(
-          subject(mean),
-          variables,
-          x[own],
-          np.searchsorted(labels, y[own]),
-          num_steps=config.pretrain_steps,
-          learning_rate=config.pretrain_learning_rate,
-          weight_decay=weight_decay,
-        )
-        checkpointer.save(0, {"variables": variables, "mean": jnp.asarray(mean)})
-    classifiers.append(subject(mean).classifier(variables, labels))
-  return classifiers
+def _of_labels(
+  config: Any, x: np.ndarray, y: np.ndarray, labels: Sequence[int], folder: pathlib.Path, key: jax.Array
+) -> Classifier:
+  """One of these classifiers, of images of its own labels."""
+  module = MLPClassifier(
+    num_classes=len(labels),
+    hidden=(config.width, config.second_width),
+    batch_norm=config.batch_norm,
+    init_scale=_SMALL if config.batch_norm else 1.0,
+  )
+  variables: Any = module.init(key, jnp.zeros((1, *x.shape[1:])))
+  if config.batch_norm:
+    params = variables["params"]
+    params["Dense_0"]["kernel"] *= config.first_init_scale / _SMALL
+    params["BatchNorm_1"]["scale"] *= _SMALL  # a small last normalisation, like small weights
+  else:
+    variables = variables["params"]
+  weight_decay = None if config.batch_norm else config.weight_decay
+
+  def subject(mean: Any) -> Subject:
+    offset = mean if config.mean_image else None
+    return Subject.from_linen(module, input_shape=x.shape[1:], offset=offset, weight_decay=weight_decay)
+
+  settings = {"num_steps": config.pretrain_steps, "learning_rate": config.pretrain_learning_rate}
+  settings |= {"weight_decay": weight_decay}
+  start = {"variables": variables, "mean": x.mean(axis=0)}
+  make = lambda: train(subject(start["mean"]), variables, x, np.searchsorted(labels, y), **settings)
+  kept = _kept(folder, start, lambda: start | {"variables": make()})
+  return subject(kept["mean"]).classifier(kept["variables"], labels)
 
 
 def of_the_plane(config: Any, x: np.ndarray, y: np.ndarray, folder: pathlib.Path, *, index: int) -> Classifier:
@@ -157,21 +146,6 @@ def of_the_plane(config: Any, x: np.ndarray, y: np.ndarray, folder: pathlib.Path
     variables = variables["params"]
   weight_decay = None if config.batch_norm else config.weight_decay
   subject = Subject.from_linen(module, input_shape=(2,), value_range=None, weight_decay=weight_decay)
-  with Checkpointer(folder) as checkpointer:
-    restored = checkpointer.restore(variables)
-    if restored:
-      variables = restored[1]
-    else:
-      variables = train(
-        subject,
-        variables,
-        x,
-        y,
-        num_steps=config.pretrain_steps,
-        learning_rate=0.02 if config.batch_norm else 0.05,
-        last_share=0.025,
-        weight_decay=weight_decay,
-        steps_per_call=1000,
-      )
-      checkpointer.save(0, variables)
-  return subject.classifier(variables)
+  settings = {"num_steps": config.pretrain_steps, "last_share": 0.025, "steps_per_call": 1000}
+  settings |= {"learning_rate": 0.02 if config.batch_norm else 0.05, "weight_decay": weight_decay}
+  return subject.classifier(_kept(folder, variables, lambda: train(subject, variables, x, y, **settings)))

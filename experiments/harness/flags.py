@@ -74,8 +74,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
   >>> did_you_mean("--hiden", ["--hidden", "--seed"]), did_you_mean("x", ["hidden"])
   ('; did you mean --hidden?', '.')
   """
-  near = difflib.get_close_matches(name, list(known), n=1)
-  return f"; did you mean {near[0]}?" if near else "."
+  by_lower_case = {own.lower(): own for own in known}
+  near = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
+  return f"; did you mean {by_lower_case[near[0]]}?" if near else "."
 
 
 def check(config: Any) -> None:
