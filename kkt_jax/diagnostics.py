@@ -4,7 +4,6 @@ This is the yardstick of every experiment: the residual that the true data reach
 for, and the residual of random data says how much the equations tell data from noise.
 """
 
-from collections.abc import Mapping
 import dataclasses
 import functools
 
@@ -174,34 +173,3 @@ def diagnose(
     margin_spread=float((high - low) / jnp.abs(median)),
     accuracy=float(jnp.mean(margin > 0)),
   )
-
-
-def diagnosis_table(diagnoses: Mapping[str, Diagnosis]) -> str:
-  """Diagnoses side by side as a table for people, one column per set of samples.
-
-  >>> perfect = Diagnosis(0.0, {"w": 0.0}, 0.5, 1.0, 0.1, 1.0)
-  >>> print(diagnosis_table({"training data": perfect}))
-                      training data
-  residual                   0.0000
-    w                        0.0000
-  active multipliers         0.5000
-  median margin              1.0000
-  margin spread              0.1000
-  accuracy                   1.0000
-  """
-  rows: dict[str, list[float]] = {}
-  for diagnosis in diagnoses.values():
-    values = {"residual": diagnosis.residual}
-    values |= {f"  {name}": value for name, value in diagnosis.residual_per_tensor.items()}
-    values |= {
-      "active multipliers": diagnosis.active_multipliers,
-      "median margin": diagnosis.median_margin,
-      "margin spread": diagnosis.margin_spread,
-      "accuracy": diagnosis.accuracy,
-    }
-    for name, value in values.items():
-      rows.setdefault(name, []).append(value)
-  width = max(map(len, rows))
-  lines = [" " * width + "".join(f"  {name:>13}" for name in diagnoses)]
-  lines += [f"{name:<{width}}" + "".join(f"  {value:13.4f}" for value in values) for name, values in rows.items()]
-  return "\n".join(lines)

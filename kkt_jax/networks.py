@@ -48,25 +48,6 @@ class MLPClassifier(nn.Module):
     return nn.relu(x)
 
 
-class ConvClassifier(MLPClassifier):
-  """A small convolutional classifier: strided 3 x 3 convolutions, then the layers of `MLPClassifier`.
-
-  Attributes:
-    hidden: none by default: one linear layer follows the convolutions.
-    channels: widths of the convolutions.
-  """
-
-  hidden: Sequence[int] = ()
-  channels: Sequence[int] = (16, 32)
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Maps images [M, H, W, channels] to logits [M, C]."""
-    for width in self.channels:
-      x = self._normalised_relu(nn.Conv(width, (3, 3), strides=2, **self._layer)(x), train)
-    return super().__call__(x, train)
-
-
 class MultiplierNetwork(nn.Module):
   """The network h(x, y, t; eta) of section 4: raw multipliers mu' for `kkt_jax.multipliers.from_network`.
 

@@ -80,20 +80,13 @@ def least_residual(apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x:
   """
   x = jnp.asarray(x)
   _checks.check_batch("x", x)
-  names = tensor_names(params)
-  leaves = jax.tree.leaves(params)
   targets = [
     np.asarray(t * m, np.float64)
     for t, m in zip(*map(jax.tree.leaves, (conditions.target, conditions.mask)), strict=True)
   ]
   usable = [bool(jnp.all(m == 1)) for m in jax.tree.leaves(conditions.mask)]
   total = sum(float(np.sum(t * t)) for t in targets)
-  tensors = [
-    _Tensor(i, n, np.asarray(leaf, np.float64), t)
-    for i, (n, leaf, t) in enumerate(zip(names, leaves, targets, strict=True))
-    if usable[i]
-  ]
-
+  tensors = [own for own in _tensors(params, targets) if usable[own.index]]
   change = _changes(apply_fn, params, x)
   num_classes = jax.eval_shape(apply_fn, params, x).shape[1]
   scalable = [t for t in tensors if np.any(t.value)]  # what is 0 has no scale
@@ -125,22 +118,18 @@ def scale_invariant(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> PyTree:
 
   x = jnp.asarray(x)
   _checks.check_batch("x", x)
-  leaves, structure = jax.tree.flatten(params)
-  tensors = [
-    _Tensor(i, n, np.asarray(v, np.float64), np.zeros(0))
-    for i, (n, v) in enumerate(zip(tensor_names(params), leaves, strict=True))
-  ]
-  scalable = [t for t in tensors if np.any(t.value)]
+  names = tensor_names(params)
+  scalable = [t for t in _tensors(params, [np.zeros(0)] * len(names)) if np.any(t.value)]
   change = _changes(apply_fn, params, x)
   null = _null_space([change({t.index: t.value}) for t in scalable], [_generic(t, change) for t in scalable])
-  found = dict.fromkeys(range(len(leaves)), False)
+  found = dict.fromkeys(range(len(names)), False)
   for place, tensor in enumerate(scalable if null.shape[1] else []):
     # Is there a combination of null vectors that scales this tensor up and none down?
     solved = optimize.linprog(
       -null[place], A_ub=np.vstack([-null, null]), b_ub=np.repeat([1e-6, 1.0], len(null)), bounds=(None, None)
     )
     found[tensor.index] = bool(solved.success and -solved.fun > 1e-3)
-  return jax.tree.unflatten(structure, list(found.values()))
+  return jax.tree.unflatten(jax.tree.structure(params), list(found.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +140,11 @@ class _Tensor:
   name: str
   value: np.ndarray
   target: np.ndarray
+
+
+def _tensors(params: PyTree, targets: Sequence[np.ndarray]) -> list[_Tensor]:
+  parts = enumerate(zip(tensor_names(params), jax.tree.leaves(params), targets, strict=True))
+  return [_Tensor(index, name, np.asarray(leaf, np.float64), target) for index, (name, leaf, target) in parts]
 
 
 _Change = Callable[[Mapping[int, np.ndarray]], np.ndarray]

@@ -3,6 +3,7 @@
 They are built once a run, from numpy's random numbers and with jitted functions: compiling is what tests spend time on.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -12,9 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kkt_jax.networks import ConvClassifier, MLPClassifier
+from kkt_jax.networks import MLPClassifier
 from kkt_jax.relaxation import relaxed
 from kkt_jax.subject import from_linen
+
+
+class ConvClassifier(MLPClassifier):
+  """Strided 3 x 3 convolutions, then the layers of `MLPClassifier`, none of them hidden by default."""
+
+  hidden: Sequence[int] = ()
+  channels: Sequence[int] = (16, 32)
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    for width in self.channels:
+      x = self._normalised_relu(nn.Conv(width, (3, 3), strides=2, **self._layer)(x), train)
+    return super().__call__(x, train)
 
 
 class ResidualMLP(nn.Module):

@@ -2,13 +2,13 @@
 
 from absl.testing import parameterized
 import chex
-from example_networks import inputs, random_conv, random_like, random_mlp
+from example_networks import ConvClassifier, inputs, random_conv, random_like, random_mlp
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kkt_jax.networks import ConvClassifier, MLPClassifier, MultiplierNetwork
+from kkt_jax.networks import MLPClassifier, MultiplierNetwork
 from kkt_jax.subject import from_linen
 
 

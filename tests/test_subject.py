@@ -1,6 +1,6 @@
 """Linen, nnx and plain functions all end in the same `Classifier`, in the units of their own inputs."""
 
-from example_networks import inputs, random_like
+from example_networks import ConvClassifier, inputs, random_like
 from flax import linen as nn
 from flax import nnx
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kkt_jax.networks import ConvClassifier, MLPClassifier
+from kkt_jax.networks import MLPClassifier
 from kkt_jax.subject import from_linen, from_nnx, Subject
 
 
