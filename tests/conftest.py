@@ -20,6 +20,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
   parser.addoption("--kills", type=int, default=2, help="How often a training run is killed and resumed.")
 
 
+# What these do takes seconds: they examine, train or measure.
+SLOW_DOCTESTS = {"README.md", "kkt_jax.examination.examine", "kkt_jax.reconstruction.reconstruct"}
+SLOW_FIXTURES = {"examinations", "measured", "on_the_circle"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  for item in items:
+    doctest = isinstance(item, pytest.DoctestItem)
+    if item.name in SLOW_DOCTESTS if doctest else SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+      item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _strict_jax() -> Iterator[None]:
   with jax.numpy_rank_promotion("raise"):

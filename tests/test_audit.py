@@ -392,7 +392,10 @@ def test_training_data_are_told_from_others_and_data_never_seen_are_not(stored, 
 # The examples.
 
 
-@pytest.mark.parametrize("network", examples.NETWORKS)
+@pytest.mark.parametrize(
+  "network",
+  [pytest.param(name, marks=[pytest.mark.slow] * (name in ("lenet", "resnet"))) for name in examples.NETWORKS],
+)
 def test_every_example_is_a_classifier_of_ten_digits(tmp_path, network):
   examples.store(tmp_path / "weights.safetensors", examples.NETWORKS[network]().init_fn())
   own = audit.load(f"experiments.audit.examples:{network}", str(tmp_path / "weights.safetensors"))

@@ -67,6 +67,7 @@ def test_multipliers_of_one_sample_by_hand(target, mask, expected):
   np.testing.assert_allclose(mu, [[0.0, expected]], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_residual_of_the_true_data_is_the_gradient_that_training_left():
   # The gradient of cross-entropy + w / 2 |zeta|^2 is w zeta - sum, so that the relative squared residual is exactly
   # (|gradient| / (w |zeta|))^2, wherever training stops.
@@ -83,6 +84,7 @@ def test_the_residual_of_the_true_data_is_the_gradient_that_training_left():
   assert min(expected.values()) < diagnosis.residual < max(expected.values())
 
 
+@pytest.mark.slow
 def test_converged_weight_decay_classifier_tells_its_data_from_noise():
   params, x, classes = problem()
   result = pretrain.gradient_descent(

@@ -38,6 +38,7 @@ def mlp_params(kernel, *, width=16):
   return {"w": kernel, "b": random(width, 1), "v": random((width, 3), 2), "c": random(3, 3)}
 
 
+@slow
 def test_a_list_of_tuples_in_pytorchs_layout_says_what_the_flax_module_says(by_flax):
   nameless = examined(nameless_classifier)
   assert (nameless.form, nameless.why) == (by_flax.form, by_flax.why)
@@ -61,6 +62,7 @@ def test_a_list_of_tuples_in_pytorchs_layout_says_what_the_flax_module_says(by_f
     np.testing.assert_allclose(b, target["bias"], rtol=1e-6)
 
 
+@slow
 def test_of_a_network_trained_with_weight_decay_it_says_what_is_true(by_flax):
   module, params, x, y = with_weight_decay(0)
   assert by_flax.form == "weight_decay"
@@ -128,6 +130,7 @@ def test_data_that_go_through_something_else_first_leave_no_span(before):
   assert examination._first_layer(classifier, probes) == (None, None, None)
 
 
+@pytest.mark.slow
 def test_a_network_without_dense_first_layer_has_no_span_and_prints():
   module = Convolution()
   found = examine(
@@ -144,6 +147,7 @@ def test_a_network_without_dense_first_layer_has_no_span_and_prints():
   assert "They do not reveal the margin of the data." in said
 
 
+@slow
 def test_it_prints_what_it_found(by_flax):
   lines = str(by_flax).splitlines()
   # (64 + 1) * 64 + (64 + 1) * 3 numbers.
@@ -166,6 +170,7 @@ class TestUnits:
     settings |= {"value_range": value_range, "weight_decay": 0.1}
     return kkt_jax.make_classifier(lambda p, x: mlp(p, before(x)), params, (20,), **settings)
 
+  @pytest.mark.slow
   def test_a_stored_mean_is_found_in_the_own_units_and_samples_start_there(self):
     mean = jnp.linspace(-0.5, 0.9, 20)
     found = examine(self.classifier((-1.0, 1.0), lambda x: x - mean[None]))
@@ -175,6 +180,7 @@ class TestUnits:
     assert found.span.strengths.size == 3
     assert "subtracts an image from its inputs, taken for the mean of the data" in str(found)
 
+  @pytest.mark.slow
   def test_without_a_range_inputs_are_normal_and_a_given_offset_is_believed(self):
     offset = jnp.full(20, 7.0)
     found = examine(self.classifier(None, lambda x: jnp.tanh(x - offset[None]), offset=offset))
@@ -192,6 +198,7 @@ class TestUnits:
     assert span.strengths.size == 3
 
 
+@slow
 def test_batch_norm_reveals_the_margin_and_the_features_of_each_class():
   _, variables, x, y = with_batch_norm(0)
   found = examined(batch_norm_classifier)
@@ -266,6 +273,7 @@ class TestForm:
     apply_fn = lambda p, x: activation(x @ p["w"]) @ p["v"]
     return examine(kkt_jax.make_classifier(apply_fn, params, (4,)), **settings)
 
+  @pytest.mark.slow
   def test_layers_in_balance_fit_weight_decay_and_layers_out_of_it_fit_nothing(self):
     balanced, other = self.examined(self.params(True)), self.examined(self.params(False))
     assert balanced.form == "weight_decay" and "in the balance that weight decay brings about" in balanced.why

@@ -314,7 +314,16 @@ def norm_params(bias=1.0, scale=1.0):
   return [*hidden, (normal(4, 3), bias * normal(3))]
 
 
-@pytest.mark.parametrize(("x64", "bias", "scale"), [(0, 1, 1), (0, 0, 1), (0, 0, 0.01), (1, 1, 1), (1, 0, 0.01)])
+@pytest.mark.parametrize(
+  ("x64", "bias", "scale"),
+  [
+    (0, 1, 1),
+    (0, 0, 1),
+    (0, 0, 0.01),
+    pytest.param(1, 1, 1, marks=pytest.mark.slow),
+    pytest.param(1, 0, 0.01, marks=pytest.mark.slow),
+  ],
+)
 def test_batch_norm_puts_the_rates_on_the_last_normalisation_and_the_last_layer(x64, bias, scale):
   # Rates before the last normalisation do not matter; its scale and shift and the last kernel share 1.
   with jax.enable_x64(bool(x64)):
@@ -356,6 +365,7 @@ def test_tensors_without_influence_are_undetermined_and_change_nothing():
   assert [bool(leaf.any()) for leaf in jax.tree.leaves(solution.undetermined)] == [False] * 4 + [True] * 2
 
 
+@pytest.mark.slow
 def test_higher_order_rows_are_satisfied_and_do_not_remove_the_null_space():
   with jax.enable_x64(True):
     params, x = layers(), inputs(40, 2)
@@ -370,6 +380,7 @@ def test_higher_order_rows_are_satisfied_and_do_not_remove_the_null_space():
     assert int(solution.null_space_dimension) == 2
 
 
+@pytest.mark.slow
 def test_a_rate_per_parameter_frees_every_hidden_unit_and_is_balanced_like_tensors():
   # Every hidden unit can be rescaled against its outgoing weights: 3 units, 3 null directions; 1/2 each, as by tensors.
   with jax.enable_x64(True):

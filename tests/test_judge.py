@@ -3,6 +3,7 @@
 import jax.flatten_util
 import numpy as np
 import optax
+import pytest
 
 from experiments.data import Images
 from experiments.measure import judge
@@ -16,12 +17,14 @@ def shades(count, seed, *, flipped=False):
   return Images(x.astype(np.float32), y)
 
 
+@pytest.mark.slow
 def test_images_are_useful_if_a_classifier_learns_from_them_what_holds_for_real_ones():
   real = shades(20, 0)
   assert judge.usefulness(shades(10, 1), real, seed=0, epochs=30) == 1.0
   assert judge.usefulness(shades(10, 1, flipped=True), real, seed=0, epochs=30) == 0.0
 
 
+@pytest.mark.slow
 def test_the_judge_is_trained_once_for_the_same_images(tmp_path, monkeypatch):
   images = shades(20, 0)
   first = judge.train_judge(images, seed=0, directory=tmp_path, epochs=20)

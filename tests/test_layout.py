@@ -1,6 +1,7 @@
 """The direction of knowledge: what may see data, what may train, what may only measure, and no circles."""
 
 import ast
+import functools
 import pathlib
 
 import pytest
@@ -13,9 +14,15 @@ FILES = {
 }
 
 
+@functools.cache
+def parsed(name):
+  return ast.parse(FILES[name].read_text())
+
+
+@functools.cache
 def imported(name):
   """The project's modules that a module imports, wherever in its source, but for type checking."""
-  tree = ast.parse(FILES[name].read_text())
+  tree = parsed(name)
   guarded = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
   left_out = {id(inner) for block in guarded for inner in ast.walk(block)}
   found = set()
@@ -71,7 +78,7 @@ def test_losses_need_jax_numpy_and_optax_alone(name):
   needed = {f"kkt_jax.{name}"} | reachable(f"kkt_jax.{name}")
   outside = set()
   for module in needed:
-    for node in ast.walk(ast.parse(FILES[module].read_text())):
+    for node in ast.walk(parsed(module)):
       if isinstance(node, ast.Import):
         outside |= {alias.name.split(".")[0] for alias in node.names}
       elif isinstance(node, ast.ImportFrom) and node.module:

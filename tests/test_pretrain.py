@@ -48,6 +48,7 @@ def test_weight_decay_minimum_of_a_linear_classifier_is_the_known_root():
   np.testing.assert_allclose(result.margins, [2 * v, 2 * v], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_loss_scaled_steps_find_the_hard_margin_direction():
   # Three points on one side and one on the other: the max-margin direction is (1, 0), set by the two nearest points.
   x = jnp.array([[1.0, 0.0], [3.0, 2.0], [4.0, 1.0], [-1.0, 0.0]])
@@ -83,6 +84,7 @@ def test_number_of_steps_does_not_depend_on_steps_per_call():
   np.testing.assert_allclose(one.params, many.params, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_double_precision_returns_the_given_dtype_and_a_smaller_gradient():
   def train(double_precision):
     return pretrain.gradient_descent(
@@ -107,6 +109,7 @@ def test_given_parameters_survive_the_training():
   assert start.sum() == 0  # would raise had their memory been given away
 
 
+@pytest.mark.slow
 def test_a_classifier_with_batch_norm_fits_its_data():
   classifier, x, classes = random_mlp(num_samples=12, num_classes=2, batch_norm=True, hidden=(8,))
   apply_fn = classifier.apply_fn  # on batch statistics

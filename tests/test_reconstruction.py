@@ -122,6 +122,7 @@ def test_what_comes_back_knows_how_it_was_made():
   assert all(getattr(made.recipe, name) is not None for name in ("multipliers", "terms"))
 
 
+@pytest.mark.slow
 def test_every_sample_is_every_one_that_a_table_can_draw():
   made, _ = straight()
   x, y = made.every_sample()
@@ -164,6 +165,7 @@ def test_labels_that_nobody_or_not_the_given_classifier_knows_are_refused(y, t, 
     straight()[0].sample(jax.random.key(0), jnp.asarray(y), t=None if t is None else jnp.asarray(t))
 
 
+@pytest.mark.slow
 def test_label_weights_shift_the_classes_of_every_batch():
   weights = {0: 4.0, 1: 2.0, 2: 0.0, 5: 2.0}
   made = begin(dataclasses.replace(tiny(codes=4), label_weights=weights))
@@ -174,6 +176,7 @@ def test_label_weights_shift_the_classes_of_every_batch():
     begin(dataclasses.replace(tiny(), label_weights={0: 1.0, 1: 1.0, 2: 1.0}))
 
 
+@pytest.mark.slow
 def test_saved_loaded_and_continued_it_is_bitwise_the_same(tmp_path):
   classifiers, examinations = two()
   partly = begin().continue_training(4)
@@ -188,6 +191,7 @@ def test_saved_loaded_and_continued_it_is_bitwise_the_same(tmp_path):
     Reconstruction.load(tmp_path / "empty", classifiers, tiny(), examinations=examinations)
 
 
+@pytest.mark.slow
 def test_a_saver_resumes_an_interrupted_run_and_sees_what_can_already_draw(tmp_path):
   class Stop(Exception):
     pass
@@ -210,6 +214,7 @@ def test_a_saver_resumes_an_interrupted_run_and_sees_what_can_already_draw(tmp_p
   assert_same(made, straight()[0])
 
 
+@pytest.mark.slow
 class TestRestarts:
   """Nothing moves, so that the chosen start is seen at the end."""
 
@@ -262,6 +267,7 @@ def ranged(value_range, **schedule):
   return made, made.sample(jax.random.key(0), jnp.arange(90) % 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value_range", [(-1.0, 1.0), (0.0, 255.0)])
 def test_samples_lie_in_the_range_of_the_classifier(value_range):
   made, x = ranged(value_range, steps=0)
@@ -269,12 +275,14 @@ def test_samples_lie_in_the_range_of_the_classifier(value_range):
   assert (float(x.min()), float(x.max())) == value_range
 
 
+@pytest.mark.slow
 def test_without_a_range_samples_are_free():
   made, x = ranged(None, steps=1)
   assert set(made.recipe.terms) == {"duality"}
   assert float(x.min()) < -1 and float(x.max()) > 2
 
 
+@pytest.mark.slow
 def test_without_steps_it_stays_at_the_random_start_which_the_seed_decides():
   assert_same(run(tiny(steps=0), seed=3), begin(tiny(steps=0), seed=3))
   theta = lambda own: own.state.params["theta"][0]
@@ -289,6 +297,7 @@ def test_the_margin_starts_where_the_recipe_or_the_weights_say():
   np.testing.assert_allclose(started.margins, [3.0, 4.0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_stationarity_decides_on_derivatives_and_conditions_and_nothing_else():
   doubled = lambda own: dataclasses.replace(own.conditions, target=jax.tree.map(lambda t: 2 * t, own.conditions.target))
   exact = Stationarity(1.0, gate_sharpness=0.0, conditions=doubled)

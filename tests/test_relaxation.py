@@ -133,7 +133,9 @@ def test_guards_of_a_variance_or_a_norm_are_no_gates(norm):
   np.testing.assert_allclose(total(relax_gates(norm, sharpness=20.0)), expected, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("build", [random_mlp, random_conv], ids=["mlp", "conv"])
+@pytest.mark.parametrize(
+  "build", [pytest.param(random_mlp, id="mlp"), pytest.param(random_conv, id="conv", marks=pytest.mark.slow)]
+)
 def test_a_whole_network_has_the_derivatives_of_one_that_is_written_with_relaxed_gates(build, monkeypatch):
   classifier, x, _ = build(batch_norm=True)
   weights = jnp.arange(1.0, 4.0)
@@ -198,6 +200,7 @@ def test_kinks_in_random_numbers_that_the_function_draws_are_no_kinks_of_it():
   np.testing.assert_allclose(relax_gates(smooth, sharpness=20.0)(w, x), smooth(w, x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gelu_and_layer_norm_of_an_nnx_module_are_smooth():
   class Smooth(nnx.Module):
     def __init__(self, rngs):

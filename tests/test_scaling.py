@@ -1,10 +1,26 @@
 """How steps grow: the sizes that are timed, and what is said of them."""
 
+import dataclasses
+
 import jax
 import pytest
 
 from experiments.benchmark import scaling
 from experiments.benchmark.scaling import Size
+import kkt_jax
+from kkt_jax import reconstruction
+
+
+@pytest.fixture(autouse=True)
+def _unexamined(monkeypatch):
+  """Nothing is examined, which takes longer than all the rest."""
+  monkeypatch.setattr(reconstruction, "examine", unexamined)
+
+
+def unexamined(classifier):
+  unknown = dict.fromkeys(field.name for field in dataclasses.fields(kkt_jax.Examination))
+  conditions = kkt_jax.conditions.weight_decay_conditions(classifier.params)
+  return kkt_jax.Examination(**unknown | {"classifier": classifier, "form": "weight_decay", "conditions": conditions})
 
 
 def test_every_sweep_changes_one_number_alone():
@@ -20,12 +36,14 @@ def test_the_longest_sweep_ends_where_it_is_told_to():
   assert "devices" not in sizes  # there is nothing to share with
 
 
+@pytest.mark.slow
 def test_the_number_of_parameters_is_that_of_the_network():
   size = Size(samples=2, width=8, classes=3)
   classifiers = scaling.step(size)[1][1]
   assert sum(leaf.size for leaf in jax.tree.leaves(classifiers[0].params)) == size.parameters
 
 
+@pytest.mark.slow
 def test_rows_hold_what_was_measured():
   tiny = {"width": 8, "classes": 2}
   sizes = {

@@ -172,6 +172,7 @@ def test_step_reports_the_terms_that_make_up_the_total_over_all_classifiers():
   np.testing.assert_allclose(metrics["total"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_classifier_is_the_case_t_equal_1():
   # Samples of their own, tied multipliers and plain gradient descent: two classifiers at once are each of them alone.
   settings = {
@@ -260,6 +261,7 @@ def test_a_term_without_weight_is_not_computed():
   assert set(metrics) == {"range", "total", "margin", "gradient_norm"}
 
 
+@pytest.mark.slow
 def test_free_multipliers_are_pulled_to_the_least_one():
   # One number for each of 12 samples, in a table; without stationarity only what is missing to 0.5 counts.
   own = setup(
@@ -279,6 +281,7 @@ def test_free_multipliers_are_pulled_to_the_least_one():
   assert 0 < int(jnp.sum(start > 0.5)) < 12
 
 
+@pytest.mark.slow
 def test_free_multipliers_are_drawn_to_the_softmax():
   own = setup(
     own=recipes.free_multipliers(),
@@ -431,6 +434,7 @@ SEPARABLE = {
 }
 
 
+@pytest.mark.slow
 def test_microbatches_give_the_step_of_the_whole_batch():
   # Not Adam, which would make steps out of rounding errors where a gradient is 0: the cosine knows no scale.
   settings = {**SEPARABLE, "optimizer": optax.sgd(1e-2), "stationarity": recipes.Stationarity(1.0)}
