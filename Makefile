@@ -2,17 +2,22 @@
 # Another interpreter:  make test PYTHON=python3.12        Another number of test processes:  make test WORKERS=4
 
 PYTHON ?= python3
+OLDEST_PYTHON ?= python3.11
 WORKERS ?= logical
 
 VENV := .venv
 PY := $(VENV)/bin/python
+OLDEST := .venv-oldest
 
-# Tests compile thousands of tiny functions once: compiling fast matters more to them than fast code, and workers share
-# what they have compiled. A fresh checkout starts with an empty cache.
-TEST_ENV := XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" \
-  JAX_COMPILATION_CACHE_DIR=$(VENV)/test_compilation_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
-PYTEST := $(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --maxprocesses=8 --dist=worksteal
+# Tests compile thousands of tiny functions once: compiling fast matters more to them than fast code (the older emitters
+# of fused loops compile a third faster), and workers share what they have compiled. A fresh checkout starts with an
+# empty cache.
+FAST_COMPILATION := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true \
+  --xla_cpu_use_fusion_emitters=false
+# $(call PYTEST,directory of an environment)
+PYTEST = XLA_FLAGS="$(FAST_COMPILATION)" JAX_COMPILATION_CACHE_DIR=$(1)/test_compilation_cache \
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 \
+  $(1)/bin/python -m pytest -n $(WORKERS) --maxprocesses=8 --dist=worksteal
 
 # Stops unless PYTHON is one that the locked packages have wheels for.
 define CHECK_PYTHON
@@ -22,10 +27,10 @@ define CHECK_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test lint format lock clean
+.PHONY: help setup demo check test test-oldest lint format lock lock-oldest clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/.installed ## create .venv with the locked versions and this project
 
@@ -34,10 +39,14 @@ demo: setup ## train on 100 MNIST digits, forget them, rebuild them from the wei
 	@echo "The picture is in runs/demo/fig6.png: generated digits in odd rows, the most similar training digit below each."
 
 check: lint ## lint, types, doctests and closed-form tests (two minutes)
-	$(PYTEST) -m "not slow"
+	$(call PYTEST,$(VENV)) -m "not slow"
 
 test: lint ## everything: what check does, and the tests that train, start processes or draw many cases
-	$(PYTEST)
+	$(call PYTEST,$(VENV))
+
+# Packages of different ages warn of one another, which is no error here; and one example prints P under its older name.
+test-oldest: $(OLDEST)/.installed ## the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
+	$(call PYTEST,$(OLDEST)) -W default --deselect kkt_jax/parallel.py::kkt_jax.parallel.split_parameters
 
 lint: setup ## check style, formatting and types
 	$(PY) -m ruff check .
@@ -48,19 +57,30 @@ format: setup ## fix style and formatting in place
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+COMPILE := build/lock/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes \
+  --extra test
+
 # One version of a package for every Python and platform, so that what was tested is what everybody gets. setuptools, which
 # builds the project, is locked with the rest. uv finds the versions; it is not needed for anything else.
 lock: ## write requirements.lock anew, with the newest versions
 	$(CHECK_PYTHON)
 	$(PYTHON) -m venv --clear build/lock
 	build/lock/bin/python -m pip install --quiet uv
-	echo setuptools | build/lock/bin/uv pip compile --quiet --no-config --upgrade \
-	  --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
-	  --extra test --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml -
+	echo setuptools | $(COMPILE) --upgrade --fork-strategy fewest \
+	  --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml -
 	rm -rf build
 
-clean: ## remove .venv, caches and build files (runs/ stays)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+# What pyproject.toml names at its least version, the rest at its newest; from wheels, but for the one that has none.
+lock-oldest: ## write requirements-oldest.lock anew, with the oldest versions
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv --clear build/lock
+	build/lock/bin/python -m pip install --quiet uv
+	echo "setuptools>=77" | $(COMPILE) --upgrade --resolution lowest-direct --only-binary :all: --no-binary promise \
+	  --custom-compile-command "make lock-oldest" --output-file requirements-oldest.lock pyproject.toml -
+	rm -rf build
+
+clean: ## remove both environments, caches and build files (runs/ stays)
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find kkt_jax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A new lock file makes a new .venv; a changed pyproject.toml only installs the project again.
@@ -74,4 +94,14 @@ $(VENV)/.locked: requirements.lock
 $(VENV)/.installed: $(VENV)/.locked pyproject.toml
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(PY) -m pip check
+	@touch $@
+
+$(OLDEST)/.installed: requirements-oldest.lock pyproject.toml
+	@$(OLDEST_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+	  echo "The oldest versions need Python 3.11. Name it, for example: make test-oldest OLDEST_PYTHON=python3.11" >&2; \
+	  exit 1; }
+	$(OLDEST_PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --require-hashes -r requirements-oldest.lock
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(OLDEST)/bin/python -m pip check
 	@touch $@
