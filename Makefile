@@ -46,7 +46,7 @@ test: lint ## everything: what check does, and the tests that train, start proce
 
 # Packages of different ages warn of one another, which is no error here; and one example prints P under its older name.
 test-oldest: $(OLDEST)/.installed ## the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
-	$(call PYTEST,$(OLDEST)) -W default --deselect kkt_jax/parallel.py::kkt_jax.parallel.split_parameters
+	PYTEST_ADDOPTS="-W default" $(call PYTEST,$(OLDEST)) --deselect kkt_jax/parallel.py::kkt_jax.parallel.split_parameters
 
 lint: setup ## check style, formatting and types
 	$(PY) -m ruff check .

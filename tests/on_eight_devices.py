@@ -72,8 +72,10 @@ def collectives(settings):
 def test_only_sums_cross_devices():
   kinds, numbers, expected = collectives(SEPARABLE)
   assert kinds == {"all-reduce"}
+  # Of the loop over two microbatches, which older versions unroll.
+  expected *= 2 if jax.__version_info__ < (0, 10) else 1
   assert expected <= numbers <= expected + 20  # and a few scalars; nothing that is one for each sample
-  assert collectives(SEPARABLE | {"batch_size": 96})[1] == numbers
+  assert collectives(SEPARABLE | {"batch_size": 96, "microbatch_size": 48})[1] == numbers
 
 
 def test_with_batch_norm_its_statistics_cross_too_and_nothing_that_grows_with_the_batch():
