@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kkt_jax import _checks, homogeneity, symmetries
+from kkt_jax import _checks, homogeneity, symmetries, vertices
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_conditions
 from kkt_jax.first_layer import input_span, InputSpan
@@ -115,6 +115,14 @@ class Examination:
       return None
     return collapsed_features(last.kernel, last.scale, last.shift), last.scale
 
+  def _provable(self) -> str:
+    """Which samples could be proven to be training samples (`kkt_jax.vertices`)."""
+    if self.span is None or self.classifier.value_range is None:
+      return ""
+    varying = vertices.varying(self.span)
+    least = vertices.least_tight(self.span.strengths.size, int(varying.sum()))
+    return f" A sample with {least} of {varying.sum()} values at an end of their range can be proven to be of them."
+
   def __str__(self) -> str:
     """The findings in plain words."""
     count = sum(leaf.size for leaf in jax.tree.leaves(self.classifier.params))
@@ -131,7 +139,7 @@ class Examination:
       f" ({'too much' if self.bound > HOPELESS else 'fine'}; the limit is {HOPELESS:.0%}).",
       "They do not reveal in which directions the data lie."
       if self.span is None
-      else f"They confine the data to {self.span.strengths.size} of {dimensions} dimensions.",
+      else f"They confine the data to {self.span.strengths.size} of {dimensions} dimensions.{self._provable()}",
       _subtracted(self.start),
       "They do not reveal the margin of the data."
       if self.margin is None

@@ -37,6 +37,8 @@ class Generator(NamedTuple):
     noise_dim: D.
     batch_size: M, samples for each classifier in each training step.
     codes: samples of each label and classifier that it can draw, one for each code (`code_of`); 0 if they are endless.
+    put: ``(theta, t, y [K], codes [K], unit [K, ...]) -> theta`` with other samples of classifier t in some places, in
+      units of the range; None if its samples cannot be set.
   """
 
   init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -45,6 +47,7 @@ class Generator(NamedTuple):
   noise_dim: int
   batch_size: int
   codes: int = 0
+  put: Callable[[PyTree, int, np.ndarray, np.ndarray, jax.Array], PyTree] | None = None
 
 
 GeneratorFactory = Callable[[Sequence[Examination]], Generator]
@@ -151,8 +154,13 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
         x = jnp.where((t == index)[:, None], classifiers[index].from_unit(unit), x)
       return x.reshape(-1, *shape), statistics
 
+    def put(theta: PyTree, t: int, y: np.ndarray, chosen: np.ndarray, unit: jax.Array) -> PyTree:
+      offsets, factor = unit.reshape(len(y), -1) - starts[t].reshape(1, -1), factors[t]
+      own = offsets if factor is None else offsets @ factor.T / jnp.sum(jnp.square(factor), axis=1)[None]
+      return [*theta[:t], theta[t].at[y, chosen].set(own), *theta[t + 1 :]]
+
     batch_size = codes * max(classifier.num_classes for classifier in classifiers)
-    return Generator(init, generate, stratified_noise(1), 1, batch_size, codes)
+    return Generator(init, generate, stratified_noise(1), 1, batch_size, codes, put)
 
   return make
 

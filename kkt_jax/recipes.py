@@ -113,6 +113,8 @@ class Schedule:
     restarts: generators that are started; the one with the least loss without stationarity and without terms that have
       a schedule goes on.
     restart_steps: steps of each before the choice; stationarity does not count in them.
+    polish_rounds: rounds of polishing after the training, where the span of the data is told and the generator is
+      finite; 0 leaves it out. See `kkt_jax.reconstruction.Reconstruction.polished`.
     steps_per_call: steps in one compiled call; more than 1 pays for tiny networks, whose steps are shorter than the
       call.
   """
@@ -124,10 +126,17 @@ class Schedule:
   margin: float | None = None
   restarts: int = 1
   restart_steps: int = 0
+  polish_rounds: int = 4
   steps_per_call: int = 1
 
   def __post_init__(self) -> None:
-    for name, least in (("steps", 0), ("restarts", 1), ("restart_steps", 0), ("steps_per_call", 1)):
+    for name, least in (
+      ("steps", 0),
+      ("restarts", 1),
+      ("restart_steps", 0),
+      ("polish_rounds", 0),
+      ("steps_per_call", 1),
+    ):
       _checks.check_at_least(name, getattr(self, name), least)
     if self.margin is not None:
       _checks.check_positive("margin", self.margin)

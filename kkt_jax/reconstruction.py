@@ -12,16 +12,18 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 import numpy as np
 
-from kkt_jax import _checks, parallel, recipes, training
+from kkt_jax import _checks, exact, parallel, recipes, training
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifier import Classifier
 from kkt_jax.conditions import Conditions
+from kkt_jax.exact import Exact
 from kkt_jax.examination import Examination, examine
 from kkt_jax.recipes import Recipe
 from kkt_jax.relaxation import computed_in, relaxed
 from kkt_jax.training import OnLog, Problem, Saver, TrainState
 
 OnSave = Callable[["Reconstruction"], None]
+OnRound = Callable[[int, int, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Reconstruction:
     state: the trained parameters; ``state.params`` holds theta, eta and alpha.
     microbatch_size: samples in memory at once while training, all if None.
     mesh: devices over which training splits the samples.
+    exact: for each classifier the certified training samples, once it is polished; empty before.
   """
 
   examinations: tuple[Examination, ...]
@@ -41,6 +44,7 @@ class Reconstruction:
   state: TrainState
   microbatch_size: int | None = None
   mesh: Mesh | None = None
+  exact: tuple[Exact, ...] = ()
 
   @functools.cached_property
   def classifiers(self) -> list[Classifier]:
@@ -210,6 +214,38 @@ class Reconstruction:
     )
     return self._at(state)
 
+  def polished(self, rounds: int | None = None, *, on_round: OnRound | None = None) -> "Reconstruction":
+    """Puts training samples in the place of what comes near to them, where the weights alone can prove that they are.
+
+    See `kkt_jax.exact.find`. A label's certified samples, as the classifier labels them, take the places of those that
+    led to one, and of others if there are more of them. Nothing in this looks at data.
+
+    Args:
+      rounds: how many; those of the recipe if None.
+      on_round: called with (classifier, round, number of certified samples, most that there can be).
+
+    Returns:
+      The reconstruction with these samples, and with ``exact``. As it was, but for ``exact``, where no span is told or
+      the generator is not finite.
+    """
+    rounds = self.recipe.schedule.polish_rounds if rounds is None else rounds
+    generator = self.problem.generator
+    if generator.put is None or not rounds:
+      return self
+    x, y = self.every_sample()
+    sizes = [len(np.unique(classes)) * generator.codes for classes in self.problem.classes]
+    parts = np.split(np.arange(len(y)), np.cumsum(sizes)[:-1])
+    found, theta = [], self.state.params["theta"]
+    for t, (own, part) in enumerate(zip(self.examinations, parts, strict=True)):
+      tell = None if on_round is None else functools.partial(on_round, t)
+      samples, led = exact.find(own, own.classifier.to_unit(x[part]), y[part], rounds=rounds, on_round=tell)
+      labels, codes, chosen = exact.places(samples.y, led, y[part], generator.codes)
+      if len(chosen):
+        theta = generator.put(theta, t, labels, codes, jnp.asarray(samples.unit[chosen]))
+      found.append(samples)
+    state = self.state._replace(params=self.state.params | {"theta": theta})
+    return dataclasses.replace(self, state=state, exact=tuple(found))
+
   def _at(self, state: TrainState) -> "Reconstruction":
     return dataclasses.replace(self, state=parallel.fetch(state) if self.mesh is not None else state)
 
@@ -230,6 +266,7 @@ def reconstruct(
   on_log: OnLog | None = None,
   on_save: OnSave | None = None,
   on_restart: Callable[[int, int, dict[str, float]], None] | None = None,
+  on_round: OnRound | None = None,
   log_every: int = 50,
   save_every: int = 500,
 ) -> Reconstruction:
@@ -246,6 +283,7 @@ def reconstruct(
     on_log: called with (step, metrics as floats) every ``log_every`` steps.
     on_save: called with the reconstruction so far every ``save_every`` steps, after the saver.
     on_restart: called with (restart, step, metrics) while starts are tried.
+    on_round: called while samples are polished; see `Reconstruction.polished`.
     log_every: steps between logged metrics.
     save_every: steps between saved states.
 
@@ -273,9 +311,10 @@ def reconstruct(
     begin = dataclasses.replace(begin, state=restored[1])
   elif schedule.restart_steps and schedule.steps:
     begin = _best_start(begin, seed, on_restart)
-  return begin.continue_training(
+  made = begin.continue_training(
     saver=saver, on_log=on_log, on_save=on_save, log_every=log_every, save_every=save_every
   )
+  return made.polished(on_round=on_round)
 
 
 def _random_state(problem: Problem, recipe: Recipe, examinations: Sequence[Examination], seed: int) -> TrainState:

@@ -1,0 +1,117 @@
+"""The search for exact training samples: rounds of polishing and certifying (`kkt_jax.vertices`), put together."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kkt_jax import vertices
+from kkt_jax.classifier import Classifier
+from kkt_jax.examination import Examination
+
+
+class Exact(NamedTuple):
+  """Training samples of one classifier that its weights prove to be such.
+
+  Attributes:
+    unit: the samples [K, *input_shape] in units of the range, [0, 1].
+    y: their labels [K], as the classifier labels them.
+    tight: how many of their values are at an end of the range [K]; see `kkt_jax.vertices.certify`.
+  """
+
+  unit: np.ndarray
+  y: np.ndarray
+  tight: np.ndarray
+
+
+def find(
+  examination: Examination,
+  guesses: jax.Array,
+  y: np.ndarray,
+  *,
+  rounds: int,
+  on_round: Callable[[int, int, int], None] | None = None,
+) -> tuple[Exact, np.ndarray]:
+  """Training samples of one classifier, from guesses and then from random points of the span.
+
+  Guesses that have enough values near the ends of the range are polished; if none has, nothing is tried. Later rounds
+  start in turn from means of two guesses of a label and from random points of the span, where what is found already has
+  nothing. It ends when there are as many training samples as the span can hold.
+
+  Args:
+    examination: of the classifier.
+    guesses: samples [M, *input_shape] in units of the range.
+    y: their labels [M].
+    rounds: at most so many.
+    on_round: called with (round, number of training samples, most that there can be).
+
+  Returns:
+    The training samples, each once, and which guesses [M] led to one, all if there are no others. None where no span is
+    told or inputs have no range.
+  """
+  classifier, span, start = examination.classifier, examination.span, examination.unit_start
+  led = np.zeros(len(guesses), bool)
+  found = Exact(np.zeros((0, *classifier.input_shape), np.float32), np.zeros(0, int), np.zeros(0, int))
+  if span is None or classifier.value_range is None:
+    return found, led
+  promising = np.flatnonzero(vertices.promising(guesses, span))
+  most = span.strengths.size + 1
+  for number in range(rounds if len(promising) else 0):
+    key = jax.random.key(number)
+    if number % 2:
+      starts = vertices.search(key, span, start, len(guesses), known=found.unit)
+    elif number:
+      alike = jnp.log(y[:, None] == y[None, :])
+      starts = (guesses + guesses[jax.random.categorical(key, alike, axis=1)]) / 2
+    else:
+      starts = guesses[promising]
+    x = vertices.polish(starts, span, start)
+    certificates = vertices.certify(x, span, start)
+    if not number:
+      led[promising] = certificates.certified
+    unit = np.concatenate([found.unit, np.asarray(x)[certificates.certified]])
+    tight = np.concatenate([found.tight, certificates.tight[certificates.certified]])
+    chosen = vertices.independent(unit, tight, start)
+    found = Exact(unit[chosen], _labels(classifier, unit[chosen]), tight[chosen])
+    if on_round is not None:
+      on_round(number + 1, len(chosen), most)
+    if len(chosen) == most:
+      led[:] = True  # there are no others, so that every guess was meant for one of these
+      break
+  return found, led
+
+
+def places(labels: np.ndarray, led: np.ndarray, y: np.ndarray, codes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Where training samples go in a table.
+
+  Args:
+    labels: of the training samples [K].
+    led: which entries of the table [M], label by label, led to one.
+    y: labels of the entries [M].
+    codes: entries of each label.
+
+  Returns:
+    Labels, codes, and indices of training samples: each of them once, in turn, until as many entries of its label are
+    taken as led to one.
+
+  >>> places(np.array([7, 7]), np.array([False, True, True, True, False]), np.array([7] * 5), 5)
+  (array([7, 7, 7]), array([1, 2, 3]), array([0, 1, 0]))
+  """
+  taken: list[tuple[int, int, int]] = []
+  for label in np.unique(labels):
+    own, entries = np.flatnonzero(labels == label), led[y == label]
+    order = np.argsort(~entries, kind="stable")  # those that led to one first
+    count = min(max(int(entries.sum()), len(own)), codes)
+    taken += [(int(label), int(code), int(k)) for code, k in zip(order[:count], np.resize(own, count), strict=True)]
+  rows = np.array(taken, int).reshape(-1, 3)
+  return rows[:, 0], rows[:, 1], rows[:, 2]
+
+
+def _labels(classifier: Classifier, unit: np.ndarray) -> np.ndarray:
+  """What a classifier says of samples in units of its range."""
+  if not len(unit):
+    return np.zeros(0, int)
+  logits = classifier.predict(classifier.from_unit(jnp.asarray(unit)))
+  return np.asarray(classifier.labels)[np.asarray(jnp.argmax(logits, axis=1))]

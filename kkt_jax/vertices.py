@@ -1,0 +1,230 @@
+"""Training samples as vertices: exact, and certified without any data. Beyond the paper.
+
+Where the first layer tells the span of the data (`kkt_jax.first_layer`), every training sample lies in start + span,
+r dimensions, and in the range of its inputs. Images hold many pixels that are black or white: far more than the r that
+pin down a point of the span. So a training image is a *highly degenerate vertex* of a polytope that the weights alone
+give away, and there are few of them. `polish` moves samples to the vertex nearby. `certify` counts the values at an end
+of the range: a point of the span gets r of them by choosing, but the others only by being a training image.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+import numpy as np
+
+from kkt_jax import _checks
+from kkt_jax.first_layer import InputSpan
+
+_EXPONENT = 0.5  # of the distance from the ends of the range: 1 is what a linear program minimises, near 0 it counts
+_OUTSIDE = 10.0  # weight of values outside the range, beside those inside
+_FIRST, _LAST = 0.1, 1e-3  # distance from an end that counts as none, at the first iteration and at the last
+_REFITS = 8
+_AT_ONCE = 50  # samples
+_TIGHT = 1e-3  # distance from an end of the range, in units of the range, up to which a value is there
+_VARIES = 1e-3  # least length of a value's row of the basis for it to vary in the span
+_CERTAIN = 0.45  # least share of the values beyond the dimension that are at an end, see `least_tight`
+_OVERSHOOT, _FIRM = 0.06, 0.05  # most outside the range that rounding of the span explains; least singular value
+_NEAR = 0.2  # from an end of the range, from where a value can still get there
+_NEW = 0.05  # least share of a sample that those before it do not account for
+
+
+class Certificates(NamedTuple):
+  """What the values of samples say, without data, of whether they are training samples.
+
+  Attributes:
+    tight: how many values of each sample lie at an end of the range [M]; only those that vary in the span count.
+    dimensions: r of the span; so many tight values any sample can be given.
+    varying: how many values vary in the span.
+    overshoot: the greatest distance of each sample's values outside the range [M].
+    firmness: the least singular value of the rows of the basis where a sample is tight [M]: 0 if it can still be moved
+      without leaving any of these ends, as a mixture of two training samples can.
+    certified: whether it passes for a training sample [M].
+  """
+
+  tight: np.ndarray
+  dimensions: int
+  varying: int
+  overshoot: np.ndarray
+  firmness: np.ndarray
+  certified: np.ndarray
+
+
+def polish(x: ArrayLike, span: InputSpan, start: ArrayLike, *, num_steps: int = 60) -> jax.Array:
+  """Moves samples to points of start + span nearby, of whose values as many as possible lie at an end of the range.
+
+  Iteratively reweighted least squares on ``sum_p |x_p - e_p|^(1/2)``, with e_p the nearer end of the range, smoothed
+  ever less; then least squares on the values that have arrived. The exponent is between that of a linear program, which
+  has one solution, and counting. One iteration solves M systems of r equations.
+
+  Args:
+    x: samples [M, ...] in units of the range, [0, 1]; they need not lie in the span.
+    span: of the training data.
+    start: what the span starts from [...], in units of the range.
+    num_steps: iterations.
+
+  Returns:
+    Samples [M, ...] of start + span, not clipped.
+
+  Raises:
+    ValueError: shapes that do not fit, or values that are not finite.
+
+  >>> span = InputSpan(jnp.array([[1.0], [1.0], [0.5], [-1.0]]) / 3.25**0.5, jnp.ones(1))
+  >>> print(np.abs(polish(jnp.array([[0.8, 0.7, 0.6, 0.1]]), span, jnp.full(4, 0.5))).round(3))
+  [[1.   1.   0.75 0.  ]]
+  """
+  x, start = _checked(x, span, start)
+  flat = start.reshape(1, -1)
+  c = (x.reshape(x.shape[0], -1) - flat) @ span.basis
+  polished = _polished(c, span.basis, start.reshape(-1), num_steps)
+  return (flat + polished @ span.basis.T).reshape(x.shape)
+
+
+def varying(span: InputSpan) -> np.ndarray:
+  """Which values [D] differ among the points of a span."""
+  return np.linalg.norm(np.asarray(span.basis, np.float64), axis=1) > _VARIES
+
+
+def least_tight(dimensions: int, number: int) -> int:
+  """How many of a number of values that vary must be at an end of the range for a sample to be certified.
+
+  r of them say nothing. Of the others 45 % must be: polished samples that were never trained on have at most 40 %, but
+  for rare ones built of few training samples; training digits have at least 41 % (docs/lab/exact.md).
+
+  >>> least_tight(99, 502)
+  281
+  """
+  return dimensions + max(math.ceil(_CERTAIN * (number - dimensions)), 1)
+
+
+def certify(x: ArrayLike, span: InputSpan, start: ArrayLike) -> Certificates:
+  """Which samples pass for training samples, from the span alone: tight, firm, and in the range.
+
+  Args:
+    x: polished samples [M, ...] in units of the range.
+    span: of the training data.
+    start: what the span starts from [...].
+
+  Returns:
+    `Certificates`.
+
+  Raises:
+    ValueError: see `polish`.
+  """
+  x, start = _checked(x, span, start)
+  basis = np.asarray(span.basis, np.float64)
+  varies = varying(span)
+  own = np.asarray(x, np.float64).reshape(x.shape[0], -1)[:, varies]
+  at_end = np.minimum(np.abs(own), np.abs(own - 1)) < _TIGHT
+  tight, overshoot = at_end.sum(axis=1), np.maximum(0.0, np.maximum(-own, own - 1)).max(axis=1, initial=0.0)
+  dimensions, number = span.strengths.size, int(varies.sum())
+  firmness = np.zeros(len(own))
+  enough = (tight >= least_tight(dimensions, number)) & (overshoot <= _OVERSHOOT)
+  for index in np.flatnonzero(enough):
+    rows = basis[varies][at_end[index]]
+    firmness[index] = max(np.linalg.eigvalsh(rows.T @ rows)[0], 0.0) ** 0.5
+  return Certificates(tight, dimensions, number, overshoot, firmness, enough & (firmness >= _FIRM))
+
+
+def promising(x: ArrayLike, span: InputSpan) -> np.ndarray:
+  """Which samples [M, ...] have enough values near the ends of the range to be certified after polishing."""
+  varies = varying(span)
+  own = np.asarray(x).reshape(np.shape(x)[0], -1)[:, varies]
+  near = np.sum(np.minimum(np.abs(own), np.abs(own - 1)) < _NEAR, axis=1)
+  return near >= least_tight(span.strengths.size, int(varies.sum()))
+
+
+def independent(x: ArrayLike, tight: ArrayLike, start: ArrayLike) -> np.ndarray:
+  """Indices of samples of which none is made of the others: each sample once, and no blend of few others.
+
+  Training samples are affinely independent where the span has as many dimensions as there are samples, less one. Taken
+  in the order of their tight values, a sample that the earlier ones account for is left out; so at most r + 1 are kept.
+
+  Args:
+    x: certified samples [M, ...].
+    tight: how many of their values are at an end of the range [M].
+    start: what the span starts from [...].
+
+  >>> x = jnp.array([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
+  >>> independent(x, [3, 3, 3, 1], jnp.full(3, 0.5)).tolist()
+  [0, 2]
+  """
+  offsets = np.asarray(x, np.float64).reshape(np.shape(x)[0], -1) - np.asarray(start, np.float64).reshape(-1)
+  lifted = np.concatenate([offsets, np.ones((len(offsets), 1))], axis=1)  # affine dependence becomes linear
+  kept: list[int] = []
+  directions = np.zeros((0, lifted.shape[1]))
+  for index in np.argsort(-np.asarray(tight), kind="stable"):
+    rest = lifted[index] - (lifted[index] @ directions.T) @ directions
+    if np.linalg.norm(rest) > _NEW * np.linalg.norm(lifted[index]):
+      kept.append(int(index))
+      directions = np.concatenate([directions, rest[None] / np.linalg.norm(rest)])
+  return np.array(kept, int)
+
+
+def search(
+  key: jax.Array, span: InputSpan, start: ArrayLike, num_samples: int, *, known: ArrayLike | None = None
+) -> jax.Array:
+  """Random points of the span, from which `polish` finds training samples without any equation.
+
+  Args:
+    key: typed random key.
+    span: of the training data.
+    start: what the span starts from [...].
+    num_samples: M.
+    known: samples [K, ...] that are found already: the points are drawn where these have nothing, and so near others.
+
+  Returns:
+    Points [M, ...], as far from the start as black and white values of its mean would be.
+  """
+  start = jnp.asarray(start)
+  c = jax.random.normal(key, (num_samples, span.strengths.size))
+  if known is not None and np.size(known):
+    offsets = (jnp.asarray(known) - start[None]).reshape(np.shape(known)[0], -1)
+    directions = jnp.linalg.qr((offsets @ span.basis).T)[0]
+    c -= c @ directions @ directions.T
+  far = jnp.sqrt(jnp.sum(jnp.clip(start * (1 - start), 0.0)))
+  c *= far / jnp.maximum(jnp.linalg.norm(c, axis=1, keepdims=True), 1e-6)
+  return (start.reshape(1, -1) + c @ span.basis.T).reshape(num_samples, *start.shape)
+
+
+@functools.partial(jax.jit, static_argnames="num_steps")
+def _polished(c: jax.Array, basis: jax.Array, start: jax.Array, num_steps: int) -> jax.Array:
+  """Coefficients [M, r] of the polished samples."""
+
+  def solve(c: jax.Array, weights: jax.Array, ends: jax.Array) -> jax.Array:
+    """Weighted least squares, held a little where it is."""
+    gram = (basis * weights[:, None]).T @ basis
+    scale = jnp.trace(gram) / c.shape[0] + 1e-30
+    factor = jax.scipy.linalg.cho_factor(gram / scale + 1e-7 * jnp.eye(c.shape[0]))
+    return jax.scipy.linalg.cho_solve(factor, basis.T @ (weights * (ends - start)) / scale + 1e-7 * c)
+
+  def descend(c: jax.Array, smooth: jax.Array) -> tuple[jax.Array, None]:
+    x = start + basis @ c
+    ends = jnp.round(jnp.clip(x, 0.0, 1.0))
+    weights = (jnp.square(x - ends) + smooth**2) ** (_EXPONENT / 2 - 1)
+    weights *= jnp.where((x < 0) | (x > 1), _OUTSIDE, 1.0)
+    return solve(c, weights, ends), None
+
+  def refit(c: jax.Array, near: jax.Array) -> tuple[jax.Array, None]:
+    x = start + basis @ c
+    ends = jnp.round(jnp.clip(x, 0.0, 1.0))
+    return solve(c, (jnp.abs(x - ends) < near).astype(x.dtype), ends), None
+
+  def one(c: jax.Array) -> jax.Array:
+    c, _ = jax.lax.scan(descend, c, jnp.geomspace(_FIRST, _LAST, num_steps))
+    return jax.lax.scan(refit, c, jnp.geomspace(20 * _TIGHT, _TIGHT, _REFITS))[0]
+
+  return jax.lax.map(one, c, batch_size=_AT_ONCE)
+
+
+def _checked(x: ArrayLike, span: InputSpan, start: ArrayLike) -> tuple[jax.Array, jax.Array]:
+  x, start = jnp.asarray(x), jnp.asarray(start)
+  _checks.check_batch("x", x)
+  _checks.check_shape("start", start, x.shape[1:], "of a sample")
+  _checks.check_shape("span.basis", span.basis, (start.size, span.strengths.size), "[D, r]")
+  for name, value in (("x", x), ("start", start), ("span", span)):
+    _checks.check_finite(name, value)
+  return x, start

@@ -1,0 +1,157 @@
+"""Training samples as vertices of what the span and the range leave: polished, certified, searched and put in place."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kkt_jax import exact, generators, vertices
+from kkt_jax.classifier import make_classifier
+from kkt_jax.first_layer import InputSpan
+
+NUM, SIZE = 12, 80
+
+
+@functools.cache
+def data():
+  """Samples, most of whose values are 0 or 1, their span around their mean, and others of the same kind."""
+  random = np.random.default_rng(0)
+  grey = random.uniform(size=(2, NUM, SIZE))
+  x = np.where(random.uniform(size=grey.shape) < 0.15, grey, grey > 0.6).astype(np.float32)
+  start = x[0].mean(axis=0)
+  _, strengths, rows = np.linalg.svd(x[0] - start, full_matrices=False)
+  return x[0], InputSpan(jnp.asarray(rows[: NUM - 1].T), jnp.asarray(strengths[: NUM - 1])), jnp.asarray(start), x[1]
+
+
+def near(samples, amount=0.25):
+  return jnp.asarray((1 - amount) * samples + amount * np.roll(samples, 1, axis=0))
+
+
+def test_what_is_near_a_training_sample_is_polished_to_it_and_certified():
+  x, span, start, _ = data()
+  polished = vertices.polish(near(x), span, start)
+  np.testing.assert_allclose(polished, x, atol=2e-3)
+  certificates = vertices.certify(polished, span, start)
+  assert certificates.certified.all()
+  assert certificates.dimensions == NUM - 1
+  np.testing.assert_array_equal(certificates.tight, ((x == 0) | (x == 1))[:, vertices.varying(span)].sum(axis=1))
+  assert certificates.overshoot.max() < 2e-3
+  assert certificates.firmness.min() > 0.2
+
+
+def test_a_point_of_the_span_is_left_where_it_is_pinned_down_by_no_more_than_chance():
+  x, span, start, others = data()
+  inside = start[None] + (others - start[None]) @ span.basis @ span.basis.T
+  certificates = vertices.certify(vertices.polish(inside, span, start), span, start)
+  found = vertices.polish(inside, span, start)[certificates.certified]
+  for sample in np.asarray(found):  # what is certified is a training sample, wherever it came from
+    assert np.abs(x - sample).max(axis=1).min() < 5e-3
+  assert not vertices.certify(inside, span, start).certified.any()
+
+
+def test_mixtures_of_two_and_what_leaves_the_range_are_not_certified():
+  # Few values differ, so that a mixture has nearly as many at an end of the range as a training sample has.
+  x, _, _, _ = data()
+  x = np.concatenate([x[:, :20], np.tile((x[:1, 20:] > 0.5).astype(np.float32), (NUM, 1))], axis=1)
+  x[:, 20:50] = np.where(np.arange(30) % NUM == np.arange(NUM)[:, None], 1 - x[:, 20:50], x[:, 20:50])
+  start = x.mean(axis=0)
+  _, strengths, rows = np.linalg.svd(x - start, full_matrices=False)
+  span = InputSpan(jnp.asarray(rows[: NUM - 1].T), jnp.asarray(strengths[: NUM - 1]))
+  assert vertices.certify(x, span, start).certified.sum() >= NUM // 2
+  mixture = vertices.certify((x + np.roll(x, 1, axis=0)) / 2, span, start)
+  assert (mixture.tight >= vertices.least_tight(NUM - 1, 50)).any()
+  assert not mixture.certified.any()
+  beyond = vertices.certify(2 * x - np.roll(x, 1, axis=0), span, start)
+  assert (beyond.overshoot > 0.5).all()
+  assert not beyond.certified.any()
+
+
+def test_random_points_find_what_is_not_known_yet():
+  x, span, start, _ = data()
+  points = vertices.search(jax.random.key(0), span, start, 40, known=x[:6])
+  offsets = np.asarray(points) - np.asarray(start)
+  np.testing.assert_allclose(offsets @ (x[:6] - np.asarray(start)).T, 0.0, atol=1e-4)
+  polished = np.asarray(vertices.polish(points, span, start))
+  sure = polished[vertices.certify(polished, span, start).certified]
+  found = np.abs(sure[:, None] - x[None]).max(axis=2).argmin(axis=1)
+  assert len(set(found) - set(range(6))) >= 4
+
+
+def examined(**changes):
+  """What the search asks of an examination of a classifier whose weights are those of the nearest training sample."""
+  x, span, start, _ = data()
+  weights = jnp.asarray((x - x.mean(axis=0)).T)
+  classifier = make_classifier(lambda w, v: v @ w, weights, (SIZE,), value_range=(-1.0, 1.0), labels=range(5, 5 + NUM))
+  own = {"classifier": classifier, "span": span, "unit_start": start, "share": (NUM - 1) / SIZE} | changes
+  return types.SimpleNamespace(**own)
+
+
+def test_all_training_samples_are_found_each_once_with_their_labels():
+  x, *_ = data()
+  told = []
+  guesses = jnp.concatenate([near(x[:4], 0.1), near(x[:4], 0.05), jnp.full((4, SIZE), 0.5)])
+  found, led = exact.find(examined(), guesses, np.zeros(12, int), rounds=8, on_round=lambda *row: told.append(row))
+  assert told[0] == (1, 4, NUM)
+  assert told[-1][1] == NUM == len(found.y)
+  assert led.all()  # there are no others
+  order = np.abs(found.unit[:, None] - x[None]).max(axis=2).argmin(axis=1)
+  assert sorted(order) == list(range(NUM))
+  np.testing.assert_allclose(found.unit, x[order], atol=5e-3)
+  assert len(set(found.y)) > NUM // 2 and set(found.y) <= set(range(5, 5 + NUM))
+
+
+def test_one_round_only_polishes_what_is_promising():
+  x, *_ = data()
+  found, led = exact.find(
+    examined(), jnp.concatenate([near(x[:3], 0.1), jnp.full((2, SIZE), 0.5)]), np.arange(5), rounds=1
+  )
+  assert len(found.y) == 3
+  assert led.tolist() == [True] * 3 + [False] * 2
+
+
+@pytest.mark.parametrize("changes", [{"span": None}, {"classifier": "unbounded"}])
+def test_without_span_or_range_nothing_is_claimed(changes):
+  x, *_ = data()
+  if "classifier" in changes:
+    changes = {"classifier": make_classifier(lambda w, v: v @ w, jnp.ones((SIZE, 2)), (SIZE,), value_range=None)}
+  found, led = exact.find(examined(**changes), near(x), np.zeros(NUM, int), rounds=3)
+  assert not len(found.y) and not led.any()
+
+
+def test_what_cannot_be_pinned_down_is_not_tried():
+  found, led = exact.find(
+    examined(), jnp.full((6, SIZE), 0.5), np.zeros(6, int), rounds=3, on_round=lambda *row: pytest.fail("tried")
+  )
+  assert not len(found.y) and not led.any()
+
+
+def test_a_table_takes_samples_in_units_of_the_range():
+  x, span, start, _ = data()
+  own = [examined(), examined(span=None)]
+  generator = generators.table(codes=3)([own[0]])
+  theta, _ = generator.init(jax.random.key(0))
+  changed = generator.put(theta, 0, np.array([6, 5]), np.array([2, 0]), jnp.asarray(x[:2]))
+  noise = jax.scipy.stats.norm.ppf(jnp.array([2.5, 0.5]) / 3)[:, None]
+  drawn, _ = generator.generate(changed, {}, noise, jnp.array([6, 5]), jnp.zeros(2, int), False)
+  np.testing.assert_allclose(drawn, 2 * x[:2] - 1, atol=1e-4)
+  same = np.ones(changed[0].shape[:2], bool)
+  same[[6, 5], [2, 0]] = False
+  np.testing.assert_array_equal(changed[0][same], theta[0][same])
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda x, span, start: vertices.polish(x[:, :9], span, start), "start must have shape"),
+    (lambda x, span, start: vertices.polish(x * jnp.nan, span, start), "x must be finite"),
+    (lambda x, span, start: vertices.certify(x, span._replace(basis=span.basis[:9]), start), "span.basis must have"),
+    (lambda x, span, start: vertices.polish(x[0], span, start), "x must be a batch"),
+  ],
+)
+def test_what_does_not_fit_is_refused_by_name(call, message):
+  x, span, start, _ = data()
+  with pytest.raises(ValueError, match=message):
+    call(jnp.asarray(x), span, start)
