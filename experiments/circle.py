@@ -109,7 +109,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   setting = methods.Setting(
     examinations, config.codes, NUM_POINTS // NUM_CLASSES // config.classifiers, deviation=1 / 0.3, hidden=(64,)
   )
-  recipe = methods.CIRCLE[config.method].change(recipe, setting)
+  recipe = methods.recipe_of(methods.CIRCLE[config.method], recipe, setting)
   recipe = methods.with_weights(recipe, config.weights)
   reconstruction = train_generator(
     out,

@@ -188,7 +188,7 @@ def recipe_of(config: Any, examinations: "Sequence[kkt_jax.Examination]", *, dra
     term = kkt_jax.terms.Term(_BINARISATION[config.batch_norm], kkt_jax.terms.binarisation)
     recipe = recipe.with_terms(binarisation=term)
   setting = methods.Setting(examinations, config.codes, config.samples_per_class, config.deviation)
-  return with_flags(methods.IMAGES[config.method].change(recipe, setting), config)
+  return with_flags(methods.recipe_of(methods.IMAGES[config.method], recipe, setting), config)
 
 
 def with_flags(recipe: "kkt_jax.Recipe", config: Any) -> "kkt_jax.Recipe":

@@ -32,6 +32,8 @@ class Finished:
   fresh: Images
   owner: np.ndarray | None = None  # which classifier each fresh sample is of
   margins = np.array([0.5, 0.25])
+  exact = ()
+  examinations = ()
 
   def every_sample(self):
     return jnp.asarray(self.all.x), self.all.y
@@ -155,9 +157,13 @@ def test_pairs_show_the_training_image_of_the_class_that_is_most_similar(tmp_pat
   picture = matplotlib.image.imread(tmp_path / "pairs.png")[:, 220:, 0]
   assert picture.shape == (7 * 30, 2 * 30)  # three pairs of rows and the mean, 8 + 2 pixels at 3 each
   for row in (0, 2, 4):
-    np.testing.assert_array_equal(picture[30 * row : 30 * row + 24], picture[30 * row + 30 : 30 * row + 54])
-  np.testing.assert_allclose(picture[180:204:3, :24:3], train.x.mean(0)[..., 0], atol=1 / 255)
-  np.testing.assert_allclose(picture[:24:3, :24:3], train.x[2, ..., 0], atol=1 / 255)
+    np.testing.assert_array_equal(picture[30 * row : 30 * row + 30], picture[30 * row + 30 : 30 * row + 60])
+  np.testing.assert_allclose(picture[183:207:3, 3:27:3], train.x.mean(0)[..., 0], atol=1 / 255)
+  np.testing.assert_allclose(picture[3:27:3, 3:27:3], train.x[2, ..., 0], atol=1 / 255)
+  comparison.similar_pairs(tmp_path / "framed.png", generated, train, proven=train.x[2:3], columns=1, rows=3)
+  framed = matplotlib.image.imread(tmp_path / "framed.png")[:, 220:]
+  np.testing.assert_allclose(framed[0, 1], (0.1, 0.65, 0.2, 1.0), atol=1 / 255)  # the first image is proven
+  np.testing.assert_array_equal(framed[0, 31], np.ones(4))  # the second is not
 
 
 # --- images ---

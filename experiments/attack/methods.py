@@ -59,6 +59,11 @@ class Method:
   change: Change = lambda recipe, setting: recipe
 
 
+def recipe_of(method: Method, recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  """A method's recipe, made of ours; of the baselines only the blind search knows of polishing."""
+  return method.change(recipe.with_schedule(polish_rounds=0) if method.kind == "baseline" else recipe, setting)
+
+
 def parse_weights(text: str) -> dict[str, float]:
   """Weights of terms by name.
 
@@ -171,6 +176,11 @@ def _inversion(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
 def _start_only(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
   changed = recipe.with_schedule(steps=0, restarts=1, restart_steps=0)
   return dataclasses.replace(changed, generator=_table(setting, codes=1, deviation=0.0))
+
+
+def _blind(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  changed = recipe.with_schedule(steps=0, restarts=1, restart_steps=0, polish_rounds=6)
+  return dataclasses.replace(changed, generator=_table(setting, in_span=True))
 
 
 def _moments(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
@@ -298,6 +308,16 @@ IMAGES: Mapping[str, Method] = {
     "The mean training image, which the classifier stores, for every sample: what can be had without any training.",
     "baseline",
     _start_only,
+  ),
+  "blind": Method(
+    "blind search",
+    "Random points of the first layer's span, polished until most of their pixels are black or white: no equation but"
+    " that of the span, and no training.",
+    "baseline",
+    _blind,
+  ),
+  "no_polish": Method(
+    "without polishing", _WITHOUT, "ablation", lambda recipe, setting: recipe.with_schedule(polish_rounds=0)
   ),
   "no_class_features": _without("class features", "class_features"),
   "no_binarisation": _without("black and white", "binarisation"),

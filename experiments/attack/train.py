@@ -71,6 +71,9 @@ def train_generator(
   def on_restart(restart: int, step: int, metrics: dict[str, float]) -> None:
     restarts.update(restart * schedule.restart_steps + step, _shown(metrics))
 
+  def on_round(t: int, number: int, found: int, most: int) -> None:
+    say(f"polishing, classifier {t + 1}, round {number}: {found} training samples proven, of at most {most}")
+
   with _Resuming(out, schedule.steps) as checkpointer:
     return kkt_jax.reconstruct(
       [own.classifier for own in examinations],
@@ -83,6 +86,7 @@ def train_generator(
       on_log=on_log,
       on_save=draw,
       on_restart=on_restart,
+      on_round=on_round,
       log_every=log_every,
       save_every=save_every,
     )

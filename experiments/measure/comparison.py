@@ -12,10 +12,13 @@ from experiments.data import Images, Split
 from experiments.harness.flags import UsageError
 from experiments.measure import pictures
 from experiments.measure.judge import Judge, usefulness
+import kkt_jax
 from kkt_jax import metrics
 
 _TESTED = 100  # real images of each class on which a classifier trained on generated ones is tested
 _NEIGHBOURS = 5  # k of precision, recall, density and coverage
+EXACT = 0.99  # structural similarity from which two images are the same
+_SAME = 0.1  # greatest difference of a pixel of one image drawn twice
 LEAST_SIDE = 8  # of images that are compared by structural similarity
 
 
@@ -138,7 +141,7 @@ def recovered(images: Images, train: Images) -> dict[str, float]:
     them; ``above_0.4`` and so on: training images for which it is greater.
   """
   best = similarity(images, train)
-  above = {f"above_{threshold}": int(np.sum(best > threshold)) for threshold in (0.4, 0.6, 0.9)}
+  above = {f"above_{threshold}": int(np.sum(best > threshold)) for threshold in (0.4, 0.6, 0.9, EXACT)}
   return {"images": len(images.y), "ssim_cover": float(best.mean())} | above
 
 
@@ -188,7 +191,15 @@ def _neighbourhoods(
   return {f"{name}_{space}_k{_NEIGHBOURS}": value for name, value in own.items()}
 
 
-def similar_pairs(path: pathlib.Path, images: Images, train: Images, *, columns: int = 2, rows: int = 5) -> None:
+def similar_pairs(
+  path: pathlib.Path,
+  images: Images,
+  train: Images,
+  *,
+  proven: np.ndarray | None = None,
+  columns: int = 2,
+  rows: int = 5,
+) -> None:
   """Figs. 6 to 8: generated images in odd rows, the most similar training image of the class below each.
 
   The first images of every class, unselected; a last row shows the mean of the whole training set.
@@ -197,19 +208,46 @@ def similar_pairs(path: pathlib.Path, images: Images, train: Images, *, columns:
     path: PNG file.
     images: generated images.
     train: training images.
+    proven: images [K, ...] that are framed where they are shown.
     columns: images of each class in a row.
     rows: pairs of rows.
   """
   labels = np.unique(images.y)
   shown = first_of_each_class(images, rows * columns)
   nearest = np.asarray(metrics.ssim_nearest_indices(shown.x, shown.y, train.x, train.y))
-  drawn = []
+  drawn: list[tuple[str, np.ndarray]] = []
+  framed: dict[int, np.ndarray] = {}
   for row in range(rows):
     own = [np.flatnonzero(shown.y == label)[row * columns : (row + 1) * columns] for label in labels]
     chosen = np.concatenate(own)
+    if proven is not None and len(proven):
+      near = [np.abs(proven - image).max(axis=(1, 2, 3)).min() for image in shown.x[chosen]]
+      framed[len(drawn)] = np.array(near) < _SAME
     drawn += [("generated", shown.x[chosen]), ("nearest training image", train.x[nearest[chosen]])]
   drawn.append(("mean of the training set", train.x.mean(axis=0, keepdims=True)))
-  pictures.image_rows(path, drawn)
+  pictures.image_rows(path, drawn, framed=framed)
+
+
+def exactness(reconstruction: "kkt_jax.Reconstruction", train: Images) -> tuple[list[dict[str, int]], np.ndarray]:
+  """What the weights prove, beside the truth.
+
+  Args:
+    reconstruction: polished.
+    train: training images.
+
+  Returns:
+    For each classifier the number of ``proven`` training samples, the ``most`` there can be, how many of them are
+    ``exact`` (structural similarity above .99 to a training image of the label) and how many are ``false``; and the
+    proven samples [K, ...] in [0, 1].
+  """
+  counts = []
+  for own, examination in zip(reconstruction.exact, reconstruction.examinations, strict=True):
+    images = Images(np.clip(own.unit, 0, 1).astype(np.float32), own.y)
+    near = similarity(train, images) if len(own.y) else np.zeros(0)
+    exact = int(np.sum(near > EXACT))
+    most = 0 if examination.span is None else examination.span.strengths.size + 1
+    counts.append({"proven": len(own.y), "most": most, "exact": exact, "false": len(own.y) - exact})
+  return counts, np.concatenate([np.clip(own.unit, 0, 1) for own in reconstruction.exact] or [train.x[:0]])
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> str:

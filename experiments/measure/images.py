@@ -90,10 +90,21 @@ def evaluate(
     "exp_minus_alpha": np.asarray(reconstruction.margins).tolist(),
     "final_losses": out.last_logged(),
   }
-  comparison.similar_pairs(out.path / picture, samples, data.train, columns=pictures.COLUMNS // len(labels))
+  results["certificates"], proven = comparison.exactness(reconstruction, data.train)
+  columns = pictures.COLUMNS // len(labels)
+  comparison.similar_pairs(out.path / picture, samples, data.train, proven=proven, columns=columns)
   out.finish(results)
   measured = {name: row for name, row in results.items() if isinstance(row, dict) and "eval_accuracy" in row}
-  return results | {"summary": comparison.table(measured, _SHOWN), "pictures": [picture]}
+  summary = [comparison.table(measured, _SHOWN), *(_proof(own) for own in results["certificates"] if own["most"])]
+  return results | {"summary": "\n\n".join(summary), "pictures": [picture]}
+
+
+def _proof(count: Mapping[str, int]) -> str:
+  """What the weights of a classifier prove, in a sentence."""
+  return (
+    f"The weights alone prove {count['proven']} of at most {count['most']} training images (framed);"
+    f" {count['exact']} of these are exact, {count['false']} are no training images."
+  )
 
 
 def _controls(

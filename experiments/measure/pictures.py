@@ -9,6 +9,7 @@ import numpy as np
 
 COLUMNS = 20  # images in a row of a picture
 _CAPTIONS = 220  # pixels at their left
+_FRAME = (0.1, 0.65, 0.2)
 _CLASS_COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#ff9900", "#0099c6", "#dd4477", "#66aa00")
 
 
@@ -69,12 +70,19 @@ def scatter(path: pathlib.Path, panels: Sequence[tuple[str, Any, Any]], label: s
   figure.savefig(path)
 
 
-def image_rows(path: pathlib.Path, rows: Sequence[tuple[str, ArrayLike]], *, scale: int = 3) -> None:
+def image_rows(
+  path: pathlib.Path,
+  rows: Sequence[tuple[str, ArrayLike]],
+  *,
+  framed: Mapping[int, ArrayLike] | None = None,
+  scale: int = 3,
+) -> None:
   """Rows of images with a caption at their left, as in Figs. 6 to 8.
 
   Args:
     path: PNG file.
     rows: captions and images [n, H, W, C] in [0, 1], C of 1 or 3; the rows may have different lengths.
+    framed: by the index of a row, which of its images have a frame [n].
     scale: pixels of the file per pixel of an image.
   """
   from matplotlib.figure import Figure
@@ -84,9 +92,12 @@ def image_rows(path: pathlib.Path, rows: Sequence[tuple[str, ArrayLike]], *, sca
   columns = max(np.shape(images)[0] for _, images in rows)
   canvas = np.ones((len(rows) * height, columns * width, 3))
   for row, (_, images) in enumerate(rows):
-    for column, image in enumerate(np.clip(images, 0, 1)):
+    frames = np.resize(np.asarray((framed or {}).get(row, False)), len(np.asarray(images)))
+    for column, (image, frame) in enumerate(zip(np.clip(images, 0, 1), frames, strict=True)):
       top, left = row * height, column * width
-      canvas[top : top + height - gap, left : left + width - gap] = image
+      if frame:
+        canvas[top : top + height, left : left + width] = _FRAME
+      canvas[top + 1 : top + height - 1, left + 1 : left + width - 1] = image
   canvas = canvas.repeat(scale, axis=0).repeat(scale, axis=1)
   size = np.array([canvas.shape[1] + _CAPTIONS, canvas.shape[0]])
   figure = Figure(figsize=tuple(size / 100), dpi=100)
