@@ -26,8 +26,8 @@ _REFITS = 8
 _AT_ONCE = 50  # samples
 _TIGHT = 1e-3  # distance from an end of the range, in units of the range, up to which a value is there
 _VARIES = 1e-3  # least length of a value's row of the basis for it to vary in the span
-_CERTAIN = 0.45  # least share of the values beyond the dimension that are at an end, see `least_tight`
-_OVERSHOOT, _FIRM = 0.06, 0.05  # most outside the range that rounding of the span explains; least singular value
+_CERTAIN = 0.35  # least share of the values beyond the dimension that are at an end, see `least_tight`
+_OVERSHOOT, _FIRM = 0.06, 0.02  # most outside the range that rounding of the span explains; least singular value
 _NEAR = 0.2  # from an end of the range, from where a value can still get there
 _NEW = 0.05  # least share of a sample that those before it do not account for
 
@@ -91,11 +91,11 @@ def varying(span: InputSpan) -> np.ndarray:
 def least_tight(dimensions: int, number: int) -> int:
   """How many of a number of values that vary must be at an end of the range for a sample to be certified.
 
-  r of them say nothing. Of the others 45 % must be: polished samples that were never trained on have at most 40 %, but
-  for rare ones built of few training samples; training digits have at least 41 % (docs/lab/exact.md).
+  r of them say nothing. Of the others 35 % must be: polished points that are no training digits have at most 29 %, but
+  for rare ones that are built of few training samples; of 100 training digits all have more (docs/lab/exact.md).
 
   >>> least_tight(99, 502)
-  281
+  241
   """
   return dimensions + max(math.ceil(_CERTAIN * (number - dimensions)), 1)
 

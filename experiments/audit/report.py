@@ -64,14 +64,20 @@ def write(
     if train is not None and held_out is not None:
       found = comparison.retrieval(samples, train, held_out)
       found["tested"] = len(np.unique(train.y)) * min(_rarest(train), _rarest(held_out))
+    proven = reconstruction.exact[0] if reconstruction.exact else None
     verdict = _verdict(found, 0 if train is None else len(train.y))
     drawn = _draw(out.path, samples, train)
+    if proven is not None and len(proven.y):
+      verdict = f"{_proof(len(proven.y))} {verdict}"
+      caption = "What the weights alone prove to be training samples, a row for each class."
+      drawn |= {"proven.png": caption} if _grid(out.path / "proven.png", Images(proven.unit, proven.y)) else {}
   results = {
     "verdict": verdict,
     "form": examination.form,
     "bounds": dict(examination.bounds),
     **rows,
     "against_data": found,
+    "certificates": _certificates(reconstruction, train),
     "final_losses": out.last_logged(),
   }
   titled = {_ROWS[name]: row for name, row in rows.items()}
@@ -153,6 +159,20 @@ def _measure(
       rows[name]["likeness"] = float(comparison.similarity(images, train).mean())
     progress.update(number, _ROWS[name])
   return rows
+
+
+def _certificates(reconstruction: Reconstruction | None, train: Images | None) -> list[dict[str, int]]:
+  """How many training samples the weights prove, beside the truth where the owner gave it and samples are images."""
+  if reconstruction is None or train is None or train.x.ndim != 4 or min(train.x.shape[1:3]) < comparison.LEAST_SIDE:
+    return []
+  return comparison.exactness(reconstruction, train)[0]
+
+
+def _proof(count: int) -> str:
+  return (
+    f"Without any data, the weights prove {count} samples to be training samples, value by value: far more of their"
+    " values lie at an end of the range than chance or kinship explains."
+  )
 
 
 def _rarest(images: Images) -> int:

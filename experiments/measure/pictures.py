@@ -61,6 +61,16 @@ def bars(path: pathlib.Path, values: Mapping[str, float], unit: str) -> None:
   figure.savefig(path)
 
 
+def curves(path: pathlib.Path, x: Sequence[float], y: Mapping[str, Sequence[float]], label: str) -> None:
+  """Named curves over the same numbers, with the label of these."""
+  figure, (axes,) = _figure((6, 4))
+  for name, values in y.items():
+    axes.plot(x, values, marker="o", label=name)
+  axes.set(xlabel=label, ylim=(-0.03, 1.03))
+  axes.legend()
+  figure.savefig(path)
+
+
 def scatter(path: pathlib.Path, panels: Sequence[tuple[str, Any, Any]], label: str) -> None:
   """Points in panels side by side: title, horizontal and vertical values of each; one horizontal label."""
   figure, grid = _figure((3.4 * len(panels), 3.2), columns=len(panels))
