@@ -44,9 +44,9 @@ check: lint ## lint, types, doctests and closed-form tests (two minutes)
 test: lint ## everything: what check does, and the tests that train, start processes or draw many cases
 	$(call PYTEST,$(VENV))
 
-# Packages of different ages warn of one another, which is no error here; and one example prints P under its older name.
+# Packages of different ages warn of one another, which is no error here.
 test-oldest: $(OLDEST)/.installed ## the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
-	PYTEST_ADDOPTS="-W default" $(call PYTEST,$(OLDEST)) --deselect kkt_jax/parallel.py::kkt_jax.parallel.split_parameters
+	PYTEST_ADDOPTS="-W default" $(call PYTEST,$(OLDEST))
 
 lint: setup ## check style, formatting and types
 	$(PY) -m ruff check .

@@ -29,6 +29,7 @@ _VARIES = 1e-3  # least length of a value's row of the basis for it to vary in t
 _CERTAIN = 0.35  # least share of the values beyond the dimension that are at an end, see `least_tight`
 _OVERSHOOT, _FIRM = 0.06, 0.02  # most outside the range that rounding of the span explains; least singular value
 _NEAR = 0.2  # from an end of the range, from where a value can still get there
+_VARIANCE = 0.05  # of a value, at least, where random points are drawn: the start may be 0 throughout
 _NEW = 0.05  # least share of a sample that those before it do not account for
 
 
@@ -177,7 +178,7 @@ def search(
     known: samples [K, ...] that are found already: the points are drawn where these have nothing, and so near others.
 
   Returns:
-    Points [M, ...], as far from the start as black and white values of its mean would be.
+    Points [M, ...], as far from the start as black and white values of its mean would be, and not next to it.
   """
   start = jnp.asarray(start)
   c = jax.random.normal(key, (num_samples, span.strengths.size))
@@ -185,7 +186,8 @@ def search(
     offsets = (jnp.asarray(known) - start[None]).reshape(np.shape(known)[0], -1)
     directions = jnp.linalg.qr((offsets @ span.basis).T)[0]
     c -= c @ directions @ directions.T
-  far = jnp.sqrt(jnp.sum(jnp.clip(start * (1 - start), 0.0)))
+  variances = jnp.where(varying(span), jnp.maximum(start * (1 - start), _VARIANCE).reshape(-1), 0.0)
+  far = jnp.sqrt(jnp.sum(variances))
   c *= far / jnp.maximum(jnp.linalg.norm(c, axis=1, keepdims=True), 1e-6)
   return (start.reshape(1, -1) + c @ span.basis.T).reshape(num_samples, *start.shape)
 
