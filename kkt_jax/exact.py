@@ -11,6 +11,8 @@ from kkt_jax import vertices
 from kkt_jax.classifier import Classifier
 from kkt_jax.examination import Examination
 
+_IDLE = 2  # rounds without a new training sample after which the search ends
+
 
 class Exact(NamedTuple):
   """Training samples of one classifier that its weights prove to be such.
@@ -37,8 +39,9 @@ def find(
   """Training samples of one classifier, from guesses and then from random points of the span.
 
   Guesses that have enough values near the ends of the range are polished; if none has, nothing is tried. Later rounds
-  start in turn from means of two guesses of a label and from random points of the span, where what is found already has
-  nothing. It ends when there are as many training samples as the span can hold.
+  start in turn from random points of the span around the guesses' mean, where what is found already has nothing, and
+  from means of two guesses of a label. It ends when there are as many training samples as the span can hold, or when
+  two rounds in a row brought none.
 
   Args:
     examination: of the classifier.
@@ -57,11 +60,11 @@ def find(
   if span is None or classifier.value_range is None:
     return found, led
   promising = np.flatnonzero(vertices.promising(guesses, span))
-  most = span.strengths.size + 1
+  most, idle = span.strengths.size + 1, 0
   for number in range(rounds if len(promising) else 0):
     key = jax.random.key(number)
     if number % 2:
-      starts = vertices.search(key, span, start, len(guesses), known=found.unit)
+      starts = vertices.search(key, span, jnp.mean(guesses, axis=0), len(guesses), known=found.unit)
     elif number:
       alike = jnp.log(y[:, None] == y[None, :])
       starts = (guesses + guesses[jax.random.categorical(key, alike, axis=1)]) / 2
@@ -74,11 +77,13 @@ def find(
     unit = np.concatenate([found.unit, np.asarray(x)[certificates.certified]])
     tight = np.concatenate([found.tight, certificates.tight[certificates.certified]])
     chosen = vertices.independent(unit, tight, start)
+    idle = idle + 1 if len(chosen) == len(found.y) else 0
     found = Exact(unit[chosen], _labels(classifier, unit[chosen]), tight[chosen])
     if on_round is not None:
       on_round(number + 1, len(chosen), most)
     if len(chosen) == most:
       led[:] = True  # there are no others, so that every guess was meant for one of these
+    if len(chosen) == most or idle == _IDLE:
       break
   return found, led
 

@@ -113,7 +113,7 @@ class Schedule:
     restarts: generators that are started; the one with the least loss without stationarity and without terms that have
       a schedule goes on.
     restart_steps: steps of each before the choice; stationarity does not count in them.
-    polish_rounds: rounds of polishing after the training, where the span of the data is told and the generator is
+    polish_rounds: most rounds of polishing after the training, where the span of the data is told and the generator is
       finite; 0 leaves it out. See `kkt_jax.reconstruction.Reconstruction.polished`.
     steps_per_call: steps in one compiled call; more than 1 pays for tiny networks, whose steps are shorter than the
       call.
@@ -126,7 +126,7 @@ class Schedule:
   margin: float | None = None
   restarts: int = 1
   restart_steps: int = 0
-  polish_rounds: int = 4
+  polish_rounds: int = 12
   steps_per_call: int = 1
 
   def __post_init__(self) -> None:

@@ -102,7 +102,7 @@ def least_tight(dimensions: int, number: int) -> int:
 
 
 def certify(x: ArrayLike, span: InputSpan, start: ArrayLike) -> Certificates:
-  """Which samples pass for training samples, from the span alone: tight, firm, and in the range.
+  """Which samples pass for training samples, from the span alone: tight, firm, in the range, and not the start.
 
   Args:
     x: polished samples [M, ...] in units of the range.
@@ -123,7 +123,10 @@ def certify(x: ArrayLike, span: InputSpan, start: ArrayLike) -> Certificates:
   tight, overshoot = at_end.sum(axis=1), np.maximum(0.0, np.maximum(-own, own - 1)).max(axis=1, initial=0.0)
   dimensions, number = span.strengths.size, int(varies.sum())
   firmness = np.zeros(len(own))
-  enough = (tight >= least_tight(dimensions, number)) & (overshoot <= _OVERSHOOT)
+  offsets = (
+    np.abs(np.asarray(x - start[None], np.float64)).reshape(x.shape[0], -1).max(axis=1)
+  )  # the start is no sample
+  enough = (tight >= least_tight(dimensions, number)) & (overshoot <= _OVERSHOOT) & (offsets > _NEAR)
   for index in np.flatnonzero(enough):
     rows = basis[varies][at_end[index]]
     firmness[index] = max(np.linalg.eigvalsh(rows.T @ rows)[0], 0.0) ** 0.5
@@ -173,7 +176,7 @@ def search(
   Args:
     key: typed random key.
     span: of the training data.
-    start: what the span starts from [...].
+    start: a point of the data's affine hull around which to draw [...], such as their mean.
     num_samples: M.
     known: samples [K, ...] that are found already: the points are drawn where these have nothing, and so near others.
 

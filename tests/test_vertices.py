@@ -69,6 +69,15 @@ def test_mixtures_of_two_and_what_leaves_the_range_are_not_certified():
   assert not beyond.certified.any()
 
 
+def test_the_start_is_no_training_sample_though_it_lies_at_the_ends_of_the_range():
+  x, span, _, _ = data()
+  black = jnp.zeros(SIZE)  # what a network that subtracts nothing starts from
+  basis = jnp.linalg.qr(jnp.asarray(x).T)[0]
+  certificates = vertices.certify(np.concatenate([x, np.zeros((1, SIZE))]), InputSpan(basis, jnp.ones(NUM)), black)
+  assert certificates.tight[-1] == SIZE
+  assert certificates.certified.tolist() == [True] * NUM + [False]
+
+
 def test_random_points_find_what_is_not_known_yet():
   x, span, start, _ = data()
   points = vertices.search(jax.random.key(0), span, start, 40, known=x[:6])

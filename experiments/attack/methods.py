@@ -179,7 +179,7 @@ def _start_only(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
 
 
 def _blind(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
-  changed = recipe.with_schedule(steps=0, restarts=1, restart_steps=0, polish_rounds=6)
+  changed = recipe.with_schedule(steps=0, restarts=1, restart_steps=0, polish_rounds=12)
   return dataclasses.replace(changed, generator=_table(setting, in_span=True))
 
 
