@@ -123,10 +123,8 @@ def certify(x: ArrayLike, span: InputSpan, start: ArrayLike) -> Certificates:
   tight, overshoot = at_end.sum(axis=1), np.maximum(0.0, np.maximum(-own, own - 1)).max(axis=1, initial=0.0)
   dimensions, number = span.strengths.size, int(varies.sum())
   firmness = np.zeros(len(own))
-  offsets = (
-    np.abs(np.asarray(x - start[None], np.float64)).reshape(x.shape[0], -1).max(axis=1)
-  )  # the start is no sample
-  enough = (tight >= least_tight(dimensions, number)) & (overshoot <= _OVERSHOOT) & (offsets > _NEAR)
+  away = np.abs(np.asarray(x - start[None])).reshape(x.shape[0], -1).max(axis=1) > _NEAR  # the start may be black
+  enough = (tight >= least_tight(dimensions, number)) & (overshoot <= _OVERSHOOT) & away
   for index in np.flatnonzero(enough):
     rows = basis[varies][at_end[index]]
     firmness[index] = max(np.linalg.eigvalsh(rows.T @ rows)[0], 0.0) ** 0.5

@@ -101,8 +101,8 @@ def examined(**changes):
 def test_all_training_samples_are_found_each_once_with_their_labels():
   x, *_ = data()
   told = []
-  guesses = jnp.concatenate([near(x[:4], 0.1), near(x[:4], 0.05), jnp.full((4, SIZE), 0.5)])
-  found, led = exact.find(examined(), guesses, np.zeros(12, int), rounds=8, on_round=lambda *row: told.append(row))
+  guesses = jnp.concatenate([near(x[:4], 0.1), near(x[:4], 0.05), jnp.full((40, SIZE), 0.5)])
+  found, led = exact.find(examined(), guesses, np.zeros(48, int), rounds=12, on_round=lambda *row: told.append(row))
   assert told[0] == (1, 4, NUM)
   assert told[-1][1] == NUM == len(found.y)
   assert led.all()  # there are no others
