@@ -11,6 +11,7 @@ from kkt_jax import vertices
 from kkt_jax.classifier import Classifier
 from kkt_jax.examination import Examination
 
+_CONSTANT = 1e-3  # deviation of the values of what a network subtracts, up to which it is no mean image
 _IDLE = 2  # rounds without a new training sample after which the search ends
 
 
@@ -60,7 +61,7 @@ def find(
   if span is None or classifier.value_range is None:
     return found, led
   promising = np.flatnonzero(vertices.promising(guesses, span))
-  most, idle = span.strengths.size + 1, 0
+  most, idle = most_samples(examination), 0
   for number in range(rounds if len(promising) else 0):
     key = jax.random.key(number)
     if number % 2:
@@ -74,11 +75,11 @@ def find(
     certificates = vertices.certify(x, span, start)
     if not number:
       led[promising] = certificates.certified
-    unit = np.concatenate([found.unit, np.asarray(x)[certificates.certified]])
+    unit = np.concatenate([found.unit, _right_way(classifier, np.asarray(x)[certificates.certified], start)])
     tight = np.concatenate([found.tight, certificates.tight[certificates.certified]])
-    chosen = vertices.independent(unit, tight, start)
+    chosen = vertices.independent(unit, tight, start, affine=most > span.strengths.size)
     idle = idle + 1 if len(chosen) == len(found.y) else 0
-    found = Exact(unit[chosen], _labels(classifier, unit[chosen]), tight[chosen])
+    found = Exact(unit[chosen], _read(classifier, unit[chosen])[0], tight[chosen])
     if on_round is not None:
       on_round(number + 1, len(chosen), most)
     if len(chosen) == most:
@@ -114,9 +115,28 @@ def places(labels: np.ndarray, led: np.ndarray, y: np.ndarray, codes: int) -> tu
   return rows[:, 0], rows[:, 1], rows[:, 2]
 
 
-def _labels(classifier: Classifier, unit: np.ndarray) -> np.ndarray:
-  """What a classifier says of samples in units of its range."""
+def most_samples(examination: Examination) -> int:
+  """How many training samples the span can hold: r, and one more if it starts from their mean; 0 if it is not told."""
+  if examination.span is None:
+    return 0
+  return examination.span.strengths.size + (float(jnp.std(examination.unit_start)) > _CONSTANT)
+
+
+def _right_way(classifier: Classifier, unit: np.ndarray, start: jax.Array) -> np.ndarray:
+  """Each sample, or its mirror image at the start if that is in the range and the classifier is surer of it.
+
+  Where the start is the middle of the range, the negative of a sample is as much of a vertex as the sample.
+  """
+  mirror = 2 * np.asarray(start)[None] - unit
+  inside = np.abs(mirror - 0.5).reshape(len(unit), start.size).max(axis=1, initial=0.0) < 0.5 + vertices.OVERSHOOT
+  turned = inside & (_read(classifier, mirror)[1] > _read(classifier, unit)[1])
+  return np.where(turned.reshape(-1, *[1] * start.ndim), mirror, unit)
+
+
+def _read(classifier: Classifier, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Labels that a classifier gives samples in units of its range, and their margins to the runner-up."""
   if not len(unit):
-    return np.zeros(0, int)
+    return np.zeros(0, int), np.zeros(0)
   logits = classifier.predict(classifier.from_unit(jnp.asarray(unit)))
-  return np.asarray(classifier.labels)[np.asarray(jnp.argmax(logits, axis=1))]
+  second, first = jnp.sort(logits, axis=1)[:, -2:].T
+  return np.asarray(classifier.labels)[np.asarray(jnp.argmax(logits, axis=1))], np.asarray(first - second)

@@ -25,9 +25,10 @@ _FIRST, _LAST = 0.1, 1e-3  # distance from an end that counts as none, at the fi
 _REFITS = 8
 _AT_ONCE = 50  # samples
 _TIGHT = 1e-3  # distance from an end of the range, in units of the range, up to which a value is there
+_TOGETHER = 0.999  # cosine of two values' rows of the basis from which they are one equation
 _VARIES = 1e-3  # least length of a value's row of the basis for it to vary in the span
-_CERTAIN = 0.35  # least share of the values beyond the dimension that are at an end, see `least_tight`
-_OVERSHOOT, _FIRM = 0.06, 0.02  # most outside the range that rounding of the span explains; least singular value
+_BEYOND = 0.21  # least share of all values that are at an end beyond the dimension, see `least_tight`
+OVERSHOOT, _FIRM = 0.06, 0.02  # most outside the range that rounding of the span explains; least singular value
 _NEAR = 0.2  # from an end of the range, from where a value can still get there
 _VARIANCE = 0.05  # of a value, at least, where random points are drawn: the start may be 0 throughout
 _NEW = 0.05  # least share of a sample that those before it do not account for
@@ -37,9 +38,9 @@ class Certificates(NamedTuple):
   """What the values of samples say, without data, of whether they are training samples.
 
   Attributes:
-    tight: how many values of each sample lie at an end of the range [M]; only those that vary in the span count.
+    tight: how many values of each sample lie at an end of the range [M]; only those of `varying` count.
     dimensions: r of the span; so many tight values any sample can be given.
-    varying: how many values vary in the span.
+    varying: how many values those are.
     overshoot: the greatest distance of each sample's values outside the range [M].
     firmness: the least singular value of the rows of the basis where a sample is tight [M]: 0 if it can still be moved
       without leaving any of these ends, as a mixture of two training samples can.
@@ -85,20 +86,27 @@ def polish(x: ArrayLike, span: InputSpan, start: ArrayLike, *, num_steps: int = 
 
 
 def varying(span: InputSpan) -> np.ndarray:
-  """Which values [D] differ among the points of a span."""
-  return np.linalg.norm(np.asarray(span.basis, np.float64), axis=1) > _VARIES
+  """Which values [D] differ among the points of a span, those that always move together counted once."""
+  rows = np.asarray(span.basis, np.float64)
+  lengths = np.linalg.norm(rows, axis=1)
+  moving = np.flatnonzero(lengths > _VARIES)
+  directions = rows[moving] / lengths[moving, None]
+  together = np.tril(np.abs(directions @ directions.T) > _TOGETHER, -1).any(axis=1)
+  counted = np.zeros(len(rows), bool)
+  counted[moving[~together]] = True
+  return counted
 
 
 def least_tight(dimensions: int, number: int) -> int:
-  """How many of a number of values that vary must be at an end of the range for a sample to be certified.
+  """How many of a number of values must be at an end of the range for a sample to be certified.
 
-  r of them say nothing. Of the others 35 % must be: polished points that are no training digits have at most 29 %, but
-  for rare ones that are built of few training samples; of 100 training digits all have more (docs/lab/exact.md).
+  r of them say nothing. Of polished points that are no training samples, chance brings up to a fifth of all values
+  there besides, however many dimensions there are (docs/lab/exact.md).
 
-  >>> least_tight(99, 502)
-  241
+  >>> least_tight(99, 482), least_tight(499, 552)
+  (201, 615)
   """
-  return dimensions + max(math.ceil(_CERTAIN * (number - dimensions)), 1)
+  return dimensions + math.ceil(_BEYOND * number)
 
 
 def certify(x: ArrayLike, span: InputSpan, start: ArrayLike) -> Certificates:
@@ -124,7 +132,7 @@ def certify(x: ArrayLike, span: InputSpan, start: ArrayLike) -> Certificates:
   dimensions, number = span.strengths.size, int(varies.sum())
   firmness = np.zeros(len(own))
   away = np.abs(np.asarray(x - start[None])).reshape(x.shape[0], -1).max(axis=1) > _NEAR  # the start may be black
-  enough = (tight >= least_tight(dimensions, number)) & (overshoot <= _OVERSHOOT) & away
+  enough = (tight >= least_tight(dimensions, number)) & (overshoot <= OVERSHOOT) & away
   for index in np.flatnonzero(enough):
     rows = basis[varies][at_end[index]]
     firmness[index] = max(np.linalg.eigvalsh(rows.T @ rows)[0], 0.0) ** 0.5
@@ -139,28 +147,30 @@ def promising(x: ArrayLike, span: InputSpan) -> np.ndarray:
   return near >= least_tight(span.strengths.size, int(varies.sum()))
 
 
-def independent(x: ArrayLike, tight: ArrayLike, start: ArrayLike) -> np.ndarray:
+def independent(x: ArrayLike, tight: ArrayLike, start: ArrayLike, *, affine: bool) -> np.ndarray:
   """Indices of samples of which none is made of the others: each sample once, and no blend of few others.
 
-  Training samples are affinely independent where the span has as many dimensions as there are samples, less one. Taken
-  in the order of their tight values, a sample that the earlier ones account for is left out; so at most r + 1 are kept.
+  Training samples are independent where the span has as many dimensions as they need. Taken in the order of their tight
+  values, a sample that the earlier ones account for is left out.
 
   Args:
     x: certified samples [M, ...].
     tight: how many of their values are at an end of the range [M].
     start: what the span starts from [...].
+    affine: whether the start is among the samples' blends, as their mean is; then r + 1 can be independent, else r.
 
   >>> x = jnp.array([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
-  >>> independent(x, [3, 3, 3, 1], jnp.full(3, 0.5)).tolist()
+  >>> independent(x, [3, 3, 3, 1], jnp.full(3, 0.4), affine=True).tolist()
   [0, 2]
   """
-  offsets = np.asarray(x, np.float64).reshape(np.shape(x)[0], -1) - np.asarray(start, np.float64).reshape(-1)
-  lifted = np.concatenate([offsets, np.ones((len(offsets), 1))], axis=1)  # affine dependence becomes linear
+  rows = np.asarray(x, np.float64).reshape(-1, np.size(start)) - np.asarray(start, np.float64).reshape(-1)
+  if affine:
+    rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)  # affine dependence becomes linear
   kept: list[int] = []
-  directions = np.zeros((0, lifted.shape[1]))
+  directions = np.zeros((0, rows.shape[1]))
   for index in np.argsort(-np.asarray(tight), kind="stable"):
-    rest = lifted[index] - (lifted[index] @ directions.T) @ directions
-    if np.linalg.norm(rest) > _NEW * np.linalg.norm(lifted[index]):
+    rest = rows[index] - (rows[index] @ directions.T) @ directions
+    if np.linalg.norm(rest) > _NEW * np.linalg.norm(rows[index]):
       kept.append(int(index))
       directions = np.concatenate([directions, rest[None] / np.linalg.norm(rest)])
   return np.array(kept, int)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import circle, duality_loss, faces, images, lambda_estimation, mnist
+from experiments import circle, duality_loss, faces, images, lambda_estimation, mnist, vertices
 from experiments.attack import methods, plane
 from experiments.benchmark import __main__ as benchmark
 from experiments.harness.flags import UsageError
@@ -249,13 +249,31 @@ def test_every_method_makes_a_recipe_and_ablations_change_one_thing(examinations
   setting = methods.Setting([examinations[True]], codes=2, num_samples=3)
   base = images.recipe_of(images.resolve(mnist.Config(), mnist.DEFAULTS), [examinations[True]], drawings=True)
   recipe = methods.IMAGES[name].change(base, setting)
-  if name.startswith("no_") and name != "no_span":
+  if name == "no_polish":
+    assert (base.schedule.polish_rounds, recipe.schedule.polish_rounds) == (12, 0)
+  elif name.startswith("no_") and name != "no_span":
     before = {n: t.weight for n, t in base.terms.items()} | {"stationarity": base.stationarity.weight}
     after = {n: t.weight for n, t in recipe.terms.items()} | {"stationarity": recipe.stationarity.weight}
     changed = {n for n in before if before[n] != after[n]}
     assert changed == {name.removeprefix("no_")}
     assert after[name.removeprefix("no_")] == 0.0
   assert recipe.generator([examinations[True]]).batch_size >= 1
+
+
+@slow
+def test_few_digits_are_all_vertices_and_nothing_else_is_certified(tmp_path):
+  results = vertices.run(vertices.Config(sizes="20", starts=20), tmp_path)
+  row = results["sizes"]["20"]
+  assert row["vertices"] == row["certifiable"] == 1
+  assert row["found_others"] > 0.3
+  assert (tmp_path / "vertices.png").exists()
+  assert "digits" in results["summary"]
+
+
+@pytest.mark.parametrize("sizes", ["ten", "25", "10"])
+def test_impossible_numbers_of_digits_are_named(tmp_path, sizes):
+  with pytest.raises(UsageError, match="--sizes must be"):
+    vertices.run(vertices.Config(sizes=sizes), tmp_path)
 
 
 @slow

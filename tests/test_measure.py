@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import types
 from typing import Any
 
 import jax
@@ -164,6 +165,20 @@ def test_pairs_show_the_training_image_of_the_class_that_is_most_similar(tmp_pat
   framed = matplotlib.image.imread(tmp_path / "framed.png")[:, 220:]
   np.testing.assert_allclose(framed[0, 1], (0.1, 0.65, 0.2, 1.0), atol=1 / 255)  # the first image is proven
   np.testing.assert_array_equal(framed[0, 31], np.ones(4))  # the second is not
+
+
+def test_what_is_proven_is_counted_beside_the_truth():
+  train = shades(3, 0)
+  span = types.SimpleNamespace(strengths=np.ones(5))
+  claimed = types.SimpleNamespace(unit=np.concatenate([train.x[:2], 1 - train.x[2:3]]), y=train.y[:3])
+  nothing = types.SimpleNamespace(unit=train.x[:0], y=train.y[:0])
+  start = jnp.asarray(train.x.mean(axis=0))
+  examinations = [types.SimpleNamespace(span=own, unit_start=start) for own in (span, None)]
+  made = types.SimpleNamespace(exact=(claimed, nothing), examinations=examinations)
+  counts, images = comparison.exactness(made, train)
+  assert counts[0] == {"proven": 3, "most": 6, "exact": 2, "false": 1}
+  assert counts[1] == {"proven": 0, "most": 0, "exact": 0, "false": 0}
+  assert len(images) == 3
 
 
 # --- images ---

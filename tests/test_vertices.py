@@ -1,6 +1,7 @@
 """Training samples as vertices of what the span and the range leave: polished, certified, searched and put in place."""
 
 import functools
+import itertools
 import types
 
 import jax
@@ -53,20 +54,28 @@ def test_a_point_of_the_span_is_left_where_it_is_pinned_down_by_no_more_than_cha
 
 
 def test_mixtures_of_two_and_what_leaves_the_range_are_not_certified():
-  # Few values differ, so that a mixture has nearly as many at an end of the range as a training sample has.
-  x, _, _, _ = data()
-  x = np.concatenate([x[:, :20], np.tile((x[:1, 20:] > 0.5).astype(np.float32), (NUM, 1))], axis=1)
-  x[:, 20:50] = np.where(np.arange(30) % NUM == np.arange(NUM)[:, None], 1 - x[:, 20:50], x[:, 20:50])
+  # A value for each pair of samples, 1 in these two alone: a mixture has most of its values at an end of the range.
+  pairs = list(itertools.combinations(range(NUM), 2))
+  x = np.array([[float(index in pair) for pair in pairs] for index in range(NUM)], np.float32)
   start = x.mean(axis=0)
   _, strengths, rows = np.linalg.svd(x - start, full_matrices=False)
   span = InputSpan(jnp.asarray(rows[: NUM - 1].T), jnp.asarray(strengths[: NUM - 1]))
-  assert vertices.certify(x, span, start).certified.sum() >= NUM // 2
+  assert vertices.certify(x, span, start).certified.all()
   mixture = vertices.certify((x + np.roll(x, 1, axis=0)) / 2, span, start)
-  assert (mixture.tight >= vertices.least_tight(NUM - 1, 50)).any()
+  assert (mixture.tight >= vertices.least_tight(NUM - 1, len(pairs))).all()
+  assert mixture.firmness.max() < 1e-3
   assert not mixture.certified.any()
   beyond = vertices.certify(2 * x - np.roll(x, 1, axis=0), span, start)
   assert (beyond.overshoot > 0.5).all()
   assert not beyond.certified.any()
+
+
+def test_values_that_always_move_together_count_once():
+  x, span, start, _ = data()
+  basis = jnp.concatenate([span.basis, span.basis[:1], -2 * span.basis[1:2], 0 * span.basis[:1]]) / 2
+  counted = vertices.varying(span._replace(basis=basis))
+  np.testing.assert_array_equal(counted[:SIZE], vertices.varying(span))
+  assert counted[:2].all() and not counted[SIZE:].any()
 
 
 def test_the_start_is_no_training_sample_though_it_lies_at_the_ends_of_the_range():

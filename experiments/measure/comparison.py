@@ -14,6 +14,7 @@ from experiments.measure import pictures
 from experiments.measure.judge import Judge, usefulness
 import kkt_jax
 from kkt_jax import metrics
+from kkt_jax.exact import most_samples
 
 _TESTED = 100  # real images of each class on which a classifier trained on generated ones is tested
 _NEIGHBOURS = 5  # k of precision, recall, density and coverage
@@ -245,7 +246,7 @@ def exactness(reconstruction: "kkt_jax.Reconstruction", train: Images) -> tuple[
     images = Images(np.clip(own.unit, 0, 1).astype(np.float32), own.y)
     near = similarity(train, images) if len(own.y) else np.zeros(0)
     exact = int(np.sum(near > EXACT))
-    most = 0 if examination.span is None else examination.span.strengths.size + 1
+    most = most_samples(examination)
     counts.append({"proven": len(own.y), "most": most, "exact": exact, "false": len(own.y) - exact})
   return counts, np.concatenate([np.clip(own.unit, 0, 1) for own in reconstruction.exact] or [train.x[:0]])
 
