@@ -208,11 +208,12 @@ def _polished(c: jax.Array, basis: jax.Array, start: jax.Array, num_steps: int) 
   """Coefficients [M, r] of the polished samples."""
 
   def solve(c: jax.Array, weights: jax.Array, ends: jax.Array) -> jax.Array:
-    """Weighted least squares, held a little where it is."""
+    """Weighted least squares, held a little where it is; nothing moves where its equations fail to be solved."""
     gram = (basis * weights[:, None]).T @ basis
     scale = jnp.trace(gram) / c.shape[0] + 1e-30
     factor = jax.scipy.linalg.cho_factor(gram / scale + 1e-7 * jnp.eye(c.shape[0]))
-    return jax.scipy.linalg.cho_solve(factor, basis.T @ (weights * (ends - start)) / scale + 1e-7 * c)
+    solved = jax.scipy.linalg.cho_solve(factor, basis.T @ (weights * (ends - start)) / scale + 1e-7 * c)
+    return jnp.where(jnp.all(jnp.isfinite(solved)), solved, c)
 
   def descend(c: jax.Array, smooth: jax.Array) -> tuple[jax.Array, None]:
     x = start + basis @ c

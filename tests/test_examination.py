@@ -158,7 +158,7 @@ def test_it_prints_what_it_found(by_flax):
   assert lines[2] == "Share of them that no data whatever could have caused: 0.00% (fine; the limit is 5%)."
   assert lines[3] == (
     "They confine the data to 9 of 64 dimensions."
-    " A sample with 23 of 64 values at an end of their range can be proven to be of them."  # 9 + 21 % of 64
+    " A sample with 21 of 55 values at an end of their range can be proven to be of them."  # 9 + 21 % of 55
   )
   assert lines[4] == "The network subtracts nothing from its inputs."
   assert lines[5].startswith("The data have a typical margin of 5.")

@@ -36,7 +36,7 @@ def test_from_the_weights_alone_come_drawings_nearer_to_the_training_data_than_a
   classifier, found = flax_classifier(seed), examined(flax_classifier, seed)
   *_, x, y = with_weight_decay(seed)
   recipe = recipes.complete(Recipe(generators.table(codes=6)), [found])
-  recipe = recipe.with_schedule(steps=1000, steps_per_call=100, theta=recipes.adam(0.1))
+  recipe = recipe.with_schedule(steps=1000, steps_per_call=100, theta=recipes.adam(0.1), polish_rounds=0)
 
   def drawn(recipe):
     return reconstruct([classifier], recipe, seed=seed, examinations=[found]).every_sample()[0]
@@ -46,6 +46,7 @@ def test_from_the_weights_alone_come_drawings_nearer_to_the_training_data_than_a
   assert reached < 0.75 * cover(x, means)  # which were made from the data
   assert reached < 0.5 * cover(x, drawings(1000 + seed, 6)[0])  # as many others of the same classes
   assert reached < 0.75 * cover(x, drawn(recipe.with_weights(stationarity=0.0)))  # the span and the range alone
+  assert cover(x, drawn(recipe.with_schedule(polish_rounds=12))) < 0.01  # and exactly, for these are vertices
 
 
 @pytest.mark.slow

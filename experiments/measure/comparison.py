@@ -233,7 +233,7 @@ def exactness(reconstruction: "kkt_jax.Reconstruction", train: Images) -> tuple[
   """What the weights prove, beside the truth.
 
   Args:
-    reconstruction: polished.
+    reconstruction: polished; otherwise there are no counts.
     train: training images.
 
   Returns:
@@ -241,6 +241,8 @@ def exactness(reconstruction: "kkt_jax.Reconstruction", train: Images) -> tuple[
     ``exact`` (structural similarity above .99 to a training image of the label) and how many are ``false``; and the
     proven samples [K, ...] in [0, 1].
   """
+  if not reconstruction.exact:  # not polished
+    return [], train.x[:0]
   counts = []
   for own, examination in zip(reconstruction.exact, reconstruction.examinations, strict=True):
     images = Images(np.clip(own.unit, 0, 1).astype(np.float32), own.y)
@@ -248,7 +250,7 @@ def exactness(reconstruction: "kkt_jax.Reconstruction", train: Images) -> tuple[
     exact = int(np.sum(near > EXACT))
     most = most_samples(examination)
     counts.append({"proven": len(own.y), "most": most, "exact": exact, "false": len(own.y) - exact})
-  return counts, np.concatenate([np.clip(own.unit, 0, 1) for own in reconstruction.exact] or [train.x[:0]])
+  return counts, np.concatenate([np.clip(own.unit, 0, 1) for own in reconstruction.exact])
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> str:
