@@ -89,27 +89,26 @@ def find(
   return found, led
 
 
-def places(labels: np.ndarray, led: np.ndarray, y: np.ndarray, codes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def places(labels: np.ndarray, led: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Where training samples go in a table.
 
   Args:
     labels: of the training samples [K].
     led: which entries of the table [M], label by label, led to one.
     y: labels of the entries [M].
-    codes: entries of each label.
 
   Returns:
     Labels, codes, and indices of training samples: each of them once, in turn, until as many entries of its label are
-    taken as led to one.
+    taken as led to one. A training sample whose label has no entries goes nowhere.
 
-  >>> places(np.array([7, 7]), np.array([False, True, True, True, False]), np.array([7] * 5), 5)
+  >>> places(np.array([7, 7, 8]), np.array([False, True, True, True, False]), np.array([7] * 5))
   (array([7, 7, 7]), array([1, 2, 3]), array([0, 1, 0]))
   """
   taken: list[tuple[int, int, int]] = []
   for label in np.unique(labels):
     own, entries = np.flatnonzero(labels == label), led[y == label]
     order = np.argsort(~entries, kind="stable")  # those that led to one first
-    count = min(max(int(entries.sum()), len(own)), codes)
+    count = min(max(int(entries.sum()), len(own)), len(entries))
     taken += [(int(label), int(code), int(k)) for code, k in zip(order[:count], np.resize(own, count), strict=True)]
   rows = np.array(taken, int).reshape(-1, 3)
   return rows[:, 0], rows[:, 1], rows[:, 2]

@@ -239,7 +239,7 @@ class Reconstruction:
     for t, (own, part) in enumerate(zip(self.examinations, parts, strict=True)):
       tell = None if on_round is None else functools.partial(on_round, t)
       samples, led = exact.find(own, own.classifier.to_unit(x[part]), y[part], rounds=rounds, on_round=tell)
-      labels, codes, chosen = exact.places(samples.y, led, y[part], generator.codes)
+      labels, codes, chosen = exact.places(samples.y, led, y[part])
       if len(chosen):
         theta = generator.put(theta, t, labels, codes, jnp.asarray(samples.unit[chosen]))
       found.append(samples)

@@ -25,6 +25,7 @@ _FIRST, _LAST = 0.1, 1e-3  # distance from an end that counts as none, at the fi
 _REFITS = 8
 _AT_ONCE = 50  # samples
 _TIGHT = 1e-3  # distance from an end of the range, in units of the range, up to which a value is there
+_ROWS = 1024  # of the basis that are compared with all before them at once
 _TOGETHER = 0.999  # cosine of two values' rows of the basis from which they are one equation
 _VARIES = 1e-3  # least length of a value's row of the basis for it to vary in the span
 _BEYOND = 0.21  # least share of all values that are at an end beyond the dimension, see `least_tight`
@@ -91,9 +92,11 @@ def varying(span: InputSpan) -> np.ndarray:
   lengths = np.linalg.norm(rows, axis=1)
   moving = np.flatnonzero(lengths > _VARIES)
   directions = rows[moving] / lengths[moving, None]
-  together = np.tril(np.abs(directions @ directions.T) > _TOGETHER, -1).any(axis=1)
   counted = np.zeros(len(rows), bool)
-  counted[moving[~together]] = True
+  for begin in range(0, len(moving), _ROWS):  # a block at a time: images have many values
+    end = begin + _ROWS
+    alike = np.abs(directions[begin:end] @ directions[:end].T) > _TOGETHER
+    counted[moving[begin:end]] = ~np.tril(alike, begin - 1).any(axis=1)
   return counted
 
 

@@ -70,11 +70,13 @@ def test_mixtures_of_two_and_what_leaves_the_range_are_not_certified():
   assert not beyond.certified.any()
 
 
-def test_values_that_always_move_together_count_once():
+def test_values_that_always_move_together_count_once(monkeypatch):
   x, span, start, _ = data()
   basis = jnp.concatenate([span.basis, span.basis[:1], -2 * span.basis[1:2], 0 * span.basis[:1]]) / 2
   counted = vertices.varying(span._replace(basis=basis))
   np.testing.assert_array_equal(counted[:SIZE], vertices.varying(span))
+  monkeypatch.setattr(vertices, "_ROWS", 7)
+  np.testing.assert_array_equal(counted, vertices.varying(span._replace(basis=basis)))  # in blocks
   assert counted[:2].all() and not counted[SIZE:].any()
 
 
