@@ -39,10 +39,10 @@ def find(
 ) -> tuple[Exact, np.ndarray]:
   """Training samples of one classifier, from guesses and then from random points of the span.
 
-  Guesses that have enough values near the ends of the range are polished; if none has, nothing is tried. Later rounds
-  start in turn from random points of the span around the guesses' mean, where what is found already has nothing, and
-  from means of two guesses of a label. It ends when there are as many training samples as the span can hold, or when
-  two rounds in a row brought none.
+  Guesses are polished if any has enough values near the ends of the range; if none has, nothing is tried. Later rounds
+  start in turn from random points of the span around the guesses' mean, where what is found already has nothing, as
+  long as that brings any, and from means of a guess and another, or a sample that is found, of its label. It ends when
+  there are as many training samples as the span can hold, or when two rounds in a row brought none.
 
   Args:
     examination: of the classifier.
@@ -60,25 +60,27 @@ def find(
   found = Exact(np.zeros((0, *classifier.input_shape), np.float32), np.zeros(0, int), np.zeros(0, int))
   if span is None or classifier.value_range is None:
     return found, led
-  promising = np.flatnonzero(vertices.promising(guesses, span))
-  most, idle = most_samples(examination), 0
-  for number in range(rounds if len(promising) else 0):
+  tried = rounds if vertices.promising(guesses, span).any() else 0
+  most, idle, at_random = most_samples(examination), 0, True
+  for number in range(tried):
     key = jax.random.key(number)
-    if number % 2:
-      starts = vertices.search(key, span, jnp.mean(guesses, axis=0), len(guesses), known=found.unit)
-    elif number:
-      alike = jnp.log(y[:, None] == y[None, :])
-      starts = (guesses + guesses[jax.random.categorical(key, alike, axis=1)]) / 2
+    pool, pool_y = jnp.concatenate([guesses, found.unit]), np.concatenate([y, found.y])
+    drawn = at_random and number % 2 == 1
+    if drawn:
+      starts, likely = vertices.search(key, span, jnp.mean(guesses, axis=0), len(guesses), known=found.unit), None
     else:
-      starts = guesses[promising]
-    x = vertices.polish(starts, span, start)
+      alike = jnp.log(y[:, None] == pool_y[None, :])
+      starts = (guesses + pool[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses
+      likely = vertices.likely_ends(starts, y, pool, pool_y)
+    x = vertices.polish(starts, span, start, likely=likely)
     certificates = vertices.certify(x, span, start)
     if not number:
-      led[promising] = certificates.certified
+      led = np.array(certificates.certified)
     unit = np.concatenate([found.unit, _right_way(classifier, np.asarray(x)[certificates.certified], start)])
     tight = np.concatenate([found.tight, certificates.tight[certificates.certified]])
     chosen = vertices.independent(unit, tight, start, affine=most > span.strengths.size)
-    idle = idle + 1 if len(chosen) == len(found.y) else 0
+    more = len(chosen) > len(found.y)
+    idle, at_random = 0 if more else idle + 1, at_random and (more or not drawn)
     found = Exact(unit[chosen], _read(classifier, unit[chosen])[0], tight[chosen])
     if on_round is not None:
       on_round(number + 1, len(chosen), most)

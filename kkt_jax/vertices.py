@@ -29,9 +29,13 @@ _ROWS = 1024  # of the basis that are compared with all before them at once
 _TOGETHER = 0.999  # cosine of two values' rows of the basis from which they are one equation
 _VARIES = 1e-3  # least length of a value's row of the basis for it to vary in the span
 _BEYOND = 0.21  # least share of all values that are at an end beyond the dimension, see `least_tight`
-OVERSHOOT, _FIRM = 0.06, 0.02  # most outside the range that rounding of the span explains; least singular value
+OVERSHOOT, _FIRM = 0.05, 0.04  # most outside the range that rounding of the span explains; least singular value
 _NEAR = 0.2  # from an end of the range, from where a value can still get there
 _VARIANCE = 0.05  # of a value, at least, where random points are drawn: the start may be 0 throughout
+_ALONE = 0.75  # share of a pixel's distance from its end that is its own; the rest is that of the pixels around it
+_NEAREST = 8  # neighbours that are asked where a value will end
+_REACHED = 0.15  # from an end of the range, up to which a neighbour's value is taken to be there
+_UNSURE = 0.05  # least share of the neighbours that a value is given at either end
 _NEW = 0.05  # least share of a sample that those before it do not account for
 
 
@@ -56,17 +60,21 @@ class Certificates(NamedTuple):
   certified: np.ndarray
 
 
-def polish(x: ArrayLike, span: InputSpan, start: ArrayLike, *, num_steps: int = 60) -> jax.Array:
+def polish(
+  x: ArrayLike, span: InputSpan, start: ArrayLike, *, likely: ArrayLike | None = None, num_steps: int = 60
+) -> jax.Array:
   """Moves samples to points of start + span nearby, of whose values as many as possible lie at an end of the range.
 
   Iteratively reweighted least squares on ``sum_p |x_p - e_p|^(1/2)``, with e_p the nearer end of the range, smoothed
   ever less; then least squares on the values that have arrived. The exponent is between that of a linear program, which
-  has one solution, and counting. One iteration solves M systems of r equations.
+  has one solution, and counting. Neighbouring pixels of images arrive together, and values that are likely to end where
+  they are going weigh more. One iteration solves M systems of r equations.
 
   Args:
     x: samples [M, ...] in units of the range, [0, 1]; they need not lie in the span.
     span: of the training data.
     start: what the span starts from [...], in units of the range.
+    likely: the shares of `likely_ends` [2, M, ...]; all values are alike if None.
     num_steps: iterations.
 
   Returns:
@@ -82,8 +90,33 @@ def polish(x: ArrayLike, span: InputSpan, start: ArrayLike, *, num_steps: int = 
   x, start = _checked(x, span, start)
   flat = start.reshape(1, -1)
   c = (x.reshape(x.shape[0], -1) - flat) @ span.basis
-  polished = _polished(c, span.basis, start.reshape(-1), num_steps)
+  trust = jnp.ones((2, *x.shape)) if likely is None else (-1 / jnp.log(jnp.asarray(likely))) ** 0.5
+  _checks.check_shape("likely", trust, (2, *x.shape), "[2, M, ...]")
+  polished = _polished(c, trust.reshape(2, x.shape[0], -1).swapaxes(0, 1), span.basis, start, num_steps)
   return (flat + polished @ span.basis.T).reshape(x.shape)
+
+
+def likely_ends(x: ArrayLike, y: ArrayLike, others: ArrayLike, others_y: ArrayLike) -> jax.Array:
+  """How likely each value is to end black, or white: the share of similar samples of its label in which it is so.
+
+  Args:
+    x: samples [M, ...] in units of the range.
+    y: their labels [M].
+    others: samples [K, ...] to ask, such as the guesses and what is found already; the 8 nearest of the label are.
+    others_y: their labels [K].
+
+  Returns:
+    Shares black and white [2, M, ...], from .05 to .95.
+  """
+  x, others = jnp.asarray(x), jnp.clip(jnp.asarray(others), 0.0, 1.0)
+  own, rest = jnp.clip(x, 0.0, 1.0).reshape(x.shape[0], -1), others.reshape(others.shape[0], -1)
+  distances = jnp.sum(rest**2, axis=1)[None] - 2 * own @ rest.T
+  distances = jnp.where(jnp.asarray(y)[:, None] == jnp.asarray(others_y)[None], distances, jnp.inf)
+  near, nearest = jax.lax.top_k(-distances, min(_NEAREST, len(others)))
+  counts = jnp.isfinite(near).astype(rest.dtype)
+  counts /= jnp.maximum(jnp.sum(counts, axis=1, keepdims=True), 1.0)
+  shares = [jnp.einsum("mkp,mk->mp", at_end[nearest], counts) for at_end in (rest < _REACHED, rest > 1 - _REACHED)]
+  return (_UNSURE + (1 - 2 * _UNSURE) * jnp.stack(shares)).reshape(2, *x.shape)
 
 
 def varying(span: InputSpan) -> np.ndarray:
@@ -207,8 +240,9 @@ def search(
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
-def _polished(c: jax.Array, basis: jax.Array, start: jax.Array, num_steps: int) -> jax.Array:
-  """Coefficients [M, r] of the polished samples."""
+def _polished(c: jax.Array, trust: jax.Array, basis: jax.Array, start: jax.Array, num_steps: int) -> jax.Array:
+  """Coefficients [M, r] of the polished samples; trust [M, 2, D] in values that go to either end."""
+  shape, start = start.shape, start.reshape(-1)
 
   def solve(c: jax.Array, weights: jax.Array, ends: jax.Array) -> jax.Array:
     """Weighted least squares, held a little where it is; nothing moves where its equations fail to be solved."""
@@ -218,23 +252,36 @@ def _polished(c: jax.Array, basis: jax.Array, start: jax.Array, num_steps: int) 
     solved = jax.scipy.linalg.cho_solve(factor, basis.T @ (weights * (ends - start)) / scale + 1e-7 * c)
     return jnp.where(jnp.all(jnp.isfinite(solved)), solved, c)
 
-  def descend(c: jax.Array, smooth: jax.Array) -> tuple[jax.Array, None]:
-    x = start + basis @ c
-    ends = jnp.round(jnp.clip(x, 0.0, 1.0))
-    weights = (jnp.square(x - ends) + smooth**2) ** (_EXPONENT / 2 - 1)
-    weights *= jnp.where((x < 0) | (x > 1), _OUTSIDE, 1.0)
-    return solve(c, weights, ends), None
+  def one(c: jax.Array, trust: jax.Array) -> jax.Array:
+    def descend(c: jax.Array, smooth: jax.Array) -> tuple[jax.Array, None]:
+      x = start + basis @ c
+      ends = jnp.round(jnp.clip(x, 0.0, 1.0))
+      distances = _with_neighbours(jnp.square(x - ends), shape)
+      weights = (distances + smooth**2) ** (_EXPONENT / 2 - 1)
+      weights *= jnp.where((x < 0) | (x > 1), _OUTSIDE, jnp.where(ends > 0, trust[1], trust[0]))
+      return solve(c, weights, ends), None
 
-  def refit(c: jax.Array, near: jax.Array) -> tuple[jax.Array, None]:
-    x = start + basis @ c
-    ends = jnp.round(jnp.clip(x, 0.0, 1.0))
-    return solve(c, (jnp.abs(x - ends) < near).astype(x.dtype), ends), None
+    def refit(c: jax.Array, near: jax.Array) -> tuple[jax.Array, None]:
+      x = start + basis @ c
+      ends = jnp.round(jnp.clip(x, 0.0, 1.0))
+      return solve(c, (jnp.abs(x - ends) < near).astype(x.dtype), ends), None
 
-  def one(c: jax.Array) -> jax.Array:
     c, _ = jax.lax.scan(descend, c, jnp.geomspace(_FIRST, _LAST, num_steps))
     return jax.lax.scan(refit, c, jnp.geomspace(20 * _TIGHT, _TIGHT, _REFITS))[0]
 
-  return jax.lax.map(one, c, batch_size=_AT_ONCE)
+  return jax.lax.map(lambda own: one(*own), (c, trust), batch_size=_AT_ONCE)
+
+
+def _with_neighbours(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The values [D] of an image, each mixed with those of the pixels around it; others as they are."""
+  if len(shape) != 3 or min(shape[:2]) < 2:
+    return values
+  image = values.reshape(shape)
+  for axis in (0, 1):
+    padded = jnp.pad(image, [(1, 1) if axis == own else (0, 0) for own in range(3)], mode="edge")
+    around = sum(jax.lax.slice_in_dim(padded, at, at + shape[axis], axis=axis) for at in (0, 2))
+    image = _ALONE * image + (1 - _ALONE) / 2 * around
+  return image.reshape(-1)
 
 
 def _checked(x: ArrayLike, span: InputSpan, start: ArrayLike) -> tuple[jax.Array, jax.Array]:

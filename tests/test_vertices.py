@@ -80,6 +80,38 @@ def test_values_that_always_move_together_count_once(monkeypatch):
   assert counted[:2].all() and not counted[SIZE:].any()
 
 
+def test_values_end_where_similar_samples_of_the_label_do():
+  x = np.array([[0.0, 0.9, 0.5], [0.0, 0.9, 0.5]])
+  others = np.array([[0.1, 1.0, 0.5], [0.0, 0.2, 0.9], [1.0, 1.0, 1.0]])
+  black, white = vertices.likely_ends(x, [0, 1], others, [0, 0, 1])
+  np.testing.assert_allclose(black, [[0.95, 0.05, 0.05], [0.05, 0.05, 0.05]], atol=1e-6)
+  np.testing.assert_allclose(white, [[0.05, 0.5, 0.5], [0.95, 0.95, 0.95]], atol=1e-6)
+  many = np.concatenate([np.zeros((8, 3)), np.ones((50, 3))])  # only the nearest are asked
+  np.testing.assert_allclose(vertices.likely_ends(x[:1], [0], many, [0] * 58)[1], 0.05, atol=1e-6)
+  np.testing.assert_allclose(vertices.likely_ends(x[:1], [3], many, [0] * 58), 0.05, atol=1e-6)
+
+
+def test_neighbouring_pixels_are_mixed_and_other_values_are_not():
+  values = jnp.arange(12.0)
+  np.testing.assert_array_equal(vertices._with_neighbours(values, (12,)), values)
+  image = jnp.zeros((3, 4, 1)).at[1, 1, 0].set(1.0)
+  mixed = vertices._with_neighbours(image.reshape(-1), image.shape).reshape(3, 4)
+  np.testing.assert_allclose(mixed[1], [0.09375, 0.5625, 0.09375, 0.0], atol=1e-6)
+  np.testing.assert_allclose(jnp.sum(mixed), 1.0, atol=1e-6)
+
+
+def test_what_similar_samples_say_helps_the_polish():
+  x, span, start, _ = data()
+  far = near(x, 0.45)
+  alone = vertices.certify(vertices.polish(far, span, start), span, start).certified.sum()
+  likely = jnp.stack([jnp.where(x == 0, 0.95, 0.05), jnp.where(x == 1, 0.95, 0.05)])
+  helped = vertices.certify(vertices.polish(far, span, start, likely=likely), span, start).certified.sum()
+  assert helped == NUM
+  assert helped >= alone
+  with pytest.raises(ValueError, match="likely"):
+    vertices.polish(far, span, start, likely=likely[:, :2])
+
+
 def test_the_start_is_no_training_sample_though_it_lies_at_the_ends_of_the_range():
   x, span, _, _ = data()
   black = jnp.zeros(SIZE)  # what a network that subtracts nothing starts from
@@ -114,7 +146,7 @@ def test_all_training_samples_are_found_each_once_with_their_labels():
   told = []
   guesses = jnp.concatenate([near(x[:4], 0.1), near(x[:4], 0.05), jnp.full((40, SIZE), 0.5)])
   found, led = exact.find(examined(), guesses, np.zeros(48, int), rounds=12, on_round=lambda *row: told.append(row))
-  assert told[0] == (1, 4, NUM)
+  assert told[0][0] == 1 and told[0][1] >= 4 and told[0][2] == NUM
   assert told[-1][1] == NUM == len(found.y)
   assert led.all()  # there are no others
   order = np.abs(found.unit[:, None] - x[None]).max(axis=2).argmin(axis=1)
@@ -123,13 +155,13 @@ def test_all_training_samples_are_found_each_once_with_their_labels():
   assert len(set(found.y)) > NUM // 2 and set(found.y) <= set(range(5, 5 + NUM))
 
 
-def test_one_round_only_polishes_what_is_promising():
+def test_one_round_only_polishes_the_guesses():
   x, *_ = data()
   found, led = exact.find(
     examined(), jnp.concatenate([near(x[:3], 0.1), jnp.full((2, SIZE), 0.5)]), np.arange(5), rounds=1
   )
-  assert len(found.y) == 3
-  assert led.tolist() == [True] * 3 + [False] * 2
+  assert 3 <= len(found.y) < NUM
+  assert led[:3].all()
 
 
 @pytest.mark.parametrize("changes", [{"span": None}, {"classifier": "unbounded"}])
