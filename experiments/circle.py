@@ -44,7 +44,11 @@ class Config:
   )
   generator_seed: int = flag(0, "Further seed of the generator alone: the same classifier, another run.", lower=0)
   codes: int = flag(60, "Learned codes of each class; each is used once in every step.", lower=1)
-  restarts: int = flag(6, "Generators that are started; the best by a loss without data goes on.", lower=1)
+  restarts: int = flag(
+    6,
+    "Generators that are started; the best by a loss without data goes on. One where the points are solved for.",
+    lower=1,
+  )
   restart_steps: int = flag(3200, "Steps of each before the choice.", lower=1)
   steps: int = flag(8000, "Steps of the chosen one altogether.", lower=1)
   learning_rate: float = flag(3e-3, "Peak learning rate.", lower=1e-8)
@@ -79,7 +83,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   methods.parse_weights(config.weights)
   import numpy as np
 
-  from experiments.attack import classifiers, plane
+  from experiments.attack import classifiers, plane, points
   from experiments.attack.train import train_generator
   from experiments.harness.workdir import Workdir
   from experiments.measure import circle as measure
@@ -120,7 +124,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     save_every=config.save_every,
   )
   return measure.evaluate(
-    out, (x, y, parts), reconstruction, seed=config.seed, moments=plane.input_moments(attacked[0])
+    out, (x, y, parts), reconstruction, seed=config.seed, moments=points.input_moments(attacked[0])
   )
 
 

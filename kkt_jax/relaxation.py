@@ -93,7 +93,7 @@ def relax_gates(apply_fn: ApplyFn, *, sharpness: float) -> ApplyFn:
   _checks.check_positive("sharpness", sharpness)
 
   def with_relaxed_gates(params: PyTree, x: jax.Array) -> jax.Array:
-    report = _Report([], [])
+    report = _Report()
     logits = _relaxed(apply_fn, params, x, sharpness, report)
     if report.kinks and not report.gates:
       raise ValueError(
@@ -111,9 +111,24 @@ def gates(apply_fn: ApplyFn, params: PyTree, x: Any) -> list[str]:
   >>> gates(lambda w, x: jnp.tanh(jax.nn.relu6(w * x)), 1.0, jnp.ones(3))
   ['max', 'min']
   """
-  report = _Report([], [])
+  report = _Report()
   jax.eval_shape(lambda params, x: _relaxed(apply_fn, params, x, 1.0, report), params, x)
   return report.gates
+
+
+def pre_activations(apply_fn: ApplyFn, params: PyTree, x: Any) -> list[jax.Array]:
+  """The arguments of all gates outside loops and branches, in order; a gate's kink is at 0.
+
+  >>> pre_activations(lambda w, x: jnp.tanh(jax.nn.relu6(w * x)), 2.0, jnp.array([-1.0, 2.0]))[0].tolist()
+  [-2.0, 4.0]
+  """
+
+  def roots(params: PyTree, x: Any) -> list[jax.Array]:
+    report = _Report()
+    _relaxed(apply_fn, params, x, 1.0, report)
+    return report.roots
+
+  return jax.jit(roots)(params, x)
 
 
 def relaxed(classifier: Classifier, sharpness: float | None) -> Classifier:
@@ -174,10 +189,11 @@ class _Value(NamedTuple):
 
 @dataclasses.dataclass
 class _Report:
-  """The gates that were relaxed, and other kinks."""
+  """The gates that were relaxed, other kinks, and the arguments of the gates outside loops and branches."""
 
-  gates: list[str]
-  kinks: list[str]
+  gates: list[str] = dataclasses.field(default_factory=list)
+  kinks: list[str] = dataclasses.field(default_factory=list)
+  roots: list[jax.Array] = dataclasses.field(default_factory=list)
 
 
 def _relaxed(apply_fn: ApplyFn, params: PyTree, x: Any, sharpness: float, report: _Report) -> Any:
@@ -201,7 +217,7 @@ def _evaluate(closed: Any, arguments: Sequence[_Value], sharpness: float, report
   for equation in jaxpr.eqns:
     inputs, name = [read(atom) for atom in equation.invars], equation.primitive.name
     depends = any(value.depends for value in inputs)
-    own = report if depends else _Report([], [])
+    own = report if depends else _Report()
     if name in _INLINED:
       outputs = _evaluate(equation.params[_INLINED[name]], inputs, sharpness, report)
     elif name == "custom_jvp_call" and _only_gates(equation.params["call_jaxpr"]):
@@ -226,6 +242,7 @@ def _run(jaxpr: Any, equation: Any, arrays: Sequence[Any]) -> list[Any]:
 
 def _inside(parameter: Any, sharpness: float, report: _Report) -> Any:
   """The programs inside an operation (a loop's body, a branch) with their gates relaxed."""
+  report = dataclasses.replace(report, roots=[])
   if type(parameter) is tuple:  # named ones hold no programs
     return tuple(_inside(part, sharpness, report) for part in parameter)
   if isinstance(parameter, core.Jaxpr):
@@ -278,6 +295,7 @@ def _described(name: str, inputs: Sequence[_Value], out: _Value, sharpness: floa
     return out
   report.gates.append(name)
   root, *slopes = gate
+  report.roots.append(root)
   below, above = (jnp.zeros_like(root) if isinstance(s, float) and s == 0 else s * root for s in slopes)
   return _Value(_mixed(out.array, root, below, above, sharpness), flags=frozenset({"gated"}))
 

@@ -240,7 +240,7 @@ def test_circle_weighs_its_terms_as_documented():
     "repulsion": 0.3,
     "duality": 3.0,
     "statistics": 100.0,
-  }
+  }  # points are not solved for: a classifier without training reveals no margin
   assert (recipe.stationarity.weight, recipe.stationarity.begin, recipe.stationarity.ramp) == (1.0, 0.2, 0.1)
 
 

@@ -1,8 +1,9 @@
 """The recipe of `experiments.circle`: few separate points of the plane, from classifiers of it.
 
-A network of continuous noise must bridge the gaps between the points; a codebook need not. Several generators are
-trained to lie where the classifier can have seen data at all (its stored statistics, its common margin), and the one
-with the least loss goes on with the stationarity. Nothing in this looks at the points.
+A network of continuous noise must bridge the gaps between the points; a codebook need not. Where the weights
+can be solved for the points (`experiments.attack.points`), samples are drawn to these. Several generators are trained
+to lie where the classifier can have seen data at all (its stored statistics, its common margin), and the one with the
+least loss goes on with the stationarity. Nothing in this looks at the training points.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kkt_jax import first_layer, generators, losses, priors, recipes, terms
+from experiments.attack import points
+from kkt_jax import generators, losses, priors, recipes, terms
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.examination import Examination
 
@@ -20,21 +22,9 @@ _CODE_SIZE, _JITTER, _FINAL_JITTER = 8, 0.1, 0.03
 _BANDWIDTH = 0.3  # of the repulsion, in standard deviations of the data
 
 
-def input_moments(classifier: Classifier) -> tuple[jax.Array, jax.Array]:
-  """The mean [2] and the covariance's Cholesky factor [2, 2] of the training points, read off the first batch norm.
-
-  Without batch norm they are not to be had; 0 and the identity stand for the region in which points are searched.
-  """
-  if classifier.statistics is None:
-    return jnp.zeros(2), jnp.eye(2)
-  layer, stored = classifier.params["Dense_0"], classifier.statistics["BatchNorm_0"]
-  mean, covariance = first_layer.input_moments(layer["kernel"], layer["bias"], stored["mean"], stored["var"])
-  return mean, jnp.linalg.cholesky(covariance)
-
-
 def _moments(examinations: Sequence[Examination]) -> tuple[jax.Array, jax.Array]:
   """Means [T, 2] and factors [T, 2, 2] of the points of each classifier."""
-  means, factors = zip(*(input_moments(own.classifier) for own in examinations), strict=True)
+  means, factors = zip(*(points.input_moments(own.classifier) for own in examinations), strict=True)
   return jnp.stack(means), jnp.stack(factors)
 
 
@@ -63,7 +53,7 @@ def recipe(
     examinations: of the classifiers.
     codes: learned codes of each class; each is used once in every step.
     steps: training steps altogether.
-    restarts: generators that are started.
+    restarts: generators that are started; one where the points are solved for.
     restart_steps: steps of each before the choice.
     learning_rate: peak of generator and multipliers.
   """
@@ -95,6 +85,9 @@ def recipe(
 
   fading = lambda progress: jnp.maximum(1.0 - progress / 0.7, 0.0)
   own = {"repulsion": terms.Term(0.3, repulsion, fading)}
+  found = [points.solve(examination) for examination in examinations]
+  if all(len(classes) for _, classes in found):
+    own["solved"] = terms.Term(30.0, _distance(found, size))
   ramp: dict[str, Any] = {"begin": begin, "ramp": 0.1}
   if coupled:
     multipliers = recipes.network_multipliers(hidden=(64,))
@@ -105,7 +98,9 @@ def recipe(
     }
   else:
     multipliers = recipes.softmax_multipliers()
-    stationarity = recipes.Stationarity(0.3, losses.relative_residual, **ramp)
+    # Solved points lie on hinges, where the gates are averages of both sides; no gate of a single sample says that.
+    weight = 0.0 if "solved" in own else 0.3
+    stationarity = recipes.Stationarity(weight, losses.relative_residual, **ramp)
     own["duality"] = terms.Term(10.0, terms.duality(delta=1.0))
   return recipes.Recipe(
     generator=generators.network(module, noise=noise, noise_dim=1 + _CODE_SIZE, batch_size=3 * codes),
@@ -117,8 +112,21 @@ def recipe(
       theta=lambda num_steps: optax.adam(cosine),
       eta=lambda num_steps: optax.adam(cosine),
       alpha=lambda num_steps: optax.adam(lambda step: jnp.where(step < hold, 0.0, pace * cosine(step))),
-      restarts=restarts,
+      restarts=1 if "solved" in own else restarts,
       restart_steps=restart_steps if steps else 0,
       steps_per_call=20,
     ),
   )
+
+
+def _distance(found: Sequence[tuple[Any, Any]], size: jax.Array) -> terms.TermFn:
+  """Every sample is near a solved point of its class, and every point near a sample; squared, in units of a size."""
+
+  def distance(classifier: Classifier, batch: terms.Batch) -> jax.Array:
+    places, classes = (jnp.asarray(part) for part in found[batch.t])
+    squares = jnp.sum(jnp.square((batch.x[:, None] - places[None]) / size), axis=2)
+    squares = jnp.where(batch.classes[:, None] == classes[None], squares, jnp.inf)
+    nearest = jnp.min(squares, axis=0)
+    return jnp.mean(jnp.min(squares, axis=1)) + jnp.mean(jnp.where(jnp.isfinite(nearest), nearest, 0.0))
+
+  return distance

@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
 
 from experiments.data import Images, Split
 from experiments.harness.flags import UsageError
 from experiments.measure import pictures
 from experiments.measure.judge import Judge, usefulness
 import kkt_jax
-from kkt_jax import metrics
+from kkt_jax import candidates, metrics, relaxation
+from kkt_jax.classifier import Classifier
 from kkt_jax.exact import most_samples
 
 _TESTED = 100  # real images of each class on which a classifier trained on generated ones is tested
@@ -251,6 +253,30 @@ def exactness(reconstruction: "kkt_jax.Reconstruction", train: Images) -> tuple[
     most = most_samples(examination)
     counts.append({"proven": len(own.y), "most": most, "exact": exact, "false": len(own.y) - exact})
   return counts, np.concatenate([np.clip(own.unit, 0, 1) for own in reconstruction.exact])
+
+
+def hinges(classifiers: Sequence[Classifier], train: Images, others: Images) -> list[dict[str, float]]:
+  """Whether the kinks on which images sit tell those that a classifier was trained on from others, for each classifier.
+
+  Args:
+    classifiers: with gates; the others are left out.
+    train: training images, in [0, 1].
+    others: real images that were not trained on.
+
+  Returns:
+    The median share of gates on whose kinks ``train`` and ``others`` sit (`kkt_jax.candidates.hinge_shares`), and the
+    area under the curve ``auc`` of true against false positives: .5 says nothing, 1 all.
+  """
+  results = []
+  for classifier in classifiers:
+    if not relaxation.gates(classifier.predict_fn, classifier.params, jnp.zeros((2, *classifier.input_shape))):
+      continue
+    own, other = (images.x[np.isin(images.y, classifier.labels)] for images in (train, others))
+    shares = candidates.hinge_shares(classifier, classifier.from_unit(jnp.concatenate([own, other])))
+    inside, outside = shares[: len(own)], shares[len(own) :]
+    auc = stats.mannwhitneyu(inside, outside).statistic / (len(inside) * len(outside))
+    results.append({"train": float(np.median(inside)), "others": float(np.median(outside)), "auc": float(auc)})
+  return results
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> str:

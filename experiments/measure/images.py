@@ -90,13 +90,23 @@ def evaluate(
     "exp_minus_alpha": np.asarray(reconstruction.margins).tolist(),
     "final_losses": out.last_logged(),
   }
+  results["hinges"] = comparison.hinges(classifiers, data.train, data.held_out)
   results["certificates"], proven = comparison.exactness(reconstruction, data.train)
   columns = pictures.COLUMNS // len(labels)
   comparison.similar_pairs(out.path / picture, samples, data.train, proven=proven, columns=columns)
   out.finish(results)
   measured = {name: row for name, row in results.items() if isinstance(row, dict) and "eval_accuracy" in row}
   summary = [comparison.table(measured, _SHOWN), *(_proof(own) for own in results["certificates"] if own["most"])]
+  summary += [_membership(own) for own in results["hinges"]]
   return results | {"summary": "\n\n".join(summary), "pictures": [picture]}
+
+
+def _membership(own: Mapping[str, float]) -> str:
+  """What the kinks of a classifier tell, in a sentence."""
+  return (
+    f"The median training image sits on {own['train']:.2%} of the kinks of its ReLUs, another real image on"
+    f" {own['others']:.2%}; this tells them apart with an AUC of {own['auc']:.3f}."
+  )
 
 
 def _proof(count: Mapping[str, int]) -> str:
