@@ -38,6 +38,8 @@ _BATCH_NORM = {"pretrain_steps": 6000, "pretrain_learning_rate": 0.5}
 _WEIGHT_DECAY = {"pretrain_steps": 4000, "pretrain_learning_rate": 0.1}
 _BINARISATION = {True: 6.0, False: 12.0}  # weight for drawings, with batch norm or without
 
+_PAPER_RATE = 2e-3  # peak learning rate of the paper's network
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -74,6 +76,12 @@ class Config:
     group="The generator",
   )
   generator_seed: int = flag(0, "Further seed of the generator alone: the same classifier, another run.", lower=0)
+  generator: str = flag(
+    "network",
+    "network: of continuous noise, fitted to a table of images and trained on; table: the noise picks one of finitely"
+    " many; paper: the paper's own network, trained from scratch.",
+    choices=("network", "table", "paper"),
+  )
   codes: int = flag(None, "Images that the noise picks from, for each class and classifier.", lower=1, type=int)
   deviation: float = flag(
     None, "Deviation of the first images, over that of black and white pixels.", lower=0, type=float
@@ -164,6 +172,9 @@ def run(
     microbatch_size=config.microbatch_size or None,
     draw=draw,
   )
+  if reconstruction.table is not None:
+    rows = [(f"from one {label} to another", images) for label, images in _between(reconstruction, labels).items()]
+    pictures.image_rows(out.path / "interpolation.png", rows)
   return measure.evaluate(
     out,
     shared,
@@ -178,12 +189,35 @@ def run(
   )
 
 
+def _between(reconstruction: "kkt_jax.Reconstruction", labels: "Sequence[int]") -> "dict[int, Any]":
+  """For each label images on the way from one noise to another, along a great circle."""
+  import jax
+  import numpy as np
+
+  from experiments.measure import pictures
+
+  key = jax.random.key(1)
+  first, second = jax.random.normal(key, (2, len(labels), 1, reconstruction.problem.generator.noise_dim))
+  angle = np.linspace(0, np.pi / 2, pictures.COLUMNS)[None, :, None]
+  noise = np.cos(angle) * first + np.sin(angle) * second
+  t = np.asarray(reconstruction.choose_classifiers(key, np.asarray(labels)))
+  counts = [pictures.COLUMNS] * len(labels)
+  x = reconstruction.generate(noise.reshape(-1, noise.shape[2]), np.repeat(labels, counts), np.repeat(t, counts))
+  return dict(zip(labels, np.asarray(x).reshape(len(labels), pictures.COLUMNS, *x.shape[1:]), strict=True))
+
+
 def recipe_of(config: Any, examinations: "Sequence[kkt_jax.Examination]", *, drawings: bool) -> "kkt_jax.Recipe":
   """The recipe of the chosen method, with what was asked for by hand."""
   import kkt_jax
 
   table = kkt_jax.generators.table(codes=config.codes, deviation=config.deviation)
   recipe = dataclasses.replace(kkt_jax.recipes.default(examinations), generator=table)
+  if config.generator == "network":
+    steps = config.steps or recipe.schedule.steps
+    recipe = recipe.with_schedule(match_steps=2 * steps, joint_steps=min(steps, recipe.schedule.joint_steps))
+  elif config.generator == "paper":
+    recipe = dataclasses.replace(recipe, generator=kkt_jax.generators.convolutional())
+    recipe = recipe.with_schedule(theta=kkt_jax.recipes.adam(_PAPER_RATE))
   if drawings:
     term = kkt_jax.terms.Term(_BINARISATION[config.batch_norm], kkt_jax.terms.binarisation)
     recipe = recipe.with_terms(binarisation=term)

@@ -1,9 +1,10 @@
 """How many digits a first layer gives away exactly, against their number: the wall that no equation but the span's has.
 
 Takes the exact span of N digits, as a converged classifier of them reveals it, and looks for the digits in it by
-polishing (`kkt_jax.vertices`): from other digits, which were not trained on, and from random points. Every point that
-is certified is looked up among the N digits. ``vertices.png`` shows the share of digits that are vertices at all (by
-the rank of their black and white pixels), that would be certified, and that are found.
+polishing (`kkt_jax.vertices`): from other digits, which were not trained on, told by each other where values end, and
+from random points. Every point that is certified is looked up among the N digits. ``vertices.png`` shows the share of
+digits that are vertices at all (by the rank of their black and white pixels), that would be certified, polished from
+themselves, and that are found.
 """
 
 from collections.abc import Mapping
@@ -54,10 +55,13 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     offsets = (data.train.x - start).reshape(size, -1)
     span = first_layer.input_span(offsets.T, tolerance=1e-5)
     points = vertices.search(jax.random.key(config.seed), span, start, config.starts)
-    own = vertices.certify(data.train.x, span, start)
-    row = {"vertices": np.mean(_is_vertex(data.train.x, span)), "certifiable": np.mean(own.certified)}
-    for name, starts in (("others", data.held_out.x), ("random", points)):
-      x = vertices.polish(jnp.asarray(starts), span, start)
+    own = vertices.polish(jnp.asarray(data.train.x), span, start)  # which moves what is nearly black or white
+    kept = np.asarray(metrics.ssim(jnp.clip(own, 0, 1), data.train.x)) > EXACT
+    kept &= vertices.certify(own, span, start).certified
+    row = {"vertices": np.mean(_is_vertex(data.train.x, span)), "certifiable": np.mean(kept)}
+    likely = vertices.likely_ends(data.held_out.x, data.held_out.y, data.held_out.x, data.held_out.y)
+    for name, starts, ends in (("others", data.held_out.x, likely), ("random", points, None)):
+      x = vertices.polish(jnp.asarray(starts), span, start, likely=ends)
       sure = np.asarray(x)[vertices.certify(x, span, start).certified]
       near = np.asarray(metrics.pairwise_ssim(np.clip(sure, 0, 1), data.train.x)) if len(sure) else np.zeros((0, size))
       exact = near.max(axis=1, initial=0.0) > EXACT

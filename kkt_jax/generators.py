@@ -122,7 +122,7 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
     shape = classifiers[0].input_shape
     bounded = all(classifier.value_range is not None for classifier in classifiers)
     starts = [own.unit_start for own in examinations]
-    first = deviation * _typical_deviation(starts)
+    first = deviation * typical_deviation(starts)
     spans = [own.span for own in examinations] if in_span else [None]
     factors: list[jax.Array | None] = [None] * len(starts)
     if all(span is not None for span in spans):
@@ -165,7 +165,7 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
   return make
 
 
-def _typical_deviation(starts: Sequence[jax.Array]) -> float:
+def typical_deviation(starts: Sequence[jax.Array]) -> float:
   """The deviation of black and white pixels with these means; .3 if they are no images."""
   if any(float(jnp.std(start)) <= 1e-3 for start in starts):
     return 0.3
@@ -287,6 +287,69 @@ class CodebookGenerator(nn.Module):
       x = nn.silu(nn.Dense(width, kernel_init=kaiming())(x))
     x = nn.Dense(math.prod(self.sample_shape), kernel_init=kaiming())(x)
     return self.output(x.reshape(-1, *self.sample_shape), t)
+
+
+class ConvGenerator(nn.Module):
+  """The paper's generator: three fully connected layers, three transposed convolutions, ReLU, batch norm, Kaiming.
+
+  Attributes:
+    sample_shape: height, width (multiples of 4) and channels of an image.
+    num_labels: number of labels altogether.
+    num_classifiers: T.
+    hidden: widths of the first two fully connected layers.
+    channels: channels of the three feature maps that the transposed convolutions take.
+    output: maps the last layer [M, H, W, C] to images.
+  """
+
+  sample_shape: Sequence[int]
+  num_labels: int
+  num_classifiers: int = 1
+  hidden: Sequence[int] = (256, 256)
+  channels: Sequence[int] = (64, 32, 16)
+  output: Callable[[jax.Array], jax.Array] = lambda x: x
+
+  @nn.compact
+  def __call__(self, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool = False) -> jax.Array:
+    """Maps noise [M, D], labels [M] and classifier indices [M] to images [M, H, W, C]."""
+    height, width, out_channels = self.sample_shape
+
+    def normalised(x: jax.Array) -> jax.Array:
+      return nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, use_fast_variance=False)(x))
+
+    x = _conditioned(noise, y, t, self.num_labels, self.num_classifiers)
+    for size in (*self.hidden, height // 4 * (width // 4) * self.channels[0]):
+      x = normalised(nn.Dense(size, kernel_init=kaiming())(x))
+    x = x.reshape(-1, height // 4, width // 4, self.channels[0])
+    for size in self.channels[1:]:
+      x = normalised(nn.ConvTranspose(size, (4, 4), strides=(2, 2), kernel_init=kaiming())(x))
+    return self.output(nn.ConvTranspose(out_channels, (3, 3), kernel_init=kaiming(0.1))(x))
+
+
+def convolutional(*, noise_dim: int = 64, batch_size: int = 500) -> GeneratorFactory:
+  """The paper's network, for images around what the classifiers subtract from them: ``sigmoid(logit(start) + x)``.
+
+  Args:
+    noise_dim: dimension of its standard normal noise.
+    batch_size: M.
+
+  Returns:
+    A factory, which raises a ValueError unless inputs are images in a range, with sides in multiples of 4.
+  """
+
+  def module(examinations: Sequence[Examination]) -> nn.Module:
+    classifier, shape = examinations[0].classifier, examinations[0].classifier.input_shape
+    if classifier.value_range is None or len(shape) != 3 or shape[0] % 4 or shape[1] % 4:
+      raise ValueError(
+        "a convolutional generator needs images in a range, with height and width in multiples of 4; inputs have shape"
+        f" {shape} and range {classifier.value_range}."
+      )
+    start = jnp.mean(jnp.stack([own.unit_start for own in examinations]), axis=0)
+    start = jnp.clip(start, 3e-3, 1 - 3e-3)  # the logit of pure black is not finite
+    around = (jnp.log(start) - jnp.log1p(-start))[None]
+    output = lambda x: classifier.from_unit(nn.sigmoid(around + x))
+    return ConvGenerator(shape, num_labels(examinations), len(examinations), output=output)
+
+  return network(module, noise=normal_noise(noise_dim), noise_dim=noise_dim, batch_size=batch_size)
 
 
 def _conditioned(

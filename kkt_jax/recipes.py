@@ -115,6 +115,9 @@ class Schedule:
     restart_steps: steps of each before the choice; stationarity does not count in them.
     polish_rounds: most rounds of polishing after the training, where the span of the data is told and the generator is
       finite; 0 leaves it out. See `kkt_jax.reconstruction.Reconstruction.polished`.
+    match_steps: steps of fitting a network of continuous noise to a finite generator's samples; 0 keeps that generator.
+      See `kkt_jax.reconstruction.Reconstruction.continuous`.
+    joint_steps: steps of training that network by the equations.
     steps_per_call: steps in one compiled call; more than 1 pays for tiny networks, whose steps are shorter than the
       call.
   """
@@ -127,6 +130,8 @@ class Schedule:
   restarts: int = 1
   restart_steps: int = 0
   polish_rounds: int = 12
+  match_steps: int = 0
+  joint_steps: int = 100
   steps_per_call: int = 1
 
   def __post_init__(self) -> None:
@@ -135,6 +140,8 @@ class Schedule:
       ("restarts", 1),
       ("restart_steps", 0),
       ("polish_rounds", 0),
+      ("match_steps", 0),
+      ("joint_steps", 0),
       ("steps_per_call", 1),
     ):
       _checks.check_at_least(name, getattr(self, name), least)

@@ -18,10 +18,12 @@ from kkt_jax.classifier import Classifier
 from kkt_jax.conditions import Conditions
 from kkt_jax.exact import Exact
 from kkt_jax.examination import Examination, examine
+from kkt_jax.flows import Flow
 from kkt_jax.recipes import Recipe
 from kkt_jax.relaxation import computed_in, relaxed
 from kkt_jax.training import OnLog, Problem, Saver, TrainState
 
+_JOINT_RATE = 1e-4  # peak learning rate where a network that is fitted already is trained by the equations
 OnSave = Callable[["Reconstruction"], None]
 OnRound = Callable[[int, int, int, int], None]
 
@@ -37,6 +39,7 @@ class Reconstruction:
     microbatch_size: samples in memory at once while training, all if None.
     mesh: devices over which training splits the samples.
     exact: for each classifier the certified training samples, once it is polished; empty before.
+    table: what a network of continuous noise was fitted to, if it was.
   """
 
   examinations: tuple[Examination, ...]
@@ -45,6 +48,7 @@ class Reconstruction:
   microbatch_size: int | None = None
   mesh: Mesh | None = None
   exact: tuple[Exact, ...] = ()
+  table: "Reconstruction | None" = None
 
   @functools.cached_property
   def classifiers(self) -> list[Classifier]:
@@ -128,7 +132,11 @@ class Reconstruction:
       raise ValueError("t must hold indices of classifiers that know the label at the same place of y.")
     generator = self.problem.generator
     noise = jax.random.normal(noise_key, (y.shape[0], generator.noise_dim))
-    return self._generate(self.state, noise, y, t)
+    return self.generate(noise, y, t)
+
+  def generate(self, noise: ArrayLike, y: ArrayLike, t: ArrayLike) -> jax.Array:
+    """What the generator makes of given noise [S, D], labels [S] and classifier indices [S], in their own units."""
+    return self._generate(self.state, jnp.asarray(noise), jnp.asarray(y), jnp.asarray(t))
 
   def choose_classifiers(self, key: jax.Array, y: ArrayLike) -> jax.Array:
     """For each label y [S] one of the classifiers that know it, at random [S].
@@ -154,7 +162,7 @@ class Reconstruction:
     pairs = [(own.classifier.labels[k], t) for t, (own, classes) in enumerate(batches) for k in np.unique(classes)]
     y, t = np.repeat(pairs, len(places), axis=0).T
     noise = jnp.tile(jax.scipy.stats.norm.ppf(places), len(pairs))[:, None]
-    return self._generate(self.state, noise, jnp.asarray(y), jnp.asarray(t)), y
+    return self.generate(noise, y, t), y
 
   def save(self, folder: str | os.PathLike[str]) -> None:
     """Writes the state into a folder, under its step.
@@ -233,9 +241,8 @@ class Reconstruction:
     if generator.put is None or not rounds:
       return self
     x, y = self.every_sample()
-    sizes = [len(np.unique(classes)) * generator.codes for classes in self.problem.classes]
-    parts = np.split(np.arange(len(y)), np.cumsum(sizes)[:-1])
-    found, theta = [], self.state.params["theta"]
+    parts, theta = self._parts(), self.state.params["theta"]
+    found: list[Exact] = []
     for t, (own, part) in enumerate(zip(self.examinations, parts, strict=True)):
       tell = None if on_round is None else functools.partial(on_round, t)
       samples, led = exact.find(own, own.classifier.to_unit(x[part]), y[part], rounds=rounds, on_round=tell)
@@ -245,6 +252,57 @@ class Reconstruction:
       found.append(samples)
     state = self.state._replace(params=self.state.params | {"theta": theta})
     return dataclasses.replace(self, state=state, exact=tuple(found))
+
+  def continuous(
+    self,
+    flow: Flow | None = None,
+    *,
+    seed: int = 0,
+    on_match: Callable[[int, float], None] | None = None,
+    on_log: OnLog | None = None,
+    log_every: int = 50,
+  ) -> "Reconstruction":
+    """A network of continuous noise in place of a finite generator: fitted to its samples, trained by the equations.
+
+    In the second stage theta, eta and alpha move together on fresh noise in every step, by all terms of the recipe.
+
+    Args:
+      flow: the network; `kkt_jax.flows.Flow` with its defaults if None.
+      seed: of its first weights and its noise.
+      on_match: called with (step, mean squared error) while it is fitted.
+      on_log: called with (step, metrics) while it is trained.
+      log_every: steps between logged metrics.
+
+    Returns:
+      The reconstruction with this generator, with ``exact``, and with this one as its ``table``.
+
+    Raises:
+      ValueError: the generator is not finite, or multipliers belong to its samples.
+    """
+    if not self.problem.generator.codes:
+      raise ValueError("continuous needs a generator of finitely many samples to fit a network to, such as a table.")
+    flow, schedule = flow or Flow(), self.recipe.schedule
+    slow = recipes.adam(_JOINT_RATE, held=0.0)
+    recipe = dataclasses.replace(self.recipe, generator=flow).with_stationarity(begin=0.0, ramp=0.0)
+    recipe = recipe.with_schedule(steps=schedule.joint_steps, theta=slow, eta=slow, restarts=1, restart_steps=0)
+    begin = dataclasses.replace(self, recipe=recipe, table=self)
+    init_key, match_key, state_key = jax.random.split(jax.random.key(seed), 3)
+    theta, statistics = begin.problem.generator.init(init_key)
+    x, y = self.every_sample()
+    samples = [
+      (own.classifier.to_unit(x[part]), y[part]) for own, part in zip(self.examinations, self._parts(), strict=True)
+    ]
+    steps = schedule.match_steps
+    theta = flow.match(match_key, theta, self.examinations, samples, num_steps=steps, on_progress=on_match)
+    params = self.state.params | {"theta": theta}
+    opt_state = begin.problem.optimizer.init(params)
+    state = TrainState(jnp.zeros((), jnp.int32), params, statistics, opt_state, state_key)
+    return dataclasses.replace(begin, state=state).continue_training(on_log=on_log, log_every=log_every)
+
+  def _parts(self) -> list[np.ndarray]:
+    """Which of `every_sample` belong to each classifier, for a finite generator."""
+    sizes = [len(np.unique(classes)) * self.problem.generator.codes for classes in self.problem.classes]
+    return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
 
   def _at(self, state: TrainState) -> "Reconstruction":
     return dataclasses.replace(self, state=parallel.fetch(state) if self.mesh is not None else state)
@@ -267,6 +325,7 @@ def reconstruct(
   on_save: OnSave | None = None,
   on_restart: Callable[[int, int, dict[str, float]], None] | None = None,
   on_round: OnRound | None = None,
+  on_match: Callable[[int, float], None] | None = None,
   log_every: int = 50,
   save_every: int = 500,
 ) -> Reconstruction:
@@ -284,6 +343,7 @@ def reconstruct(
     on_save: called with the reconstruction so far every ``save_every`` steps, after the saver.
     on_restart: called with (restart, step, metrics) while starts are tried.
     on_round: called while samples are polished; see `Reconstruction.polished`.
+    on_match: called while a network is fitted to the samples; see `Reconstruction.continuous`.
     log_every: steps between logged metrics.
     save_every: steps between saved states.
 
@@ -314,7 +374,11 @@ def reconstruct(
   made = begin.continue_training(
     saver=saver, on_log=on_log, on_save=on_save, log_every=log_every, save_every=save_every
   )
-  return made.polished(on_round=on_round)
+  made = made.polished(on_round=on_round)
+  if not schedule.match_steps or not made.problem.generator.codes:
+    return made
+  later = None if on_log is None else lambda step, metrics: on_log(schedule.steps + step, metrics)
+  return made.continuous(seed=seed, on_match=on_match, on_log=later, log_every=log_every)
 
 
 def _random_state(problem: Problem, recipe: Recipe, examinations: Sequence[Examination], seed: int) -> TrainState:

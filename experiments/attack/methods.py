@@ -60,8 +60,9 @@ class Method:
 
 
 def recipe_of(method: Method, recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
-  """A method's recipe, made of ours; of the baselines only the blind search knows of polishing."""
-  return method.change(recipe.with_schedule(polish_rounds=0) if method.kind == "baseline" else recipe, setting)
+  """A method's recipe, made of ours; of the baselines only the blind search knows of polishing, none of a network."""
+  without = {"polish_rounds": 0, "match_steps": 0} if method.kind == "baseline" else {}
+  return method.change(recipe.with_schedule(**without), setting)
 
 
 def parse_weights(text: str) -> dict[str, float]:

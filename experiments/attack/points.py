@@ -28,6 +28,7 @@ _FAR = 1.6  # how far hinges are followed; without batch norm the weights do not
 _STEP, _SAME = 0.002, 0.02  # along a hinge; difference of two hinges up to which they are one
 _UNEXPLAINED = 0.4  # share of what the weights say above which the candidates are not the training points
 _AROUND, _DIRECTIONS = (0.01, 0.03), 16
+_EVEN = 0.3  # greatest relative difference of points' weights in stored averages
 _TOGETHER, _LEAST = 0.12, 0.5  # of one point; share of the typical point's weight that makes a point
 
 
@@ -38,8 +39,8 @@ def solve(examination: Examination) -> tuple[np.ndarray, np.ndarray]:
     examination: of the classifier.
 
   Returns:
-    Points [K, 2] and their classes [K]; none where the margin is not revealed, or no candidates explain the
-    weights.
+    Points [K, 2] and their classes [K]; none where the margin is not revealed, no candidates explain the weights,
+    or more than a few points would do so.
   """
   classifier, margin = examination.classifier, examination.margin
   nothing = np.zeros((0, 2)), np.zeros(0, int)
@@ -50,7 +51,11 @@ def solve(examination: Examination) -> tuple[np.ndarray, np.ndarray]:
   points, weights = _merged(candidates, groups, weights)
   if not len(points):
     return nothing
-  points = points[weights > _LEAST * np.median(weights[weights > 0.1 * weights.max()])]
+  typical = np.median(weights[weights > 0.1 * weights.max()])
+  kept = weights > _LEAST * typical
+  if classifier.statistics is not None and np.abs(weights[kept] / typical - 1).max() > _EVEN:
+    return nothing  # every training point weighs the same
+  points = points[kept]
   return points, np.asarray(jnp.argmax(classifier.predict(jnp.asarray(points)), axis=1))
 
 

@@ -47,7 +47,7 @@ def train_generator(
   If there are several devices, of one process or of several, the samples of every step are split among them.
 
   Args:
-    out: the workdir; checkpoints go to its folder ``generator``.
+    out: the workdir; checkpoints go to its folder ``generator``, a network of continuous noise to ``network``.
     examinations: of the attacked classifiers.
     recipe: how it is trained.
     seed: of the generator.
@@ -74,8 +74,14 @@ def train_generator(
   def on_round(t: int, number: int, found: int, most: int) -> None:
     say(f"polishing, classifier {t + 1}, round {number}: {found} training samples proven, of at most {most}")
 
-  with _Resuming(out, schedule.steps) as checkpointer:
-    return kkt_jax.reconstruct(
+  matching = Progress("network", schedule.match_steps)
+
+  def on_match(step: int, error: float) -> None:
+    matching.update(step, {"mean squared error": error})
+
+  joint_steps = schedule.joint_steps if schedule.match_steps else 0
+  with _Resuming(out, schedule.steps + joint_steps) as checkpointer:
+    made = kkt_jax.reconstruct(
       [own.classifier for own in examinations],
       complete,
       seed=seed,
@@ -87,9 +93,13 @@ def train_generator(
       on_save=draw,
       on_restart=on_restart,
       on_round=on_round,
+      on_match=on_match,
       log_every=log_every,
       save_every=save_every,
     )
+  if made.table is not None:
+    made.save(out.path / "network")
+  return made
 
 
 def _shown(metrics: dict[str, Any]) -> dict[str, float]:

@@ -78,7 +78,7 @@ def evaluate(
   # Where samples interact, or multipliers are fitted, as many of each as the classifiers were trained on.
   coupled = any(classifier.batch_coupled for classifier in classifiers)
   many = fresh(len(data.train.y) if coupled else population, np.resize)
-  every = Images(*map(np.asarray, reconstruction.every_sample()))
+  every = Images(*map(np.asarray, (reconstruction.table or reconstruction).every_sample()))
   margins = _true_margins(classifiers, data.train)
   kkt = functools.partial(_kkt_metrics, classifiers, reconstruction.conditions, margins, thorough=thorough)
   results: dict[str, Any] = {
