@@ -34,6 +34,7 @@ class Finished:
   owner: np.ndarray | None = None  # which classifier each fresh sample is of
   margins = np.array([0.5, 0.25])
   exact = ()
+  table = None
   examinations = ()
 
   def every_sample(self):
