@@ -87,7 +87,7 @@ def recipe(
   own = {"repulsion": terms.Term(0.3, repulsion, fading)}
   found = [points.solve(examination) for examination in examinations]
   if all(len(classes) for _, classes in found):
-    own["solved"] = terms.Term(30.0, _distance(found, size))
+    own["solved"] = terms.Term(3000.0, _distance(found, size))
   ramp: dict[str, Any] = {"begin": begin, "ramp": 0.1}
   if coupled:
     multipliers = recipes.network_multipliers(hidden=(64,))
