@@ -11,7 +11,6 @@ from kkt_jax import vertices
 from kkt_jax.classifier import Classifier
 from kkt_jax.examination import Examination
 
-_CONSTANT = 1e-3  # deviation of the values of what a network subtracts, up to which it is no mean image
 _IDLE = 2  # rounds without a new training sample after which the search ends
 
 
@@ -120,7 +119,7 @@ def most_samples(examination: Examination) -> int:
   """How many training samples the span can hold: r, and one more if it starts from their mean; 0 if it is not told."""
   if examination.span is None:
     return 0
-  return examination.span.strengths.size + (float(jnp.std(examination.unit_start)) > _CONSTANT)
+  return examination.span.strengths.size + examination.tells_mean
 
 
 def _right_way(classifier: Classifier, unit: np.ndarray, start: jax.Array) -> np.ndarray:

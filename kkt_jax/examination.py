@@ -108,6 +108,11 @@ class Examination:
     return jnp.clip(unit, 0.0, 1.0) if bounded else unit
 
   @property
+  def tells_mean(self) -> bool:
+    """Whether what the network subtracts is an image, such as the mean of the data, and not one value throughout."""
+    return float(jnp.std(self.unit_start)) > _ALIKE
+
+  @property
   def class_features(self) -> tuple[jax.Array, jax.Array] | None:
     """The common features of each class before the last ReLU [C, F] and their scales [F]; None if not revealed."""
     last = self.last

@@ -171,7 +171,7 @@ class Flow:
 def _charts(examinations: Sequence[Examination]) -> list[tuple[jax.Array, jax.Array, float]]:
   """For each classifier where samples start, the directions in which they lie [D, r], and the size of a coordinate."""
   starts = [own.unit_start for own in examinations]
-  deviation = generators.typical_deviation(starts)
+  deviation = generators.typical_deviation(examinations)
   spans = [own.span for own in examinations]
   bases = [jnp.eye(starts[0].size)] * len(starts) if None in spans else [span.basis for span in spans if span]
   return [

@@ -122,7 +122,7 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
     shape = classifiers[0].input_shape
     bounded = all(classifier.value_range is not None for classifier in classifiers)
     starts = [own.unit_start for own in examinations]
-    first = deviation * typical_deviation(starts)
+    first = deviation * typical_deviation(examinations)
     spans = [own.span for own in examinations] if in_span else [None]
     factors: list[jax.Array | None] = [None] * len(starts)
     if all(span is not None for span in spans):
@@ -165,11 +165,12 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
   return make
 
 
-def typical_deviation(starts: Sequence[jax.Array]) -> float:
-  """The deviation of black and white pixels with these means; .3 if they are no images."""
-  if any(float(jnp.std(start)) <= 1e-3 for start in starts):
+def typical_deviation(examinations: Sequence[Examination]) -> float:
+  """The deviation of black and white pixels whose means the networks subtract; .3 if they subtract no images."""
+  if not all(own.tells_mean for own in examinations):
     return 0.3
-  return float(jnp.sqrt(jnp.mean(jnp.stack([jnp.clip(start * (1 - start), 0.01) for start in starts]))))
+  starts = jnp.stack([own.unit_start for own in examinations])
+  return float(jnp.sqrt(jnp.mean(jnp.clip(starts * (1 - starts), 0.01))))
 
 
 def network(

@@ -109,7 +109,8 @@ def examined(start, span=None, *, value_range=(0.0, 1.0), num_classes=3):
   apply_fn = lambda w, x: x.reshape(x.shape[0], -1) @ w
   classifier = make_classifier(apply_fn, jnp.ones((start.size, num_classes)), start.shape, value_range=value_range)
   share = 1.0 if span is None else span.strengths.size / start.size
-  return types.SimpleNamespace(classifier=classifier, unit_start=start, span=span, share=share)
+  tells_mean = float(jnp.std(start)) > 1e-3
+  return types.SimpleNamespace(classifier=classifier, unit_start=start, tells_mean=tells_mean, span=span, share=share)
 
 
 def every_code(codes):

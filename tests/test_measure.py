@@ -173,8 +173,7 @@ def test_what_is_proven_is_counted_beside_the_truth():
   span = types.SimpleNamespace(strengths=np.ones(5))
   claimed = types.SimpleNamespace(unit=np.concatenate([train.x[:2], 1 - train.x[2:3]]), y=train.y[:3])
   nothing = types.SimpleNamespace(unit=train.x[:0], y=train.y[:0])
-  start = jnp.asarray(train.x.mean(axis=0))
-  examinations = [types.SimpleNamespace(span=own, unit_start=start) for own in (span, None)]
+  examinations = [types.SimpleNamespace(span=own, tells_mean=True) for own in (span, None)]
   made = types.SimpleNamespace(exact=(claimed, nothing), examinations=examinations)
   counts, images = comparison.exactness(made, train)
   assert counts[0] == {"proven": 3, "most": 6, "exact": 2, "false": 1}

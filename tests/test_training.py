@@ -30,7 +30,9 @@ def linear_classifier(labels=(0, 1, 2), seed=0):
 
 def examined(classifier):
   """What generators and multipliers ask of an examination."""
-  return types.SimpleNamespace(classifier=classifier, unit_start=jnp.full(2, 0.5), span=None, share=1.0)
+  return types.SimpleNamespace(
+    classifier=classifier, unit_start=jnp.full(2, 0.5), tells_mean=False, span=None, share=1.0
+  )
 
 
 ONE, TWO = (linear_classifier(),), (linear_classifier(), linear_classifier((3, 4, 2), seed=7))

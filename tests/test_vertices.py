@@ -137,7 +137,8 @@ def examined(**changes):
   x, span, start, _ = data()
   weights = jnp.asarray((x - x.mean(axis=0)).T)
   classifier = make_classifier(lambda w, v: v @ w, weights, (SIZE,), value_range=(-1.0, 1.0), labels=range(5, 5 + NUM))
-  own = {"classifier": classifier, "span": span, "unit_start": start, "share": (NUM - 1) / SIZE} | changes
+  own = {"classifier": classifier, "span": span, "unit_start": start, "tells_mean": True}
+  own |= {"share": (NUM - 1) / SIZE} | changes
   return types.SimpleNamespace(**own)
 
 

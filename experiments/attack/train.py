@@ -74,10 +74,12 @@ def train_generator(
   def on_round(t: int, number: int, found: int, most: int) -> None:
     say(f"polishing, classifier {t + 1}, round {number}: {found} training samples proven, of at most {most}")
 
-  matching = Progress("network", schedule.match_steps)
+  matching: list[Progress] = []  # its clock starts when it does
 
   def on_match(step: int, error: float) -> None:
-    matching.update(step, {"mean squared error": error})
+    if not matching:
+      matching.append(Progress("network", schedule.match_steps, start=step))
+    matching[0].update(step, {"mean squared error": error})
 
   joint_steps = schedule.joint_steps if schedule.match_steps else 0
   with _Resuming(out, schedule.steps + joint_steps) as checkpointer:
