@@ -168,6 +168,17 @@ def test_pairs_show_the_training_image_of_the_class_that_is_most_similar(tmp_pat
   np.testing.assert_array_equal(framed[0, 31], np.ones(4))  # the second is not
 
 
+def test_draws_are_training_images_or_one_another_or_new():
+  random = np.random.default_rng(0)
+  train, others = random.uniform(size=(2, 3, 12, 12, 1)).astype(np.float32)
+  drawn = Images(np.concatenate([train[:2], others[:2], others[1:2]]), np.zeros(5, int))
+  assert comparison.novelty(drawn, Images(train, np.zeros(3, int))) == {
+    "trained": pytest.approx(0.4),
+    "repeated": pytest.approx(0.4),
+    "new": pytest.approx(0.2),
+  }
+
+
 def test_what_is_proven_is_counted_beside_the_truth():
   train = shades(3, 0)
   span = types.SimpleNamespace(strengths=np.ones(5))
@@ -265,7 +276,7 @@ def test_what_a_run_leaves(measured):
   logits = data.train.x.reshape(12, -1) @ np.asarray(done.classifiers[0].params)
   signs = np.where(data.train.y == 1, 1, -1)
   assert metrics["true_median_margin"] == [pytest.approx(np.median(signs * (logits[:, 1] - logits[:, 0])), rel=1e-4)]
-  rows = [line.split()[0] for line in metrics["summary"].splitlines()[1:]]
+  rows = [line.split()[0] for line in metrics["summary"].split("\n\n")[0].splitlines()[1:]]
   assert rows == [
     "fresh_noise",
     "trained_noise",

@@ -21,6 +21,7 @@ from kkt_jax.exact import most_samples
 _TESTED = 100  # real images of each class on which a classifier trained on generated ones is tested
 _NEIGHBOURS = 5  # k of precision, recall, density and coverage
 EXACT = 0.99  # structural similarity from which two images are the same
+_NEAR = 0.9  # structural similarity from which they are hard to tell apart
 _SAME = 0.1  # greatest difference of a pixel of one image drawn twice
 LEAST_SIDE = 8  # of images that are compared by structural similarity
 
@@ -146,6 +147,25 @@ def recovered(images: Images, train: Images) -> dict[str, float]:
   best = similarity(images, train)
   above = {f"above_{threshold}": int(np.sum(best > threshold)) for threshold in (0.4, 0.6, 0.9, EXACT)}
   return {"images": len(images.y), "ssim_cover": float(best.mean())} | above
+
+
+def novelty(samples: Images, train: Images) -> dict[str, float]:
+  """Which draws are training images, which are draws of one another, and which are new.
+
+  Args:
+    samples: draws, two or more.
+    train: training images.
+
+  Returns:
+    Shares of the draws: ``trained`` have a structural similarity above .9 to a training image; ``repeated`` only
+    to another draw; ``new`` to neither.
+  """
+  trained = np.asarray(metrics.pairwise_ssim(samples.x, train.x)).max(axis=1) > _NEAR
+  among = np.array(metrics.pairwise_ssim(samples.x, samples.x))
+  np.fill_diagonal(among, -1.0)
+  repeated = ~trained & (among.max(axis=1) > _NEAR)
+  shares = {"trained": trained, "repeated": repeated, "new": ~trained & ~repeated}
+  return {name: float(np.mean(share)) for name, share in shares.items()}
 
 
 def measure(judge: Judge, data: Split, images: Images) -> dict[str, float]:

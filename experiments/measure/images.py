@@ -90,15 +90,25 @@ def evaluate(
     "exp_minus_alpha": np.asarray(reconstruction.margins).tolist(),
     "final_losses": out.last_logged(),
   }
+  results["novelty"] = comparison.novelty(samples, data.train)
   results["hinges"] = comparison.hinges(classifiers, data.train, data.held_out)
   results["certificates"], proven = comparison.exactness(reconstruction, data.train)
   columns = pictures.COLUMNS // len(labels)
   comparison.similar_pairs(out.path / picture, samples, data.train, proven=proven, columns=columns)
   out.finish(results)
   measured = {name: row for name, row in results.items() if isinstance(row, dict) and "eval_accuracy" in row}
-  summary = [comparison.table(measured, _SHOWN), *(_proof(own) for own in results["certificates"] if own["most"])]
+  summary = [comparison.table(measured, _SHOWN), _novelty(results["novelty"])]
+  summary += [_proof(own) for own in results["certificates"] if own["most"]]
   summary += [_membership(own) for own in results["hinges"]]
   return results | {"summary": "\n\n".join(summary), "pictures": [picture]}
+
+
+def _novelty(shares: Mapping[str, float]) -> str:
+  """How new fresh draws are, in a sentence."""
+  return (
+    f"Of fresh draws {shares['trained']:.0%} are nearly a training image, {shares['repeated']:.0%} nearly another draw,"
+    f" {shares['new']:.0%} nearly neither (structural similarity above .9)."
+  )
 
 
 def _membership(own: Mapping[str, float]) -> str:
