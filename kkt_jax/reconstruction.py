@@ -267,7 +267,7 @@ class Reconstruction:
     In the second stage theta, eta and alpha move together on fresh noise in every step, by all terms of the recipe.
 
     Args:
-      flow: the network; `kkt_jax.flows.Flow` with its defaults if None.
+      flow: the network; `kkt_jax.flows.Flow` with its defaults, and as many samples in a step, if None.
       seed: of its first weights and its noise.
       on_match: called with (step, mean squared error) while it is fitted.
       on_log: called with (step, metrics) while it is trained.
@@ -281,7 +281,8 @@ class Reconstruction:
     """
     if not self.problem.generator.codes:
       raise ValueError("continuous needs a generator of finitely many samples to fit a network to, such as a table.")
-    flow, schedule = flow or Flow(), self.recipe.schedule
+    flow = flow or Flow(batch_size=self.problem.generator.batch_size)
+    schedule = self.recipe.schedule
     slow = recipes.adam(_JOINT_RATE, held=0.0)
     recipe = dataclasses.replace(self.recipe, generator=flow).with_stationarity(begin=0.0, ramp=0.0)
     recipe = recipe.with_schedule(steps=schedule.joint_steps, theta=slow, eta=slow, restarts=1, restart_steps=0)
