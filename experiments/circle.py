@@ -102,6 +102,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   ]
   # From here to the measuring no points are seen.
   examinations = [kkt_jax.examine(classifier, seed=config.seed) for classifier in attacked]
+  method = methods.CIRCLE[config.method]
   recipe = plane.recipe(
     examinations,
     codes=config.codes,
@@ -109,11 +110,12 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     restarts=config.restarts,
     restart_steps=config.restart_steps,
     learning_rate=config.learning_rate,
+    solve=method.kind != "baseline" and config.method not in methods.BY_DESCENT,
   )
   setting = methods.Setting(
     examinations, config.codes, NUM_POINTS // NUM_CLASSES // config.classifiers, deviation=1 / 0.3, hidden=(64,)
   )
-  recipe = methods.recipe_of(methods.CIRCLE[config.method], recipe, setting)
+  recipe = methods.recipe_of(method, recipe, setting)
   recipe = methods.with_weights(recipe, config.weights)
   reconstruction = train_generator(
     out,

@@ -248,7 +248,7 @@ def _target_scale(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe
 def _paper(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
   changed = _relu(_least_norm(_unsquared(recipe, setting), setting), setting)
   changed = changed.with_stationarity(target_exponent=1.0)  # of least norm the last bias has the greatest rate, 1
-  return _weights(changed, statistics=0.0, class_features=0.0, binarisation=0.0, repulsion=0.0, solved=0.0)
+  return _weights(changed, statistics=0.0, class_features=0.0, binarisation=0.0, repulsion=0.0)
 
 
 _POINTS = (
@@ -325,6 +325,7 @@ IMAGES: Mapping[str, Method] = {
   "no_total_variation": _without("total variation", "total_variation"),
   "no_span": Method("without the first layer's span", _WITHOUT, "ablation", _without_span),
 }
+BY_DESCENT = ("no_solved", "paper")  # and the baselines: methods of the circle that do not solve for the points first
 CIRCLE: Mapping[str, Method] = {
   **_BOTH,
   "means": Method(
@@ -333,7 +334,7 @@ CIRCLE: Mapping[str, Method] = {
     "baseline",
     _moments,
   ),
-  "no_solved": _without("solved points", "solved"),
+  "no_solved": Method("without solved points", _WITHOUT, "ablation"),
   "no_repulsion": _without("repulsion", "repulsion"),
   "no_restarts": Method(
     "without restarts", _WITHOUT, "ablation", lambda recipe, setting: recipe.with_schedule(restarts=1)

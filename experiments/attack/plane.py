@@ -46,6 +46,7 @@ def recipe(
   restarts: int,
   restart_steps: int,
   learning_rate: float,
+  solve: bool = True,
 ) -> recipes.Recipe:
   """The recipe for classifiers with batch norm, or with weight decay of known strength.
 
@@ -56,6 +57,7 @@ def recipe(
     restarts: generators that are started; one where the points are solved for.
     restart_steps: steps of each before the choice.
     learning_rate: peak of generator and multipliers.
+    solve: whether to solve for the points first.
   """
   coupled = examinations[0].classifier.batch_coupled
   means, factors = _moments(examinations)
@@ -85,8 +87,8 @@ def recipe(
 
   fading = lambda progress: jnp.maximum(1.0 - progress / 0.7, 0.0)
   own = {"repulsion": terms.Term(0.3, repulsion, fading)}
-  found = [points.solve(examination) for examination in examinations]
-  if all(len(classes) for _, classes in found):
+  found = [points.solve(examination) for examination in examinations] if solve else []
+  if found and all(len(classes) for _, classes in found):
     own["solved"] = terms.Term(3000.0, _distance(found, size))
   ramp: dict[str, Any] = {"begin": begin, "ramp": 0.1}
   if coupled:
