@@ -125,6 +125,25 @@ def result_shape(name: str, function: Callable[[PyTree, jax.Array], Any], params
     raise ValueError(f"{what}; it raised {type(error).__name__}: {error}") from error
 
 
+def two_logits(function: ApplyFn) -> ApplyFn:
+  """The logits -z / 2 and z / 2 [M, 2] of a function that returns one logit z per sample, [M, 1] or [M].
+
+  The margin of class 1 is then z, and the softmax the sigmoid of z, as in binary cross-entropy. Functions of more
+  logits are as they were.
+
+  >>> two_logits(lambda w, x: x @ w)(jnp.array([2.0]), jnp.array([[1.0], [3.0]])).tolist()
+  [[-1.0, 1.0], [-3.0, 3.0]]
+  """
+
+  def lifted(params: PyTree, x: jax.Array) -> jax.Array:
+    logits = function(params, x)
+    if logits.size != logits.shape[0]:
+      return logits
+    return logits.reshape(-1, 1) * jnp.array([[-0.5, 0.5]], logits.dtype)
+
+  return lifted
+
+
 def make_classifier(
   apply_fn: ApplyFn,
   params: PyTree,
@@ -143,11 +162,13 @@ def make_classifier(
 ) -> Classifier:
   """Checks the parts of a classifier, which are described in `Classifier`, and puts them together.
 
+  Functions that return one logit per sample, [M, 1] or [M], make a classifier of two classes: see `two_logits`.
+
   Returns:
     A `Classifier`.
 
   Raises:
-    ValueError: fewer than two logits, labels that are repeated or of another number, parameters that are not finite
+    ValueError: labels that are repeated or of another number, parameters that are not finite
       or not floating point, functions that fail on such inputs or give other shapes, or parts that do not belong
       together. The message names the argument.
 
@@ -159,15 +180,15 @@ def make_classifier(
   _checks.check_params("params", params)
   shape_of = functools.partial(result_shape, params=params, input_shape=input_shape)
   logits = shape_of("apply_fn", apply_fn)
-  if getattr(logits, "ndim", None) != 2 or logits.shape[0] != 2:
+  if getattr(logits, "shape", None) in ((2,), (2, 1)):
+    lifted = {own: two_logits(own) for own in (apply_fn, gradient_fn, predict_fn) if own is not None}
+    apply_fn = lifted[apply_fn]
+    gradient_fn, predict_fn = (None if own is None else lifted[own] for own in (gradient_fn, predict_fn))
+    logits = shape_of("apply_fn", apply_fn)
+  if getattr(logits, "ndim", None) != 2 or logits.shape[0] != 2 or not logits.shape[1]:
     got = getattr(logits, "shape", None) or f"a {type(logits).__name__}"
     raise ValueError(f"apply_fn must return logits [M, C], one array; for M = 2 it returns {got}.")
   num_classes = logits.shape[1]
-  if num_classes < 2:
-    raise ValueError(
-      "apply_fn must return at least two logits per sample; got one. A binary classifier with one logit z is"
-      " jnp.concatenate([-z / 2, z / 2], axis=1)."
-    )
   labels = tuple(range(num_classes) if labels is None else (operator.index(label) for label in labels))
   if len(set(labels)) != num_classes or len(labels) != num_classes:
     raise ValueError(f"labels must be {num_classes} distinct integers, one per logit of apply_fn; got {labels}.")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kkt_jax.classifier import ApplyFn, Classifier, make_classifier, PyTree, result_shape
+from kkt_jax.classifier import ApplyFn, Classifier, make_classifier, PyTree, result_shape, two_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Subject:
   """A classifier without its numbers.
 
   Attributes:
-    apply_fn: ``(variables, x[M, *input_shape]) -> logits[M, C]`` at inference, where samples do not interact. Whatever
-      preprocessing the inputs go through belongs into this function.
+    apply_fn: ``(variables, x[M, *input_shape]) -> logits[M, C]`` at inference, where samples do not interact; [M, 1] or
+      [M] for two classes told apart by one logit. Whatever preprocessing the inputs go through belongs into this
+      function.
     init_fn: ``() -> variables``, a tree of nested dicts with the names and shapes of what is stored; only the shapes
       are looked at. Either the parameters alone, or ``{"params": ..., ...}`` with constants beside them; with batch
       norm these are ``"batch_stats"``.
@@ -52,8 +53,8 @@ class Subject:
 
   @property
   def num_classes(self) -> int:
-    """C, the number of logits."""
-    return result_shape("apply_fn", self.apply_fn, self.variables_like(), self.input_shape).shape[1]
+    """C, the number of classes: that of the logits, and two for one logit."""
+    return result_shape("apply_fn", two_logits(self.apply_fn), self.variables_like(), self.input_shape).shape[1]
 
   def classifier(self, variables: PyTree, labels: Sequence[int] | None = None) -> Classifier:
     """The classifier with these numbers.

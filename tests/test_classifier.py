@@ -34,8 +34,19 @@ def test_prediction_function_is_kept_apart_from_the_trained_one():
   np.testing.assert_allclose(classifier.predict(x), [[-3.0, -3.0, -3.0]])
 
 
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_one_logit_is_the_margin_of_class_1(squeezed):
+  one = lambda w, x: jnp.squeeze(x @ w, axis=1) if squeezed else x @ w
+  classifier = make_classifier(one, jnp.array([[1.0], [2.0]]), (2,), predict_fn=lambda w, x: 3 * one(w, x))
+  assert (classifier.num_classes, classifier.labels) == (2, (0, 1))
+  x = jnp.array([[1.0, 2.0], [0.0, -1.0]])  # z = 5 and -2
+  np.testing.assert_allclose(classifier.apply_fn(classifier.params, x), [[-2.5, 2.5], [1.0, -1.0]])
+  np.testing.assert_allclose(classifier.predict(x), [[-7.5, 7.5], [3.0, -3.0]])
+  assert classifier.gradient_fn is classifier.apply_fn  # compiled once
+
+
 REFUSED = {
-  "one logit": ({"params": jnp.ones((2, 1))}, r"^apply_fn must return at least two logits .*-z / 2, z / 2"),
+  "no logits": ({"apply_fn": lambda w, x: (x @ w)[:, :0]}, r"^apply_fn must return logits .*\(2, 0\)"),
   "repeated labels": ({"labels": (0, 1, 0)}, r"^labels must be 3 distinct integers.*got \(0, 1, 0\)"),
   "too few labels": ({"labels": (0, 1)}, r"^labels must be 3 distinct integers"),
   "too many labels": ({"labels": range(4)}, r"^labels must be 3 distinct integers"),

@@ -14,7 +14,7 @@ import numpy as np
 from experiments.harness.progress import Progress, say
 from kkt_jax import pretrain
 from kkt_jax.checkpoint import Checkpointer
-from kkt_jax.classifier import Classifier, PyTree
+from kkt_jax.classifier import Classifier, PyTree, two_logits
 from kkt_jax.networks import MLPClassifier
 from kkt_jax.subject import Subject
 
@@ -50,6 +50,7 @@ def train(subject: Subject, variables: PyTree, x: np.ndarray, classes: np.ndarra
   def apply_fn(params: PyTree, x: jax.Array) -> jax.Array:
     return subject.apply_fn(params, x) if train_fn is None else train_fn(rest | {"params": params}, x)[0]
 
+  apply_fn = two_logits(apply_fn)
   progress = Progress("classifier", settings["num_steps"])
   result = pretrain.to_convergence(
     apply_fn,
