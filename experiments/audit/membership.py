@@ -10,8 +10,9 @@ import numpy as np
 from scipy import optimize, stats  # type: ignore[import-untyped]
 
 from experiments.data import Images
-from experiments.measure.comparison import first_of_each_class, LEAST_SIDE, similarity
+from experiments.measure.comparison import comparable, first_of_each_class, similarity
 
+SIGNIFICANT = 0.01  # p-value below which something is no chance
 _Z = 1.96  # of a two-sided interval of 95 %
 
 
@@ -165,11 +166,29 @@ def trial(samples: Images, train: Images, held_out: Images) -> Trial:
   Returns:
     The trial. As many of each class take part as the rarest class of the smaller set has.
   """
-  fewest, available = (int(np.unique(images.y, return_counts=True)[1].min()) for images in (train, held_out))
-  count = min(fewest, available)
-  group = available // count
+  count, group = _sizes(train, held_out)
   places = first_of_each_class(Images(np.arange(len(train.y)), train.y), count).x
   others = similarity(samples, first_of_each_class(held_out, group * count)).reshape(-1, group)
-  is_image = train.x.ndim == 4 and min(train.x.shape[1:3]) >= LEAST_SIDE
   members = similarity(samples, Images(train.x[places], train.y[places]))
-  return Trial(train.y[places], members, others, 1.0 if is_image else 0.0, places)
+  return Trial(train.y[places], members, others, 1.0 if comparable(train) else 0.0, places)
+
+
+def _sizes(train: Images, held_out: Images) -> tuple[int, int]:
+  """How many training samples of each class can be tested, and how many others there are to each."""
+  fewest, available = (int(np.unique(images.y, return_counts=True)[1].min()) for images in (train, held_out))
+  count = min(fewest, available)
+  return count, available // count
+
+
+def limits(train: Images, held_out: Images) -> list[str]:
+  """What a trial of these data cannot tell, in words; nothing if it can tell all."""
+  count, group = _sizes(train, held_out)
+  tested, said = count * len(np.unique(train.y)), []
+  if tested < len(train.y):
+    said.append(
+      f"Only {tested} of the {len(train.y)} training samples can be tested, {count} of each class: so many has the"
+      " rarest class of the training data or of those held out."
+    )
+  if 2 * (1 + group) ** -tested >= SIGNIFICANT:
+    said.append(f"The data are too few for a verdict: even if all {tested} were picked out, that could be luck.")
+  return said

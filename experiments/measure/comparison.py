@@ -80,6 +80,11 @@ def first_of_each_class(images: Images, count: int) -> Images:
   return Images(images.x[indices], images.y[indices])
 
 
+def comparable(images: Images) -> bool:
+  """Whether samples are images that are compared by structural similarity."""
+  return images.x.ndim == 4 and min(images.x.shape[1:3]) >= LEAST_SIDE
+
+
 def similarity(samples: Images, data: Images) -> np.ndarray:
   """How near samples come to each of the data.
 
@@ -91,8 +96,7 @@ def similarity(samples: Images, data: Images) -> np.ndarray:
     [N]: for each of the data, the greatest structural similarity to a sample of its class if these are images of at
     least 8 x 8 pixels, else the negative distance to the nearest; -inf if its class has no sample.
   """
-  is_image = samples.x.ndim == 4 and min(samples.x.shape[1:3]) >= LEAST_SIDE
-  pairwise = metrics.pairwise_ssim if is_image else lambda a, b: -metrics.pairwise_distance(a, b)
+  pairwise = metrics.pairwise_ssim if comparable(samples) else lambda a, b: -metrics.pairwise_distance(a, b)
   best = np.full(len(data.y), -np.inf)
   # Class by class, for others do not count. Samples are repeated up to the largest class: one shape is compiled once.
   most = [int(np.unique(images.y, return_counts=True)[1].max()) for images in (samples, data)]
