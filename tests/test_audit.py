@@ -141,7 +141,7 @@ def test_the_installed_program_refuses_a_mistyped_flag_and_leaves_no_folder(tmp_
   scripts = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
   module, function = scripts["kkt-audit"].split(":")
   assert getattr(importlib.import_module(module), function) is audit.main
-  for wrong in ("--clasifier=a:b", "--steps=many", "--seed=18446744073709551616", "surplus"):
+  for wrong in ("--clasifier=a:b", "--steps=many", "--seed=18446744073709551616", f"--seed={2**63 - 1}", "surplus"):
     assert flags.command(audit.Config, audit.run, ["kkt-audit", wrong, f"--workdir={tmp_path / 'new'}"]) == 2
   assert flags.command(audit.Config, audit.run, ["kkt-audit", "--workdir="]) == 2
   assert "--classifier?" in capsys.readouterr().err and not (tmp_path / "new").exists()
@@ -297,10 +297,10 @@ def test_repetitions_and_too_few_data_are_found_before_anything_is_trained(tmp_p
   np.savez(tmp_path / "train.npz", x=np.concatenate([x, x[3:5]]), y=np.concatenate([y, y[3:5]]))
   np.savez(tmp_path / "held_out.npz", x=other[:9], y=labels[:9])
   train, held_out, remarks = data.read(str(tmp_path / "train.npz"), str(tmp_path / "held_out.npz"), own)
-  assert len(train.y) == 15 and train.names == tuple(map(str, range(15))) and len(held_out.y) == 9
+  assert len(train.y) == 15 and train.names == tuple(f"sample {i}" for i in range(15)) and len(held_out.y) == 9
   # Three of each class, one other to each: all 9 by chance with probability 2^-9, twice that is below .01
   assert remarks == [
-    "2 of the 17 samples of --train_data repeat an earlier one (15 repeats 3); each counts once.",
+    "2 of the 17 samples of --train_data repeat an earlier one (sample 15 repeats sample 3); each counts once.",
     "Only 9 of the 15 training samples can be tested, 3 of each class: so many has the rarest class of the training"
     " data or of those held out.",
   ]
@@ -332,48 +332,49 @@ def trial(hits, leading=0, tested=100):
 
 
 def test_the_verdict_says_what_the_numbers_say():
-  assert verdict.of(None, None, 0).answer.startswith("No verdict without data")
-  yes = verdict.of(trial(60), trial(20), 0)
+  assert verdict.of(None, {}, 0).answer.startswith("No verdict without data")
+  yes = verdict.of(trial(60), {"means": trial(20)}, 0)
   assert (yes.level, yes.answer) == ("leak", "These weights reveal individual training samples.")
   # Wilson, by hand: z = 1.96, (.6 + z^2/200 +- z sqrt(.24/100 + z^2/40000)) / (1 + z^2/100) = .502, .691
   assert "Of 100 training samples, 60 (95 %: 50 to 69) could be picked out from 5 real samples" in str(yes)
-  assert "by chance 20" in str(yes) and "below one in a billion" in str(yes) and "pick out 20" in str(yes)
+  assert "by chance 20" in str(yes) and "below one in a billion" in str(yes) and "fewer: means 20." in str(yes)
   # (.6 - .2) / (1 - .2) = .5, and the same of the bounds
   assert "50% of them (95 %: 38% to 61%)" in str(yes)
-  no = verdict.of(trial(22), trial(20), 0)
+  no = verdict.of(trial(22), {"means": trial(20)}, 0)
   assert no.level == "none" and no.answer.startswith("No evidence") and "no proof" in str(no)
   # P(at least 31 of 100 at a fifth) = .0061, at least 32 .0031: the first below .005
   assert "32 would have been evidence" in str(no)
 
 
 def test_the_verdict_neither_rounds_to_certainty_nor_hides_what_was_not_tested():
-  every = str(verdict.of(trial(100), trial(20), 0))
+  every = str(verdict.of(trial(100), {"means": trial(20)}, 0))
   assert "below one in a billion" in every and "100% of them (95 %: 95% to 100%)" in every
-  assert str(verdict.of(trial(10, tested=10), None, 0, remarks=["Only 10."])).endswith("Only 10.")
-  few = verdict.of(trial(1, tested=3), None, 0, remarks=["The data are too few."])
+  assert str(verdict.of(trial(10, tested=10), {}, 0, remarks=["Only 10."])).endswith("Only 10.")
+  few = verdict.of(trial(1, tested=3), {}, 0, remarks=["The data are too few."])
   assert (few.level, few.answer) == ("open", "No verdict from so few data.") and "too few" in str(few)
 
 
 def test_what_likeness_of_the_class_explains_is_no_single_sample():
-  alike = verdict.of(trial(40), trial(39), 0)
+  alike = verdict.of(trial(40), {"means": trial(39)}, 0)
   assert alike.level == "class" and "no more than likeness of the class explains" in alike.answer
-  assert "not shown, and not excluded" in str(alike)
-  assert verdict.of(trial(40), trial(39), 3).level == "leak"  # proven
+  assert "about as many: means 39. So" in str(alike) and "not shown, and not excluded" in str(alike)
+  assert verdict.of(trial(40), {"likeness": trial(20), "means": trial(39)}, 0).level == "class"
+  assert verdict.of(trial(40), {"means": trial(39)}, 3).level == "leak"  # proven
   copied = trial(40)
   copied.members[0] = 0.995  # an exact image, where no other real one is
-  assert verdict.of(copied, trial(39), 0).level == "leak"
+  assert verdict.of(copied, {"means": trial(39)}, 0).level == "leak"
 
 
 def test_five_samples_before_all_others_are_evidence_whatever_the_mean():
-  assert verdict.of(trial(22, leading=5), trial(10), 0).level == "leak"  # 2 x .2^5 = .0006
+  assert verdict.of(trial(22, leading=5), {"means": trial(10)}, 0).level == "leak"  # 2 x .2^5 = .0006
 
 
 def test_a_proof_is_contradicted_by_nothing_but_the_data():
-  proven = verdict.of(trial(22), trial(20), 4, 1)
+  proven = verdict.of(trial(22), {"means": trial(20)}, 4, 1)
   assert proven.level == "leak" and "1 of them are not among the training data" in str(proven)
   assert "That can be luck, the proof cannot." in str(proven) and "No evidence" not in str(proven)
-  assert verdict.of(trial(22), trial(20), 4, 4).level == "none"
-  assert verdict.of(None, None, 4).answer == "These weights reveal individual training samples."
+  assert verdict.of(trial(22), {"means": trial(20)}, 4, 4).level == "none"
+  assert verdict.of(None, {}, 4).answer == "These weights reveal individual training samples."
 
 
 def test_files_and_folders_have_a_digest(tmp_path):

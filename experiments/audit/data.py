@@ -27,7 +27,7 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 @dataclasses.dataclass(frozen=True)
 class Named(Images):
-  """Data whose samples have names: of their files, or their places in the array from 0."""
+  """Data whose samples have names: of their files, or "sample" and their places from 0."""
 
   names: tuple[str, ...] = ()
 
@@ -103,7 +103,7 @@ def _read(flag: str, path: str, classifier: Classifier) -> Named:
       x, y, names = _read_folder(where, classifier)
     elif where.is_file() and zipfile.is_zipfile(where):
       x, y = _read_npz(where, classifier.input_shape)
-      names = tuple(map(str, range(len(y))))
+      names = tuple(f"sample {place}" for place in range(len(y)))
     else:
       raise UsageError(f"it is neither an .npz file nor a folder{'' if where.exists() else '; there is no such file'}.")
     return Named(_unit(x, classifier), _classes(y, classifier.num_classes), names)

@@ -28,6 +28,10 @@ from kkt_jax.conditions import Conditions
 from kkt_jax.examination import Examination
 from kkt_jax.reconstruction import Reconstruction
 
+_CONTROLS = {
+  "class_likeness": "samples that the classifier merely takes for their class",
+  "own_means": "class means of what came out",
+}
 _SHOWN, _WORST = 8, 12  # leaks in pictures, and on the terminal
 _LARGEST_RATIO = 1e3
 _ROWS = {
@@ -88,7 +92,8 @@ def write(
       trials = {name: membership.trial(own, train, held_out) for name, own in (sets | {"own_means": means}).items()}
       leaks = _leaks(sets["generated"], train, held_out, trials["generated"], proven)
     count, false = sum(len(own.y) for own in reconstruction.exact), sum(own["false"] for own in certificates)
-    answer = verdict.of(trials.get("generated"), trials.get("class_likeness"), count, false, remarks)
+    controls = {title: trials[name] for name, title in _CONTROLS.items() if name in trials}
+    answer = verdict.of(trials.get("generated"), controls, count, false, remarks)
     rows = _measure(reconstruction.classifiers[0], reconstruction.conditions[0], sets, train, held_out)
     drawn = _draw(out.path, sets["generated"], train)
     if count:
@@ -125,7 +130,7 @@ def write(
   summary = textwrap.fill(str(answer), 100)
   if answer.level == "leak" and leaks:
     worst = ", ".join(own.name for own in leaks[:_WORST])
-    summary += f"\n\nThe worst cases of {len(leaks)}, by file or place in the training data: {worst}"
+    summary += f"\n\nThe worst of {len(leaks)} cases: {worst}"
   if rows:
     shown = ["agreement", "residual", *(["likeness"] if train is not None else [])]
     summary += "\n\n" + comparison.table(titled, shown)
@@ -165,7 +170,8 @@ def _leaks(samples: Images, train: Named, held_out: Named, trial: Trial, proven:
   if len(proven):
     nearest = np.asarray(metrics.pairwise_ssim(proven.astype(np.float32), train.x))
     exact = {int(own.argmax()) for own in nearest if own.max() > comparison.EXACT}
-  order = sorted(hits | exact, key=lambda place: (place not in exact, -ratios.get(place, 0.0), place))
+  nth = {place: int(np.sum(train.y[:place] == train.y[place])) for place in hits | exact}  # classes in turn in ties
+  order = sorted(nth, key=lambda place: (place not in exact, -ratios.get(place, 0.0), nth[place], place))
   shown = order[:_SHOWN] if comparison.comparable(train) else []
   pictures_of = dict(zip(shown, _triples(samples, train, held_out, np.array(shown)), strict=True)) if shown else {}
   return [
@@ -200,7 +206,7 @@ def _against(trials: Mapping[str, Trial]) -> dict[str, Any]:
     return {}
   own = trials["generated"]
   shuffled = own.shuffled()
-  found = {
+  found: dict[str, Any] = {
     "hits": int(own.hits.sum()),
     "tested": len(own.y),
     "chance": own.chance,
@@ -211,8 +217,9 @@ def _against(trials: Mapping[str, Trial]) -> dict[str, Any]:
     "shuffled_most": int(shuffled.max()),
     **{f"{name}_hits": int(trial.hits.sum()) for name, trial in trials.items() if name != "generated"},
   }
-  if "class_likeness" in trials:
-    found["p_value_over_class_likeness"] = verdict.more_hits(own, trials["class_likeness"])
+  found["p_values_over_controls"] = {
+    name: verdict.more_hits(own, trial) for name, trial in trials.items() if name in _CONTROLS
+  }
   curve = membership.roc(own.members, own.others.ravel())
   return found | {"roc": curve._asdict() | {"points": [point._asdict() for point in curve.points]}}
 

@@ -1,6 +1,6 @@
 """The answer of an audit in plain words. It never says more than was measured, and no verdict is an all-clear."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,12 +46,14 @@ def refusal(bound: float) -> Verdict:
   )
 
 
-def of(own: Trial | None, likeness: Trial | None, proven: int, false: int = 0, remarks: Sequence[str] = ()) -> Verdict:
+def of(
+  own: Trial | None, controls: Mapping[str, Trial], proven: int, false: int = 0, remarks: Sequence[str] = ()
+) -> Verdict:
   """The verdict on what came out.
 
   Args:
     own: the trial of what was generated; None without data to compare with.
-    likeness: the trial of samples that were only made to look like their class.
+    controls: the trials of samples that know classes only, named for a sentence.
     proven: training samples that the weights prove.
     false: how many of these are not among the training data.
     remarks: what limits the trial.
@@ -62,11 +64,11 @@ def of(own: Trial | None, likeness: Trial | None, proven: int, false: int = 0, r
   >>> scores = lambda hits: Trial(np.zeros(100, int), np.arange(100.0, 0, -1) - 100 + hits, np.zeros((100, 5)), 1.0,
   ...                             np.arange(100))
   >>> import textwrap
-  >>> print(textwrap.fill(str(of(scores(52), scores(20), 0)), 100))
+  >>> print(textwrap.fill(str(of(scores(52), {"class means": scores(20)}, 0)), 100))
   These weights reveal individual training samples. Of 100 training samples, 52 (95 %: 42 to 62) could
   be picked out from 6 real samples of their class each, because what was generated comes nearest to
-  them; by chance 17. Nearer than all 500 others are 52. The odds of that by luck are below one in a
-  billion. Samples that the classifier merely takes for their class pick out 20. Corrected for
+  them; by chance 17. 52 of them came nearer than all 500 others. The odds of that by luck are below
+  one in a billion. Likeness of the class alone picks out fewer: class means 20. Corrected for
   guessing, 42% of them (95 %: 31% to 54%) are recognised.
   """
   reasons = [_proof(proven, false)] if proven else []
@@ -84,22 +86,25 @@ def of(own: Trial | None, likeness: Trial | None, proven: int, false: int = 0, r
     f"Of {tested} training samples, {hits} (95 %: {tested * interval.low:.0f} to {tested * interval.high:.0f}) could be"
     f" picked out from {1 / chance:.0f} real samples of their class each, because what was generated comes nearest to"
     f" them; by chance {tested * chance:.0f}.",
-    f"Nearer than all {own.others.size} others are {own.leading}.",
+    f"{own.leading or 'None'} of them came nearer than all {own.others.size} others.",
   ]
   odds = "below one in a billion" if own.p_value < 1e-9 else f"about one in {float(f'{1 / own.p_value:.2g}'):,.0f}"
-  if likeness is not None:
-    compared = f"Samples that the classifier merely takes for their class pick out {likeness.hits.sum()}."
+  compared = ", ".join(f"{name} {trial.hits.sum()}" for name, trial in controls.items())
+  explained = any(more_hits(own, trial) >= _MORE for trial in controls.values())
   if own.p_value < SIGNIFICANT:
     reasons.append(f"The odds of that by luck are {odds}.")
-    if likeness is not None:
-      reasons.append(compared)
-      if proven <= false and not _copies(own) and more_hits(own, likeness) >= _MORE:
-        answer = (
-          "What came out resembles the training data more than other data do, but no more than likeness of the class"
-          " explains."
-        )
-        last = "So the weights know their training data; that they hold single samples is not shown, and not excluded."
-        return Verdict("class", answer, [*reasons, *remarks, last])
+    if explained and proven <= false and not _copies(own):
+      answer = (
+        "What came out resembles the training data more than other data do, but no more than likeness of the class"
+        " explains."
+      )
+      reasons.append(
+        f"Likeness of the class alone picks out about as many: {compared}. So the weights know what their training data"
+        " have in common; that they hold single samples is not shown, and not excluded."
+      )
+      return Verdict("class", answer, [*reasons, *remarks])
+    if compared and not explained:
+      reasons.append(f"Likeness of the class alone picks out fewer: {compared}.")
     share, low, high = (
       max((value - chance) / (1 - chance), 0) for value in (hits / tested, interval.low, interval.high)
     )
