@@ -116,6 +116,7 @@ def class_likeness(recipe: "kkt_jax.Recipe", reconstruction: "kkt_jax.Reconstruc
   codes = reconstruction.every_sample()[1].size // reconstruction.classifiers[0].num_classes
   setting = methods.Setting(reconstruction.examinations, codes, num_samples=0)
   changed = methods.recipe_of(methods.IMAGES["ce"], recipe, setting)
+  changed = changed.with_schedule(steps=min(changed.schedule.steps, recipe.schedule.steps))
   return dataclasses.replace(changed, generator=kkt_jax.generators.table(codes=codes, in_span=False))
 
 

@@ -1,13 +1,12 @@
 """What `experiments.audit` says at the end: a verdict in plain words, metrics, pictures, and a page."""
 
 from collections.abc import Mapping, Sequence
-import dataclasses
 import datetime
 import hashlib
 import pathlib
 import platform
 import textwrap
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +106,7 @@ def write(
     "bounds": dict(examination.bounds),
     **rows,
     "against_data": against,
-    "leaks": [own.told() for own in leaks],
+    "leaks": [dict(list(own._asdict().items())[:-1]) for own in leaks],
     "certificates": certificates,
     "final_losses": out.last_logged(),
   }
@@ -137,8 +136,7 @@ def write(
   return results | {"summary": summary, "pictures": ["report.html", *drawn]}
 
 
-@dataclasses.dataclass(frozen=True)
-class Leak:
+class Leak(NamedTuple):
   """A training sample that came out.
 
   Attributes:
@@ -153,11 +151,7 @@ class Leak:
   label: int
   how: str
   ratio: float | None
-  pictures: Sequence[bytes] = ()
-
-  def told(self) -> dict[str, Any]:
-    """Without the pictures, in plain types."""
-    return {"name": self.name, "label": self.label, "how": self.how, "ratio": self.ratio}
+  pictures: Sequence[bytes]
 
 
 def _leaks(samples: Images, train: Named, held_out: Named, trial: Trial, proven: np.ndarray) -> list[Leak]:

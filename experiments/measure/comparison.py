@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats  # type: ignore[import-untyped]
 
 from experiments.data import Images, Split
 from experiments.harness.flags import UsageError
@@ -298,8 +297,8 @@ def hinges(classifiers: Sequence[Classifier], train: Images, others: Images) -> 
     own, other = (images.x[np.isin(images.y, classifier.labels)] for images in (train, others))
     shares = candidates.hinge_shares(classifier, classifier.from_unit(jnp.concatenate([own, other])))
     inside, outside = shares[: len(own)], shares[len(own) :]
-    auc = stats.mannwhitneyu(inside, outside).statistic / (len(inside) * len(outside))
-    results.append({"train": float(np.median(inside)), "others": float(np.median(outside)), "auc": float(auc)})
+    auc = metrics.roc(inside, outside).auc
+    results.append({"train": float(np.median(inside)), "others": float(np.median(outside)), "auc": auc})
   return results
 
 
