@@ -18,11 +18,12 @@ from PIL import Image
 import pytest
 
 from experiments.audit import __main__ as audit
-from experiments.audit import data, examples, membership, report, verdict
+from experiments.audit import data, examples, report, verdict
 from experiments.harness import flags
 from experiments.harness.flags import UsageError
 import kkt_jax
 from kkt_jax import pretrain
+from kkt_jax.metrics import Trial
 
 SHAPE = (8, 8, 1)
 
@@ -311,6 +312,15 @@ def test_repetitions_and_too_few_data_are_found_before_anything_is_trained(tmp_p
   assert data.read(*given(tmp_path), own)[2] == []
 
 
+def test_held_out_copies_that_were_stored_again_are_told(tmp_path):
+  (x, y), (other, labels) = images(0), images(1)
+  again = np.clip(np.concatenate([other, x[:2] + 0.004]), 0, 1)  # identical to none
+  np.savez(tmp_path / "train.npz", x=x, y=y)
+  np.savez(tmp_path / "held_out.npz", x=again, y=np.concatenate([labels, y[:2]]))
+  (remark,) = data.read(*given(tmp_path), classifier(normalised()))[2]
+  assert remark.startswith("2 held-out samples are all but equal to a training sample")
+
+
 def given(folder):
   return [str(folder / f"{name}.npz") for name in ("train", "held_out")]
 
@@ -328,7 +338,7 @@ def trial(hits, leading=0, tested=100):
   members = np.where(np.arange(tested) < hits, 0.5, 0.1)
   members[:leading] = 0.95
   others = np.where(np.arange(tested) < hits, 0.3, 0.6)[:, None] * np.ones(4)
-  return membership.Trial(np.zeros(tested, int), members, others, 1.0, np.arange(tested))
+  return Trial(np.zeros(tested, int), members, others, 1.0, np.arange(tested))
 
 
 def test_the_verdict_says_what_the_numbers_say():

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.audit import membership, verdict
+from experiments.audit import verdict
 from experiments.audit.data import Named
-from experiments.audit.membership import Trial
 from experiments.data import Images
 from experiments.harness import pages
 from experiments.harness.progress import Progress
@@ -25,6 +24,7 @@ from kkt_jax import diagnostics, metrics
 from kkt_jax.classifier import Classifier
 from kkt_jax.conditions import Conditions
 from kkt_jax.examination import Examination
+from kkt_jax.metrics import Trial
 from kkt_jax.reconstruction import Reconstruction
 
 _CONTROLS = {
@@ -88,7 +88,7 @@ def write(
       certificates, proven = comparison.exactness(reconstruction, train)
     if train is not None and held_out is not None:
       means = _class_means(sets["generated"])
-      trials = {name: membership.trial(own, train, held_out) for name, own in (sets | {"own_means": means}).items()}
+      trials = {name: comparison.trial(own, train, held_out) for name, own in (sets | {"own_means": means}).items()}
       leaks = _leaks(sets["generated"], train, held_out, trials["generated"], proven)
     count, false = sum(len(own.y) for own in reconstruction.exact), sum(own["false"] for own in certificates)
     controls = {title: trials[name] for name, title in _CONTROLS.items() if name in trials}
@@ -214,7 +214,7 @@ def _against(trials: Mapping[str, Trial]) -> dict[str, Any]:
   found["p_values_over_controls"] = {
     name: verdict.more_hits(own, trial) for name, trial in trials.items() if name in _CONTROLS
   }
-  curve = membership.roc(own.members, own.others.ravel())
+  curve = metrics.roc(own.members, own.others.ravel())
   return found | {"roc": curve._asdict() | {"points": [point._asdict() for point in curve.points]}}
 
 

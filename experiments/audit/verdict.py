@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from experiments.audit.membership import SIGNIFICANT, Trial
+from experiments.audit.membership import SIGNIFICANT
 from experiments.measure.comparison import EXACT
+from kkt_jax.metrics import Trial
 
 _MORE = 0.05  # p-value below which one thing picks out more than another
 

@@ -106,6 +106,31 @@ def similarity(samples: Images, data: Images) -> np.ndarray:
   return best
 
 
+def tested(train: Images, held_out: Images) -> tuple[int, int]:
+  """How many training samples of each class can be tested, and how many others there are to each."""
+  fewest, available = (int(np.unique(images.y, return_counts=True)[1].min()) for images in (train, held_out))
+  count = min(fewest, available)
+  return count, available // count
+
+
+def trial(samples: Images, train: Images, held_out: Images) -> metrics.Trial:
+  """Sets samples the task of picking out training data.
+
+  Args:
+    samples: all that was generated.
+    train: training data without repetitions.
+    held_out: data of the same classes that were not trained on, none of them twice.
+
+  Returns:
+    The trial. As many of each class take part as the rarest class of the smaller set has.
+  """
+  count, group = tested(train, held_out)
+  places = first_of_each_class(Images(np.arange(len(train.y)), train.y), count).x
+  others = similarity(samples, first_of_each_class(held_out, group * count)).reshape(-1, group)
+  members = similarity(samples, Images(train.x[places], train.y[places]))
+  return metrics.Trial(train.y[places], members, others, 1.0 if comparable(train) else 0.0, places)
+
+
 def retrieval(samples: Images, train: Images, others: Images) -> dict[str, float]:
   """Do samples know the training data better than other real data of the same kind?
 
@@ -125,12 +150,10 @@ def retrieval(samples: Images, train: Images, others: Images) -> dict[str, float
     UsageError: a class is in one of the two sets only.
   """
   check_classes({"the training data": train, "the other real data": others})
-  fewest, available = (int(np.unique(images.y, return_counts=True)[1].min()) for images in (train, others))
-  count = min(fewest, available)
-  trained, group = first_of_each_class(train, count), available // count
-  distractors = first_of_each_class(others, group * count)
-  retrieved = metrics.retrieval(similarity(samples, trained), similarity(samples, distractors))
-  nearer = metrics.nearer_to_training(samples.x, trained.x, first_of_each_class(others, count).x)
+  own = trial(samples, train, others)
+  retrieved = metrics.retrieval(own.members, own.others.ravel())
+  count, _ = tested(train, others)
+  nearer = metrics.nearer_to_training(samples.x, train.x[own.places], first_of_each_class(others, count).x)
   return {f"retrieval_{name}": value for name, value in retrieved.items()} | {
     f"nearer_{name}": value for name, value in nearer.items()
   }

@@ -12,7 +12,7 @@ for the true data, other real data, the mean image and noise.
 
 from kkt_jax.metrics.distances import pairwise_distance, precision_coverage, within_class_distance
 from kkt_jax.metrics.distributions import kernel_distance, precision_recall
-from kkt_jax.metrics.membership import Point, Roc, roc
+from kkt_jax.metrics.membership import Point, Roc, roc, Trial
 from kkt_jax.metrics.memorisation import nearer_to_training, retrieval
 from kkt_jax.metrics.similarity import (
   faithfulness,
@@ -28,6 +28,7 @@ __all__ = [
   "Point",
   "RECOVERED_SSIM",
   "Roc",
+  "Trial",
   "faithfulness",
   "kernel_distance",
   "nearer_to_training",

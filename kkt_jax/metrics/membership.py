@@ -1,6 +1,7 @@
-"""How well a score tells members of a training set from others."""
+"""How well a score tells members of a training set from others: the curve, and a trial of every member."""
 
 from collections.abc import Sequence
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -87,3 +88,68 @@ def _beyond(area: float, auc: float, n: int, m: int) -> float:
   half = (n + m) / 2 - 1
   variance = area * (1 - area) * (1 + half * (1 - area) / (2 - area) + half * area / (1 + area)) / (n * m)
   return (area - auc) ** 2 - _Z**2 * variance
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """Every tested training sample, beside others of its class that were not trained on; the groups are disjoint.
+
+  Attributes:
+    y: labels [n].
+    members: how near what was generated comes to each training sample [n].
+    others: how near it comes to the others of each [n, g].
+    best: the greatest value, that of equality.
+    places: which of the training samples were tested [n].
+
+  >>> own = Trial(np.zeros(2, int), np.array([0.9, 0.5]), np.array([[0.8, 0.1], [0.2, 0.6]]), 1.0, np.arange(2))
+  >>> print(own.hits, own.ratios, own.leading)  # (1 - .8) / (1 - .9) and (1 - .6) / (1 - .5)
+  [ True False] [2.  0.8] 1
+  """
+
+  y: np.ndarray
+  members: np.ndarray
+  others: np.ndarray
+  best: float
+  places: np.ndarray
+
+  @property
+  def hits(self) -> np.ndarray:
+    """Which training samples are picked out [n]: nearer than all of their group; a tie is no hit."""
+    return self.members > self.others.max(axis=1)
+
+  @property
+  def ratios(self) -> np.ndarray:
+    """How much farther away the nearest of a group is than the training sample [n]; above 1 for hits."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+      return np.nan_to_num((self.best - self.others.max(axis=1)) / (self.best - self.members), nan=1.0, posinf=np.inf)
+
+  @property
+  def chance(self) -> float:
+    """The share of hits if nothing is known."""
+    return 1 / (1 + self.others.shape[1])
+
+  @property
+  def leading(self) -> int:
+    """How many training samples lie above all others: the true positives without a false one."""
+    return int(np.sum(self.members > self.others.max()))
+
+  @property
+  def p_value(self) -> float:
+    """The odds of this by chance, exact for exchangeable samples: the lesser of two, doubled.
+
+    Of as many hits (the mean sample), binomial; and of as many leading ones (the worst case): a leading sample is the
+    first of those of its class that are left with probability ``chance`` at most.
+    """
+    hits = stats.binomtest(int(self.hits.sum()), len(self.y), self.chance, alternative="greater").pvalue
+    return float(min(1.0, 2 * min(hits, self.chance**self.leading)))
+
+  def shuffled(self, times: int = 1000) -> np.ndarray:
+    """Hits [times] if it is drawn anew within each class who counts as a training sample."""
+    random, hits = np.random.default_rng(0), np.zeros(times, int)
+    scores = np.concatenate([self.members[:, None], self.others], axis=1)
+    for label in np.unique(self.y):
+      own = scores[self.y == label]
+      for turn in range(times):
+        drawn = random.permutation(own.ravel()).reshape(own.shape)
+        hits[turn] += np.sum(drawn[:, 0] > drawn[:, 1:].max(axis=1))
+    return hits
