@@ -14,7 +14,7 @@ import optax
 
 from kkt_jax import _checks, losses, relaxation
 from kkt_jax.classifier import Classifier, PyTree
-from kkt_jax.conditions import Conditions, weigh_tensors
+from kkt_jax.conditions import Conditions
 from kkt_jax.examination import Examination
 
 _RIDGE = 0.1  # of the unexplained share of the target, relative to an atom's own square
@@ -42,14 +42,9 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
   logits = classifier.predict(x)
   labels = jnp.asarray(classifier.labels)[jnp.argmax(logits, axis=1)] if labels is None else labels
   conditions = examination.conditions
-  first = jax.tree.map(
-    lambda role, target, mask: float(role == "first kernel" and bool(jnp.any(target * mask))),
-    examination.roles,
-    conditions.target,
-    conditions.mask,
-  )
-  if any(jax.tree.leaves(first)):
-    conditions = weigh_tensors(conditions, first)
+  own = jax.tree.map(lambda role, target: (role == "first kernel") * target, examination.roles, conditions.target)
+  if any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(own)):  # whatever the other tensors hold
+    conditions = Conditions(own, jax.tree.map(lambda leaf: (leaf != 0).any() * jnp.ones_like(leaf), own))
   found = {"multipliers": multipliers(classifier, conditions, x, labels)}
   if examination.span is not None:
     own = classifier.to_unit(x).reshape(len(x), -1) - examination.unit_start.reshape(1, -1)

@@ -18,7 +18,7 @@ from PIL import Image
 import pytest
 
 from experiments.audit import __main__ as audit
-from experiments.audit import data, examples, report, verdict
+from experiments.audit import data, examples, membership, report, verdict
 from experiments.harness import flags
 from experiments.harness.flags import UsageError
 import kkt_jax
@@ -128,6 +128,8 @@ def with_data(stored, suffix=""):
     ({"weights": "stationarity=many"}, "--weights must be name=number"),
     ({"train_data": "/no/where.npz"}, "--train_data=/no/where.npz: .* there is no such file"),
     ({"held_out_data": "same"}, "--held_out_data needs --train_data"),
+    ({"candidates": "same"}, "--candidates needs --held_out_data"),
+    ({"candidates": "/no/where", "held_out_data": "same"}, "--candidates=/no/where: .* there is no such file"),
   ],
 )
 def test_what_cannot_be_audited_is_named_and_leaves_no_folder(stored, tmp_path, settings, said):
@@ -330,6 +332,76 @@ def test_samples_of_folders_are_named_by_their_files(tmp_path):
   assert read(tmp_path).names == ("0/one.png", "1/one.png", "2/one.png")
 
 
+def test_candidates_have_no_labels_but_those_that_the_classifier_gives_them(tmp_path):
+  (tmp_path / "known").mkdir()
+  in_folders(tmp_path / "known")
+  (tmp_path / "asked" / "some" / "where").mkdir(parents=True)
+  for own in ("1/one.png", "2/one.png"):
+    (tmp_path / "asked" / "some" / f"{own[0]}.png").write_bytes((tmp_path / "known" / own).read_bytes())
+  own, known = classifier(normalised()), read(tmp_path / "known")
+  asked = data.read_candidates(str(tmp_path / "asked"), own)
+  assert asked.names == ("some/1.png", "some/2.png")
+  np.testing.assert_array_equal(asked.x, known.x[1:])
+  np.testing.assert_array_equal(asked.y, np.argmax(own.predict(own.from_unit(asked.x)), axis=1))
+  np.savez(tmp_path / "asked.npz", x=asked.x)
+  np.testing.assert_array_equal(data.read_candidates(str(tmp_path / "asked.npz"), own).x, asked.x)
+  with pytest.raises(UsageError, match="it must hold an array x; x missing"):
+    np.savez(tmp_path / "none.npz", y=asked.y)
+    data.read_candidates(str(tmp_path / "none.npz"), own)
+
+
+# Scores of single samples.
+
+
+@pytest.fixture(name="known_members")
+def fixture_known_members():
+  """A linear classifier of vectors whose weights are a sum over the first 30 of 90 samples, and their data."""
+  random = np.random.default_rng(0)
+  x, y = random.normal(size=(90, 60)).astype(np.float32), np.arange(90, dtype=np.int32) % 3
+  kernel = 1e-3 * x[:30].T @ (np.eye(3)[y[:30]] - 1 / 3)
+  own = kkt_jax.make_classifier(lambda w, x: x @ w, jnp.asarray(kernel, jnp.float32), (60,), value_range=None)
+  members, others = data.Images(x[:30], y[:30]), data.Images(x[30:], y[30:])
+  return kkt_jax.examine(own, form="weight_decay"), members, others
+
+
+def test_scores_tell_members_from_others_and_others_from_nothing(known_members):
+  examination, members, others = known_members
+  found = membership.score(examination, members, others)
+  assert (found.best, found.members, found.others) == ("multipliers", 30, 60)
+  assert found.curves["multipliers"].points[0].members == 30 and found.p_value < 1e-9
+  half = data.Images(others.x[:30], others.y[:30]), data.Images(others.x[30:], others.y[30:])
+  assert membership.score(examination, *half).p_value > 0.01
+  asked = data.Images(np.concatenate([members.x, others.x[:10]]), np.zeros(40, np.int32))
+  names = tuple(map(str, range(40)))
+  told = membership.suspects(examination, asked, names, data.Images(others.x[10:], others.y[10:]))
+  assert (told.asked, told.others) == (40, 50) and len(told.marks) <= 32
+  assert len(set(names[:30]) & set(told.marks)) >= 25  # the classifier takes some for another class
+  assert told.by_chance == pytest.approx(40 * 2 / 51)  # two scores
+
+
+def test_of_many_samples_some_are_scored(known_members, monkeypatch):
+  monkeypatch.setattr(membership, "_MOST", 20)
+  found = membership.score(*known_members)
+  assert (found.members, found.others) == (20, 20)
+
+
+def test_scores_join_the_verdict(known_members):
+  examination, members, others = known_members
+  found = membership.score(examination, members, others)
+  beyond = verdict.refusal(0.3)
+  told = verdict.with_scores(beyond, found)
+  assert told.level == "member" and told.answer.startswith("These weights tell whether a given sample was among")
+  assert "30 of 30 training samples score above all 60 others by their part in the sum" in str(told)
+  assert "by their loss, which needs no theory (AUC 0." in str(told) and beyond.answer in str(told)
+  leak = verdict.of(trial(60), {"means": trial(20)}, 0)
+  assert verdict.with_scores(leak, found).answer == leak.answer
+  nothing = verdict.with_scores(beyond, found._replace(p_value=0.5))
+  assert nothing.level == "open" and "Nor is a given sample told" in str(nothing)
+  assert verdict.with_scores(beyond, None) == beyond
+  said = verdict.of_candidates(membership.Told({"a": ["loss"]}, 8, 56, 0.281))
+  assert said.startswith("Of the 8 samples that were asked about, 1 score above all 56 held-out ones")
+
+
 # The verdict.
 
 
@@ -410,6 +482,9 @@ def test_a_classifier_beyond_the_theory_is_refused_with_a_report_and_can_be_trie
   page = (tmp_path / "report.html").read_text()
   assert "<strong>The theory of this audit does not cover these weights" in page
   assert "<li>2,723 parameters, 3 classes, no batch norm.</li>" in page  # 64 x 40 + 40 + 40 x 3 + 3
+  given = {"candidates": str(stored / "train.npz"), "held_out_data": str(stored / "held_out.npz")}
+  metrics = audit.run(dataclasses.replace(settings, **given), tmp_path)  # is answered, all the same
+  assert metrics["candidates"]["asked"] == 15 and "Of the 15 samples that were asked about" in metrics["verdict"]
   audit.run(dataclasses.replace(settings, force=True), tmp_path)  # as the verdict suggests, in the same folder
   assert (tmp_path / "generator").exists()
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
   import kkt_jax
 
 # What has no influence on the generator: a later run in the same folder can differ in it, and need not train again.
-_AFTERWARDS = ("train_data", "held_out_data", "force")
+_AFTERWARDS = ("train_data", "held_out_data", "candidates", "force")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,10 @@ class Config:
     group="For its owner",
   )
   held_out_data: str = flag("", "Other data of the same kind, without which little can be said.")
+  candidates: str = flag(
+    "",
+    "Samples to ask about, each: was it trained on? As --train_data, without labels; needs --held_out_data.",
+  )
   form: str = flag(
     "auto",
     "Which conditions the weights obey; auto finds out.",
@@ -63,18 +67,22 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   for name in ("classifier", "checkpoint"):
     if not getattr(config, name):
       raise UsageError(f"--{name} must be given; --help says what it is.")
+  if config.candidates and not config.held_out_data:
+    raise UsageError("--candidates needs --held_out_data: a score says nothing but beside those of untrained samples.")
   methods.parse_weights(config.weights)
   import jax
   import numpy as np
 
   from experiments.attack.train import train_generator
-  from experiments.audit import data, report
+  from experiments.audit import data, membership, report
   from experiments.harness.progress import say
   from experiments.harness.workdir import Workdir
   import kkt_jax
 
   classifier = load(config.classifier, config.checkpoint)
-  train, held_out, remarks = data.read(config.train_data, config.held_out_data, classifier)
+  alone = bool(config.candidates)
+  train, held_out, remarks = data.read(config.train_data, config.held_out_data, classifier, alone=alone)
+  asked = data.read_candidates(config.candidates, classifier) if alone else None
   for remark in remarks:
     say(remark)
   say("examining the weights")
@@ -96,6 +104,11 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
       say("for comparison, samples that the classifier merely takes for their class")
       beside = Workdir(out.path / "class_likeness", {})
       likeness = train_from(beside, recipe=class_likeness(recipe, reconstruction), seed=config.seed + 2)
+  scored, told = None, None
+  if held_out is not None:
+    say("scoring single samples")
+    scored = None if train is None else membership.score(examination, train, held_out)
+    told = None if asked is None else membership.suspects(examination, asked, asked.names, held_out)
   return report.write(
     out,
     settings,
@@ -104,6 +117,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     train,
     held_out,
     likeness=likeness,
+    scored=scored,
+    told=told,
     remarks=remarks,
     command=flags.command_line("python -m experiments.audit", config, workdir),
   )

@@ -36,8 +36,17 @@ class Named(Images):
     return Named(self.x[places], self.y[places], tuple(self.names[place] for place in places))
 
 
+def read_candidates(path: str, classifier: Classifier) -> Named:
+  """Samples to ask about, labelled as the classifier takes them: ``x`` of an ``.npz`` file, or a folder's images.
+
+  Raises:
+    UsageError: the file cannot be read, or holds something else.
+  """
+  return _read("--candidates", path, classifier, labelled=False)
+
+
 def read(
-  train_data: str, held_out_data: str, classifier: Classifier
+  train_data: str, held_out_data: str, classifier: Classifier, *, alone: bool = False
 ) -> tuple[Named | None, Named | None, Sequence[str]]:
   """The owner's data, with x in [0, 1] as `Classifier.to_unit`.
 
@@ -45,6 +54,7 @@ def read(
     train_data: path of the training data, or empty.
     held_out_data: path of the other data, or empty.
     classifier: the classifier.
+    alone: whether held-out data can be given without training data.
 
   Returns:
     The training data and the held-out data without repetitions, each None if its path is empty, and what limits the
@@ -58,9 +68,9 @@ def read(
   check_classes(sets, range(classifier.num_classes))
   train, held_out = (sets.get(f"{flag}={path}") for flag, path in paths.items())
   remarks: list[str] = []
-  if held_out is not None:
-    if train is None:
-      raise UsageError("--held_out_data needs --train_data, with which it is compared.")
+  if held_out is not None and train is None and not alone:
+    raise UsageError("--held_out_data needs --train_data or --candidates, with which it is compared.")
+  if held_out is not None and train is not None:
     known = {row.tobytes() for row in _rounded(train, classifier)}
     twice = [i for i, row in enumerate(_rounded(held_out, classifier)) if row.tobytes() in known]
     if twice:
@@ -95,18 +105,20 @@ def _rounded(images: Images, classifier: Classifier) -> np.ndarray:
   return images.x if classifier.value_range is None else np.round(images.x, 4) + np.float32(0)
 
 
-def _read(flag: str, path: str, classifier: Classifier) -> Named:
-  """Labelled data from an ``.npz`` file with x [N, *input_shape] and y [N], or from a folder for each class."""
+def _read(flag: str, path: str, classifier: Classifier, *, labelled: bool = True) -> Named:
+  """Data from an ``.npz`` file with x [N, *input_shape] and y [N], or from a folder for each class."""
   where = pathlib.Path(path)
   try:
     if where.is_dir():
-      x, y, names = _read_folder(where, classifier)
+      x, y, names = _read_folder(where, classifier, labelled)
     elif where.is_file() and zipfile.is_zipfile(where):
-      x, y = _read_npz(where, classifier.input_shape)
-      names = tuple(f"sample {place}" for place in range(len(y)))
+      x, y = _read_npz(where, classifier.input_shape, labelled)
+      names = tuple(f"sample {place}" for place in range(len(x)))
     else:
       raise UsageError(f"it is neither an .npz file nor a folder{'' if where.exists() else '; there is no such file'}.")
-    return Named(_unit(x, classifier), _classes(y, classifier.num_classes), names)
+    unit = _unit(x, classifier)
+    taken = np.argmax(classifier.predict(classifier.from_unit(unit)), axis=1) if y is None else y
+    return Named(unit, _classes(taken, classifier.num_classes), names)
   except UsageError as error:
     raise UsageError(f"{flag}={path}: {error}") from error
   except (*_UNREADABLE, zipfile.BadZipFile) as error:
@@ -135,22 +147,29 @@ def _classes(y: np.ndarray, num_classes: int) -> np.ndarray:
   return y.astype(np.int32)
 
 
-def _read_npz(path: pathlib.Path, input_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _read_npz(path: pathlib.Path, input_shape: tuple[int, ...], labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
+  names = ("x", "y") if labelled else ("x",)
   with zipfile.ZipFile(path) as archive:
-    missing = [name for name in ("x", "y") if f"{name}.npy" not in archive.namelist()]
+    missing = [name for name in names if f"{name}.npy" not in archive.namelist()]
     if missing:
-      raise UsageError(f"it must hold arrays x and y; {' and '.join(missing)} missing.")
-    (x_shape, x_type), (y_shape, y_type) = (_header(archive, f"{name}.npy") for name in ("x", "y"))
-    if x_shape[1:] != input_shape or y_shape != x_shape[:1]:
+      raise UsageError(
+        f"it must hold {'arrays x and y' if labelled else 'an array x'}; {' and '.join(missing)} missing."
+      )
+    headers = [_header(archive, f"{name}.npy") for name in names]
+    x_shape, x_type = headers[0]
+    if x_shape[1:] != input_shape or any(shape != x_shape[:1] for shape, _ in headers[1:]):
       wanted = ", ".join(map(str, input_shape))
-      raise UsageError(f"x must have shape [N, {wanted}] and y [N]; got {x_shape} and {y_shape}.")
-    if not np.issubdtype(y_type, np.integer) or not (x_type == np.uint8 or np.issubdtype(x_type, np.floating)):
-      raise UsageError(f"x must be uint8 or floating point, and y integers; got {x_type} and {y_type}.")
+      got = " and ".join(str(shape) for shape, _ in headers)
+      raise UsageError(f"x must have shape [N, {wanted}]{' and y [N]' if labelled else ''}; got {got}.")
+    integers = all(np.issubdtype(y_type, np.integer) for _, y_type in headers[1:])
+    if not integers or not (x_type == np.uint8 or np.issubdtype(x_type, np.floating)):
+      got = " and ".join(str(own) for _, own in headers)
+      raise UsageError(f"x must be uint8 or floating point{', and y integers' if labelled else ''}; got {got}.")
     arrays = []
-    for name in ("x.npy", "y.npy"):
-      with archive.open(name) as member:
+    for name in names:
+      with archive.open(f"{name}.npy") as member:
         arrays.append(np.lib.format.read_array(member, allow_pickle=False))
-  return arrays[0], arrays[1]
+  return arrays[0], arrays[1] if labelled else None
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], Any]:
@@ -168,26 +187,26 @@ def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], Any]:
   return shape, dtype
 
 
-def _read_folder(path: pathlib.Path, classifier: Classifier) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def _read_folder(
+  path: pathlib.Path, classifier: Classifier, labelled: bool
+) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
   input_shape = classifier.input_shape
   if len(input_shape) != 3 or input_shape[2] not in _MODES:
     raise UsageError(f"folders are for images [H, W, channels]; the classifier takes {input_shape}.")
-  folders = {own.name: own for own in path.iterdir() if own.is_dir() and not own.name.startswith(".")}
-  if strange := sorted(folders.keys() ^ set(map(str, range(classifier.num_classes)))):
+  wanted = [str(label) for label in range(classifier.num_classes)] if labelled else []
+  folders = {own.name for own in path.iterdir() if own.is_dir() and not own.name.startswith(".")}
+  if labelled and (strange := sorted(folders ^ set(wanted))):
     which = "missing" if strange[0] not in folders else "no class"
     raise UsageError(
       f"it must hold a folder of images for each class, 0 to {classifier.num_classes - 1}; {strange[0]!r} is {which}."
     )
-  x, y, names = [], [], []
-  for label in range(classifier.num_classes):
-    for file in sorted(folders[str(label)].iterdir()):
-      if file.suffix.lower() in (".png", ".jpg", ".jpeg") and file.is_file():
-        x.append(_read_image(file, input_shape))
-        y.append(label)
-        names.append(f"{label}/{file.name}")
-  if not x:
+  files = [file for label in wanted for file in sorted((path / label).iterdir())] or sorted(path.rglob("*"))
+  files = [file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg") and file.is_file()]
+  if not files:
     raise UsageError("its folders hold no PNG or JPEG images.")
-  return np.stack(x), np.asarray(y), tuple(names)
+  x = np.stack([_read_image(file, input_shape) for file in files])
+  y = np.array([int(file.parent.name) for file in files]) if labelled else None
+  return x, y, tuple(file.relative_to(path).as_posix() for file in files)
 
 
 def _read_image(file: pathlib.Path, input_shape: tuple[int, ...]) -> np.ndarray:

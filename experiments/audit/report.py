@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments.audit import verdict
 from experiments.audit.data import Named
+from experiments.audit.membership import Scored, SCORES, Told
 from experiments.data import Images
 from experiments.harness import pages
 from experiments.harness.progress import Progress
@@ -53,6 +54,8 @@ def write(
   held_out: Named | None,
   *,
   likeness: Reconstruction | None = None,
+  scored: Scored | None = None,
+  told: Told | None = None,
   remarks: Sequence[str] = (),
   command: str = "",
 ) -> dict[str, Any]:
@@ -66,6 +69,8 @@ def write(
     train: the owner's training data in [0, 1], if given.
     held_out: other data of the same kind, if given.
     likeness: a generator that was trained on likeness of the class alone, if data were given.
+    scored: what scores of single samples tell, if data were given.
+    told: what they tell of samples that were asked about.
     remarks: what limits the comparison.
     command: that made this.
 
@@ -99,6 +104,9 @@ def write(
       own = reconstruction.exact[0]
       caption = "What the weights alone prove to be training samples, a row for each class."
       drawn |= {"proven.png": caption} if _grid(out.path / "proven.png", Images(own.unit, own.y)) else {}
+  answer = verdict.with_scores(answer, scored)
+  if told is not None:
+    answer = answer._replace(reasons=[*answer.reasons, verdict.of_candidates(told)])
   against = _against(trials)
   results = {
     "verdict": str(answer),
@@ -107,6 +115,9 @@ def write(
     **rows,
     "against_data": against,
     "leaks": [dict(list(own._asdict().items())[:-1]) for own in leaks],
+    "scores": {} if scored is None else {name: _plain(curve) for name, curve in scored.curves.items()},
+    "scores_p_value": None if scored is None else scored.p_value,
+    "candidates": None if told is None else told._asdict(),
     "certificates": certificates,
     "final_losses": out.last_logged(),
   }
@@ -118,6 +129,9 @@ def write(
     remarks=remarks,
     against=against,
     leaks=leaks,
+    scored=scored,
+    score_names=SCORES,
+    told=told,
     findings=str(examination).splitlines(),
     pictures={caption: out.path / name for name, caption in drawn.items()},
     rows=titled,
@@ -130,6 +144,8 @@ def write(
   if answer.level == "leak" and leaks:
     worst = ", ".join(own.name for own in leaks[:_WORST])
     summary += f"\n\nThe worst of {len(leaks)} cases: {worst}"
+  if told is not None and told.marks:
+    summary += "\n\nAbove all held-out samples: " + ", ".join(told.marks)
   if rows:
     shown = ["agreement", "residual", *(["likeness"] if train is not None else [])]
     summary += "\n\n" + comparison.table(titled, shown)
@@ -214,8 +230,11 @@ def _against(trials: Mapping[str, Trial]) -> dict[str, Any]:
   found["p_values_over_controls"] = {
     name: verdict.more_hits(own, trial) for name, trial in trials.items() if name in _CONTROLS
   }
-  curve = metrics.roc(own.members, own.others.ravel())
-  return found | {"roc": curve._asdict() | {"points": [point._asdict() for point in curve.points]}}
+  return found | {"roc": _plain(metrics.roc(own.members, own.others.ravel()))}
+
+
+def _plain(curve: metrics.Roc) -> dict[str, Any]:
+  return curve._asdict() | {"points": [point._asdict() for point in curve.points]}
 
 
 def _made(settings: Mapping[str, Any], command: str) -> dict[str, str]:

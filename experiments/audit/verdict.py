@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from experiments.audit.membership import SIGNIFICANT
+from experiments.audit.membership import Scored, SCORES, SIGNIFICANT, Told
 from experiments.measure.comparison import EXACT
 from kkt_jax.metrics import Trial
 
@@ -17,8 +17,8 @@ class Verdict(NamedTuple):
   """An answer.
 
   Attributes:
-    level: ``"leak"``: single samples; ``"class"``: no more than likeness of the class; ``"none"``: no evidence;
-      ``"open"``: not tried, or not told.
+    level: ``"leak"``: single samples come out; ``"member"``: given ones are told; ``"class"``: no more than likeness of
+      the class; ``"none"``: no evidence; ``"open"``: not tried, or not told.
     answer: in one sentence.
     reasons: the sentences after it.
   """
@@ -32,12 +32,40 @@ class Verdict(NamedTuple):
     return " ".join([self.answer, *self.reasons])
 
 
+def with_scores(verdict: Verdict, scored: Scored | None) -> Verdict:
+  """The verdict, with what scores of single samples tell (`experiments.audit.membership.score`), if there are any."""
+  if scored is None:
+    return verdict
+  own, naive = scored.curves[scored.best], scored.curves["loss"]
+  point, answer = own.points[0], "These weights tell whether a given sample was among their training data."
+  counted = (
+    f"{point.members or 'None'} of {scored.members} training samples score above all {scored.others} others by"
+    f" {SCORES[scored.best]} (AUC {own.auc:.3f}, 95 %: {own.low:.3f} to {own.high:.3f})"
+  )
+  if scored.best != "loss":
+    counted += f", and {naive.points[0].members} by their loss, which needs no theory (AUC {naive.auc:.3f})"
+  if scored.p_value >= SIGNIFICANT:
+    said = f"Nor is a given sample told by any score of single samples: {counted[0].lower() + counted[1:]}."
+    return verdict._replace(reasons=[*verdict.reasons, said])
+  if verdict.level == "leak":
+    return verdict._replace(reasons=[*verdict.reasons, f"Given a sample, its score tells, too: {counted}."])
+  return Verdict("member", answer, [f"{counted}.", verdict.answer, *verdict.reasons])
+
+
+def of_candidates(told: Told) -> str:
+  """What scores say of samples that were asked about."""
+  return (
+    f"Of the {told.asked} samples that were asked about, {len(told.marks)} score above all {told.others} held-out ones;"
+    f" if none had been trained on, about {told.by_chance:.2g} would."
+  )
+
+
 def refusal(bound: float) -> Verdict:
   """If no generator was trained, for the weights are too far from all conditions."""
   return Verdict(
     "open",
-    "The theory of this audit does not cover these weights, so nothing was tried, and nothing follows for what they"
-    " reveal.",
+    "The theory of this audit does not cover these weights, so no sample was rebuilt, and nothing follows for whether"
+    " others could.",
     [
       f"No data can account for {bound:.0%} of what they would have to be made of: they were not trained to convergence"
       " by gradient descent, with weight decay or from a small initialisation.",
