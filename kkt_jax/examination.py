@@ -16,7 +16,7 @@ import numpy as np
 from kkt_jax import _checks, homogeneity, symmetries, vertices
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_conditions
-from kkt_jax.first_layer import input_span, InputSpan
+from kkt_jax.first_layer import input_span, InputSpan, span_above_noise
 from kkt_jax.last_layer import collapsed_features, collapsed_margin, typical_margin
 
 FORMS = ("weight_decay", "max_margin")
@@ -144,13 +144,25 @@ class Examination:
       f" ({'too much' if self.bound > HOPELESS else 'fine'}; the limit is {HOPELESS:.0%}).",
       "They do not reveal in which directions the data lie."
       if self.span is None
-      else f"They confine the data to {self.span.strengths.size} of {dimensions} dimensions.{self._provable()}",
+      else f"They confine the data to {self.span.strengths.size} of {dimensions} dimensions{_blurred(self.span)}."
+      f"{self._provable()}",
       _subtracted(self.start),
       "They do not reveal the margin of the data."
       if self.margin is None
       else f"The data have a typical margin of {self.margin:.4g} logits.",
     ]
     return "\n".join(lines)
+
+
+def _blurred(span: InputSpan) -> str:
+  """How far a span is off that stands out of noise, by the sine of its angle with the true one."""
+  if not span.blur:
+    return ""
+  best, worst = (float(span.blur / span.strengths[k]) for k in (0, -1))
+  return (
+    ", those that stand out of what is left of the initialisation, which blurs the clearest of them by"
+    f" {best:.2g} and the faintest by {worst:.2g} of its length"
+  )
 
 
 def _subtracted(start: jax.Array | None) -> str:
@@ -329,9 +341,14 @@ def _first_layer(classifier: Classifier, x: jax.Array) -> tuple[jax.Array | None
       if np.abs(offsets - offsets[0]).max() > _ALIKE * np.abs(flat).max():
         continue  # its inputs are not the data: another layer, or they go through something else first
       start = jnp.asarray(offsets[0].reshape(classifier.input_shape), jnp.float32)
-      fall = _fall(kernel)
-      return start, None if fall is None else input_span(kernel, tolerance=fall), place
+      return start, _span(kernel), place
   return None, None, None
+
+
+def _span(kernel: jax.Array) -> InputSpan | None:
+  """The span before a fall of the singular values, else that above a floor of noise, if there is either."""
+  fall = _fall(kernel)
+  return span_above_noise(kernel) if fall is None else input_span(kernel, tolerance=fall)
 
 
 def _fall(kernel: jax.Array) -> float | None:

@@ -112,6 +112,18 @@ def test_a_fall_of_the_singular_values_must_be_steep_and_end_in_almost_nothing(s
   assert found == rank
 
 
+def test_a_span_above_a_floor_of_noise_is_recognised_and_said_to_be_blurred():
+  kernel = random((20, 5)) @ random((5, 16), 1) + 5e-3 * random((20, 16), 2)
+  span = examination._span(kernel)
+  assert span.basis.shape == (20, 5)
+  assert span.blur == pytest.approx(5e-3 * 15**0.5, rel=0.3)
+  said = examination._blurred(span)
+  assert "those that stand out of what is left of the initialisation" in said
+  assert f"the faintest by {span.blur / span.strengths[-1]:.2g} of its length" in said
+  cliff = examination._span(random((20, 5)) @ random((5, 16), 1))
+  assert (cliff.strengths.size, cliff.blur, examination._blurred(cliff)) == (5, 0, "")
+
+
 class Convolution(nn.Module):
   @nn.compact
   def __call__(self, x):
