@@ -4,10 +4,10 @@
 classifier was of them (last layer). `kkt_jax.recipes.default` turns this into a recipe, for anybody's classifier.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
-import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from kkt_jax import _checks, homogeneity, symmetries, vertices
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_conditions
 from kkt_jax.first_layer import input_span, InputSpan, span_above_noise
+from kkt_jax.homogeneity import tensor_names
 from kkt_jax.last_layer import collapsed_features, collapsed_margin, typical_margin
 
 FORMS = ("weight_decay", "max_margin")
@@ -27,6 +28,8 @@ _FILLED = 0.9  # greatest share of a layer's directions that data may fill for t
 _FALL, _NOTHING = 5.0, 1e-4  # least fall of singular values that ends a span, and the most that may follow it
 _ROUNDING = 1e-7  # relative to the greatest singular value; what is smaller is indistinguishable from it
 _ALIKE = 1e-3  # relative error below which two gradients are the same
+_MOST_LEFT_OUT, _TRIED = 8, 3  # tensors that are left out at most, and of how many the first possible one is taken
+_TIE = 0.01  # relative difference of two bounds that says nothing of which form it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,11 @@ class Examination:
     classifier: the classifier.
     form: ``"weight_decay"`` or ``"max_margin"``: which stationarity condition its weights obey.
     why: why that form.
-    conditions: the stationarity condition of that form.
+    conditions: the stationarity condition of that form, less the tensors that are left out.
+    bounds: for each form, the share of its target that no data can account for, less what is left out for it.
+    left_out: tensors without which the conditions of that form can hold, by name, with the share of the whole target
+      that lies in each and that no data can account for: those that kept their initialisation, or were trained in
+      another way. None if everything fits, and none if nothing sensible would remain.
     free: which tensors have no scale of their own (before a normalisation), a pytree of bools; weight decay leaves no
       condition on them.
     rates: Lambda, balanced.
@@ -73,6 +80,8 @@ class Examination:
   form: str
   why: str
   conditions: Conditions
+  bounds: Mapping[str, float]
+  left_out: Mapping[str, float]
   free: PyTree
   rates: homogeneity.RateSolution
   scaling_error: float
@@ -83,14 +92,9 @@ class Examination:
   margin: float | None
   probes: jax.Array
 
-  @functools.cached_property
-  def bounds(self) -> Mapping[str, float]:
-    """For each form, the share of its target that no data can account for; seconds to minutes of work."""
-    return _bounds(self.classifier, _possible(self.classifier, self.rates, self.free), self.probes)
-
   @property
   def bound(self) -> float:
-    """The share of the target that no data can account for."""
+    """The share of the target that no data can account for, less what is left out."""
     return self.bounds[self.form]
 
   @property
@@ -120,6 +124,10 @@ class Examination:
       return None
     return collapsed_features(last.kernel, last.scale, last.shift), last.scale
 
+  def _left_out(self) -> list[str]:
+    names = ", ".join(f"{name} ({share:.0%} of everything)" for name, share in self.left_out.items())
+    return [f"Left out, because no data whatever could have caused them: {names}."] if names else []
+
   def _provable(self) -> str:
     """Which samples could be proven to be training samples (`kkt_jax.vertices`)."""
     if self.span is None or self.classifier.value_range is None:
@@ -140,7 +148,8 @@ class Examination:
       f"{count:,} parameters, {self.classifier.num_classes} classes,"
       f" {'batch norm' if self.classifier.batch_coupled else 'no batch norm'}.",
       f"They are examined as {trained}, because {self.why}.",
-      f"Share of them that no data whatever could have caused: {self.bound:.2%}"
+      *self._left_out(),
+      f"Share of {'the others' if self.left_out else 'them'} that no data whatever could have caused: {self.bound:.2%}"
       f" ({'too much' if self.bound > HOPELESS else 'fine'}; the limit is {HOPELESS:.0%}).",
       "They do not reveal in which directions the data lie."
       if self.span is None
@@ -209,9 +218,12 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
   alphas = jnp.linspace(-0.5, 0.5, 5)
   error = float(homogeneity.scaling_error(classifier.apply_fn, params, rates.rates, probes, alphas))
   free = symmetries.scale_invariant(classifier.apply_fn, params, probes)
-  possible = _possible(classifier, rates, free)
-  chosen, why = (form, "it was asked for") if form else _choose(classifier, rates, error, possible, probes)
   start, span, first = _first_layer(classifier, probes)
+  possible = {
+    name: _attainable(classifier, own, probes, first) for name, own in _possible(classifier, rates, free).items()
+  }
+  blurred = span is not None and bool(span.blur)
+  chosen, why = (form, "it was asked for") if form else _choose(classifier, rates, error, possible, blurred)
   last, last_kernel, last_bias = _last_layer(classifier, probes)
   leaves, structure = jax.tree.flatten(params)
   roles = ["kernel" if leaf.ndim > 1 else "other" for leaf in leaves]
@@ -223,7 +235,9 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
     classifier=classifier,
     form=chosen,
     why=why,
-    conditions=possible[chosen],
+    conditions=possible[chosen].conditions,
+    bounds={name: own.bound for name, own in possible.items()},
+    left_out=possible[chosen].left_out,
     free=free,
     rates=rates,
     scaling_error=error,
@@ -246,19 +260,55 @@ def _possible(classifier: Classifier, rates: homogeneity.RateSolution, free: PyT
   }
 
 
-def _bounds(classifier: Classifier, possible: Mapping[str, Conditions], probes: jax.Array) -> dict[str, float]:
-  return {
-    name: symmetries.least_residual(classifier.apply_fn, classifier.params, own, probes).value
-    for name, own in possible.items()
-  }
+class _Attainable(NamedTuple):
+  """Conditions, the tensors that were left out of them for their sake, and the bound of the others."""
+
+  conditions: Conditions
+  left_out: Mapping[str, float]
+  bound: float
+
+
+def _attainable(classifier: Classifier, conditions: Conditions, probes: jax.Array, first: int | None) -> _Attainable:
+  """The conditions without the tensors that account for most of what is out of reach, if they can hold then.
+
+  A tensor on which no symmetry bears has a bound of 0 whatever it is. So what is left must be moved by one, and be the
+  first kernel, at place ``first``, or more than half of the parameters.
+  """
+  names, structure = tensor_names(conditions.mask), jax.tree.structure(conditions.mask)
+  sizes = {name: leaf.size for name, leaf in zip(names, jax.tree.leaves(conditions.mask), strict=True)}
+
+  def without(left: Sequence[str]) -> Conditions:
+    leaves = zip(names, jax.tree.leaves(conditions.mask), strict=True)
+    masks = [jnp.zeros_like(leaf) if name in left else leaf for name, leaf in leaves]
+    return dataclasses.replace(conditions, mask=jax.tree.unflatten(structure, masks))
+
+  def judge(left: Sequence[str]) -> symmetries.LeastResidual:
+    return symmetries.least_residual(classifier.apply_fn, classifier.params, without(left), probes)
+
+  def tells(found: symmetries.LeastResidual) -> bool:
+    known = first is not None and names[first] in found.by_tensor
+    return known or 2 * sum(sizes[name] for name in found.by_tensor) > sum(sizes.values())
+
+  whole = found = judge([])
+  left: list[str] = []
+  while found.value > HOPELESS and len(left) < _MOST_LEFT_OUT:
+    worst = sorted(found.by_tensor, key=lambda name: -found.by_tensor[name])[:_TRIED]
+    trials = ((name, judge([*left, name])) for name in worst)
+    name, trial = next(((name, own) for name, own in trials if tells(own)), ("", found))
+    if not name:
+      break
+    left, found = [*left, name], trial
+  if found.value > HOPELESS:
+    return _Attainable(conditions, {}, whole.value)
+  return _Attainable(without(left), {name: whole.by_tensor.get(name, 0.0) for name in left}, found.value)
 
 
 def _choose(
   classifier: Classifier,
   rates: homogeneity.RateSolution,
   error: float,
-  possible: Mapping[str, Conditions],
-  probes: jax.Array,
+  possible: Mapping[str, _Attainable],
+  blurred: bool,
 ) -> tuple[str, str]:
   """The form, and why."""
   if classifier.weight_decay is not None:
@@ -272,14 +322,16 @@ def _choose(
   trivial = bool(rates.null_space_dimension == 0) and float(rates.target_rate) > 1 - _HOMOGENEOUS
   if error > _HOMOGENEOUS or trivial:
     return "weight_decay", "nothing before the last layer is quasi-homogeneous, which the max-margin form needs"
-  bounds = _bounds(classifier, possible, probes)
-  decay, margin = bounds["weight_decay"], bounds["max_margin"]
+  decay, margin = possible["weight_decay"].bound, possible["max_margin"].bound
   if min(decay, margin) > HOPELESS:
-    chosen = "weight_decay" if decay <= margin else "max_margin"
+    if abs(decay - margin) <= _TIE * decay:
+      return "weight_decay", f"neither form fits, and one as little as the other ({decay:.2g} is out of reach)"
     return (
-      chosen,
+      "weight_decay" if decay < margin else "max_margin",
       f"neither form fits ({decay:.2g} and {margin:.2g} of the targets are out of reach) and it fits better",
     )
+  if margin <= HOPELESS and (blurred or possible["weight_decay"].left_out):
+    return "max_margin", "they still hold some of their initialisation, which weight decay would have undone"
   if decay <= max(0.01, margin):
     return (
       "weight_decay",

@@ -309,6 +309,40 @@ class TestForm:
       examine(found.classifier, form="sharp")
 
 
+class TestLeftOut:
+  """Three layers, the second of which kept its large start, while the others grew by as much from next to nothing."""
+
+  @staticmethod
+  def examined(first=1.0, **settings):
+    w, c, v = random((4, 8)), 20 * random((8, 8), 1), random((8, 3), 2)
+    v = v - jnp.mean(v, axis=1, keepdims=True)
+    params = {"w": first * w / jnp.linalg.norm(w), "b": jnp.zeros(8), "c": c, "v": v / jnp.linalg.norm(v)}
+    apply_fn = lambda p, x: jax.nn.relu(jax.nn.relu(x @ p["w"] + p["b"][None]) @ p["c"]) @ p["v"]
+    return examine(kkt_jax.make_classifier(apply_fn, params, (4,)), **settings)
+
+  @slow
+  def test_a_tensor_that_kept_its_start_is_left_out_and_named(self):
+    found = self.examined()
+    assert list(found.left_out) == ["c"]
+    assert found.left_out["c"] > 0.9
+    assert found.bound < 1e-6  # |w| = |v|
+    assert found.form == "max_margin" and "which weight decay would have undone" in found.why
+    np.testing.assert_array_equal(found.conditions.mask["c"], 0.0)
+    np.testing.assert_array_equal(found.conditions.mask["w"], 1.0)
+    said = str(found)
+    assert "Left out, because no data whatever could have caused them: c (100% of everything)." in said
+    assert "Share of the others that no data whatever could have caused: 0.00% (fine" in said
+
+  @slow
+  def test_nothing_is_left_out_if_what_remains_would_not_fit_or_would_say_nothing(self):
+    found = self.examined(first=5.0)  # out of balance with the last layer: of w alone, or v alone, nothing can be said
+    assert found.left_out == {}
+    assert found.bound > 0.9
+    np.testing.assert_array_equal(found.conditions.mask["c"], 1.0)
+    assert found.why.startswith("neither form fits, and one as little as the other")
+    assert "Left out" not in str(found)
+
+
 def test_weight_decay_leaves_no_condition_on_what_has_no_scale():
   normalised = lambda p, x: (x @ p["a"]) / jnp.linalg.norm(x @ p["a"], axis=1)[:, None] @ p["b"]
   params = {"a": random((4, 5)), "b": random((5, 3), 1)}
