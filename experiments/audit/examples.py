@@ -2,8 +2,8 @@
 
 ``python -m experiments.audit.examples --network=lenet --workdir=DIR`` trains one as the theory asks (full-batch
 gradient descent; weight decay, or with batch norm loss-scaled steps from small weights), stores its parameters and its
-data, and prints the command that audits it. ``--training=adam`` trains as most people do, which the theory does not
-cover.
+data, and prints the command that audits it. ``haim`` and ``buzaglo`` are the classifiers of the papers on which this
+one builds, trained without weight decay. ``--training=adam`` trains as most people do, which the theory does not cover.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from experiments.harness import flags
 from experiments.harness.flags import flag
 from experiments.harness.workdir import Workdir
 from kkt_jax import Subject
-from kkt_jax.classifier import PyTree
+from kkt_jax.classifier import PyTree, two_logits
 from kkt_jax.homogeneity import tensor_names
 from kkt_jax.networks import kaiming, MLPClassifier
 
@@ -130,8 +130,43 @@ def function() -> Subject:
   return Subject(apply_fn, init_fn, _SHAPE, value_range=(-1.0, 1.0))
 
 
+def _first_layer_small(num_logits: int) -> Subject:
+  """The network of Haim et al. (2022) and Buzaglo et al. (2023), in PyTorch's names and layout.
+
+  Only the first layer starts small, and only it has a bias. The mean of the training images is subtracted, and stored.
+  """
+  sizes = {"0": (1000, 784), "1": (1000, 1000), "2": (num_logits, 1000)}
+
+  def apply_fn(variables: PyTree, x: jax.Array) -> jax.Array:
+    layers = variables["params"]["layers"]
+    h = (x - variables["mean"][None]).reshape(x.shape[0], -1) @ layers["0"]["weight"].T + layers["0"]["bias"][None]
+    for name in ("1", "2"):
+      h = jax.nn.relu(h) @ layers[name]["weight"].T
+    return h
+
+  def init_fn() -> PyTree:
+    *keys, bias = jax.random.split(jax.random.key(0), len(sizes) + 1)
+    uniform = lambda key, size: jax.random.uniform(key, size, minval=-1.0, maxval=1.0) / size[1] ** 0.5
+    layers = {name: {"weight": uniform(key, size)} for key, (name, size) in zip(keys, sizes.items(), strict=True)}
+    normal = lambda key, size: 1e-4 * jax.random.normal(key, size)
+    layers["0"] = {"weight": normal(keys[0], sizes["0"]), "bias": normal(bias, sizes["0"][:1])}
+    return {"params": {"layers": layers}, "mean": jnp.zeros(_SHAPE)}
+
+  return Subject(apply_fn, init_fn, _SHAPE)
+
+
+def haim() -> Subject:
+  """The network of Haim et al. (2022), which tells odd from even digits by one logit."""
+  return _first_layer_small(1)
+
+
+def buzaglo() -> Subject:
+  """The same of ten logits, after Buzaglo et al. (2023)."""
+  return _first_layer_small(10)
+
+
 NETWORKS: Mapping[str, Callable[[], Subject]] = {
-  own.__name__: own for own in (mlp, mlp_batch_norm, lenet, resnet, smooth, function)
+  own.__name__: own for own in (mlp, mlp_batch_norm, lenet, resnet, smooth, function, haim, buzaglo)
 }
 _TRAINING: Mapping[str, Mapping[str, Any]] = {
   "mlp": {"num_steps": 3000, "learning_rate": 0.051},
@@ -140,6 +175,8 @@ _TRAINING: Mapping[str, Mapping[str, Any]] = {
   "resnet": {"num_steps": 1500, "learning_rate": 0.3},
   "smooth": {"num_steps": 8000, "learning_rate": 0.0205},
   "function": {"num_steps": 3000, "learning_rate": 0.051},
+  "haim": {"num_steps": 4000, "learning_rate": 0.3, "last_share": 0.03, "target_loss": 3e-8},
+  "buzaglo": {"num_steps": 4000, "learning_rate": 0.3, "last_share": 0.03, "target_loss": 3e-8},
 }
 
 
@@ -165,9 +202,9 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   low, high = subject.value_range or (0.0, 1.0)
   own = {"train": data.train, "held_out": data.held_out}
   for name, images in own.items():
-    np.savez(out.path / f"{name}.npz", x=low + (high - low) * images.x, y=images.y)
+    np.savez(out.path / f"{name}.npz", x=low + (high - low) * images.x, y=images.y % subject.num_classes)
   stored = out.path / "weights.safetensors"
-  store(stored, train(config, subject, low + (high - low) * data.train.x, data.train.y))
+  store(stored, train(config, subject, low + (high - low) * data.train.x, data.train.y % subject.num_classes))
   given = {"classifier": f"experiments.audit.examples:{config.network}", "checkpoint": stored}
   given |= {f"{name}_data": out.path / f"{name}.npz" for name in own} | {"workdir": out.path / "audit"}
   command = shlex.join(["python", "-m", "experiments.audit", *(f"--{name}={value}" for name, value in given.items())])
@@ -180,17 +217,25 @@ def train(config: Config, subject: Subject, x: np.ndarray, y: np.ndarray) -> PyT
   """The trained variables."""
   settings = dict(_TRAINING[config.network])
   settings["num_steps"] = config.steps or settings["num_steps"]
+  variables, whole = subject.init_fn(), subject
+  if "mean" in variables:
+    variables["mean"] = jnp.mean(x, axis=0)
+    apply_fn = lambda params, x: whole.apply_fn({**variables, "params": params}, x)
+    subject = dataclasses.replace(whole, apply_fn=apply_fn, init_fn=lambda: variables["params"])
   if config.training == "adam":
-    return _adam(subject, x, y, settings["num_steps"], config.seed)
-  return classifiers.train(subject, subject.init_fn(), x, y, **settings)
+    trained = _adam(subject, x, y, settings["num_steps"], config.seed)
+  else:
+    trained = classifiers.train(subject, subject.init_fn(), x, y, **settings)
+  return {**variables, "params": trained} if "mean" in variables else trained
 
 
 def _adam(subject: Subject, x: np.ndarray, y: np.ndarray, steps: int, seed: int) -> PyTree:
   """Adam on minibatches, without weight decay."""
   variables, optimizer, train_fn = subject.init_fn(), optax.adam(1e-3), subject.train_fn
+  inference = two_logits(subject.apply_fn)
 
   def apply_fn(params: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
-    return (subject.apply_fn(params, x), {}) if train_fn is None else train_fn(variables | {"params": params}, x)
+    return (inference(params, x), {}) if train_fn is None else train_fn(variables | {"params": params}, x)
 
   @jax.jit
   def step(params: PyTree, state: PyTree, x: jax.Array, y: jax.Array) -> tuple[PyTree, PyTree]:
