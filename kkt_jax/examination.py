@@ -20,7 +20,7 @@ from kkt_jax.first_layer import input_span, InputSpan, span_above_noise
 from kkt_jax.homogeneity import tensor_names
 from kkt_jax.last_layer import collapsed_features, collapsed_margin, typical_margin
 
-FORMS = ("weight_decay", "max_margin")
+FORMS = ("weight_decay", "max_margin", "change")
 HOPELESS = 0.05  # share of the target that no data can account for, above which an audit is not worth its time
 _HOMOGENEOUS = 1e-2  # greatest error of scaling that counts as none
 _PROBES = 24
@@ -28,6 +28,7 @@ _FILLED = 0.9  # greatest share of a layer's directions that data may fill for t
 _FALL, _NOTHING = 5.0, 1e-4  # least fall of singular values that ends a span, and the most that may follow it
 _ROUNDING = 1e-7  # relative to the greatest singular value; what is smaller is indistinguishable from it
 _ALIKE = 1e-3  # relative error below which two gradients are the same
+_TURNS = 8  # most turns of finding what is left of a known start
 _MOST_LEFT_OUT, _TRIED = 8, 3  # tensors that are left out at most, and of how many the first possible one is taken
 _TIE = 0.01  # relative difference of two bounds that says nothing of which form it is
 
@@ -55,7 +56,8 @@ class Examination:
 
   Attributes:
     classifier: the classifier.
-    form: ``"weight_decay"`` or ``"max_margin"``: which stationarity condition its weights obey.
+    form: ``"weight_decay"`` or ``"max_margin"``: which stationarity condition its weights obey; ``"change"`` if their
+      start is known: gradients of the data have accumulated to what has changed since.
     why: why that form.
     conditions: the stationarity condition of that form, less the tensors that are left out.
     bounds: for each form, the share of its target that no data can account for, less what is left out for it.
@@ -142,6 +144,7 @@ class Examination:
     trained = {
       "weight_decay": "weights trained to convergence with weight decay",
       "max_margin": "weights that gradient descent drove to a maximal margin",
+      "change": "the change of weights since their start",
     }[self.form]
     dimensions = math.prod(self.classifier.input_shape)
     lines = [
@@ -192,15 +195,15 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
 
   Args:
     classifier: the classifier.
-    form: one of `FORMS`; chosen if None: weight decay if its strength is known, the max-margin form with batch norm,
-      else the form whose target more data can account for.
+    form: one of `FORMS`; chosen if None: the change if the start is known, weight decay if its strength is known, the
+      max-margin form with batch norm, else the form whose target data can account for.
     seed: of the inputs.
 
   Returns:
     An `Examination`.
 
   Raises:
-    ValueError: another form.
+    ValueError: another form, or the change of a classifier whose start is unknown.
 
   >>> from kkt_jax.classifier import make_classifier
   >>> params = {"w1": jnp.eye(4), "w2": jnp.ones((4, 2))}
@@ -210,6 +213,8 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
   """
   if form is not None:
     _checks.check_choice("form", form, FORMS)
+  if form == "change" and classifier.initial_params is None:
+    raise ValueError("form must not be 'change' for a classifier without initial_params.")
   params = classifier.params
   key, shape = jax.random.key(seed), (_PROBES, *classifier.input_shape)
   bounded = classifier.value_range is not None
@@ -218,12 +223,15 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
   alphas = jnp.linspace(-0.5, 0.5, 5)
   error = float(homogeneity.scaling_error(classifier.apply_fn, params, rates.rates, probes, alphas))
   free = symmetries.scale_invariant(classifier.apply_fn, params, probes)
-  start, span, first = _first_layer(classifier, probes)
-  possible = {
-    name: _attainable(classifier, own, probes, first) for name, own in _possible(classifier, rates, free).items()
-  }
+  start, span, first, left = _first_layer(classifier, probes)
+  forms = [form] if form else FORMS[2:] if classifier.initial_params is not None else FORMS[:2]
+  conditions = _possible(classifier, rates, free, left)
+  possible = {name: _attainable(classifier, conditions[name], probes, first) for name in forms}
   blurred = span is not None and bool(span.blur)
-  chosen, why = (form, "it was asked for") if form else _choose(classifier, rates, error, possible, blurred)
+  if form is None and classifier.initial_params is not None:
+    form, why = "change", f"their start is known, of which {left:.4g} times its weights are still in them"
+  else:
+    form, why = (form, "it was asked for") if form else _choose(classifier, rates, error, possible, blurred)
   last, last_kernel, last_bias = _last_layer(classifier, probes)
   leaves, structure = jax.tree.flatten(params)
   roles = ["kernel" if leaf.ndim > 1 else "other" for leaf in leaves]
@@ -233,11 +241,11 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
     roles[last_bias] = "last bias"
   return Examination(
     classifier=classifier,
-    form=chosen,
+    form=form,
     why=why,
-    conditions=possible[chosen].conditions,
+    conditions=possible[form].conditions,
     bounds={name: own.bound for name, own in possible.items()},
-    left_out=possible[chosen].left_out,
+    left_out=possible[form].left_out,
     free=free,
     rates=rates,
     scaling_error=error,
@@ -250,14 +258,24 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
   )
 
 
-def _possible(classifier: Classifier, rates: homogeneity.RateSolution, free: PyTree) -> dict[str, Conditions]:
-  """The condition of each form; weight decay leaves none on what has no scale of its own."""
+def _possible(
+  classifier: Classifier, rates: homogeneity.RateSolution, free: PyTree, left: float
+) -> dict[str, Conditions]:
+  """The condition of each form; weight decay leaves none on what has no scale of its own.
+
+  With momentum, minibatches and weight decay alike, weights are a multiple of the start, ``left``, and a sum of
+  gradients along the way. The gradients at its end stand for these.
+  """
   decay = weight_decay_conditions(classifier.params, weight_decay=classifier.weight_decay or 1.0)
   masks = jax.tree.map(lambda own, ones: jnp.zeros_like(ones) if own else ones, free, decay.mask)
-  return {
+  possible = {
     "weight_decay": dataclasses.replace(decay, mask=masks),
     "max_margin": max_margin_conditions(classifier.params, rates),
   }
+  if classifier.initial_params is not None:
+    change = jax.tree.map(lambda own, first: own - left * first, classifier.params, classifier.initial_params)
+    possible["change"] = Conditions(change, decay.mask)
+  return possible
 
 
 class _Attainable(NamedTuple):
@@ -369,8 +387,10 @@ def _matrices(leaves: list[jax.Array], size: int, *, axis: int) -> list[tuple[in
   return [(i, turned) for turned in (False, True) for i, shape in flat if shape[1 - axis if turned else axis] == size]
 
 
-def _first_layer(classifier: Classifier, x: jax.Array) -> tuple[jax.Array | None, InputSpan | None, int | None]:
+def _first_layer(classifier: Classifier, x: jax.Array) -> tuple[jax.Array | None, InputSpan | None, int | None, float]:
   """What a network subtracts from its inputs, and the span and place of a fully connected first layer, if it has one.
+
+  Last comes how much of a known start is left in it; 1 if that is unknown.
 
   The gradient of any logit by the kernel of such a layer is the outer product of the layer's input with the gradient by
   its bias. So the input that the layer sees follows from gradients, and from it what was subtracted.
@@ -393,8 +413,33 @@ def _first_layer(classifier: Classifier, x: jax.Array) -> tuple[jax.Array | None
       if np.abs(offsets - offsets[0]).max() > _ALIKE * np.abs(flat).max():
         continue  # its inputs are not the data: another layer, or they go through something else first
       start = jnp.asarray(offsets[0].reshape(classifier.input_shape), jnp.float32)
-      return start, _span(kernel), place
-  return None, None, None
+      if classifier.initial_params is None:
+        return start, _span(kernel), place, 1.0
+      first = jax.tree.leaves(classifier.initial_params)[place]
+      change, left = _change(kernel, first.T if turned else first)
+      return start, _span(change), place, left
+  return None, None, None, 1.0
+
+
+def _change(kernel: jax.Array, first: jax.Array) -> tuple[jax.Array, float]:
+  """``W - c W_0`` with the c that leaves nothing in directions without data, and c.
+
+  Weight decay shrinks the start: there ``W = c W_0``. A singular value with vectors u and v falls with c at the rate
+  ``d = u^T W_0 v``, and becomes 0 where s = d times a step, for all directions without data at once. The step is the
+  least squares solution of these equations, each divided by s, so that those of data do not count.
+  """
+  final, initial = np.asarray(kernel, np.float64), np.asarray(first, np.float64)
+  change, left = final - initial, 1.0
+  for _ in range(_TURNS):
+    u, s, vt = np.linalg.svd(change, full_matrices=False)
+    size = np.maximum(s, _ROUNDING * max(s[0], 1e-30))
+    rates = np.sum((u.T @ initial) * vt, axis=1) / size
+    step = float(np.vdot(rates, s / size) / np.vdot(rates, rates))
+    left += step
+    change = final - left * initial
+    if abs(step) < _ROUNDING:
+      break
+  return jnp.asarray(change, kernel.dtype), left
 
 
 def _span(kernel: jax.Array) -> InputSpan | None:

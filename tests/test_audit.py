@@ -405,15 +405,18 @@ def test_every_example_is_a_classifier_of_digits(tmp_path, network):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("network", "training"), [("function", "theory"), ("resnet", "adam"), ("haim", "theory"), ("buzaglo", "adam")]
+  ("network", "training"),
+  [("function", "theory"), ("resnet", "adam"), ("haim", "theory"), ("buzaglo", "adam"), ("mlp", "finetune")],
 )
 def test_an_example_is_trained_and_stored_with_its_data_and_says_how_to_audit_it(tmp_path, network, training):
   settings = examples.Config(network=network, steps=2, held_out_per_class=2, training=training)
   command = examples.run(settings, tmp_path)["summary"].split()
   given = dict(argument.removeprefix("--").split("=") for argument in command if argument.startswith("--"))
-  own = audit.load(given["classifier"], given["checkpoint"])
+  own = audit.load(given["classifier"], given["checkpoint"], given.get("initial_checkpoint", ""))
   first = examples.NETWORKS[network]().init_fn()
   first = jax.tree.leaves(first.get("params", first))
+  if training == "finetune":
+    first = jax.tree.leaves(own.initial_params)
   moved = [not np.array_equal(a, b) for a, b in zip(first, jax.tree.leaves(own.params), strict=True)]
   assert all(moved)
   for images, count in zip(data.read(given["train_data"], given["held_out_data"], own), (10, 2), strict=True):

@@ -15,7 +15,7 @@ from trained_networks import (
 )
 
 import kkt_jax
-from kkt_jax import conditions, examination, examine, losses
+from kkt_jax import conditions, examination, examine, losses, pretrain
 
 slow = pytest.mark.slow
 
@@ -86,7 +86,7 @@ def test_a_span_is_recognised_exactly(rank):
   data, mixed = random((20, rank)), random((rank, 16), 1)
   classifier = kkt_jax.make_classifier(mlp, mlp_params(data @ mixed), (20,))
   probes = jax.random.uniform(jax.random.key(0), (3, 20))
-  start, span, place = examination._first_layer(classifier, probes)
+  start, span, place, _ = examination._first_layer(classifier, probes)
   assert span.basis.shape == (20, rank)
   np.testing.assert_allclose(span.basis @ span.basis.T @ data, data, atol=1e-4)
   np.testing.assert_allclose(start, 0.0, atol=1e-5)
@@ -139,7 +139,7 @@ def test_data_that_go_through_something_else_first_leave_no_span(before):
   params = mlp_params(random((20, 3)) @ random((3, 16), 1))
   classifier = kkt_jax.make_classifier(lambda p, x: mlp(p, before(x)), params, (20,))
   probes = jax.random.uniform(jax.random.key(0), (3, 20))
-  assert examination._first_layer(classifier, probes) == (None, None, None)
+  assert examination._first_layer(classifier, probes) == (None, None, None, 1.0)
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ class TestUnits:
   def test_inputs_that_are_scaled_too_are_taken_apart(self, high, shift, scale):
     classifier = self.classifier((0.0, high), lambda x: (x - shift) / scale)
     x = classifier.from_unit(jax.random.uniform(jax.random.key(0), (3, 20)))
-    start, span, _ = examination._first_layer(classifier, x)
+    start, span, _, _ = examination._first_layer(classifier, x)
     np.testing.assert_allclose(start / high, shift / high, atol=1e-4)
     assert span.strengths.size == 3
 
@@ -341,6 +341,48 @@ class TestLeftOut:
     np.testing.assert_array_equal(found.conditions.mask["c"], 1.0)
     assert found.why.startswith("neither form fits, and one as little as the other")
     assert "Left out" not in str(found)
+
+
+class TestKnownStart:
+  """A network that went on from a known start: only the change is made of the data."""
+
+  @staticmethod
+  def trained(num_steps=20, **settings):
+    x, y = random((5, 20), 7), jnp.arange(5) % 3
+    first = mlp_params(random((20, 16)) / 4)
+    settings = {"num_steps": num_steps, "learning_rate": 0.1} | settings
+    last = pretrain.gradient_descent(mlp, first, x, y, **settings).params
+    return x, first, kkt_jax.make_classifier(mlp, last, (20,), value_range=None, initial_params=first)
+
+  @pytest.mark.parametrize("momentum", [0.0, 0.9])
+  def test_the_change_of_the_first_kernel_tells_the_span(self, momentum):
+    x, _, classifier = self.trained(momentum=momentum)
+    _, span, _, left = examination._first_layer(classifier, random((3, 20), 8))
+    assert left == pytest.approx(1.0, abs=1e-5)
+    assert span.strengths.size == 5  # samples
+    np.testing.assert_allclose(x @ span.basis @ span.basis.T, x, atol=0.02)
+
+  def test_what_weight_decay_left_of_the_start_is_found_and_taken_away(self):
+    x, first, classifier = self.trained(weight_decay=0.1)
+    _, span, _, left = examination._first_layer(classifier, random((3, 20), 8))
+    assert left == pytest.approx(0.99**20, abs=1e-5)  # each step leaves 1 - .1 * .1 of it
+    assert span.strengths.size == 5
+    np.testing.assert_allclose(x @ span.basis @ span.basis.T, x, atol=0.02)
+
+  @slow
+  def test_the_conditions_are_those_of_the_change(self):
+    _, first, classifier = self.trained(weight_decay=0.1)
+    found = examine(classifier)
+    assert found.form == "change" and "their start is known, of which 0.8179 times" in found.why
+    expected = jax.tree.map(lambda a, b: a - 0.99**20 * b, classifier.params, first)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found.conditions.target, expected)
+    assert list(found.bounds) == ["change"]
+    assert found.bound < examination.HOPELESS
+
+  def test_an_unknown_start_has_no_change(self):
+    classifier = kkt_jax.make_classifier(mlp, mlp_params(random((20, 16))), (20,))
+    with pytest.raises(ValueError, match="form must not be 'change' for a classifier without initial_params"):
+      examine(classifier, form="change")
 
 
 def test_weight_decay_leaves_no_condition_on_what_has_no_scale():

@@ -3,7 +3,8 @@
 ``python -m experiments.audit.examples --network=lenet --workdir=DIR`` trains one as the theory asks (full-batch
 gradient descent; weight decay, or with batch norm loss-scaled steps from small weights), stores its parameters and its
 data, and prints the command that audits it. ``haim`` and ``buzaglo`` are the classifiers of the papers on which this
-one builds, trained without weight decay. ``--training=adam`` trains as most people do, which the theory does not cover.
+one builds, trained without weight decay. ``--training=adam`` trains as most people do, which the theory does not cover;
+``--training=finetune`` trains a network of other digits further, and stores what it was, too.
 """
 
 from collections.abc import Callable, Mapping
@@ -180,12 +181,21 @@ _TRAINING: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+_PUBLIC_STEPS = 1000  # of the network that is fine-tuned
+_FINETUNING = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.01, momentum=0.9))
+_FINETUNING_STEPS = 300
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Settings of the run; each is a flag of the same name."""
 
   network: str = flag("lenet", "Which network.", choices=tuple(NETWORKS))
-  training: str = flag("theory", "theory: as the theory asks. adam: as most people do.", choices=("theory", "adam"))
+  training: str = flag(
+    "theory",
+    "theory: as the theory asks. adam: as most people do. finetune: by minibatches, from a network of other digits.",
+    choices=("theory", "adam", "finetune"),
+  )
   samples_per_class: int = flag(10, "Training images of each class.", lower=2)
   held_out_per_class: int = flag(50, "Images of each class that are kept for comparison.", lower=2)
   steps: int = flag(0, "Training steps; 0 is what the network needs.", lower=0)
@@ -203,9 +213,15 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   own = {"train": data.train, "held_out": data.held_out}
   for name, images in own.items():
     np.savez(out.path / f"{name}.npz", x=low + (high - low) * images.x, y=images.y % subject.num_classes)
-  stored = out.path / "weights.safetensors"
-  store(stored, train(config, subject, low + (high - low) * data.train.x, data.train.y % subject.num_classes))
-  given = {"classifier": f"experiments.audit.examples:{config.network}", "checkpoint": stored}
+  given: dict[str, Any] = {"classifier": f"experiments.audit.examples:{config.network}"}
+  scaled = lambda images: (low + (high - low) * images.x, images.y % subject.num_classes)
+  start = subject.init_fn()
+  if config.training == "finetune":
+    start = _by_minibatches(subject, start, *scaled(data.evaluation), optax.adam(1e-3), _PUBLIC_STEPS, config.seed)
+    given["initial_checkpoint"] = out.path / "initial.safetensors"
+    store(given["initial_checkpoint"], start)
+  given["checkpoint"] = out.path / "weights.safetensors"
+  store(given["checkpoint"], train(config, subject, start, *scaled(data.train)))
   given |= {f"{name}_data": out.path / f"{name}.npz" for name in own} | {"workdir": out.path / "audit"}
   command = shlex.join(["python", "-m", "experiments.audit", *(f"--{name}={value}" for name, value in given.items())])
   metrics = {"summary": f"This audits it:\n  {command}"}
@@ -213,42 +229,58 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   return metrics
 
 
-def train(config: Config, subject: Subject, x: np.ndarray, y: np.ndarray) -> PyTree:
-  """The trained variables."""
+def train(config: Config, subject: Subject, start: PyTree, x: np.ndarray, y: np.ndarray) -> PyTree:
+  """The variables, trained from a start."""
   settings = dict(_TRAINING[config.network])
   settings["num_steps"] = config.steps or settings["num_steps"]
-  variables, whole = subject.init_fn(), subject
-  if "mean" in variables:
-    variables["mean"] = jnp.mean(x, axis=0)
-    apply_fn = lambda params, x: whole.apply_fn({**variables, "params": params}, x)
-    subject = dataclasses.replace(whole, apply_fn=apply_fn, init_fn=lambda: variables["params"])
   if config.training == "adam":
-    trained = _adam(subject, x, y, settings["num_steps"], config.seed)
-  else:
-    trained = classifiers.train(subject, subject.init_fn(), x, y, **settings)
-  return {**variables, "params": trained} if "mean" in variables else trained
+    return _by_minibatches(subject, start, x, y, optax.adam(1e-3), settings["num_steps"], config.seed)
+  if config.training == "finetune":
+    return _by_minibatches(subject, start, x, y, _FINETUNING, config.steps or _FINETUNING_STEPS, config.seed)
+  if "mean" not in start:
+    return classifiers.train(subject, start, x, y, **settings)
+  fixed = _with_mean(start, x)
+  own = dataclasses.replace(subject, apply_fn=lambda params, x: subject.apply_fn({**fixed, "params": params}, x))
+  return {**fixed, "params": classifiers.train(own, start["params"], x, y, **settings)}
 
 
-def _adam(subject: Subject, x: np.ndarray, y: np.ndarray, steps: int, seed: int) -> PyTree:
-  """Adam on minibatches, without weight decay."""
-  variables, optimizer, train_fn = subject.init_fn(), optax.adam(1e-3), subject.train_fn
-  inference = two_logits(subject.apply_fn)
+def _with_mean(start: PyTree, x: np.ndarray) -> PyTree:
+  """Variables with the mean of the first data that they are trained on, if they hold one."""
+  return {**start, "mean": jnp.mean(x, axis=0)} if "mean" in start and not np.any(start["mean"]) else start
+
+
+def _by_minibatches(
+  subject: Subject,
+  start: PyTree,
+  x: np.ndarray,
+  y: np.ndarray,
+  optimizer: optax.GradientTransformation,
+  steps: int,
+  seed: int,
+) -> PyTree:
+  """As most people train."""
+  inference, train_fn, variables = two_logits(subject.apply_fn), subject.train_fn, _with_mean(start, x)
+  bare = "params" not in variables
 
   def apply_fn(params: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
-    return (inference(params, x), {}) if train_fn is None else train_fn(variables | {"params": params}, x)
+    own = params if bare else {**variables, "params": params}
+    return (inference(own, x), {}) if train_fn is None else train_fn(own, x)
 
   @jax.jit
   def step(params: PyTree, state: PyTree, x: jax.Array, y: jax.Array) -> tuple[PyTree, PyTree]:
     loss = lambda p: jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(apply_fn(p, x)[0], y))
-    updates, state = optimizer.update(jax.grad(loss)(params), state)
+    updates, state = optimizer.update(jax.grad(loss)(params), state, params)
     return optax.apply_updates(params, updates), state
 
-  params = variables if train_fn is None else variables["params"]
+  params = variables if bare else variables["params"]
   state, random = optimizer.init(params), np.random.default_rng(seed)
   for _ in range(steps):
     chosen = random.choice(len(y), size=min(32, len(y)), replace=False)
     params, state = step(params, state, x[chosen], y[chosen])
-  return params if train_fn is None else {"params": params, "batch_stats": apply_fn(params, jnp.asarray(x))[1]}
+  if bare:
+    return params
+  averages = {} if train_fn is None else {"batch_stats": apply_fn(params, jnp.asarray(x))[1]}
+  return {**variables, "params": params, **averages}
 
 
 def store(path: pathlib.Path, variables: PyTree) -> None:
