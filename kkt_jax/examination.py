@@ -6,6 +6,7 @@ classifier was of them (last layer). `kkt_jax.recipes.default` turns this into a
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kkt_jax import _checks, homogeneity, symmetries, vertices
-from kkt_jax.classifier import Classifier, PyTree
+from kkt_jax.classifier import ApplyFn, Classifier, PyTree
 from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_conditions
 from kkt_jax.first_layer import input_span, InputSpan, span_above_noise
 from kkt_jax.homogeneity import tensor_names
@@ -172,8 +173,8 @@ def _blurred(span: InputSpan) -> str:
     return ""
   best, worst = (float(span.blur / span.strengths[k]) for k in (0, -1))
   return (
-    ", those that stand out of what is left of the initialisation, which blurs the clearest of them by"
-    f" {best:.2g} and the faintest by {worst:.2g} of its length"
+    ", those that stand out of noise (what is left of the initialisation, or rounding), which blurs the clearest of"
+    f" them by {best:.2g} and the faintest by {worst:.2g} of its length"
   )
 
 
@@ -221,7 +222,8 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
   probes = classifier.from_unit(jax.random.uniform(key, shape)) if bounded else jax.random.normal(key, shape)
   rates = homogeneity.balanced(homogeneity.derivative_equations(classifier.apply_fn, params, probes), params)
   alphas = jnp.linspace(-0.5, 0.5, 5)
-  error = float(homogeneity.scaling_error(classifier.apply_fn, params, rates.rates, probes, alphas))
+  scaling = jax.jit(functools.partial(homogeneity.scaling_error, classifier.apply_fn))
+  error = float(scaling(params, rates.rates, probes, alphas))
   free = symmetries.scale_invariant(classifier.apply_fn, params, probes)
   start, span, first, left = _first_layer(classifier, probes)
   forms = [form] if form else FORMS[2:] if classifier.initial_params is not None else FORMS[:2]
@@ -372,13 +374,13 @@ def _margin(classifier: Classifier, last: LastLayer | None) -> float | None:
 
 def _gradients(classifier: Classifier, weights: jax.Array, samples: jax.Array) -> list[list[np.ndarray]]:
   """For each sample the gradient of ``weights . logits`` at inference by every tensor."""
+  found = [_gradient(classifier.predict_fn, classifier.params, weights, sample) for sample in samples]
+  return [[np.asarray(g, np.float64) for g in jax.tree.leaves(own)] for own in found]
 
-  @jax.jit
-  def gradient(sample: jax.Array) -> list[jax.Array]:
-    logit = lambda params: jnp.vdot(classifier.predict_fn(params, sample[None])[0], weights)
-    return jax.tree.leaves(jax.grad(logit)(classifier.params))
 
-  return [[np.asarray(g, np.float64) for g in gradient(sample)] for sample in samples]
+@functools.partial(jax.jit, static_argnames="predict_fn")
+def _gradient(predict_fn: ApplyFn, params: PyTree, weights: jax.Array, sample: jax.Array) -> PyTree:
+  return jax.grad(lambda p: jnp.vdot(predict_fn(p, sample[None])[0], weights))(params)
 
 
 def _matrices(leaves: list[jax.Array], size: int, *, axis: int) -> list[tuple[int, bool]]:

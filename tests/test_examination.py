@@ -118,7 +118,7 @@ def test_a_span_above_a_floor_of_noise_is_recognised_and_said_to_be_blurred():
   assert span.basis.shape == (20, 5)
   assert span.blur == pytest.approx(5e-3 * 15**0.5, rel=0.3)
   said = examination._blurred(span)
-  assert "those that stand out of what is left of the initialisation" in said
+  assert "those that stand out of noise (what is left of the initialisation, or rounding)" in said
   assert f"the faintest by {span.blur / span.strengths[-1]:.2g} of its length" in said
   cliff = examination._span(random((20, 5)) @ random((5, 16), 1))
   assert (cliff.strengths.size, cliff.blur, examination._blurred(cliff)) == (5, 0, "")
