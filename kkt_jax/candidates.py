@@ -1,11 +1,164 @@
-"""Given candidates, which of them were in the training set? Scores without any training. Beyond the paper."""
+"""Given candidates, which of them were in the training set? Scores without any training. Beyond the paper.
 
+All need candidates that were in it and others in one call: a score says little by itself, and much beside those of
+samples that are known not to have been trained on.
+"""
+
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
+import optax
 
-from kkt_jax import _checks, relaxation
-from kkt_jax.classifier import Classifier
+from kkt_jax import _checks, losses, relaxation
+from kkt_jax.classifier import Classifier, PyTree
+from kkt_jax.conditions import Conditions, weigh_tensors
+from kkt_jax.examination import Examination
+
+_RIDGE = 0.1  # of the unexplained share of the target, relative to an atom's own square
+_LEAST_RIDGE = 1e-9
+_NEIGHBOURS = 10  # margins that lie together where a common one is looked for
+
+
+def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = None) -> dict[str, np.ndarray]:
+  """All scores that the classifier allows, each the higher, the more likely a candidate was trained on.
+
+  Args:
+    examination: of the classifier.
+    x: candidates [M, *input_shape], in the classifier's units; at least two.
+    labels: their labels [M], among the classifier's; what it takes them for if None.
+
+  Returns:
+    By name, each [M]: ``multipliers`` (`multipliers`, on the kernel of a fully connected first layer alone if it has a
+    target, for what is left of the initialisation hides that least); ``span``, minus the share of a candidate outside
+    the span of the training data, where that is told; ``hinges`` (`hinge_shares`), where there are gates; ``margin``
+    (`common_margin`), where training drove all margins to one value; and what needs no theory, ``loss``, minus the
+    cross-entropy.
+  """
+  classifier = examination.classifier
+  x = jnp.asarray(x)
+  logits = classifier.predict(x)
+  labels = jnp.asarray(classifier.labels)[jnp.argmax(logits, axis=1)] if labels is None else labels
+  conditions = examination.conditions
+  first = jax.tree.map(
+    lambda role, target, mask: float(role == "first kernel" and bool(jnp.any(target * mask))),
+    examination.roles,
+    conditions.target,
+    conditions.mask,
+  )
+  if any(jax.tree.leaves(first)):
+    conditions = weigh_tensors(conditions, first)
+  found = {"multipliers": multipliers(classifier, conditions, x, labels)}
+  if examination.span is not None:
+    own = classifier.to_unit(x).reshape(len(x), -1) - examination.unit_start.reshape(1, -1)
+    outside = own - (own @ examination.span.basis) @ examination.span.basis.T
+    found["span"] = -np.asarray(jnp.linalg.norm(outside, axis=1) / jnp.maximum(jnp.linalg.norm(own, axis=1), 1e-12))
+  if relaxation.gates(classifier.predict_fn, classifier.params, x[:2]):
+    found["hinges"] = hinge_shares(classifier, x)
+  classes = classifier.classes_of(labels)
+  if examination.form == "max_margin":
+    found["margin"] = common_margin(losses.runner_up_margin(logits, classes), examination.margin)
+  return found | {"loss": -np.asarray(optax.losses.softmax_cross_entropy_with_integer_labels(logits, classes))}
+
+
+def multipliers(
+  classifier: Classifier, conditions: Conditions, x: ArrayLike, labels: ArrayLike, *, chunk_size: int = 32
+) -> np.ndarray:
+  """The part of each candidate in the stored weights, if these are a sum over few of them.
+
+  The target of the stationarity condition is a sum over the training data of ``a_i grad log p(y_i | x_i)``, a_i > 0
+  (with cross-entropy and weight decay all a_i are equal). Other candidates have no part in it. Non-negative least
+  squares over all candidates, with a ridge in proportion to what remains unexplained, because weights that are at no
+  stationary point hold more than that sum. ImpMIA (arXiv 2510.10625) does so with one multiplier for each class.
+
+  Args:
+    classifier: with batch norm its stored statistics are taken for constants.
+    conditions: the stationarity condition.
+    x: candidates [M, *input_shape], in the classifier's units.
+    labels: their labels [M], among the classifier's.
+    chunk_size: candidates whose gradients are in memory at once, twice. All pairs of chunks are gone through.
+
+  Returns:
+    Scores [M]: the multiplier in units in which each candidate's gradient has length 1, times its probability; where
+    that is 0, the slope of the least squares, at most 0.
+
+  Raises:
+    ValueError: shapes that do not fit, or a label that the classifier does not know.
+  """
+  from scipy import linalg, optimize  # type: ignore[import-untyped]
+
+  x = jnp.asarray(x)
+  _checks.check_shape("x", x, (len(x), *classifier.input_shape), "[M, *input_shape]")
+  _checks.check_labels("labels", labels, len(x))
+  _checks.check_at_least("chunk_size", chunk_size, 1)
+  classes = classifier.classes_of(labels)
+  masks = jax.tree.leaves(conditions.mask)
+  kept = [i for i, mask in enumerate(masks) if bool(jnp.any(mask != 0))]
+
+  def flat(tree: PyTree) -> jax.Array:
+    leaves = jax.tree.leaves(tree)
+    return jnp.concatenate([(leaves[i] * masks[i]).reshape(-1) for i in kept])
+
+  @jax.jit
+  @functools.partial(jax.vmap, in_axes=(None, 0, 0))
+  def gradients(params: PyTree, x: jax.Array, index: jax.Array) -> jax.Array:
+    # The logarithm of the odds: the gradient of log p but for its length, which vanishes with the loss.
+    return flat(jax.grad(lambda own: _log_odds(classifier.predict_fn(own, x[None]), index[None])[0])(params))
+
+  chunks = [slice(begin, begin + chunk_size) for begin in range(0, len(x), chunk_size)]
+  of = lambda chunk: np.asarray(gradients(classifier.params, x[chunk], classes[chunk]), np.float64)
+  target = np.asarray(flat(conditions.target), np.float64)
+  gram, products = np.zeros((len(x), len(x))), np.zeros(len(x))
+  for number, chunk in enumerate(chunks):
+    rows = of(chunk)
+    products[chunk] = rows @ target
+    for other in chunks[number:]:
+      gram[chunk, other] = rows @ (rows if other is chunk else of(other)).T
+      gram[other, chunk] = gram[chunk, other].T
+  size = np.sqrt(np.maximum(np.diag(gram), 1e-30))
+  gram, products, unexplained = gram / np.outer(size, size), products / size, 0.0
+  for _ in range(2):
+    ridge = _LEAST_RIDGE + _RIDGE * unexplained
+    factor = np.linalg.cholesky(gram + ridge * np.eye(len(x)))
+    wanted = linalg.solve_triangular(factor, products, lower=True)
+    parts = optimize.nnls(factor.T, wanted, maxiter=100 * len(x))[0]
+    unexplained = np.clip(1 + parts @ (gram @ parts - 2 * products) / (target @ target), 0.0, 1.0)
+  probability = np.asarray(jax.nn.softmax(classifier.predict(x))[jnp.arange(len(x)), classes])
+  return np.where(parts > 0, parts * probability, np.minimum(products - gram @ parts, 0.0))
+
+
+def common_margin(margins: ArrayLike, margin: float | None = None) -> np.ndarray:
+  """How near each margin comes to the one that all training samples share (Eq. 2b): minus the logarithm of their ratio.
+
+  Args:
+    margins: of candidates to the runner-up [M].
+    margin: the training samples', positive; where the candidates' positive margins are densest if None.
+
+  Returns:
+    Scores [M], at most 0; minus infinity where the margin is not positive.
+
+  >>> common_margin(np.array([5.0, 1.0, 5.0, 5.1, -5.0])).round(2).tolist()
+  [-0.0, -1.61, -0.0, -0.02, -inf]
+  """
+  values = np.asarray(margins, np.float64)
+  logs = np.full(values.shape, -np.inf)
+  logs[values > 0] = np.log(values[values > 0])
+  own = np.sort(logs[values > 0])
+  if margin is None and own.size:
+    reach = min(_NEIGHBOURS, own.size - 1)
+    wide = own[reach:] - own[: own.size - reach]
+    narrowest = int(np.argmin(wide))
+    centre = float(np.median(own[narrowest : narrowest + reach + 1]))
+  else:
+    centre = np.log(margin or 1.0)
+  return -np.abs(logs - centre)
+
+
+def _log_odds(logits: jax.Array, classes: jax.Array) -> jax.Array:
+  others = jnp.where(losses.is_true_class(logits, classes), -jnp.inf, logits)
+  return jnp.take_along_axis(logits, classes[:, None], axis=1)[:, 0] - jax.nn.logsumexp(others, axis=1)
 
 
 def hinge_shares(classifier: Classifier, x: ArrayLike, *, within: float = 0.001) -> np.ndarray:

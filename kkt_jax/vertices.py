@@ -29,7 +29,7 @@ _ROWS = 1024  # of the basis that are compared with all before them at once
 _TOGETHER = 0.999  # cosine of two values' rows of the basis from which they are one equation
 _VARIES = 1e-3  # least length of a value's row of the basis for it to vary in the span
 _BEYOND = 0.21  # least share of all values that are at an end beyond the dimension, see `least_tight`
-OVERSHOOT, _FIRM = 0.05, 0.04  # most outside the range that rounding of the span explains; least singular value
+OVERSHOOT, _FIRM = 0.06, 0.04  # most outside the range that rounding of the span explains; least singular value
 _NEAR = 0.2  # from an end of the range, from where a value can still get there
 _VARIANCE = 0.05  # of a value, at least, where random points are drawn: the start may be 0 throughout
 _ALONE = 0.75  # share of a pixel's distance from its end that is its own; the rest is that of the pixels around it
@@ -46,7 +46,7 @@ class Certificates(NamedTuple):
     tight: how many values of each sample lie at an end of the range [M]; only those of `varying` count.
     dimensions: r of the span; so many tight values any sample can be given.
     varying: how many values those are.
-    overshoot: the greatest distance of each sample's values outside the range [M].
+    overshoot: how far each sample is from the range [M], the Euclidean norm over its values.
     firmness: the least singular value of the rows of the basis where a sample is tight [M]: 0 if it can still be moved
       without leaving any of these ends, as a mixture of two training samples can.
     certified: whether it passes for a training sample [M].
@@ -164,7 +164,7 @@ def certify(x: ArrayLike, span: InputSpan, start: ArrayLike) -> Certificates:
   varies = varying(span)
   own = np.asarray(x, np.float64).reshape(x.shape[0], -1)[:, varies]
   at_end = np.minimum(np.abs(own), np.abs(own - 1)) < _TIGHT
-  tight, overshoot = at_end.sum(axis=1), np.maximum(0.0, np.maximum(-own, own - 1)).max(axis=1, initial=0.0)
+  tight, overshoot = at_end.sum(axis=1), np.linalg.norm(np.maximum(0.0, np.maximum(-own, own - 1)), axis=1)
   dimensions, number = span.strengths.size, int(varies.sum())
   firmness = np.zeros(len(own))
   away = np.abs(np.asarray(x - start[None])).reshape(x.shape[0], -1).max(axis=1) > _NEAR  # the start may be black

@@ -1,9 +1,13 @@
 """The audit of anybody's classifier: what it refuses, what it says, and that it runs for every kind of module."""
 
 import dataclasses
+import hashlib
+import importlib
 import io
 import json
 import os
+import pathlib
+import tomllib
 import zipfile
 
 from flax import linen as nn
@@ -14,10 +18,12 @@ from PIL import Image
 import pytest
 
 from experiments.audit import __main__ as audit
-from experiments.audit import data, examples, report
+from experiments.audit import data, examples, report, verdict
+from experiments.harness import flags
 from experiments.harness.flags import UsageError
 import kkt_jax
 from kkt_jax import pretrain
+from kkt_jax.metrics import Trial
 
 SHAPE = (8, 8, 1)
 
@@ -119,6 +125,8 @@ def with_data(stored, suffix=""):
     ({"classifier": "test_audit:nothing"}, "must return a kkt_jax.Subject; got dict"),
     ({"checkpoint": "/no/where.msgpack"}, "--checkpoint: /no/where.msgpack: there is no such file"),
     ({"classifier": "test_audit:normalised"}, "its tensors are not the classifier's"),
+    ({"form": "change"}, "--form=change needs --initial_checkpoint"),
+    ({"initial_checkpoint": "/no/where.msgpack"}, "--initial_checkpoint: /no/where.msgpack: there is no such file"),
     ({"weights": "stationarity=many"}, "--weights must be name=number"),
     ({"train_data": "/no/where.npz"}, "--train_data=/no/where.npz: .* there is no such file"),
     ({"held_out_data": "same"}, "--held_out_data needs --train_data"),
@@ -130,6 +138,16 @@ def test_what_cannot_be_audited_is_named_and_leaves_no_folder(stored, tmp_path, 
     audit.run(dataclasses.replace(config(stored), **settings), tmp_path / "new")
   assert "\n" not in str(error.value)
   assert not (tmp_path / "new").exists()
+
+
+def test_the_installed_program_refuses_a_mistyped_flag_and_leaves_no_folder(tmp_path, capsys):
+  scripts = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+  module, function = scripts["kkt-audit"].split(":")
+  assert getattr(importlib.import_module(module), function) is audit.main
+  for wrong in ("--clasifier=a:b", "--steps=many", "--seed=18446744073709551616", f"--seed={2**63 - 1}", "surplus"):
+    assert flags.command(audit.Config, audit.run, ["kkt-audit", wrong, f"--workdir={tmp_path / 'new'}"]) == 2
+  assert flags.command(audit.Config, audit.run, ["kkt-audit", "--workdir="]) == 2
+  assert "--classifier?" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_the_forms_of_the_command_line_are_those_of_the_library():
@@ -276,37 +294,109 @@ def test_held_out_data_that_lack_a_class_are_refused(tmp_path):
     data.read(str(tmp_path / "train.npz"), str(tmp_path / "held_out.npz"), classifier(normalised()))
 
 
+def test_repetitions_and_too_few_data_are_found_before_anything_is_trained(tmp_path):
+  own = classifier(normalised())
+  (x, y), (other, labels) = images(0), images(1, count=7)
+  np.savez(tmp_path / "train.npz", x=np.concatenate([x, x[3:5]]), y=np.concatenate([y, y[3:5]]))
+  np.savez(tmp_path / "held_out.npz", x=other[:9], y=labels[:9])
+  train, held_out, remarks = data.read(str(tmp_path / "train.npz"), str(tmp_path / "held_out.npz"), own)
+  assert len(train.y) == 15 and train.names == tuple(f"sample {i}" for i in range(15)) and len(held_out.y) == 9
+  # Three of each class, one other to each: all 9 by chance with probability 2^-9, twice that is below .01
+  assert remarks == [
+    "2 of the 17 samples of --train_data repeat an earlier one (sample 15 repeats sample 3); each counts once.",
+    "Only 9 of the 15 training samples can be tested, 3 of each class: so many has the rarest class of the training"
+    " data or of those held out.",
+  ]
+  np.savez(tmp_path / "held_out.npz", x=other[:6], y=labels[:6])
+  assert "too few for a verdict: even if all 6" in data.read(*given(tmp_path), own)[2][-1]
+  np.savez(tmp_path / "held_out.npz", x=other, y=labels)
+  np.savez(tmp_path / "train.npz", x=x, y=y)
+  assert data.read(*given(tmp_path), own)[2] == []
+
+
+def test_held_out_copies_that_were_stored_again_are_told(tmp_path):
+  (x, y), (other, labels) = images(0), images(1)
+  again = np.clip(np.concatenate([other, x[:2] + 0.004]), 0, 1)  # identical to none
+  np.savez(tmp_path / "train.npz", x=x, y=y)
+  np.savez(tmp_path / "held_out.npz", x=again, y=np.concatenate([labels, y[:2]]))
+  (remark,) = data.read(*given(tmp_path), classifier(normalised()))[2]
+  assert remark.startswith("2 held-out samples are all but equal to a training sample")
+
+
+def given(folder):
+  return [str(folder / f"{name}.npz") for name in ("train", "held_out")]
+
+
+def test_samples_of_folders_are_named_by_their_files(tmp_path):
+  in_folders(tmp_path)
+  assert read(tmp_path).names == ("0/one.png", "1/one.png", "2/one.png")
+
+
 # The verdict.
 
 
-def found(hits, p_value, tested=100):
-  return {
-    "retrieval_hits": hits,
-    "retrieval_p_value": p_value,
-    "retrieval_chance": 0.2,
-    "retrieval_candidates": 5,
-    "tested": tested,
-  }
+def trial(hits, leading=0, tested=100):
+  """A trial of groups of five, in which the first samples are picked out, some of them before all others."""
+  members = np.where(np.arange(tested) < hits, 0.5, 0.1)
+  members[:leading] = 0.95
+  others = np.where(np.arange(tested) < hits, 0.3, 0.6)[:, None] * np.ones(4)
+  return Trial(np.zeros(tested, int), members, others, 1.0, np.arange(tested))
 
 
 def test_the_verdict_says_what_the_numbers_say():
-  assert report._verdict({}, 100).startswith("No verdict without data")
-  yes = report._verdict(found(60, 1e-5), 100)
-  assert yes.startswith("These weights reveal individual training samples.")
+  assert verdict.of(None, {}, 0).answer.startswith("No verdict without data")
+  yes = verdict.of(trial(60), {"means": trial(20)}, 0)
+  assert (yes.level, yes.answer) == ("leak", "These weights reveal individual training samples.")
   # Wilson, by hand: z = 1.96, (.6 + z^2/200 +- z sqrt(.24/100 + z^2/40000)) / (1 + z^2/100) = .502, .691
-  assert "Of 100 training samples, 60 (95 %: 50 to 69) could be picked out from 5 real samples" in yes
-  assert "by chance 20" in yes and "about one in 100,000" in yes
+  assert "Of 100 training samples, 60 (95 %: 50 to 69) could be picked out from 5 real samples" in str(yes)
+  assert "by chance 20" in str(yes) and "below one in a billion" in str(yes) and "fewer: means 20." in str(yes)
   # (.6 - .2) / (1 - .2) = .5, and the same of the bounds
-  assert "50% of them (95 %: 38% to 61%)" in yes
-  no = report._verdict(found(22, 0.34), 100)
-  assert no.startswith("No evidence") and "probability 0.34" in no and "no proof" in no
+  assert "50% of them (95 %: 38% to 61%)" in str(yes)
+  no = verdict.of(trial(22), {"means": trial(20)}, 0)
+  assert no.level == "none" and no.answer.startswith("No evidence") and "no proof" in str(no)
+  # P(at least 31 of 100 at a fifth) = .0061, at least 32 .0031: the first below .005
+  assert "32 would have been evidence" in str(no)
 
 
 def test_the_verdict_neither_rounds_to_certainty_nor_hides_what_was_not_tested():
-  every = report._verdict(found(100, 1e-70), 100)
+  every = str(verdict.of(trial(100), {"means": trial(20)}, 0))
   assert "below one in a billion" in every and "100% of them (95 %: 95% to 100%)" in every
-  assert "The other 90 were not tested" in report._verdict(found(10, 1e-7, tested=10), 100)
-  assert "not tested" not in every
+  assert str(verdict.of(trial(10, tested=10), {}, 0, remarks=["Only 10."])).endswith("Only 10.")
+  few = verdict.of(trial(1, tested=3), {}, 0, remarks=["The data are too few."])
+  assert (few.level, few.answer) == ("open", "No verdict from so few data.") and "too few" in str(few)
+
+
+def test_what_likeness_of_the_class_explains_is_no_single_sample():
+  alike = verdict.of(trial(40), {"means": trial(39)}, 0)
+  assert alike.level == "class" and "no more than likeness of the class explains" in alike.answer
+  assert "about as many: means 39. So" in str(alike) and "not shown, and not excluded" in str(alike)
+  assert verdict.of(trial(40), {"likeness": trial(20), "means": trial(39)}, 0).level == "class"
+  assert verdict.of(trial(40), {"means": trial(39)}, 3).level == "leak"  # proven
+  copied = trial(40)
+  copied.members[0] = 0.995  # an exact image, where no other real one is
+  assert verdict.of(copied, {"means": trial(39)}, 0).level == "leak"
+
+
+def test_five_samples_before_all_others_are_evidence_whatever_the_mean():
+  assert verdict.of(trial(22, leading=5), {"means": trial(10)}, 0).level == "leak"  # 2 x .2^5 = .0006
+
+
+def test_a_proof_is_contradicted_by_nothing_but_the_data():
+  proven = verdict.of(trial(22), {"means": trial(20)}, 4, 1)
+  assert proven.level == "leak" and "1 of them are not among the training data" in str(proven)
+  assert "That can be luck, the proof cannot." in str(proven) and "No evidence" not in str(proven)
+  assert verdict.of(trial(22), {"means": trial(20)}, 4, 4).level == "none"
+  assert verdict.of(None, {}, 4).answer == "These weights reveal individual training samples."
+
+
+def test_files_and_folders_have_a_digest(tmp_path):
+  (tmp_path / "a" / "b").mkdir(parents=True)
+  (tmp_path / "a" / "b" / "c").write_bytes(b"abc")
+  sha = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of abc, FIPS 180-2
+  assert report.digest(tmp_path / "a" / "b" / "c") == sha
+  before = report.digest(tmp_path / "a")
+  (tmp_path / "a" / "b" / "c").rename(tmp_path / "a" / "b" / "d")
+  assert report.digest(tmp_path / "a") != before
 
 
 # Whole audits.
@@ -336,12 +426,16 @@ def test_data_given_later_are_compared_without_training_again(stored, tmp_path):
   assert (tmp_path / "metrics.jsonl").read_text() == logged
   assert metrics["pictures"] == ["report.html", "pairs.png", "samples.png"]
   assert all((tmp_path / name).exists() for name in metrics["pictures"])
-  assert metrics["against_data"]["retrieval_chance"] == pytest.approx(1 / 3)  # two others to each
+  assert metrics["against_data"]["chance"] == pytest.approx(1 / 3)  # two others to each
   assert metrics["against_data"]["tested"] == 15
   assert metrics["training_data"]["likeness"] > metrics["uniform_noise"]["likeness"]
   assert json.loads((tmp_path / "metrics.json").read_text())["verdict"] == metrics["verdict"]
   page = (tmp_path / "report.html").read_text()
-  assert metrics["verdict"].split(".")[0] in page and page.count("<img ") == 2 and "0.0000" not in page
+  assert metrics["verdict"].split(".")[0] in page and "0.0000" not in page
+  assert page.count("<img ") == 2 + 3 * min(len(metrics["leaks"]), 8)
+  assert all(
+    hashlib.sha256((stored / f"{name}.npz").read_bytes()).hexdigest() in page for name in ("train", "held_out")
+  )
   with pytest.raises(UsageError, match="--steps was 4, now 5"):
     audit.run(config(stored, steps=5), tmp_path)
 
@@ -362,7 +456,7 @@ def test_batch_norm_and_inputs_that_are_no_images_are_audited(stored, tmp_path, 
   metrics = audit.run(config(stored, build, **with_data(stored, suffix)), tmp_path)
   assert len(metrics["pictures"]) == pictures
   assert 0 <= metrics["generated"]["agreement"] <= 1
-  assert 0 < metrics["against_data"]["retrieval_p_value"] <= 1
+  assert 0 < metrics["against_data"]["p_value"] <= 1
 
 
 @pytest.mark.slow
@@ -384,7 +478,7 @@ def test_training_data_are_told_from_others_and_data_never_seen_are_not(stored, 
     settings = config(stored, codes=10, steps=600, log_every=100, save_every=600, force=False, **given)
     settings = dataclasses.replace(settings, checkpoint=str(tmp_path / "weights.safetensors"))
     metrics = audit.run(settings, tmp_path / "run")
-    p_values.append(metrics["against_data"]["retrieval_p_value"])
+    p_values.append(metrics["against_data"]["p_value"])
   assert metrics["form"] == "weight_decay"
   assert p_values[0] < 0.01 < p_values[1]
 
@@ -419,6 +513,6 @@ def test_an_example_is_trained_and_stored_with_its_data_and_says_how_to_audit_it
     first = jax.tree.leaves(own.initial_params)
   moved = [not np.array_equal(a, b) for a, b in zip(first, jax.tree.leaves(own.params), strict=True)]
   assert all(moved)
-  for images, count in zip(data.read(given["train_data"], given["held_out_data"], own), (10, 2), strict=True):
+  for images, count in zip(data.read(given["train_data"], given["held_out_data"], own)[:2], (10, 2), strict=True):
     assert images.x.shape == (10 * count, 28, 28, 1)
     assert (images.x.min(), images.x.max()) == (0, 1)

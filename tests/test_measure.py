@@ -19,6 +19,7 @@ from experiments.data import Images, Split
 from experiments.harness.flags import UsageError
 from experiments.harness.workdir import Workdir
 from experiments.measure import circle, comparison, images
+import kkt_jax
 from kkt_jax.classifier import make_classifier
 from kkt_jax.conditions import Conditions
 
@@ -412,3 +413,16 @@ def test_measuring_knows_nothing_of_training():
       names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
       module = (node.module or "").split(".") if isinstance(node, ast.ImportFrom) else []
       assert not known & {*names, *module} - {"measure"}, path
+
+
+def test_the_trial_picks_out_as_the_metric_does_and_knows_which():
+  random = np.random.default_rng(0)
+  draw = lambda y: Images(random.normal(size=(len(y), 5)).astype(np.float32), y)
+  train, held_out = draw(np.array([1, 0, 1, 0, 0])), draw(np.array([0, 1, 1, 0, 0, 1, 1]))
+  samples = Images(train.x[[2, 1]], train.y[[2, 1]])
+  own = comparison.trial(samples, train, held_out)
+  assert own.places.tolist() == [1, 3, 0, 2] and own.y.tolist() == [0, 0, 1, 1] and own.best == 0
+  assert own.others.shape == (4, 1)  # three and four others: one for each of two
+  assert own.hits[[0, 3]].all() and np.isinf(own.ratios[[0, 3]]).all()
+  expected = kkt_jax.metrics.retrieval(own.members, own.others.ravel())
+  assert (own.hits.sum(), own.chance) == (expected["hits"], expected["chance"])

@@ -50,10 +50,9 @@ def train(subject: Subject, variables: PyTree, x: np.ndarray, classes: np.ndarra
   def apply_fn(params: PyTree, x: jax.Array) -> jax.Array:
     return subject.apply_fn(params, x) if train_fn is None else train_fn(rest | {"params": params}, x)[0]
 
-  apply_fn = two_logits(apply_fn)
   progress = Progress("classifier", settings["num_steps"])
   result = pretrain.to_convergence(
-    apply_fn,
+    two_logits(apply_fn),
     variables if train_fn is None else variables["params"],
     inputs,
     jnp.asarray(classes),

@@ -53,10 +53,10 @@ class Config:
     group="The generator",
   )
   force: bool = flag(False, "Train a generator even if the weights are too far from all conditions.")
-  codes: int = flag(0, "Samples of each class; 0 is what suits the classifier.", lower=0)
+  codes: int = flag(0, "Samples of each class; 0 is what suits the classifier.", lower=0, upper=100_000)
   steps: int = flag(1500, "Training steps.", lower=1)
   weights: str = flag("", "Other weights of terms of the loss: stationarity=0,total_variation=10.")
-  seed: int = flag(0, "Seed of everything random.", lower=0)
+  seed: int = flag(0, "Seed of everything random.", lower=0, upper=2**62)
   log_every: int = flag(50, "Steps between logged metrics.", lower=1, group="Output")
   save_every: int = flag(500, "Steps between checkpoints and pictures.", lower=1)
 
@@ -66,6 +66,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   for name in ("classifier", "checkpoint"):
     if not getattr(config, name):
       raise UsageError(f"--{name} must be given; --help says what it is.")
+  if config.form == "change" and not config.initial_checkpoint:
+    raise UsageError("--form=change needs --initial_checkpoint.")
   methods.parse_weights(config.weights)
   import jax
   import numpy as np
@@ -77,7 +79,9 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   import kkt_jax
 
   classifier = load(config.classifier, config.checkpoint, config.initial_checkpoint)
-  train, held_out = data.read(config.train_data, config.held_out_data, classifier)
+  train, held_out, remarks = data.read(config.train_data, config.held_out_data, classifier)
+  for remark in remarks:
+    say(remark)
   say("examining the weights")
   form = None if config.form == "auto" else config.form
   examination = kkt_jax.examine(classifier, form=form, seed=config.seed)
@@ -88,18 +92,39 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   )
   settings = dataclasses.asdict(config) | {"checkpoint_digest": hashlib.sha256(content).hexdigest()[:16]}
   out = Workdir(workdir, {name: value for name, value in settings.items() if name not in _AFTERWARDS})
-  reconstruction = None
+  train_from = functools.partial(
+    train_generator, examinations=[examination], log_every=config.log_every, save_every=config.save_every
+  )
+  reconstruction, likeness = None, None
   if config.force or examination.bound <= kkt_jax.examination.HOPELESS:
-    reconstruction = train_generator(
-      out,
-      [examination],
-      recipe,
-      seed=config.seed + 1,
-      log_every=config.log_every,
-      save_every=config.save_every,
-      draw=functools.partial(report.draw, out.path),
-    )
-  return report.write(out, settings, examination, reconstruction, train, held_out)
+    draw = functools.partial(report.draw, out.path)
+    reconstruction = train_from(out, recipe=recipe, seed=config.seed + 1, draw=draw)
+    if train is not None and held_out is not None:
+      say("for comparison, samples that the classifier merely takes for their class")
+      beside = Workdir(out.path / "class_likeness", {})
+      likeness = train_from(beside, recipe=class_likeness(recipe, reconstruction), seed=config.seed + 2)
+  return report.write(
+    out,
+    settings,
+    examination,
+    reconstruction,
+    train,
+    held_out,
+    likeness=likeness,
+    remarks=remarks,
+    command=flags.command_line("python -m experiments.audit", config, workdir),
+  )
+
+
+def class_likeness(recipe: "kkt_jax.Recipe", reconstruction: "kkt_jax.Reconstruction") -> "kkt_jax.Recipe":
+  """As many free samples, trained only to be classified as wanted: what can be had without the theory."""
+  import kkt_jax
+
+  codes = reconstruction.every_sample()[1].size // reconstruction.classifiers[0].num_classes
+  setting = methods.Setting(reconstruction.examinations, codes, num_samples=0)
+  changed = methods.recipe_of(methods.IMAGES["ce"], recipe, setting)
+  changed = changed.with_schedule(steps=min(changed.schedule.steps, recipe.schedule.steps))
+  return dataclasses.replace(changed, generator=kkt_jax.generators.table(codes=codes, in_span=False))
 
 
 def recipe_of(config: Config, examination: "kkt_jax.Examination") -> "kkt_jax.Recipe":
@@ -145,5 +170,10 @@ def load(name: str, checkpoint: str, initial: str = "") -> "kkt_jax.Classifier":
     raise UsageError(f"--classifier={name} and --checkpoint do not make a classifier: {error}") from error
 
 
-if __name__ == "__main__":
+def main() -> None:
+  """The program ``kkt-audit``."""
   flags.main(Config, run, jointly=True)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,5 +1,7 @@
 """The owner's own data, for `experiments.audit` to compare with; nothing else ever sees them."""
 
+from collections.abc import Sequence
+import dataclasses
 import pathlib
 from typing import Any
 import warnings
@@ -9,6 +11,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from experiments.audit import membership
 from experiments.data import Images
 from experiments.harness.flags import UsageError
 from experiments.measure.comparison import check_classes
@@ -22,8 +25,30 @@ _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.er
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-def read(train_data: str, held_out_data: str, classifier: Classifier) -> tuple[Images | None, Images | None]:
-  """The training data and the held-out data, each None if its path is empty, with x in [0, 1] as `Classifier.to_unit`.
+@dataclasses.dataclass(frozen=True)
+class Named(Images):
+  """Data whose samples have names: of their files, or "sample" and their places from 0."""
+
+  names: tuple[str, ...] = ()
+
+  def only(self, places: np.ndarray) -> "Named":
+    """Some of them."""
+    return Named(self.x[places], self.y[places], tuple(self.names[place] for place in places))
+
+
+def read(
+  train_data: str, held_out_data: str, classifier: Classifier
+) -> tuple[Named | None, Named | None, Sequence[str]]:
+  """The owner's data, with x in [0, 1] as `Classifier.to_unit`.
+
+  Args:
+    train_data: path of the training data, or empty.
+    held_out_data: path of the other data, or empty.
+    classifier: the classifier.
+
+  Returns:
+    The training data and the held-out data without repetitions, each None if its path is empty, and what limits the
+    comparison in words.
 
   Raises:
     UsageError: a file cannot be read or holds something else, a class is missing, or the two share samples.
@@ -32,6 +57,7 @@ def read(train_data: str, held_out_data: str, classifier: Classifier) -> tuple[I
   sets = {f"{flag}={path}": _read(flag, path, classifier) for flag, path in paths.items() if path}
   check_classes(sets, range(classifier.num_classes))
   train, held_out = (sets.get(f"{flag}={path}") for flag, path in paths.items())
+  remarks: list[str] = []
   if held_out is not None:
     if train is None:
       raise UsageError("--held_out_data needs --train_data, with which it is compared.")
@@ -42,7 +68,26 @@ def read(train_data: str, held_out_data: str, classifier: Classifier) -> tuple[I
         f"--held_out_data must hold none of the training samples; {len(twice)} of its {len(held_out.y)} are identical"
         f" to one of --train_data, the first at place {twice[0]} (from 0)."
       )
-  return train, held_out
+  sets = {}
+  for flag, own in (("--train_data", train), ("--held_out_data", held_out)):
+    if own is not None:
+      sets[flag], said = _distinct(flag, own, classifier)
+      remarks += said
+  if len(sets) == 2:
+    remarks += membership.limits(*sets.values())
+  return sets.get("--train_data"), sets.get("--held_out_data"), remarks
+
+
+def _distinct(flag: str, images: Named, classifier: Classifier) -> tuple[Named, list[str]]:
+  """Samples without repetitions, and how many there were."""
+  keys = [(label, row.tobytes()) for label, row in zip(images.y, _rounded(images, classifier), strict=True)]
+  first = {key: place for place, key in reversed([*enumerate(keys)])}
+  repeated = [(place, first[key]) for place, key in enumerate(keys) if first[key] != place]
+  if not repeated:
+    return images, []
+  names = " repeats ".join(images.names[place] for place in repeated[0])
+  remark = f"{len(repeated)} of the {len(keys)} samples of {flag} repeat an earlier one ({names}); each counts once."
+  return images.only(np.array(sorted(first.values()))), [remark]
 
 
 def _rounded(images: Images, classifier: Classifier) -> np.ndarray:
@@ -50,17 +95,18 @@ def _rounded(images: Images, classifier: Classifier) -> np.ndarray:
   return images.x if classifier.value_range is None else np.round(images.x, 4) + np.float32(0)
 
 
-def _read(flag: str, path: str, classifier: Classifier) -> Images:
+def _read(flag: str, path: str, classifier: Classifier) -> Named:
   """Labelled data from an ``.npz`` file with x [N, *input_shape] and y [N], or from a folder for each class."""
   where = pathlib.Path(path)
   try:
     if where.is_dir():
-      x, y = _read_folder(where, classifier)
+      x, y, names = _read_folder(where, classifier)
     elif where.is_file() and zipfile.is_zipfile(where):
       x, y = _read_npz(where, classifier.input_shape)
+      names = tuple(f"sample {place}" for place in range(len(y)))
     else:
       raise UsageError(f"it is neither an .npz file nor a folder{'' if where.exists() else '; there is no such file'}.")
-    return Images(_unit(x, classifier), _classes(y, classifier.num_classes))
+    return Named(_unit(x, classifier), _classes(y, classifier.num_classes), names)
   except UsageError as error:
     raise UsageError(f"{flag}={path}: {error}") from error
   except (*_UNREADABLE, zipfile.BadZipFile) as error:
@@ -122,7 +168,7 @@ def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], Any]:
   return shape, dtype
 
 
-def _read_folder(path: pathlib.Path, classifier: Classifier) -> tuple[np.ndarray, np.ndarray]:
+def _read_folder(path: pathlib.Path, classifier: Classifier) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
   input_shape = classifier.input_shape
   if len(input_shape) != 3 or input_shape[2] not in _MODES:
     raise UsageError(f"folders are for images [H, W, channels]; the classifier takes {input_shape}.")
@@ -132,15 +178,16 @@ def _read_folder(path: pathlib.Path, classifier: Classifier) -> tuple[np.ndarray
     raise UsageError(
       f"it must hold a folder of images for each class, 0 to {classifier.num_classes - 1}; {strange[0]!r} is {which}."
     )
-  x, y = [], []
+  x, y, names = [], [], []
   for label in range(classifier.num_classes):
     for file in sorted(folders[str(label)].iterdir()):
       if file.suffix.lower() in (".png", ".jpg", ".jpeg") and file.is_file():
         x.append(_read_image(file, input_shape))
         y.append(label)
+        names.append(f"{label}/{file.name}")
   if not x:
     raise UsageError("its folders hold no PNG or JPEG images.")
-  return np.stack(x), np.asarray(y)
+  return np.stack(x), np.asarray(y), tuple(names)
 
 
 def _read_image(file: pathlib.Path, input_shape: tuple[int, ...]) -> np.ndarray:

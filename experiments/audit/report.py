@@ -1,29 +1,41 @@
 """What `experiments.audit` says at the end: a verdict in plain words, metrics, pictures, and a page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import datetime
+import hashlib
 import pathlib
+import platform
 import textwrap
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats  # type: ignore[import-untyped]
 
+from experiments.audit import verdict
+from experiments.audit.data import Named
 from experiments.data import Images
 from experiments.harness import pages
 from experiments.harness.progress import Progress
 from experiments.harness.workdir import Workdir
 from experiments.measure import comparison, pictures
+import kkt_jax
 from kkt_jax import diagnostics, metrics
 from kkt_jax.classifier import Classifier
 from kkt_jax.conditions import Conditions
 from kkt_jax.examination import Examination
+from kkt_jax.metrics import Trial
 from kkt_jax.reconstruction import Reconstruction
 
-_SIGNIFICANT = 0.01  # p-value below which hits are no chance
+_CONTROLS = {
+  "class_likeness": "samples that the classifier merely takes for their class",
+  "own_means": "class means of what came out",
+}
+_SHOWN, _WORST = 8, 12  # leaks in pictures, and on the terminal
+_LARGEST_RATIO = 1e3
 _ROWS = {
   "generated": "generated from the weights alone",
+  "class_likeness": "likeness of the class alone",
   "real_held_out": "other real data",
   "training_data": "training data",
   "class_means": "mean of the class",
@@ -37,8 +49,12 @@ def write(
   settings: Mapping[str, Any],
   examination: Examination,
   reconstruction: Reconstruction | None,
-  train: Images | None,
-  held_out: Images | None,
+  train: Named | None,
+  held_out: Named | None,
+  *,
+  likeness: Reconstruction | None = None,
+  remarks: Sequence[str] = (),
+  command: str = "",
 ) -> dict[str, Any]:
   """Measures, draws, and writes ``report.html`` and ``metrics.json``.
 
@@ -49,54 +65,179 @@ def write(
     reconstruction: the trained generator; None if the weights are too far from all conditions for one.
     train: the owner's training data in [0, 1], if given.
     held_out: other data of the same kind, if given.
+    likeness: a generator that was trained on likeness of the class alone, if data were given.
+    remarks: what limits the comparison.
+    command: that made this.
 
   Returns:
     The metrics, with the ``verdict``, the ``summary`` and the ``pictures`` for the terminal.
   """
   rows: dict[str, dict[str, float]] = {}
-  found: dict[str, float] = {}
   drawn: dict[str, str] = {}
+  trials: dict[str, Trial] = {}
+  leaks: list[Leak] = []
+  certificates: list[dict[str, int]] = []
   if reconstruction is None:
-    verdict = _refusal(examination.bound)
+    answer = verdict.refusal(examination.bound)
   else:
-    samples = generated(reconstruction)
-    rows = _measure(reconstruction.classifiers[0], reconstruction.conditions[0], samples, train, held_out)
+    sets = {"generated": generated(reconstruction)}
+    if likeness is not None:
+      sets["class_likeness"] = generated(likeness)
+    proven = np.zeros((0, *examination.classifier.input_shape))
+    if train is not None and comparison.comparable(train):
+      certificates, proven = comparison.exactness(reconstruction, train)
     if train is not None and held_out is not None:
-      found = comparison.retrieval(samples, train, held_out)
-      found["tested"] = len(np.unique(train.y)) * min(_rarest(train), _rarest(held_out))
-    proven = reconstruction.exact[0] if reconstruction.exact else None
-    verdict = _verdict(found, 0 if train is None else len(train.y))
-    drawn = _draw(out.path, samples, train)
-    if proven is not None and len(proven.y):
-      verdict = f"{_proof(len(proven.y))} {verdict}"
+      means = _class_means(sets["generated"])
+      trials = {name: comparison.trial(own, train, held_out) for name, own in (sets | {"own_means": means}).items()}
+      leaks = _leaks(sets["generated"], train, held_out, trials["generated"], proven)
+    count, false = sum(len(own.y) for own in reconstruction.exact), sum(own["false"] for own in certificates)
+    controls = {title: trials[name] for name, title in _CONTROLS.items() if name in trials}
+    answer = verdict.of(trials.get("generated"), controls, count, false, remarks)
+    rows = _measure(reconstruction.classifiers[0], reconstruction.conditions[0], sets, train, held_out)
+    drawn = _draw(out.path, sets["generated"], train)
+    if count:
+      own = reconstruction.exact[0]
       caption = "What the weights alone prove to be training samples, a row for each class."
-      drawn |= {"proven.png": caption} if _grid(out.path / "proven.png", Images(proven.unit, proven.y)) else {}
+      drawn |= {"proven.png": caption} if _grid(out.path / "proven.png", Images(own.unit, own.y)) else {}
+  against = _against(trials)
   results = {
-    "verdict": verdict,
+    "verdict": str(answer),
     "form": examination.form,
     "bounds": dict(examination.bounds),
     **rows,
-    "against_data": found,
-    "certificates": _certificates(reconstruction, train),
+    "against_data": against,
+    "leaks": [dict(list(own._asdict().items())[:-1]) for own in leaks],
+    "certificates": certificates,
     "final_losses": out.last_logged(),
   }
   titled = {_ROWS[name]: row for name, row in rows.items()}
   page = pages.render(
     pathlib.Path(__file__).with_name("page.html.j2"),
     title="What these weights reveal of their training data",
-    verdict=verdict,
+    verdict=answer,
+    remarks=remarks,
+    against=against,
+    leaks=leaks,
     findings=str(examination).splitlines(),
     pictures={caption: out.path / name for name, caption in drawn.items()},
     rows=titled,
     settings=settings,
+    made=_made(settings, command),
   )
   (out.path / "report.html").write_text(page, encoding="utf-8")
   out.finish(results)
-  summary = textwrap.fill(verdict, 100)
+  summary = textwrap.fill(str(answer), 100)
+  if answer.level == "leak" and leaks:
+    worst = ", ".join(own.name for own in leaks[:_WORST])
+    summary += f"\n\nThe worst of {len(leaks)} cases: {worst}"
   if rows:
     shown = ["agreement", "residual", *(["likeness"] if train is not None else [])]
     summary += "\n\n" + comparison.table(titled, shown)
   return results | {"summary": summary, "pictures": ["report.html", *drawn]}
+
+
+class Leak(NamedTuple):
+  """A training sample that came out.
+
+  Attributes:
+    name: its file, or its place from 0.
+    label: its class.
+    how: "proven" or "picked out".
+    ratio: how much farther away than this sample the nearest of its group is; infinite for an equal one.
+    pictures: PNG: the sample, what came out, and the real image that was not trained on nearest to that; or none.
+  """
+
+  name: str
+  label: int
+  how: str
+  ratio: float | None
+  pictures: Sequence[bytes]
+
+
+def _leaks(samples: Images, train: Named, held_out: Named, trial: Trial, proven: np.ndarray) -> list[Leak]:
+  """The training samples that came out: those that are proven, then those picked out by the greatest ratio."""
+  ratios = {
+    int(place): min(float(ratio), _LARGEST_RATIO) for place, ratio in zip(trial.places, trial.ratios, strict=True)
+  }
+  hits = {int(place) for place in trial.places[trial.hits]}
+  exact: set[int] = set()
+  if len(proven):
+    nearest = np.asarray(metrics.pairwise_ssim(proven.astype(np.float32), train.x))
+    exact = {int(own.argmax()) for own in nearest if own.max() > comparison.EXACT}
+  nth = {place: int(np.sum(train.y[:place] == train.y[place])) for place in hits | exact}  # classes in turn in ties
+  order = sorted(nth, key=lambda place: (place not in exact, -ratios.get(place, 0.0), nth[place], place))
+  shown = order[:_SHOWN] if comparison.comparable(train) else []
+  pictures_of = dict(zip(shown, _triples(samples, train, held_out, np.array(shown)), strict=True)) if shown else {}
+  return [
+    Leak(
+      train.names[place],
+      int(train.y[place]),
+      "proven" if place in exact else "picked out",
+      ratios.get(place),
+      pictures_of.get(place, ()),
+    )
+    for place in order
+  ]
+
+
+def _triples(samples: Images, train: Images, held_out: Images, places: np.ndarray) -> list[list[bytes]]:
+  """PNG: training images, the samples nearest to them, and the other real images nearest to these."""
+  x, y = train.x[places], train.y[places]
+  own = samples.x[np.asarray(metrics.ssim_nearest_indices(x, y, samples.x, samples.y))]
+  other = held_out.x[np.asarray(metrics.ssim_nearest_indices(own, y, held_out.x, held_out.y))]
+  return [[pictures.png(image) for image in row] for row in zip(x, own, other, strict=True)]
+
+
+def _class_means(images: Images) -> Images:
+  """The mean of every class."""
+  labels = np.unique(images.y)
+  return Images(np.stack([images.x[images.y == label].mean(axis=0) for label in labels]), labels)
+
+
+def _against(trials: Mapping[str, Trial]) -> dict[str, Any]:
+  """The trial in numbers, beside its controls."""
+  if "generated" not in trials:
+    return {}
+  own = trials["generated"]
+  shuffled = own.shuffled()
+  found: dict[str, Any] = {
+    "hits": int(own.hits.sum()),
+    "tested": len(own.y),
+    "chance": own.chance,
+    "leading": own.leading,
+    "others": own.others.size,
+    "p_value": own.p_value,
+    "shuffled_mean": float(shuffled.mean()),
+    "shuffled_most": int(shuffled.max()),
+    **{f"{name}_hits": int(trial.hits.sum()) for name, trial in trials.items() if name != "generated"},
+  }
+  found["p_values_over_controls"] = {
+    name: verdict.more_hits(own, trial) for name, trial in trials.items() if name in _CONTROLS
+  }
+  curve = metrics.roc(own.members, own.others.ravel())
+  return found | {"roc": curve._asdict() | {"points": [point._asdict() for point in curve.points]}}
+
+
+def _made(settings: Mapping[str, Any], command: str) -> dict[str, str]:
+  """When, how, from what and on what the report was made."""
+  given = {name: settings[name] for name in ("checkpoint", "train_data", "held_out_data") if settings.get(name)}
+  return {
+    "Date": datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
+    "Program": f"kkt_jax {kkt_jax.__version__}, jax {jax.__version__}, Python {platform.python_version()}",
+    "Machine": f"{platform.system()} {platform.machine()}, {jax.devices()[0].device_kind}",
+    "Command": command,
+    **{f"SHA-256 of {name.replace('_', ' ')}": digest(pathlib.Path(path)) for name, path in given.items()},
+  }
+
+
+def digest(path: pathlib.Path) -> str:
+  """SHA-256 of a file; of a folder that of the names and the digests of its files, in their order."""
+  if path.is_file():
+    with path.open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  inside = sorted(own for own in path.rglob("*") if own.is_file())
+  lines = (f"{digest(own)}  {own.relative_to(path).as_posix()}\n" for own in inside)
+  return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def generated(reconstruction: Reconstruction) -> Images:
@@ -125,7 +266,7 @@ def _draw(folder: pathlib.Path, samples: Images, train: Images | None) -> dict[s
   drawn = {}
   if _grid(folder / "samples.png", samples):
     drawn["samples.png"] = "What was generated, a row for each class, unselected."
-    if train is not None and min(samples.x.shape[1:3]) >= comparison.LEAST_SIDE:
+    if train is not None and comparison.comparable(samples):
       columns = max(pictures.COLUMNS // len(np.unique(samples.y)), 1)
       comparison.similar_pairs(folder / "pairs.png", samples, train, columns=columns)
       drawn = {"pairs.png": "Generated in odd rows, the most similar training image below each.", **drawn}
@@ -133,18 +274,22 @@ def _draw(folder: pathlib.Path, samples: Images, train: Images | None) -> dict[s
 
 
 def _measure(
-  classifier: Classifier, conditions: Conditions, samples: Images, train: Images | None, held_out: Images | None
+  classifier: Classifier,
+  conditions: Conditions,
+  sets: dict[str, Images],
+  train: Images | None,
+  held_out: Images | None,
 ) -> dict[str, dict[str, float]]:
   """What the classifier and its conditions say of samples and of what they are compared with, and the likeness."""
-  key = jax.random.key(0)
+  key, samples = jax.random.key(0), sets["generated"]
   if train is None:
-    sets = {"uniform_noise": comparison.uniform_noise(samples, key)}
+    sets = sets | {"uniform_noise": comparison.uniform_noise(samples, key)}
   else:
-    sets = comparison.controls(train, held_out, samples.y, key)
+    sets = sets | comparison.controls(train, held_out, samples.y, key)
   if classifier.value_range is None:
     del sets["uniform_noise"]  # there is no range to draw it from
-  rows, progress = {}, Progress("measuring", 1 + len(sets))
-  for number, (name, images) in enumerate(({"generated": samples} | sets).items(), 1):
+  rows, progress = {}, Progress("measuring", len(sets))
+  for number, (name, images) in enumerate(sets.items(), 1):
     x, y = classifier.from_unit(images.x), images.y
     probabilities = jax.nn.softmax(classifier.predict(x))
     diagnosis = diagnostics.diagnose(classifier, conditions, x, y, num_steps=100)
@@ -159,71 +304,3 @@ def _measure(
       rows[name]["likeness"] = float(comparison.similarity(images, train).mean())
     progress.update(number, _ROWS[name])
   return rows
-
-
-def _certificates(reconstruction: Reconstruction | None, train: Images | None) -> list[dict[str, int]]:
-  """How many training samples the weights prove, beside the truth where the owner gave it and samples are images."""
-  if reconstruction is None or train is None or train.x.ndim != 4 or min(train.x.shape[1:3]) < comparison.LEAST_SIDE:
-    return []
-  return comparison.exactness(reconstruction, train)[0]
-
-
-def _proof(count: int) -> str:
-  return (
-    f"Without any data, the weights prove {count} samples to be training samples, value by value: far more of their"
-    " values lie at an end of the range than chance or kinship explains."
-  )
-
-
-def _rarest(images: Images) -> int:
-  return int(np.unique(images.y, return_counts=True)[1].min())
-
-
-def _refusal(bound: float) -> str:
-  return (
-    "The theory of this audit does not cover these weights, so nothing was tried, and nothing follows for what they"
-    f" reveal. No data can account for {bound:.0%} of what they would have to be made of: they were not trained to"
-    " convergence by gradient descent, with weight decay or from a small initialisation. An adaptive optimizer, early"
-    " stopping, and a large initialisation without weight decay are the usual reasons. --force tries nevertheless."
-  )
-
-
-def _verdict(found: Mapping[str, float], num_training: int) -> str:
-  """The answer in plain words, with its uncertainty; the first sentence alone says what it is.
-
-  >>> found = {"retrieval_hits": 52, "tested": 100, "retrieval_chance": 1 / 6, "retrieval_candidates": 6,
-  ...          "retrieval_p_value": 1e-14}
-  >>> print(textwrap.fill(_verdict(found, 100), 100))
-  These weights reveal individual training samples. Of 100 training samples, 52 (95 %: 42 to 62) could
-  be picked out from 6 real samples of their class each, because what was generated comes nearest to
-  them; by chance 17. The odds of that by luck are below one in a billion. Corrected for guessing, 42%
-  of them (95 %: 31% to 54%) are recognised.
-  """
-  if not found:
-    return (
-      "No verdict without data to compare with. Whether what came out is the training data, or only data of their kind,"
-      " can be said with --train_data and at least as many --held_out_data, which need no further training."
-    )
-  hits, tested, chance = int(found["retrieval_hits"]), int(found["tested"]), found["retrieval_chance"]
-  interval = stats.binomtest(hits, tested).proportion_ci(method="wilson")
-  counted = (
-    f"Of {tested} training samples, {hits} (95 %: {tested * interval.low:.0f} to {tested * interval.high:.0f}) could be"
-    f" picked out from {found['retrieval_candidates']:.0f} real samples of their class each, because what was generated"
-    f" comes nearest to them; by chance {tested * chance:.0f}."
-  )
-  if tested < num_training:
-    counted += (
-      f" The other {num_training - tested} were not tested, for that needs as many --held_out_data of every class."
-    )
-  p_value = found["retrieval_p_value"]
-  if p_value >= _SIGNIFICANT:
-    return (
-      f"No evidence that these weights reveal individual training samples by this method. {counted} As many or more are"
-      f" picked out by luck with probability {p_value:.2g}. That is no proof that they reveal none."
-    )
-  odds = "below one in a billion" if p_value < 1e-9 else f"about one in {float(f'{1 / p_value:.2g}'):,.0f}"
-  share, low, high = (max((value - chance) / (1 - chance), 0) for value in (hits / tested, interval.low, interval.high))
-  return (
-    f"These weights reveal individual training samples. {counted} The odds of that by luck are {odds}. Corrected for"
-    f" guessing, {share:.0%} of them (95 %: {low:.0%} to {high:.0%}) are recognised."
-  )

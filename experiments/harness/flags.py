@@ -192,6 +192,23 @@ def _convert(field: dataclasses.Field[Any], text: str) -> Any:
     raise UsageError(f"--{field.name} must be {_KINDS[kind]}; got {text!r}.") from error
 
 
+def command_line(program: str, config: Any, workdir: pathlib.Path) -> str:
+  """A command line that can be pasted, with all that differs from the defaults.
+
+  >>> @dataclasses.dataclass(frozen=True)
+  ... class Config:
+  ...   name: str = flag("", "Name.")
+  ...   force: bool = flag(False, "Whether to go on.")
+  ...   seed: int = flag(0, "Seed.")
+  >>> command_line("python -m this", Config("a b", force=True), pathlib.Path("runs"))
+  "python -m this '--name=a b' --force=true --workdir=runs"
+  """
+  values = {own.name: getattr(config, own.name) for own in dataclasses.fields(config)}
+  given = [(own.name, values[own.name]) for own in dataclasses.fields(config) if values[own.name] != own.default]
+  texts = [f"--{name}={'true' if value is True else value}" for name, value in [*given, ("workdir", workdir)]]
+  return f"{program} {shlex.join(texts)}"
+
+
 def check_folder(path: str | os.PathLike[str], *, flag: str = "workdir") -> pathlib.Path:
   """A path at which there is, or can be made, a folder to write to; makes nothing. Raises UsageError if it cannot."""
   if not os.fspath(path):

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats  # type: ignore[import-untyped]
 
 from experiments.data import Images, Split
 from experiments.harness.flags import UsageError
@@ -80,6 +79,11 @@ def first_of_each_class(images: Images, count: int) -> Images:
   return Images(images.x[indices], images.y[indices])
 
 
+def comparable(images: Images) -> bool:
+  """Whether samples are images that are compared by structural similarity."""
+  return images.x.ndim == 4 and min(images.x.shape[1:3]) >= LEAST_SIDE
+
+
 def similarity(samples: Images, data: Images) -> np.ndarray:
   """How near samples come to each of the data.
 
@@ -91,8 +95,7 @@ def similarity(samples: Images, data: Images) -> np.ndarray:
     [N]: for each of the data, the greatest structural similarity to a sample of its class if these are images of at
     least 8 x 8 pixels, else the negative distance to the nearest; -inf if its class has no sample.
   """
-  is_image = samples.x.ndim == 4 and min(samples.x.shape[1:3]) >= LEAST_SIDE
-  pairwise = metrics.pairwise_ssim if is_image else lambda a, b: -metrics.pairwise_distance(a, b)
+  pairwise = metrics.pairwise_ssim if comparable(samples) else lambda a, b: -metrics.pairwise_distance(a, b)
   best = np.full(len(data.y), -np.inf)
   # Class by class, for others do not count. Samples are repeated up to the largest class: one shape is compiled once.
   most = [int(np.unique(images.y, return_counts=True)[1].max()) for images in (samples, data)]
@@ -101,6 +104,31 @@ def similarity(samples: Images, data: Images) -> np.ndarray:
     own, other = (np.resize(indices, count) for indices, count in zip(of_class, most, strict=True))
     best[other] = np.asarray(pairwise(samples.x[own], data.x[other])).max(axis=0)
   return best
+
+
+def tested(train: Images, held_out: Images) -> tuple[int, int]:
+  """How many training samples of each class can be tested, and how many others there are to each."""
+  fewest, available = (int(np.unique(images.y, return_counts=True)[1].min()) for images in (train, held_out))
+  count = min(fewest, available)
+  return count, available // count
+
+
+def trial(samples: Images, train: Images, held_out: Images) -> metrics.Trial:
+  """Sets samples the task of picking out training data.
+
+  Args:
+    samples: all that was generated.
+    train: training data without repetitions.
+    held_out: data of the same classes that were not trained on, none of them twice.
+
+  Returns:
+    The trial. As many of each class take part as the rarest class of the smaller set has.
+  """
+  count, group = tested(train, held_out)
+  places = first_of_each_class(Images(np.arange(len(train.y)), train.y), count).x
+  others = similarity(samples, first_of_each_class(held_out, group * count)).reshape(-1, group)
+  members = similarity(samples, Images(train.x[places], train.y[places]))
+  return metrics.Trial(train.y[places], members, others, 1.0 if comparable(train) else 0.0, places)
 
 
 def retrieval(samples: Images, train: Images, others: Images) -> dict[str, float]:
@@ -122,12 +150,10 @@ def retrieval(samples: Images, train: Images, others: Images) -> dict[str, float
     UsageError: a class is in one of the two sets only.
   """
   check_classes({"the training data": train, "the other real data": others})
-  fewest, available = (int(np.unique(images.y, return_counts=True)[1].min()) for images in (train, others))
-  count = min(fewest, available)
-  trained, group = first_of_each_class(train, count), available // count
-  distractors = first_of_each_class(others, group * count)
-  retrieved = metrics.retrieval(similarity(samples, trained), similarity(samples, distractors))
-  nearer = metrics.nearer_to_training(samples.x, trained.x, first_of_each_class(others, count).x)
+  own = trial(samples, train, others)
+  retrieved = metrics.retrieval(own.members, own.others.ravel())
+  count, _ = tested(train, others)
+  nearer = metrics.nearer_to_training(samples.x, train.x[own.places], first_of_each_class(others, count).x)
   return {f"retrieval_{name}": value for name, value in retrieved.items()} | {
     f"nearer_{name}": value for name, value in nearer.items()
   }
@@ -294,8 +320,8 @@ def hinges(classifiers: Sequence[Classifier], train: Images, others: Images) -> 
     own, other = (images.x[np.isin(images.y, classifier.labels)] for images in (train, others))
     shares = candidates.hinge_shares(classifier, classifier.from_unit(jnp.concatenate([own, other])))
     inside, outside = shares[: len(own)], shares[len(own) :]
-    auc = stats.mannwhitneyu(inside, outside).statistic / (len(inside) * len(outside))
-    results.append({"train": float(np.median(inside)), "others": float(np.median(outside)), "auc": float(auc)})
+    auc = metrics.roc(inside, outside).auc
+    results.append({"train": float(np.median(inside)), "others": float(np.median(outside)), "auc": auc})
   return results
 
 

@@ -1,11 +1,13 @@
 """The pictures of the experiments, as PNG files."""
 
 from collections.abc import Callable, Mapping, Sequence
+import io
 import pathlib
 from typing import Any
 
 from jax.typing import ArrayLike
 import numpy as np
+from PIL import Image
 
 COLUMNS = 20  # images in a row of a picture
 _CAPTIONS = 220  # pixels at their left
@@ -116,6 +118,14 @@ def image_rows(
     middle = 1 - (row + 0.5 - gap / height / 2) / len(rows)
     figure.text((_CAPTIONS - 8) / size[0], middle, caption, ha="right", va="center", fontsize=8)
   figure.savefig(path)
+
+
+def png(image: ArrayLike) -> bytes:
+  """The content of a PNG file with one image [H, W, C] in [0, 1], C of 1 or 3, at its own size."""
+  values = np.round(255 * np.clip(np.asarray(image), 0, 1)).astype(np.uint8)
+  content = io.BytesIO()
+  Image.fromarray(values.squeeze(-1) if values.shape[-1] == 1 else values).save(content, "PNG")
+  return content.getvalue()
 
 
 def plane(path: pathlib.Path, panels: Sequence[tuple[str, Any]], *, num_classes: int, limit: float = 2.0) -> None:

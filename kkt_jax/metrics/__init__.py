@@ -7,10 +7,12 @@ for the true data, other real data, the mean image and noise.
 - `distances`: points against points within a radius, and the spread within a class.
 - `distributions`: a set of features against another, neither taken apart into pairs.
 - `memorisation`: does a generator know its training set better than other data of the same kind?
+- `membership`: how well any score tells members of a training set from others.
 """
 
 from kkt_jax.metrics.distances import pairwise_distance, precision_coverage, within_class_distance
 from kkt_jax.metrics.distributions import kernel_distance, precision_recall
+from kkt_jax.metrics.membership import Point, Roc, roc, Trial
 from kkt_jax.metrics.memorisation import nearer_to_training, retrieval
 from kkt_jax.metrics.similarity import (
   faithfulness,
@@ -23,7 +25,10 @@ from kkt_jax.metrics.similarity import (
 )
 
 __all__ = [
+  "Point",
   "RECOVERED_SSIM",
+  "Roc",
+  "Trial",
   "faithfulness",
   "kernel_distance",
   "nearer_to_training",
@@ -34,6 +39,7 @@ __all__ = [
   "precision_coverage",
   "precision_recall",
   "retrieval",
+  "roc",
   "ssim",
   "ssim_nearest_indices",
   "within_class_distance",

@@ -1,0 +1,142 @@
+"""The answer of an audit in plain words. It never says more than was measured, and no verdict is an all-clear."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
+
+from experiments.audit.membership import SIGNIFICANT
+from experiments.measure.comparison import EXACT
+from kkt_jax.metrics import Trial
+
+_MORE = 0.05  # p-value below which one thing picks out more than another
+
+
+class Verdict(NamedTuple):
+  """An answer.
+
+  Attributes:
+    level: ``"leak"``: single samples; ``"class"``: no more than likeness of the class; ``"none"``: no evidence;
+      ``"open"``: not tried, or not told.
+    answer: in one sentence.
+    reasons: the sentences after it.
+  """
+
+  level: str
+  answer: str
+  reasons: Sequence[str]
+
+  def __str__(self) -> str:
+    """Both."""
+    return " ".join([self.answer, *self.reasons])
+
+
+def refusal(bound: float) -> Verdict:
+  """If no generator was trained, for the weights are too far from all conditions."""
+  return Verdict(
+    "open",
+    "The theory of this audit does not cover these weights, so nothing was tried, and nothing follows for what they"
+    " reveal.",
+    [
+      f"No data can account for {bound:.0%} of what they would have to be made of: they were not trained to convergence"
+      " by gradient descent, with weight decay or from a small initialisation.",
+      "An adaptive optimizer, early stopping, and a large initialisation without weight decay are the usual reasons.",
+      "--force tries nevertheless.",
+    ],
+  )
+
+
+def of(
+  own: Trial | None, controls: Mapping[str, Trial], proven: int, false: int = 0, remarks: Sequence[str] = ()
+) -> Verdict:
+  """The verdict on what came out.
+
+  Args:
+    own: the trial of what was generated; None without data to compare with.
+    controls: the trials of samples that know classes only, named for a sentence.
+    proven: training samples that the weights prove.
+    false: how many of these are not among the training data.
+    remarks: what limits the trial.
+
+  Returns:
+    The verdict.
+
+  >>> scores = lambda hits: Trial(np.zeros(100, int), np.arange(100.0, 0, -1) - 100 + hits, np.zeros((100, 5)), 1.0,
+  ...                             np.arange(100))
+  >>> import textwrap
+  >>> print(textwrap.fill(str(of(scores(52), {"class means": scores(20)}, 0)), 100))
+  These weights reveal individual training samples. Of 100 training samples, 52 (95 %: 42 to 62) could
+  be picked out from 6 real samples of their class each, because what was generated comes nearest to
+  them; by chance 17. 52 of them came nearer than all 500 others. The odds of that by luck are below
+  one in a billion. Likeness of the class alone picks out fewer: class means 20. Corrected for
+  guessing, 42% of them (95 %: 31% to 54%) are recognised.
+  """
+  reasons = [_proof(proven, false)] if proven else []
+  reveal = "These weights reveal individual training samples."
+  if own is None:
+    later = "can be said with --train_data and at least as many --held_out_data, which need no new generator."
+    if proven > false:
+      return Verdict("leak", reveal, [*reasons, f"How many others {later}"])
+    answer = "No verdict without data to compare with."
+    what = "Whether what came out is the training data, or only data of their kind,"
+    return Verdict("open", answer, [*reasons, f"{what} {later}"])
+  tested, hits, chance = len(own.y), int(own.hits.sum()), own.chance
+  interval = stats.binomtest(hits, tested).proportion_ci(method="wilson")
+  reasons += [
+    f"Of {tested} training samples, {hits} (95 %: {tested * interval.low:.0f} to {tested * interval.high:.0f}) could be"
+    f" picked out from {1 / chance:.0f} real samples of their class each, because what was generated comes nearest to"
+    f" them; by chance {tested * chance:.0f}.",
+    f"{own.leading or 'None'} of them came nearer than all {own.others.size} others.",
+  ]
+  odds = "below one in a billion" if own.p_value < 1e-9 else f"about one in {float(f'{1 / own.p_value:.2g}'):,.0f}"
+  compared = ", ".join(f"{name} {trial.hits.sum()}" for name, trial in controls.items())
+  explained = any(more_hits(own, trial) >= _MORE for trial in controls.values())
+  if own.p_value < SIGNIFICANT:
+    reasons.append(f"The odds of that by luck are {odds}.")
+    if explained and proven <= false and not _copies(own):
+      answer = (
+        "What came out resembles the training data more than other data do, but no more than likeness of the class"
+        " explains."
+      )
+      reasons.append(
+        f"Likeness of the class alone picks out about as many: {compared}. So the weights know what their training data"
+        " have in common; that they hold single samples is not shown, and not excluded."
+      )
+      return Verdict("class", answer, [*reasons, *remarks])
+    if compared and not explained:
+      reasons.append(f"Likeness of the class alone picks out fewer: {compared}.")
+    share, low, high = (
+      max((value - chance) / (1 - chance), 0) for value in (hits / tested, interval.low, interval.high)
+    )
+    reasons.append(f"Corrected for guessing, {share:.0%} of them (95 %: {low:.0%} to {high:.0%}) are recognised.")
+    return Verdict("leak", reveal, [*reasons, *remarks])
+  if proven > false:
+    return Verdict("leak", reveal, [*reasons, "That can be luck, the proof cannot.", *remarks])
+  if 2 * chance**tested >= SIGNIFICANT:
+    return Verdict("open", "No verdict from so few data.", [*reasons, *remarks])
+  least = int(stats.binom.isf(SIGNIFICANT / 2, tested, chance)) + 1
+  reasons.append(
+    f"As many or more are picked out by luck with probability {own.p_value:.2g}; {min(least, tested)} would have been"
+    " evidence. That is no proof that they reveal none."
+  )
+  answer = "No evidence that these weights reveal individual training samples by this method."
+  return Verdict("none", answer, [*reasons, *remarks])
+
+
+def more_hits(own: Trial, other: Trial) -> float:
+  """The odds that of the samples that one of two picks out alone, so many would be the first's by luck (McNemar)."""
+  first, second = int(np.sum(own.hits & ~other.hits)), int(np.sum(other.hits & ~own.hits))
+  return float(stats.binomtest(first, first + second, alternative="greater").pvalue) if first + second else 1.0
+
+
+def _copies(own: Trial) -> bool:
+  """Whether images came out that are a training image each, and none that is another real one."""
+  return own.best == 1 and own.others.max() <= EXACT < own.members.max()
+
+
+def _proof(count: int, false: int) -> str:
+  return (
+    f"Without any data, the weights prove {count} samples to be training samples, value by value: far more of their"
+    " values lie at an end of the range than chance or kinship explains."
+  ) + (f" {false} of them are not among the training data that were given." if false else "")

@@ -1,0 +1,155 @@
+"""How well a score tells members of a training set from others: the curve, and a trial of every member."""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import NamedTuple
+
+from jax.typing import ArrayLike
+import numpy as np
+from scipy import optimize, stats  # type: ignore[import-untyped]
+
+_Z = 1.96  # of a two-sided interval of 95 %
+
+
+class Point(NamedTuple):
+  """A point of the curve: who lies above a threshold.
+
+  Attributes:
+    allowed: the share of others that may, .01 say.
+    others: how many do; fewer than allowed if scores are tied, or if there are too few others for such a share.
+    members: how many members do.
+    share: their share of all members, with its Clopper-Pearson interval of 95 %, ``low`` to ``high``.
+  """
+
+  allowed: float
+  others: int
+  members: int
+  share: float
+  low: float
+  high: float
+
+
+class Roc(NamedTuple):
+  """True against false positives.
+
+  Attributes:
+    auc: the area under the curve: the odds that a member's score is above another's, ties counted half.
+    low: lower end of its interval of 95 % (Newcombe 2006, method 5), which is not empty at 1, either.
+    high: upper end.
+    points: at few false positives.
+  """
+
+  auc: float
+  low: float
+  high: float
+  points: tuple[Point, ...]
+
+
+def roc(members: ArrayLike, others: ArrayLike, *, allowed: Sequence[float] = (0.0, 0.001, 0.01)) -> Roc:
+  """The curve of a score that is meant to be greater for members.
+
+  Args:
+    members: scores of training samples [n]; infinite ones are scores like others.
+    others: scores of samples of the same kind that were not trained on [m].
+    allowed: shares of false positives, each at least 0 and less than 1.
+
+  Returns:
+    The curve. Thresholds are chosen among the others' scores, so that intervals of true positives are for given others.
+
+  Raises:
+    ValueError: scores are missing, not vectors or NaN.
+
+  >>> curve = roc([0.9, 0.8, 0.3], [0.5, 0.2])
+  >>> round(curve.auc, 3), curve.points[0].members, round(curve.points[0].low, 3)  # 5 of 6 pairs; 2 of 3
+  (0.833, 2, 0.094)
+  """
+  members, others = np.asarray(members), np.asarray(others)
+  for name, scores in (("members", members), ("others", others)):
+    if scores.ndim != 1 or not len(scores) or np.isnan(scores).any():
+      raise ValueError(f"{name} must be a vector of at least one score without NaN; got shape {scores.shape}.")
+  n, m = len(members), len(others)
+  auc = float(stats.mannwhitneyu(members, others).statistic) / (n * m)
+  falling = np.sort(others)[::-1]
+  points = []
+  for share in allowed:
+    threshold = falling[math.floor(share * m * (1 + 1e-12))]
+    true, false = (int(np.sum(scores > threshold)) for scores in (members, others))
+    interval = stats.binomtest(true, n).proportion_ci()
+    points.append(Point(share, false, true, true / n, float(interval.low), float(interval.high)))
+  low, high = (
+    float(optimize.brentq(_beyond, end, np.clip(auc, 1e-9, 1 - 1e-9), args=(auc, n, m))) for end in (0.0, 1.0)
+  )
+  return Roc(auc, low, high, tuple(points))
+
+
+def _beyond(area: float, auc: float, n: int, m: int) -> float:
+  """Positive where the area is too far from the one that was found, by the variance of Hanley and McNeil (1982)."""
+  half = (n + m) / 2 - 1
+  variance = area * (1 - area) * (1 + half * (1 - area) / (2 - area) + half * area / (1 + area)) / (n * m)
+  return (area - auc) ** 2 - _Z**2 * variance
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """Every tested training sample, beside others of its class that were not trained on; the groups are disjoint.
+
+  Attributes:
+    y: labels [n].
+    members: how near what was generated comes to each training sample [n].
+    others: how near it comes to the others of each [n, g].
+    best: the greatest value, that of equality.
+    places: which of the training samples were tested [n].
+
+  >>> own = Trial(np.zeros(2, int), np.array([0.9, 0.5]), np.array([[0.8, 0.1], [0.2, 0.6]]), 1.0, np.arange(2))
+  >>> print(own.hits, own.ratios, own.leading)  # (1 - .8) / (1 - .9) and (1 - .6) / (1 - .5)
+  [ True False] [2.  0.8] 1
+  """
+
+  y: np.ndarray
+  members: np.ndarray
+  others: np.ndarray
+  best: float
+  places: np.ndarray
+
+  @property
+  def hits(self) -> np.ndarray:
+    """Which training samples are picked out [n]: nearer than all of their group; a tie is no hit."""
+    return self.members > self.others.max(axis=1)
+
+  @property
+  def ratios(self) -> np.ndarray:
+    """How much farther away the nearest of a group is than the training sample [n]; above 1 for hits."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+      return np.nan_to_num((self.best - self.others.max(axis=1)) / (self.best - self.members), nan=1.0, posinf=np.inf)
+
+  @property
+  def chance(self) -> float:
+    """The share of hits if nothing is known."""
+    return 1 / (1 + self.others.shape[1])
+
+  @property
+  def leading(self) -> int:
+    """How many training samples lie above all others: the true positives without a false one."""
+    return int(np.sum(self.members > self.others.max()))
+
+  @property
+  def p_value(self) -> float:
+    """The odds of this by chance, exact for exchangeable samples: the lesser of two, doubled.
+
+    Of as many hits (the mean sample), binomial; and of as many leading ones (the worst case): a leading sample is the
+    first of those of its class that are left with probability ``chance`` at most.
+    """
+    hits = stats.binomtest(int(self.hits.sum()), len(self.y), self.chance, alternative="greater").pvalue
+    return float(min(1.0, 2 * min(hits, self.chance**self.leading)))
+
+  def shuffled(self, times: int = 1000) -> np.ndarray:
+    """Hits [times] if it is drawn anew within each class who counts as a training sample."""
+    random, hits = np.random.default_rng(0), np.zeros(times, int)
+    scores = np.concatenate([self.members[:, None], self.others], axis=1)
+    for label in np.unique(self.y):
+      own = scores[self.y == label]
+      for turn in range(times):
+        drawn = random.permutation(own.ravel()).reshape(own.shape)
+        hits[turn] += np.sum(drawn[:, 0] > drawn[:, 1:].max(axis=1))
+    return hits
