@@ -415,11 +415,13 @@ def _first_layer(classifier: Classifier, x: jax.Array) -> tuple[jax.Array | None
       if np.abs(offsets - offsets[0]).max() > _ALIKE * np.abs(flat).max():
         continue  # its inputs are not the data: another layer, or they go through something else first
       start = jnp.asarray(offsets[0].reshape(classifier.input_shape), jnp.float32)
+      # Batch norm makes the gradients of a batch add up to 0: their span is one of differences, around the data's mean.
+      around_mean = not classifier.batch_coupled or float(np.std(offsets[0])) > _ALIKE * np.abs(flat).max()
       if classifier.initial_params is None:
-        return start, _span(kernel), place, 1.0
+        return start, _span(kernel, noise=around_mean), place, 1.0
       first = jax.tree.leaves(classifier.initial_params)[place]
       change, left = _change(kernel, first.T if turned else first)
-      return start, _span(change), place, left
+      return start, _span(change) if around_mean else None, place, left
   return None, None, None, 1.0
 
 
@@ -444,10 +446,12 @@ def _change(kernel: jax.Array, first: jax.Array) -> tuple[jax.Array, float]:
   return jnp.asarray(change, kernel.dtype), left
 
 
-def _span(kernel: jax.Array) -> InputSpan | None:
+def _span(kernel: jax.Array, *, noise: bool = True) -> InputSpan | None:
   """The span before a fall of the singular values, else that above a floor of noise, if there is either."""
   fall = _fall(kernel)
-  return span_above_noise(kernel) if fall is None else input_span(kernel, tolerance=fall)
+  if fall is not None:
+    return input_span(kernel, tolerance=fall)
+  return span_above_noise(kernel) if noise else None
 
 
 def _fall(kernel: jax.Array) -> float | None:

@@ -1,5 +1,7 @@
 """What the weights say: the same for everybody's names and layouts, exact where theory is, and silent where it ends."""
 
+import dataclasses
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -361,6 +363,14 @@ class TestKnownStart:
     assert left == pytest.approx(1.0, abs=1e-5)
     assert span.strengths.size == 5  # samples
     np.testing.assert_allclose(x @ span.basis @ span.basis.T, x, atol=0.02)
+
+  def test_with_batch_norm_it_is_a_span_of_differences_and_told_around_a_mean_only(self):
+    _, _, classifier = self.trained()
+    coupled = dataclasses.replace(classifier, batch_coupled=True)
+    assert examination._first_layer(coupled, random((3, 20), 8))[1] is None
+    mean = random((1, 20), 9)
+    centred = dataclasses.replace(coupled, predict_fn=lambda p, x: mlp(p, x - mean))
+    assert examination._first_layer(centred, random((3, 20), 8))[1].strengths.size == 5
 
   def test_what_weight_decay_left_of_the_start_is_found_and_taken_away(self):
     x, first, classifier = self.trained(weight_decay=0.1)

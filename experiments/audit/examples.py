@@ -176,7 +176,7 @@ _TRAINING: Mapping[str, Mapping[str, Any]] = {
   "resnet": {"num_steps": 1500, "learning_rate": 0.3},
   "smooth": {"num_steps": 8000, "learning_rate": 0.0205},
   "function": {"num_steps": 3000, "learning_rate": 0.051},
-  "haim": {"num_steps": 4000, "learning_rate": 0.3, "last_share": 0.03, "target_loss": 3e-8},
+  "haim": {"num_steps": 6000, "learning_rate": 0.1, "last_share": 0.03, "target_loss": 3e-8},
   "buzaglo": {"num_steps": 4000, "learning_rate": 0.3, "last_share": 0.03, "target_loss": 3e-8},
 }
 
