@@ -20,7 +20,7 @@ ApplyFn = Callable[[PyTree, jax.Array], jax.Array]
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["params", "statistics", "offset"],
+  data_fields=["params", "statistics", "offset", "initial_params"],
   meta_fields=[
     "apply_fn",
     "gradient_fn",
@@ -62,6 +62,8 @@ class Classifier:
       training data, if known. It is part of what a classifier reveals.
     value_range: least and greatest value of an input; None if unbounded.
     weight_decay: the strength w of the weight decay that the classifier was trained with, if known.
+    initial_params: the parameters from which it was trained, a tree like ``params``, if known: those of a public
+      network that was fine-tuned. Then the data account for the change.
   """
 
   apply_fn: ApplyFn
@@ -77,6 +79,7 @@ class Classifier:
   offset: jax.Array | None = None
   value_range: tuple[float, float] | None = (0.0, 1.0)
   weight_decay: float | None = None
+  initial_params: PyTree | None = None
 
   @property
   def num_classes(self) -> int:
@@ -159,6 +162,7 @@ def make_classifier(
   offset: ArrayLike | None = None,
   value_range: tuple[float, float] | None = (0.0, 1.0),
   weight_decay: float | None = None,
+  initial_params: PyTree | None = None,
 ) -> Classifier:
   """Checks the parts of a classifier, which are described in `Classifier`, and puts them together.
 
@@ -216,6 +220,12 @@ def make_classifier(
       raise ValueError(f"value_range must be (least, greatest), or None if unbounded; got {value_range}.")
   if weight_decay is not None:
     _checks.check_positive("weight_decay", weight_decay)
+  if initial_params is not None:
+    _checks.check_same_shapes("initial_params", initial_params, "params", params)
+    _checks.check_finite("initial_params", initial_params)
+    pairs = zip(*map(jax.tree.leaves, (initial_params, params)), strict=True)
+    if all(bool(jnp.array_equal(a, b)) for a, b in pairs):
+      raise ValueError("initial_params must differ from params; nothing was trained.")
   return Classifier(
     apply_fn=apply_fn,
     params=params,
@@ -229,4 +239,5 @@ def make_classifier(
     offset=None if offset is None else jnp.asarray(offset),
     value_range=value_range,
     weight_decay=weight_decay,
+    initial_params=initial_params,
   )

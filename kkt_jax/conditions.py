@@ -80,14 +80,19 @@ def max_margin_conditions(
   scale = rate / num_samples
   if alpha is not None:
     scale = scale * jnp.exp(jnp.asarray(alpha) * (2 * rate - 1))
-  target = jax.tree.map(lambda p, group: jnp.where(group == 0, scale * p, jnp.zeros_like(p)), params, groups)
-  mask = jax.tree.map(lambda p, group: (group < 1).astype(jnp.result_type(p)), params, groups)
+  target, mask = _of_groups(params, groups, scale)
   if _checks.concrete(jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(target)]))) is False:
     raise ValueError(
       "solution must have a target group with parameters other than 0 and a rate other than 0; got target rate"
       f" {float(rate):.3g}, and everything in the target is 0."
     )
   return Conditions(*jax.lax.stop_gradient((target, mask)))
+
+
+@jax.jit  # one compilation for all tensors
+def _of_groups(params: PyTree, groups: PyTree, scale: jax.Array) -> tuple[PyTree, PyTree]:
+  target = jax.tree.map(lambda p, group: jnp.where(group == 0, scale * p, jnp.zeros_like(p)), params, groups)
+  return target, jax.tree.map(lambda p, group: (group < 1).astype(jnp.result_type(p)), params, groups)
 
 
 def weight_decay_conditions(params: PyTree, *, weight_decay: float = 1.0) -> Conditions:

@@ -4,22 +4,24 @@
 classifier was of them (last layer). `kkt_jax.recipes.default` turns this into a recipe, for anybody's classifier.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kkt_jax import _checks, homogeneity, symmetries, vertices
-from kkt_jax.classifier import Classifier, PyTree
+from kkt_jax.classifier import ApplyFn, Classifier, PyTree
 from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_conditions
-from kkt_jax.first_layer import input_span, InputSpan
+from kkt_jax.first_layer import input_span, InputSpan, span_above_noise
+from kkt_jax.homogeneity import tensor_names
 from kkt_jax.last_layer import collapsed_features, collapsed_margin, typical_margin
 
-FORMS = ("weight_decay", "max_margin")
+FORMS = ("weight_decay", "max_margin", "change")
 HOPELESS = 0.05  # share of the target that no data can account for, above which an audit is not worth its time
 _HOMOGENEOUS = 1e-2  # greatest error of scaling that counts as none
 _PROBES = 24
@@ -27,6 +29,9 @@ _FILLED = 0.9  # greatest share of a layer's directions that data may fill for t
 _FALL, _NOTHING = 5.0, 1e-4  # least fall of singular values that ends a span, and the most that may follow it
 _ROUNDING = 1e-7  # relative to the greatest singular value; what is smaller is indistinguishable from it
 _ALIKE = 1e-3  # relative error below which two gradients are the same
+_TURNS = 8  # most turns of finding what is left of a known start
+_MOST_LEFT_OUT, _TRIED = 8, 3  # tensors that are left out at most, and of how many the first possible one is taken
+_TIE = 0.01  # relative difference of two bounds that says nothing of which form it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +57,14 @@ class Examination:
 
   Attributes:
     classifier: the classifier.
-    form: ``"weight_decay"`` or ``"max_margin"``: which stationarity condition its weights obey.
+    form: ``"weight_decay"`` or ``"max_margin"``: which stationarity condition its weights obey; ``"change"`` if their
+      start is known: gradients of the data have accumulated to what has changed since.
     why: why that form.
-    conditions: the stationarity condition of that form.
+    conditions: the stationarity condition of that form, less the tensors that are left out.
+    bounds: for each form, the share of its target that no data can account for, less what is left out for it.
+    left_out: tensors without which the conditions of that form can hold, by name, with the share of the whole target
+      that lies in each and that no data can account for: those that kept their initialisation, or were trained in
+      another way. None if everything fits, and none if nothing sensible would remain.
     free: which tensors have no scale of their own (before a normalisation), a pytree of bools; weight decay leaves no
       condition on them.
     rates: Lambda, balanced.
@@ -73,6 +83,8 @@ class Examination:
   form: str
   why: str
   conditions: Conditions
+  bounds: Mapping[str, float]
+  left_out: Mapping[str, float]
   free: PyTree
   rates: homogeneity.RateSolution
   scaling_error: float
@@ -83,14 +95,9 @@ class Examination:
   margin: float | None
   probes: jax.Array
 
-  @functools.cached_property
-  def bounds(self) -> Mapping[str, float]:
-    """For each form, the share of its target that no data can account for; seconds to minutes of work."""
-    return _bounds(self.classifier, _possible(self.classifier, self.rates, self.free), self.probes)
-
   @property
   def bound(self) -> float:
-    """The share of the target that no data can account for."""
+    """The share of the target that no data can account for, less what is left out."""
     return self.bounds[self.form]
 
   @property
@@ -120,6 +127,10 @@ class Examination:
       return None
     return collapsed_features(last.kernel, last.scale, last.shift), last.scale
 
+  def _left_out(self) -> list[str]:
+    names = ", ".join(f"{name} ({share:.0%} of everything)" for name, share in self.left_out.items())
+    return [f"Left out, because no data whatever could have caused them: {names}."] if names else []
+
   def _provable(self) -> str:
     """Which samples could be proven to be training samples (`kkt_jax.vertices`)."""
     if self.span is None or self.classifier.value_range is None:
@@ -134,23 +145,37 @@ class Examination:
     trained = {
       "weight_decay": "weights trained to convergence with weight decay",
       "max_margin": "weights that gradient descent drove to a maximal margin",
+      "change": "the change of weights since their start",
     }[self.form]
     dimensions = math.prod(self.classifier.input_shape)
     lines = [
       f"{count:,} parameters, {self.classifier.num_classes} classes,"
       f" {'batch norm' if self.classifier.batch_coupled else 'no batch norm'}.",
       f"They are examined as {trained}, because {self.why}.",
-      f"Share of them that no data whatever could have caused: {self.bound:.2%}"
+      *self._left_out(),
+      f"Share of {'the others' if self.left_out else 'them'} that no data whatever could have caused: {self.bound:.2%}"
       f" ({'too much' if self.bound > HOPELESS else 'fine'}; the limit is {HOPELESS:.0%}).",
       "They do not reveal in which directions the data lie."
       if self.span is None
-      else f"They confine the data to {self.span.strengths.size} of {dimensions} dimensions.{self._provable()}",
+      else f"They confine the data to {self.span.strengths.size} of {dimensions} dimensions{_blurred(self.span)}."
+      f"{self._provable()}",
       _subtracted(self.start),
       "They do not reveal the margin of the data."
       if self.margin is None
       else f"The data have a typical margin of {self.margin:.4g} logits.",
     ]
     return "\n".join(lines)
+
+
+def _blurred(span: InputSpan) -> str:
+  """How far a span is off that stands out of noise, by the sine of its angle with the true one."""
+  if not span.blur:
+    return ""
+  best, worst = (float(span.blur / span.strengths[k]) for k in (0, -1))
+  return (
+    ", those that stand out of noise (what is left of the initialisation, or rounding), which blurs the clearest of"
+    f" them by {best:.2g} and the faintest by {worst:.2g} of its length"
+  )
 
 
 def _subtracted(start: jax.Array | None) -> str:
@@ -171,15 +196,15 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
 
   Args:
     classifier: the classifier.
-    form: one of `FORMS`; chosen if None: weight decay if its strength is known, the max-margin form with batch norm,
-      else the form whose target more data can account for.
+    form: one of `FORMS`; chosen if None: the change if the start is known, weight decay if its strength is known, the
+      max-margin form with batch norm, else the form whose target data can account for.
     seed: of the inputs.
 
   Returns:
     An `Examination`.
 
   Raises:
-    ValueError: another form.
+    ValueError: another form, or the change of a classifier whose start is unknown.
 
   >>> from kkt_jax.classifier import make_classifier
   >>> params = {"w1": jnp.eye(4), "w2": jnp.ones((4, 2))}
@@ -189,17 +214,26 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
   """
   if form is not None:
     _checks.check_choice("form", form, FORMS)
+  if form == "change" and classifier.initial_params is None:
+    raise ValueError("form must not be 'change' for a classifier without initial_params.")
   params = classifier.params
   key, shape = jax.random.key(seed), (_PROBES, *classifier.input_shape)
   bounded = classifier.value_range is not None
   probes = classifier.from_unit(jax.random.uniform(key, shape)) if bounded else jax.random.normal(key, shape)
   rates = homogeneity.balanced(homogeneity.derivative_equations(classifier.apply_fn, params, probes), params)
   alphas = jnp.linspace(-0.5, 0.5, 5)
-  error = float(homogeneity.scaling_error(classifier.apply_fn, params, rates.rates, probes, alphas))
+  scaling = jax.jit(functools.partial(homogeneity.scaling_error, classifier.apply_fn))
+  error = float(scaling(params, rates.rates, probes, alphas))
   free = symmetries.scale_invariant(classifier.apply_fn, params, probes)
-  possible = _possible(classifier, rates, free)
-  chosen, why = (form, "it was asked for") if form else _choose(classifier, rates, error, possible, probes)
-  start, span, first = _first_layer(classifier, probes)
+  start, span, first, left = _first_layer(classifier, probes)
+  forms = [form] if form else FORMS[2:] if classifier.initial_params is not None else FORMS[:2]
+  conditions = _possible(classifier, rates, free, left)
+  possible = {name: _attainable(classifier, conditions[name], probes, first) for name in forms}
+  blurred = span is not None and bool(span.blur)
+  if form is None and classifier.initial_params is not None:
+    form, why = "change", f"their start is known, of which {left:.4g} times its weights are still in them"
+  else:
+    form, why = (form, "it was asked for") if form else _choose(classifier, rates, error, possible, blurred)
   last, last_kernel, last_bias = _last_layer(classifier, probes)
   leaves, structure = jax.tree.flatten(params)
   roles = ["kernel" if leaf.ndim > 1 else "other" for leaf in leaves]
@@ -209,9 +243,11 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
     roles[last_bias] = "last bias"
   return Examination(
     classifier=classifier,
-    form=chosen,
+    form=form,
     why=why,
-    conditions=possible[chosen],
+    conditions=possible[form].conditions,
+    bounds={name: own.bound for name, own in possible.items()},
+    left_out=possible[form].left_out,
     free=free,
     rates=rates,
     scaling_error=error,
@@ -224,29 +260,75 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
   )
 
 
-def _possible(classifier: Classifier, rates: homogeneity.RateSolution, free: PyTree) -> dict[str, Conditions]:
-  """The condition of each form; weight decay leaves none on what has no scale of its own."""
+def _possible(
+  classifier: Classifier, rates: homogeneity.RateSolution, free: PyTree, left: float
+) -> dict[str, Conditions]:
+  """The condition of each form; weight decay leaves none on what has no scale of its own.
+
+  With momentum, minibatches and weight decay alike, weights are a multiple of the start, ``left``, and a sum of
+  gradients along the way. The gradients at its end stand for these.
+  """
   decay = weight_decay_conditions(classifier.params, weight_decay=classifier.weight_decay or 1.0)
   masks = jax.tree.map(lambda own, ones: jnp.zeros_like(ones) if own else ones, free, decay.mask)
-  return {
+  possible = {
     "weight_decay": dataclasses.replace(decay, mask=masks),
     "max_margin": max_margin_conditions(classifier.params, rates),
   }
+  if classifier.initial_params is not None:
+    change = jax.tree.map(lambda own, first: own - left * first, classifier.params, classifier.initial_params)
+    possible["change"] = Conditions(change, decay.mask)
+  return possible
 
 
-def _bounds(classifier: Classifier, possible: Mapping[str, Conditions], probes: jax.Array) -> dict[str, float]:
-  return {
-    name: symmetries.least_residual(classifier.apply_fn, classifier.params, own, probes).value
-    for name, own in possible.items()
-  }
+class _Attainable(NamedTuple):
+  """Conditions, the tensors that were left out of them for their sake, and the bound of the others."""
+
+  conditions: Conditions
+  left_out: Mapping[str, float]
+  bound: float
+
+
+def _attainable(classifier: Classifier, conditions: Conditions, probes: jax.Array, first: int | None) -> _Attainable:
+  """The conditions without the tensors that account for most of what is out of reach, if they can hold then.
+
+  A tensor on which no symmetry bears has a bound of 0 whatever it is. So what is left must be moved by one, and be the
+  first kernel, at place ``first``, or more than half of the parameters.
+  """
+  names, structure = tensor_names(conditions.mask), jax.tree.structure(conditions.mask)
+  sizes = {name: leaf.size for name, leaf in zip(names, jax.tree.leaves(conditions.mask), strict=True)}
+
+  def without(left: Sequence[str]) -> Conditions:
+    leaves = zip(names, jax.tree.leaves(conditions.mask), strict=True)
+    masks = [jnp.zeros_like(leaf) if name in left else leaf for name, leaf in leaves]
+    return dataclasses.replace(conditions, mask=jax.tree.unflatten(structure, masks))
+
+  def judge(left: Sequence[str]) -> symmetries.LeastResidual:
+    return symmetries.least_residual(classifier.apply_fn, classifier.params, without(left), probes)
+
+  def tells(found: symmetries.LeastResidual) -> bool:
+    known = first is not None and names[first] in found.by_tensor
+    return known or 2 * sum(sizes[name] for name in found.by_tensor) > sum(sizes.values())
+
+  whole = found = judge([])
+  left: list[str] = []
+  while found.value > HOPELESS and len(left) < _MOST_LEFT_OUT:
+    worst = sorted(found.by_tensor, key=lambda name: -found.by_tensor[name])[:_TRIED]
+    trials = ((name, judge([*left, name])) for name in worst)
+    name, trial = next(((name, own) for name, own in trials if tells(own)), ("", found))
+    if not name:
+      break
+    left, found = [*left, name], trial
+  if found.value > HOPELESS:
+    return _Attainable(conditions, {}, whole.value)
+  return _Attainable(without(left), {name: whole.by_tensor.get(name, 0.0) for name in left}, found.value)
 
 
 def _choose(
   classifier: Classifier,
   rates: homogeneity.RateSolution,
   error: float,
-  possible: Mapping[str, Conditions],
-  probes: jax.Array,
+  possible: Mapping[str, _Attainable],
+  blurred: bool,
 ) -> tuple[str, str]:
   """The form, and why."""
   if classifier.weight_decay is not None:
@@ -260,14 +342,16 @@ def _choose(
   trivial = bool(rates.null_space_dimension == 0) and float(rates.target_rate) > 1 - _HOMOGENEOUS
   if error > _HOMOGENEOUS or trivial:
     return "weight_decay", "nothing before the last layer is quasi-homogeneous, which the max-margin form needs"
-  bounds = _bounds(classifier, possible, probes)
-  decay, margin = bounds["weight_decay"], bounds["max_margin"]
+  decay, margin = possible["weight_decay"].bound, possible["max_margin"].bound
   if min(decay, margin) > HOPELESS:
-    chosen = "weight_decay" if decay <= margin else "max_margin"
+    if abs(decay - margin) <= _TIE * decay:
+      return "weight_decay", f"neither form fits, and one as little as the other ({decay:.2g} is out of reach)"
     return (
-      chosen,
+      "weight_decay" if decay < margin else "max_margin",
       f"neither form fits ({decay:.2g} and {margin:.2g} of the targets are out of reach) and it fits better",
     )
+  if margin <= HOPELESS and (blurred or possible["weight_decay"].left_out):
+    return "max_margin", "they still hold some of their initialisation, which weight decay would have undone"
   if decay <= max(0.01, margin):
     return (
       "weight_decay",
@@ -290,13 +374,13 @@ def _margin(classifier: Classifier, last: LastLayer | None) -> float | None:
 
 def _gradients(classifier: Classifier, weights: jax.Array, samples: jax.Array) -> list[list[np.ndarray]]:
   """For each sample the gradient of ``weights . logits`` at inference by every tensor."""
+  found = [_gradient(classifier.predict_fn, classifier.params, weights, sample) for sample in samples]
+  return [[np.asarray(g, np.float64) for g in jax.tree.leaves(own)] for own in found]
 
-  @jax.jit
-  def gradient(sample: jax.Array) -> list[jax.Array]:
-    logit = lambda params: jnp.vdot(classifier.predict_fn(params, sample[None])[0], weights)
-    return jax.tree.leaves(jax.grad(logit)(classifier.params))
 
-  return [[np.asarray(g, np.float64) for g in gradient(sample)] for sample in samples]
+@functools.partial(jax.jit, static_argnames="predict_fn")
+def _gradient(predict_fn: ApplyFn, params: PyTree, weights: jax.Array, sample: jax.Array) -> PyTree:
+  return jax.grad(lambda p: jnp.vdot(predict_fn(p, sample[None])[0], weights))(params)
 
 
 def _matrices(leaves: list[jax.Array], size: int, *, axis: int) -> list[tuple[int, bool]]:
@@ -305,8 +389,10 @@ def _matrices(leaves: list[jax.Array], size: int, *, axis: int) -> list[tuple[in
   return [(i, turned) for turned in (False, True) for i, shape in flat if shape[1 - axis if turned else axis] == size]
 
 
-def _first_layer(classifier: Classifier, x: jax.Array) -> tuple[jax.Array | None, InputSpan | None, int | None]:
+def _first_layer(classifier: Classifier, x: jax.Array) -> tuple[jax.Array | None, InputSpan | None, int | None, float]:
   """What a network subtracts from its inputs, and the span and place of a fully connected first layer, if it has one.
+
+  Last comes how much of a known start is left in it; 1 if that is unknown.
 
   The gradient of any logit by the kernel of such a layer is the outer product of the layer's input with the gradient by
   its bias. So the input that the layer sees follows from gradients, and from it what was subtracted.
@@ -329,9 +415,43 @@ def _first_layer(classifier: Classifier, x: jax.Array) -> tuple[jax.Array | None
       if np.abs(offsets - offsets[0]).max() > _ALIKE * np.abs(flat).max():
         continue  # its inputs are not the data: another layer, or they go through something else first
       start = jnp.asarray(offsets[0].reshape(classifier.input_shape), jnp.float32)
-      fall = _fall(kernel)
-      return start, None if fall is None else input_span(kernel, tolerance=fall), place
-  return None, None, None
+      # Batch norm makes the gradients of a batch add up to 0: their span is one of differences, around the data's mean.
+      around_mean = not classifier.batch_coupled or float(np.std(offsets[0])) > _ALIKE * np.abs(flat).max()
+      if classifier.initial_params is None:
+        return start, _span(kernel, noise=around_mean), place, 1.0
+      first = jax.tree.leaves(classifier.initial_params)[place]
+      change, left = _change(kernel, first.T if turned else first)
+      return start, _span(change) if around_mean else None, place, left
+  return None, None, None, 1.0
+
+
+def _change(kernel: jax.Array, first: jax.Array) -> tuple[jax.Array, float]:
+  """``W - c W_0`` with the c that leaves nothing in directions without data, and c.
+
+  Weight decay shrinks the start: there ``W = c W_0``. A singular value with vectors u and v falls with c at the rate
+  ``d = u^T W_0 v``, and becomes 0 where s = d times a step, for all directions without data at once. The step is the
+  least squares solution of these equations, each divided by s, so that those of data do not count.
+  """
+  final, initial = np.asarray(kernel, np.float64), np.asarray(first, np.float64)
+  change, left = final - initial, 1.0
+  for _ in range(_TURNS):
+    u, s, vt = np.linalg.svd(change, full_matrices=False)
+    size = np.maximum(s, _ROUNDING * max(s[0], 1e-30))
+    rates = np.sum((u.T @ initial) * vt, axis=1) / size
+    step = float(np.vdot(rates, s / size) / np.vdot(rates, rates))
+    left += step
+    change = final - left * initial
+    if abs(step) < _ROUNDING:
+      break
+  return jnp.asarray(change, kernel.dtype), left
+
+
+def _span(kernel: jax.Array, *, noise: bool = True) -> InputSpan | None:
+  """The span before a fall of the singular values, else that above a floor of noise, if there is either."""
+  fall = _fall(kernel)
+  if fall is not None:
+    return input_span(kernel, tolerance=fall)
+  return span_above_noise(kernel) if noise else None
 
 
 def _fall(kernel: jax.Array) -> float | None:

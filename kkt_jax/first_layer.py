@@ -8,8 +8,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+import numpy as np
 
 from kkt_jax import _checks
+
+_FAINT = 0.01  # of the greatest singular value: the most that noise may reach for a span to be told above it
+_FILLED = 0.9  # greatest share of the directions that data may fill
+_SURE = 3.2724  # Tracy-Widom's law (beta = 1) lies below it with a probability of 99.9 %
+_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)  # quantiles of the spectrum that are held against those of noise
+_LIKE_NOISE = 0.02  # greatest difference of these, in units of the edge; of K values one more K-th
+_QUIET = 4.0  # standard deviations of a squared row's length up to which it is one of noise
 
 
 class InputSpan(NamedTuple):
@@ -18,10 +26,25 @@ class InputSpan(NamedTuple):
   Attributes:
     basis: orthonormal columns [D, r], the most important direction first.
     strengths: how strongly each direction is written into the weights [r], positive, falling.
+    blur: what is left of the initialisation outside of the true span, in the unit of ``strengths``; 0 if nothing is.
+      The angle of direction k with the true span is about ``blur / strengths[k]``.
   """
 
   basis: jax.Array
   strengths: jax.Array
+  blur: float = 0.0
+
+
+class NoiseFloor(NamedTuple):
+  """What remains of a matrix behind its greatest singular values, if that is noise.
+
+  Attributes:
+    rank: how many singular values stand out.
+    deviation: standard deviation of the entries of the noise.
+  """
+
+  rank: int
+  deviation: float
 
 
 def input_span(kernel: ArrayLike, *, tolerance: float) -> InputSpan:
@@ -58,6 +81,108 @@ def input_span(kernel: ArrayLike, *, tolerance: float) -> InputSpan:
   if not rank:
     raise ValueError("kernel must not be all zeros.")
   return InputSpan(basis[:, :rank], strengths[:rank])
+
+
+def noise_floor(strengths: ArrayLike, shape: tuple[int, int]) -> NoiseFloor | None:
+  """How many singular values stand out of independent random entries, after Kritchman and Nadler (2008).
+
+  A first layer that starts at W_0, with independent entries of deviation s, and is trained without weight decay ends
+  at ``W = W_0 + sum_i x_i delta_i^T``. If the r directions of the sum are strong, W's first r singular vectors on
+  either side are theirs, and the other singular values are those of W_0 without them: of a random matrix n x m with
+  n = D - r and m = F - r. Of such a matrix is known
+
+  - the sum of its squares, n m s^2, which tells s,
+  - the law of its squares (Marchenko and Pastur 1967), between ``s (sqrt(m) -+ sqrt(n))`` squared,
+  - how far beyond that the greatest may be (Tracy and Widom; Johnstone 2001): its square is
+    ``s^2 (mu^2 + mu (1 / sqrt(m) + 1 / sqrt(n))^(1/3) t)``, mu = sqrt(m) + sqrt(n), with t < 3.27 in 99.9 of 100.
+
+  The rank is the least r for which the greatest of the others is below that edge. They pass for noise if their
+  quantiles are those of the law, to 2 % of the edge.
+
+  | case                                                       | result                              |
+  |------------------------------------------------------------|-------------------------------------|
+  | weights that stay near their start: an edge above 1 % of   | None: most directions of the data   |
+  | the greatest value, as with PyTorch's initialisation       | would be below it                   |
+  | more than 90 % of the directions filled                    | None                                |
+  | weight decay: what follows falls off, or is rounding       | None: it is no noise                |
+  | zeros                                                      | None                                |
+
+  Args:
+    strengths: all singular values of the matrix [min(D, F)], falling.
+    shape: (D, F).
+
+  Returns:
+    A `NoiseFloor`, or None if there is none.
+
+  >>> random = np.random.default_rng(0)
+  >>> weights = 1e-3 * random.normal(size=(60, 90)) + random.normal(size=(60, 5)) @ random.normal(size=(5, 90))
+  >>> noise_floor(np.linalg.svd(weights, compute_uv=False), (60, 90)).rank
+  5
+  """
+  values = np.asarray(strengths, np.float64)
+  ranks = np.arange(int(_FILLED * len(values)))
+  n, m = shape[0] - ranks, shape[1] - ranks
+  deviations = np.sqrt(np.cumsum(values[::-1] ** 2)[::-1][ranks] / (n * m))
+  mu = np.sqrt(m) + np.sqrt(n)
+  edges = deviations * np.sqrt(mu**2 + _SURE * mu * (1 / np.sqrt(m) + 1 / np.sqrt(n)) ** (1 / 3))
+  below = np.flatnonzero(values[ranks] <= edges)
+  if not below.size or edges[below[0]] > _FAINT * values[0] or not values[0]:
+    return None
+  rank = int(below[0])
+  rest, reach = values[rank:] / deviations[rank], mu[rank]
+  unlike = np.abs(np.quantile(rest, _SHARES) - _noise_quantiles(n[rank], m[rank])) / reach
+  return NoiseFloor(rank, float(deviations[rank])) if unlike.max() <= _LIKE_NOISE + 1 / len(rest) else None
+
+
+def _noise_quantiles(n: int, m: int) -> np.ndarray:
+  """Quantiles of the singular values of an n x m matrix of independent entries of variance 1 (Marchenko-Pastur)."""
+  low, high = abs(m**0.5 - n**0.5) ** 2, (m**0.5 + n**0.5) ** 2
+  angle = np.linspace(0, np.pi, 2001)[1:-1]  # squares are (low + high) / 2 - (high - low) / 2 cos(angle)
+  squares = (low + high) / 2 - (high - low) / 2 * np.cos(angle)
+  distribution = np.cumsum(np.sin(angle) ** 2 / squares)
+  return np.sqrt(np.interp(_SHARES, distribution / distribution[-1], squares))
+
+
+def span_above_noise(kernel: ArrayLike) -> InputSpan | None:
+  """The span of the training inputs above what is left of a small random initialisation, see `noise_floor`.
+
+  Inputs that never vary, such as black pixels at the border, have rows of W that only hold the initialisation; they are
+  told by their length, and left out, so that they blur nothing.
+
+  Args:
+    kernel: W [D, F].
+
+  Returns:
+    An `InputSpan` with its blur; None if there is no such floor.
+
+  >>> random = np.random.default_rng(0)
+  >>> weights = 1e-3 * random.normal(size=(60, 90)) + random.normal(size=(60, 5)) @ random.normal(size=(5, 90))
+  >>> span = span_above_noise(weights)
+  >>> span.basis.shape, round(span.blur, 4)  # 1e-3 sqrt(60 - 5)
+  ((60, 5), 0.0074)
+  """
+  kernel = np.asarray(kernel)
+  found = _above_noise(kernel, len(kernel))
+  if found is None:
+    return None
+  floor, span = found
+  squares = np.sum(np.square(kernel, dtype=np.float64), axis=1)
+  width = kernel.shape[1]
+  loud = squares > floor.deviation**2 * (width + _QUIET * (2 * width) ** 0.5)
+  if not loud.all():
+    found = _above_noise(np.where(loud[:, None], kernel, 0), int(loud.sum()))
+  return span if found is None else found[1]
+
+
+def _above_noise(kernel: np.ndarray, rows: int) -> tuple[NoiseFloor, InputSpan] | None:
+  """The floor and the span of a matrix with so many rows that are not 0."""
+  basis, strengths, _ = np.linalg.svd(kernel, full_matrices=False)
+  floor = noise_floor(strengths[:rows], (rows, kernel.shape[1]))
+  if floor is None or not floor.rank:
+    return None
+  rank, deviation = floor
+  blur = deviation * (rows - rank) ** 0.5
+  return floor, InputSpan(jnp.asarray(basis[:, :rank]), jnp.asarray(strengths[:rank]), blur)
 
 
 def input_moments(kernel: ArrayLike, bias: ArrayLike, mean: ArrayLike, var: ArrayLike) -> tuple[jax.Array, jax.Array]:

@@ -326,12 +326,16 @@ def parameter_groups(solution: RateSolution, *, tolerance: float = 1e-3) -> PyTr
   >>> print(parameter_groups(given_rates({"w": jnp.array([0.0, 0.5, 1.0])}, params, target_rate=0.5))["w"])
   [-1  0  1]
   """
+  return _grouped(solution.rates, solution.target_rate, tolerance)
 
+
+@jax.jit  # one compilation for all tensors
+def _grouped(rates: PyTree, target_rate: jax.Array, tolerance: float) -> PyTree:
   def group(rate: jax.Array) -> jax.Array:
-    ahead = rate - solution.target_rate
+    ahead = rate - target_rate
     return jnp.where(jnp.abs(ahead) > tolerance, jnp.sign(ahead), 0).astype(jnp.int8)
 
-  return jax.tree.map(group, solution.rates)
+  return jax.tree.map(group, rates)
 
 
 def groups_table(solution: RateSolution, *, tolerance: float = 1e-3) -> str:

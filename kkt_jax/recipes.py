@@ -7,6 +7,7 @@ decides on settings. A user's classifier and those of the experiments go through
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import difflib
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from kkt_jax.terms import Batch, Term
 Measure = Callable[[Conditions, PyTree], jax.Array]
 OptimizerFactory = Callable[[int], optax.GradientTransformation]
 _CHOSEN: Any = None  # what `default` fills in
+_CODES, _SPARE = 20, 1.2  # samples of each class; and by how much more than the span's dimensions they are in all
 RESERVED = ("stationarity", "residual", "total", "margin", "gradient_norm")  # names of other logged metrics
 
 
@@ -220,7 +222,8 @@ def default(examinations: Sequence[Examination]) -> Recipe:
   - **Weight decay of known strength**: the multipliers are the classifier's own probabilities, and the sum has a known
     size.
   - **Anything else**: free multipliers, one for each sample and class, drawn to the classifier's probabilities in the
-    course of the training if the form is weight decay; stationarity is measured by its angle.
+    course of the training if the form is weight decay; stationarity is measured by its angle. Twenty samples of each
+    class, and at least a fifth more in all than the span has dimensions: there are as many training samples as those.
 
   Everywhere: samples in the span of the first layer if that is revealed; inputs in their range; total variation of
   images, the heavier, the more of all dimensions the span fills. The numbers were found on digits (BUILD_NOTES.md).
@@ -230,6 +233,7 @@ def default(examinations: Sequence[Examination]) -> Recipe:
   share = float(np.mean([own.share for own in examinations]))
   coupled = all(classifier.batch_coupled for classifier in classifiers)
   decay = all(own.form == "weight_decay" for own in examinations)
+  converged = all(own.form == "max_margin" for own in examinations)
   known = decay and all(classifier.weight_decay is not None for classifier in classifiers)
   shared: dict[str, Term] = {}
   if all(classifier.value_range is not None for classifier in classifiers):
@@ -262,11 +266,20 @@ def default(examinations: Sequence[Examination]) -> Recipe:
     rising = lambda progress: jnp.clip((progress - begin) / 0.6, 0.0, 1.0)
     shared["softmax_distance"] = Term(0.3, terms.softmax_distance, rising)
   return Recipe(
-    generators.table(codes=20),
+    generators.table(codes=max(_CODES, *map(_codes, examinations))),
     free_multipliers(),
     Stationarity(72.0, losses.cosine_distance, begin=begin),
-    {"duality": Term(14.0, terms.duality(delta=1.0 if decay else 0.1)), **shared},
+    {"duality": Term(14.0, terms.duality(delta=0.1 if converged else 1.0)), **shared},
     dataclasses.replace(schedule, eta=adam(0.02)),
+  )
+
+
+def _codes(examination: Examination) -> int:
+  """Samples of each class that a span asks for, which has at most as many dimensions as there are samples."""
+  return (
+    0
+    if examination.span is None
+    else math.ceil(_SPARE * examination.span.strengths.size / examination.classifier.num_classes)
   )
 
 

@@ -56,12 +56,15 @@ class Subject:
     """C, the number of classes: that of the logits, and two for one logit."""
     return result_shape("apply_fn", two_logits(self.apply_fn), self.variables_like(), self.input_shape).shape[1]
 
-  def classifier(self, variables: PyTree, labels: Sequence[int] | None = None) -> Classifier:
+  def classifier(
+    self, variables: PyTree, labels: Sequence[int] | None = None, *, initial: PyTree | None = None
+  ) -> Classifier:
     """The classifier with these numbers.
 
     Args:
       variables: the stored values, a tree like the result of ``init_fn``.
       labels: the label of each output; 0..C-1 if None.
+      initial: the variables from which it was trained, a tree like ``variables``, if known.
 
     Returns:
       A `Classifier`.
@@ -91,6 +94,7 @@ class Subject:
       offset=self.offset,
       value_range=self.value_range,
       weight_decay=self.weight_decay,
+      initial_params=initial["params"] if collections and initial is not None else initial,
     )
     found: dict[str, Any] = {}
     if train_fn is not None:

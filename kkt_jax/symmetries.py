@@ -35,6 +35,7 @@ from kkt_jax.conditions import Conditions
 from kkt_jax.homogeneity import tensor_names
 
 _TOLERANCE = 1e-4  # change of the margins, next to that along a generic direction, which counts as none
+_MOVED = 1e-3  # part of a relation up to which it does not move a tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,13 @@ class LeastResidual:
   Attributes:
     value: the bound, the greatest of those below; 0 where no symmetry says anything.
     by_symmetry: the bound that each family of symmetries gives, by what it scales or shifts.
+    by_tensor: for each tensor that a symmetry moves, the share of the whole target that lies in it and is out of reach;
+      the greatest of those that families of symmetries give. Of other tensors the bound says nothing.
   """
 
   value: float
   by_symmetry: Mapping[str, float]
+  by_tensor: Mapping[str, float]
 
 
 def least_residual(apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x: ArrayLike) -> LeastResidual:
@@ -90,9 +94,11 @@ def least_residual(apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x:
   change = _changes(apply_fn, params, x)
   num_classes = jax.eval_shape(apply_fn, params, x).shape[1]
   scalable = [t for t in tensors if np.any(t.value)]  # what is 0 has no scale
-  bounds = _shifts(tensors, num_classes, change) | _whole_tensors(scalable, change) | _units(scalable, change)
-  shares = {name: bound / total if total else 0.0 for name, bound in bounds.items()}
-  return LeastResidual(max(shares.values(), default=0.0), shares)
+  parts = _shifts(tensors, num_classes, change) | _whole_tensors(scalable, change) | _units(scalable, change)
+  shares = {name: sum(own.values()) / total if total else 0.0 for name, own in parts.items()}
+  moved = {name for own in parts.values() for name in own}
+  by_tensor = {name: max(own.get(name, 0.0) for own in parts.values()) / (total or 1.0) for name in moved}
+  return LeastResidual(max(shares.values(), default=0.0), shares, by_tensor)
 
 
 def scale_invariant(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> PyTree:
@@ -148,6 +154,9 @@ def _tensors(params: PyTree, targets: Sequence[np.ndarray]) -> list[_Tensor]:
 
 
 _Change = Callable[[Mapping[int, np.ndarray]], np.ndarray]
+_Parts = dict[
+  str, dict[str, float]
+]  # of families: squared length of what the target has in it, by tensor that it moves
 
 
 def _changes(apply_fn: ApplyFn, params: PyTree, x: jax.Array) -> _Change:
@@ -168,9 +177,9 @@ def _margins_along(apply_fn: ApplyFn, params: PyTree, x: jax.Array, tangents: Py
   return (change - jnp.mean(change, axis=1, keepdims=True)).reshape(-1)
 
 
-def _shifts(tensors: Sequence[_Tensor], num_classes: int, change: _Change) -> dict[str, float]:
-  """Squared lengths of what the targets have in shifts of all logits alike: the same change of all output columns."""
-  bounds = {}
+def _shifts(tensors: Sequence[_Tensor], num_classes: int, change: _Change) -> _Parts:
+  """What the targets have in shifts of all logits alike: the same change of all output columns."""
+  parts: _Parts = {}
   random = np.random.default_rng(0)
   for tensor in tensors:
     if not tensor.value.ndim or tensor.value.shape[-1] != num_classes:
@@ -180,23 +189,26 @@ def _shifts(tensors: Sequence[_Tensor], num_classes: int, change: _Change) -> di
     if np.linalg.norm(change({tensor.index: direction})) <= _TOLERANCE * np.linalg.norm(
       change({tensor.index: one_sided})
     ):
-      bounds[f"shift of {tensor.name}"] = float(np.sum(tensor.target.mean(axis=-1) ** 2) * num_classes)
-  return bounds
+      parts[f"shift of {tensor.name}"] = {tensor.name: float(np.sum(tensor.target.mean(axis=-1) ** 2) * num_classes)}
+  return parts
 
 
-def _whole_tensors(tensors: Sequence[_Tensor], change: _Change) -> dict[str, float]:
+def _whole_tensors(tensors: Sequence[_Tensor], change: _Change) -> _Parts:
   """The same in rescalings of whole tensors against one another."""
   null = _null_space([change({t.index: t.value}) for t in tensors], [_generic(t, change) for t in tensors])
   if not null.shape[1]:
     return {}
   products = np.array([float(np.sum(t.value * t.target)) for t in tensors]) @ null
-  gram = null.T @ (np.array([float(np.sum(t.value**2)) for t in tensors])[:, None] * null)
-  return {"scales of whole tensors": _projection(products, gram)}
+  squares = np.array([float(np.sum(t.value**2)) for t in tensors])
+  scales = null @ _coefficients(products, null.T @ (squares[:, None] * null))
+  moved = np.abs(null).max(axis=1) > _MOVED
+  parts = zip(tensors, scales**2 * squares, moved, strict=True)
+  return {"scales of whole tensors": {t.name: float(part) for t, part, own in parts if own}}
 
 
-def _units(tensors: Sequence[_Tensor], change: _Change) -> dict[str, float]:
+def _units(tensors: Sequence[_Tensor], change: _Change) -> _Parts:
   """The same in rescalings of single units: what comes into each up, what goes out of it down."""
-  bounds: dict[str, float] = {}
+  found: _Parts = {}
   random = np.random.default_rng(1)
   generic = {t.index: _generic(t, change) for t in tensors}
   for width in sorted({t.value.shape[-1] for t in tensors if t.value.ndim}):
@@ -210,9 +222,20 @@ def _units(tensors: Sequence[_Tensor], change: _Change) -> dict[str, float]:
     ]
     null = _null_space(columns, [len(trials) ** 0.5 * generic[t.index] for t, _ in parts])
     if null.shape[1]:
-      moved = [t.name for (t, _), weights in zip(parts, null, strict=True) if np.abs(weights).max() > 1e-3]
-      bounds[f"units of {', '.join(dict.fromkeys(moved))}"] = _projection(*_along_units(parts, null, width))
-  return bounds
+      coefficients = _coefficients(*_along_units(parts, null, width)).reshape(null.shape[1], width)
+      moved = {t.index: t for (t, _), weights in zip(parts, null, strict=True) if np.abs(weights).max() > _MOVED}
+      name = f"units of {', '.join(t.name for t in moved.values())}"
+      found[name] = {t.name: _in_tensor(t, parts, null @ coefficients) for t in moved.values()}
+  return found
+
+
+def _in_tensor(tensor: _Tensor, parts: Sequence[tuple[_Tensor, bool]], scales: np.ndarray) -> float:
+  """The squared length in one tensor of scalings of units, those of each part a row."""
+  factor = np.zeros((1, 1))
+  for (own, outgoing), units in zip(parts, scales, strict=True):
+    if own is tensor:
+      factor = factor + (units[:, None] if outgoing else units[None, :])
+  return float(np.sum((tensor.value * (factor[0] if tensor.value.ndim == 1 else factor)) ** 2))
 
 
 def _along_units(parts: Sequence[tuple[_Tensor, bool]], null: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -262,6 +285,9 @@ def _null_space(columns: Sequence[np.ndarray], sizes: Sequence[float]) -> np.nda
   return np.linalg.qr(basis)[0] if basis.size else basis
 
 
-def _projection(products: np.ndarray, gram: np.ndarray) -> float:
-  """Squared length of a vector's projection on directions, from its products with them and theirs among themselves."""
-  return float(products @ np.linalg.pinv(gram, rcond=1e-9, hermitian=True) @ products)
+def _coefficients(products: np.ndarray, gram: np.ndarray) -> np.ndarray:
+  """Of a vector's projection on directions, from its products with them and theirs among themselves."""
+  from scipy import linalg
+
+  ridge = 1e-10 * max(float(np.trace(gram)) / len(gram), 1e-300)  # directions may depend on one another, or be 0
+  return linalg.cho_solve(linalg.cho_factor(gram + ridge * np.eye(len(gram))), products)

@@ -125,6 +125,8 @@ def with_data(stored, suffix=""):
     ({"classifier": "test_audit:nothing"}, "must return a kkt_jax.Subject; got dict"),
     ({"checkpoint": "/no/where.msgpack"}, "--checkpoint: /no/where.msgpack: there is no such file"),
     ({"classifier": "test_audit:normalised"}, "its tensors are not the classifier's"),
+    ({"form": "change"}, "--form=change needs --initial_checkpoint"),
+    ({"initial_checkpoint": "/no/where.msgpack"}, "--initial_checkpoint: /no/where.msgpack: there is no such file"),
     ({"weights": "stationarity=many"}, "--weights must be name=number"),
     ({"train_data": "/no/where.npz"}, "--train_data=/no/where.npz: .* there is no such file"),
     ({"held_out_data": "same"}, "--held_out_data needs --train_data"),
@@ -563,22 +565,27 @@ def test_training_data_are_told_from_others_and_data_never_seen_are_not(stored, 
   "network",
   [pytest.param(name, marks=[pytest.mark.slow] * (name in ("lenet", "resnet"))) for name in examples.NETWORKS],
 )
-def test_every_example_is_a_classifier_of_ten_digits(tmp_path, network):
+def test_every_example_is_a_classifier_of_digits(tmp_path, network):
   examples.store(tmp_path / "weights.safetensors", examples.NETWORKS[network]().init_fn())
   own = audit.load(f"experiments.audit.examples:{network}", str(tmp_path / "weights.safetensors"))
-  assert own.num_classes == 10
+  assert own.num_classes == (2 if network == "haim" else 10)
   assert own.batch_coupled == (network in ("mlp_batch_norm", "resnet"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("network", "training"), [("function", "theory"), ("resnet", "adam")])
+@pytest.mark.parametrize(
+  ("network", "training"),
+  [("function", "theory"), ("resnet", "adam"), ("haim", "theory"), ("buzaglo", "adam"), ("mlp", "finetune")],
+)
 def test_an_example_is_trained_and_stored_with_its_data_and_says_how_to_audit_it(tmp_path, network, training):
   settings = examples.Config(network=network, steps=2, held_out_per_class=2, training=training)
   command = examples.run(settings, tmp_path)["summary"].split()
   given = dict(argument.removeprefix("--").split("=") for argument in command if argument.startswith("--"))
-  own = audit.load(given["classifier"], given["checkpoint"])
+  own = audit.load(given["classifier"], given["checkpoint"], given.get("initial_checkpoint", ""))
   first = examples.NETWORKS[network]().init_fn()
-  first = jax.tree.leaves(first if network == "function" else first["params"])
+  first = jax.tree.leaves(first.get("params", first))
+  if training == "finetune":
+    first = jax.tree.leaves(own.initial_params)
   moved = [not np.array_equal(a, b) for a, b in zip(first, jax.tree.leaves(own.params), strict=True)]
   assert all(moved)
   for images, count in zip(data.read(given["train_data"], given["held_out_data"], own)[:2], (10, 2), strict=True):

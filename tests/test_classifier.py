@@ -150,3 +150,15 @@ def test_leaves_of_a_classifier_are_its_parameters_and_statistics():
   expected = len(jax.tree.leaves(coupled.params)) + len(jax.tree.leaves(coupled.statistics))
   assert len(jax.tree.leaves(coupled)) == expected
   assert jax.tree.structure(jax.tree.map(lambda leaf: leaf, coupled)) == jax.tree.structure(coupled)
+
+
+def test_a_start_must_be_of_the_same_network_and_another_than_the_end():
+  params = {"w": jnp.ones((2, 3))}
+  make = lambda start: make_classifier(lambda p, x: x @ p["w"], params, (2,), initial_params=start)
+  assert make({"w": jnp.zeros((2, 3))}).initial_params is not None
+  with pytest.raises(ValueError, match="initial_params must differ from params; nothing was trained"):
+    make(params)
+  with pytest.raises(ValueError, match="initial_params"):
+    make({"w": jnp.zeros((2, 4))})
+  with pytest.raises(ValueError, match="initial_params"):
+    make({"w": jnp.full((2, 3), jnp.nan)})

@@ -1,5 +1,7 @@
 """What the weights say: the same for everybody's names and layouts, exact where theory is, and silent where it ends."""
 
+import dataclasses
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from trained_networks import (
 )
 
 import kkt_jax
-from kkt_jax import conditions, examination, examine, losses
+from kkt_jax import conditions, examination, examine, losses, pretrain
 
 slow = pytest.mark.slow
 
@@ -86,7 +88,7 @@ def test_a_span_is_recognised_exactly(rank):
   data, mixed = random((20, rank)), random((rank, 16), 1)
   classifier = kkt_jax.make_classifier(mlp, mlp_params(data @ mixed), (20,))
   probes = jax.random.uniform(jax.random.key(0), (3, 20))
-  start, span, place = examination._first_layer(classifier, probes)
+  start, span, place, _ = examination._first_layer(classifier, probes)
   assert span.basis.shape == (20, rank)
   np.testing.assert_allclose(span.basis @ span.basis.T @ data, data, atol=1e-4)
   np.testing.assert_allclose(start, 0.0, atol=1e-5)
@@ -112,6 +114,18 @@ def test_a_fall_of_the_singular_values_must_be_steep_and_end_in_almost_nothing(s
   assert found == rank
 
 
+def test_a_span_above_a_floor_of_noise_is_recognised_and_said_to_be_blurred():
+  kernel = random((20, 5)) @ random((5, 16), 1) + 5e-3 * random((20, 16), 2)
+  span = examination._span(kernel)
+  assert span.basis.shape == (20, 5)
+  assert span.blur == pytest.approx(5e-3 * 15**0.5, rel=0.3)
+  said = examination._blurred(span)
+  assert "those that stand out of noise (what is left of the initialisation, or rounding)" in said
+  assert f"the faintest by {span.blur / span.strengths[-1]:.2g} of its length" in said
+  cliff = examination._span(random((20, 5)) @ random((5, 16), 1))
+  assert (cliff.strengths.size, cliff.blur, examination._blurred(cliff)) == (5, 0, "")
+
+
 class Convolution(nn.Module):
   @nn.compact
   def __call__(self, x):
@@ -127,7 +141,7 @@ def test_data_that_go_through_something_else_first_leave_no_span(before):
   params = mlp_params(random((20, 3)) @ random((3, 16), 1))
   classifier = kkt_jax.make_classifier(lambda p, x: mlp(p, before(x)), params, (20,))
   probes = jax.random.uniform(jax.random.key(0), (3, 20))
-  assert examination._first_layer(classifier, probes) == (None, None, None)
+  assert examination._first_layer(classifier, probes) == (None, None, None, 1.0)
 
 
 @pytest.mark.slow
@@ -196,7 +210,7 @@ class TestUnits:
   def test_inputs_that_are_scaled_too_are_taken_apart(self, high, shift, scale):
     classifier = self.classifier((0.0, high), lambda x: (x - shift) / scale)
     x = classifier.from_unit(jax.random.uniform(jax.random.key(0), (3, 20)))
-    start, span, _ = examination._first_layer(classifier, x)
+    start, span, _, _ = examination._first_layer(classifier, x)
     np.testing.assert_allclose(start / high, shift / high, atol=1e-4)
     assert span.strengths.size == 3
 
@@ -295,6 +309,90 @@ class TestForm:
     jax.tree.map(np.testing.assert_array_equal, found.conditions, expected)
     with pytest.raises(ValueError, match=r"form must be one of .*; got 'sharp'"):
       examine(found.classifier, form="sharp")
+
+
+class TestLeftOut:
+  """Three layers, the second of which kept its large start, while the others grew by as much from next to nothing."""
+
+  @staticmethod
+  def examined(first=1.0, **settings):
+    w, c, v = random((4, 8)), 20 * random((8, 8), 1), random((8, 3), 2)
+    v = v - jnp.mean(v, axis=1, keepdims=True)
+    params = {"w": first * w / jnp.linalg.norm(w), "b": jnp.zeros(8), "c": c, "v": v / jnp.linalg.norm(v)}
+    apply_fn = lambda p, x: jax.nn.relu(jax.nn.relu(x @ p["w"] + p["b"][None]) @ p["c"]) @ p["v"]
+    return examine(kkt_jax.make_classifier(apply_fn, params, (4,)), **settings)
+
+  @slow
+  def test_a_tensor_that_kept_its_start_is_left_out_and_named(self):
+    found = self.examined()
+    assert list(found.left_out) == ["c"]
+    assert found.left_out["c"] > 0.9
+    assert found.bound < 1e-6  # |w| = |v|
+    assert found.form == "max_margin" and "which weight decay would have undone" in found.why
+    np.testing.assert_array_equal(found.conditions.mask["c"], 0.0)
+    np.testing.assert_array_equal(found.conditions.mask["w"], 1.0)
+    said = str(found)
+    assert "Left out, because no data whatever could have caused them: c (100% of everything)." in said
+    assert "Share of the others that no data whatever could have caused: 0.00% (fine" in said
+
+  @slow
+  def test_nothing_is_left_out_if_what_remains_would_not_fit_or_would_say_nothing(self):
+    found = self.examined(first=5.0)  # out of balance with the last layer: of w alone, or v alone, nothing can be said
+    assert found.left_out == {}
+    assert found.bound > 0.9
+    np.testing.assert_array_equal(found.conditions.mask["c"], 1.0)
+    assert found.why.startswith("neither form fits, and one as little as the other")
+    assert "Left out" not in str(found)
+
+
+class TestKnownStart:
+  """A network that went on from a known start: only the change is made of the data."""
+
+  @staticmethod
+  def trained(num_steps=20, **settings):
+    x, y = random((5, 20), 7), jnp.arange(5) % 3
+    first = mlp_params(random((20, 16)) / 4)
+    settings = {"num_steps": num_steps, "learning_rate": 0.1} | settings
+    last = pretrain.gradient_descent(mlp, first, x, y, **settings).params
+    return x, first, kkt_jax.make_classifier(mlp, last, (20,), value_range=None, initial_params=first)
+
+  @pytest.mark.parametrize("momentum", [0.0, 0.9])
+  def test_the_change_of_the_first_kernel_tells_the_span(self, momentum):
+    x, _, classifier = self.trained(momentum=momentum)
+    _, span, _, left = examination._first_layer(classifier, random((3, 20), 8))
+    assert left == pytest.approx(1.0, abs=1e-5)
+    assert span.strengths.size == 5  # samples
+    np.testing.assert_allclose(x @ span.basis @ span.basis.T, x, atol=0.02)
+
+  def test_with_batch_norm_it_is_a_span_of_differences_and_told_around_a_mean_only(self):
+    _, _, classifier = self.trained()
+    coupled = dataclasses.replace(classifier, batch_coupled=True)
+    assert examination._first_layer(coupled, random((3, 20), 8))[1] is None
+    mean = random((1, 20), 9)
+    centred = dataclasses.replace(coupled, predict_fn=lambda p, x: mlp(p, x - mean))
+    assert examination._first_layer(centred, random((3, 20), 8))[1].strengths.size == 5
+
+  def test_what_weight_decay_left_of_the_start_is_found_and_taken_away(self):
+    x, first, classifier = self.trained(weight_decay=0.1)
+    _, span, _, left = examination._first_layer(classifier, random((3, 20), 8))
+    assert left == pytest.approx(0.99**20, abs=1e-5)  # each step leaves 1 - .1 * .1 of it
+    assert span.strengths.size == 5
+    np.testing.assert_allclose(x @ span.basis @ span.basis.T, x, atol=0.02)
+
+  @slow
+  def test_the_conditions_are_those_of_the_change(self):
+    _, first, classifier = self.trained(weight_decay=0.1)
+    found = examine(classifier)
+    assert found.form == "change" and "their start is known, of which 0.8179 times" in found.why
+    expected = jax.tree.map(lambda a, b: a - 0.99**20 * b, classifier.params, first)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found.conditions.target, expected)
+    assert list(found.bounds) == ["change"]
+    assert found.bound < examination.HOPELESS
+
+  def test_an_unknown_start_has_no_change(self):
+    classifier = kkt_jax.make_classifier(mlp, mlp_params(random((20, 16))), (20,))
+    with pytest.raises(ValueError, match="form must not be 'change' for a classifier without initial_params"):
+      examine(classifier, form="change")
 
 
 def test_weight_decay_leaves_no_condition_on_what_has_no_scale():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kkt_jax import pretrain
-from kkt_jax.first_layer import input_moments, input_span
+from kkt_jax.first_layer import input_moments, input_span, noise_floor, span_above_noise
 
 
 def layer(width=64, seed=0):
@@ -92,3 +92,73 @@ def test_span_of_combinations_of_samples_is_that_of_the_samples():
 def test_span_refuses_what_has_none(kernel, tolerance, message):
   with pytest.raises(ValueError, match=message):
     input_span(kernel, tolerance=tolerance)
+
+
+# Spans above what a small random initialisation leaves.
+
+
+def planted(shape, rank, *, noise, seed=0):
+  """Noise, and the columns of a matrix that was added to it."""
+  random = np.random.default_rng(seed)
+  data = random.normal(size=(shape[0], rank))
+  return noise * random.normal(size=shape) + data @ random.normal(size=(rank, shape[1])), data
+
+
+def floor_of(kernel):
+  return noise_floor(np.linalg.svd(kernel, compute_uv=False), kernel.shape)
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (80, 80), (300, 200)])
+@pytest.mark.parametrize("rank", [1, 7, 40])
+def test_what_stands_out_of_noise_is_counted_and_the_noise_measured(shape, rank):
+  floor = floor_of(planted(shape, rank, noise=1e-3)[0])
+  assert floor.rank == rank
+  assert floor.deviation == pytest.approx(1e-3, rel=0.04)
+
+
+def test_any_independent_entries_will_do():
+  random = np.random.default_rng(0)
+  entries = random.uniform(-1e-3, 1e-3, size=(60, 90))  # of variance 1e-6 / 3
+  floor = floor_of(entries + planted((60, 90), 5, noise=0)[0])
+  assert (floor.rank, round(floor.deviation, 5)) == (5, 0.00058)
+
+
+@pytest.mark.parametrize(
+  "kernel",
+  [
+    planted((60, 90), 0, noise=1.0)[0],  # nothing was learned
+    planted((60, 90), 5, noise=1.0)[0],  # weights that stayed near their start
+    planted((60, 90), 58, noise=1e-3)[0],  # as many samples as dimensions
+    planted((60, 90), 5, noise=0)[0],  # a cliff
+    np.diag(np.geomspace(1, 1e-6, 60)),  # an even fall
+    np.diag(np.r_[np.ones(8), np.full(52, 1e-3)]),  # a floor that is no noise
+    np.zeros((60, 90)),
+  ],
+)
+def test_without_a_floor_of_noise_there_is_none(kernel):
+  assert floor_of(kernel) is None
+  assert span_above_noise(kernel) is None
+
+
+def test_noise_is_mistaken_for_data_once_in_a_thousand_times():
+  kernels = [planted((40, 60), 3, noise=1e-3, seed=seed)[0] for seed in range(200)]
+  floors = [floor_of(kernel) for kernel in kernels]
+  assert sum(floor is None or floor.rank != 3 for floor in floors) <= 4
+
+
+def test_the_blur_is_the_angle_with_the_true_span():
+  kernel, data = planted((200, 300), 20, noise=0.02)
+  span = span_above_noise(kernel)
+  true = np.linalg.qr(data)[0]
+  angles = np.linalg.norm(span.basis - true @ (true.T @ span.basis), axis=0)
+  np.testing.assert_allclose(angles, span.blur / span.strengths, rtol=0.2)
+  assert span.blur == pytest.approx(0.02 * 180**0.5, rel=0.02)
+
+
+def test_inputs_that_never_vary_blur_nothing():
+  kernel, data = planted((200, 300), 20, noise=0.02)
+  kernel[:80] -= data[:80] @ np.linalg.lstsq(data, kernel, rcond=None)[0]  # 80 rows of the initialisation
+  span = span_above_noise(kernel)
+  assert span.strengths.size == 20
+  np.testing.assert_allclose(span.basis[:80], 0, atol=1e-6)
+  assert span.blur == pytest.approx(0.02 * (200 - 80 - 20) ** 0.5, rel=0.05)

@@ -43,6 +43,7 @@ KINDS = {
   "known weight decay": {"form": "weight_decay", "weight_decay": 0.1},
   "weight decay": {"form": "weight_decay"},
   "max margin": {},
+  "change": {"form": "change"},
 }
 
 
@@ -57,6 +58,7 @@ def chosen(*kinds, **what):
     ("known weight decay", losses.mean_relative_residual, set()),
     ("weight decay", losses.cosine_distance, {"softmax_distance"}),
     ("max margin", losses.cosine_distance, set()),
+    ("change", losses.cosine_distance, set()),
   ],
 )
 def test_the_default_follows_the_kind_of_classifier(kind, measure, added):
@@ -86,6 +88,17 @@ def test_priors_are_for_inputs_that_have_them():
   # A quarter of all 64 dimensions: the less the span leaves open, the less a prior is needed.
   assert chosen(shape=(8, 8, 1), span=span).terms["total_variation"].weight == 4.0
   assert chosen(shape=(8, 8, 1), span=span, coupled=True).terms["total_variation"].weight == 6.25
+
+
+def test_a_span_asks_for_as_many_samples_as_it_has_dimensions_and_a_fifth_more():
+  codes = lambda rank: (
+    chosen(shape=(8, 8, 1), span=InputSpan(jnp.eye(64)[:, :rank], jnp.ones(rank)))
+    .generator([said(shape=(8, 8, 1))])
+    .codes
+  )
+  classes = examined().classifier.num_classes
+  assert codes(10) == 20  # the least
+  assert codes(60) == -(-72 // classes)
 
 
 def test_the_softmax_distance_rises_once_the_stationarity_counts():

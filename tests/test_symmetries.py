@@ -117,6 +117,11 @@ def test_a_square_tensor_is_scaled_by_the_units_before_and_after_it():
   probe = jnp.asarray(random.normal(size=(20, 3)), jnp.float32)
   found = symmetries.least_residual(three_layers, params, weight_decay_conditions(params), probe)
   assert found.by_symmetry["units of a, c, b"] == pytest.approx(np.sum(projection**2) / np.sum(target**2), rel=1e-3)
+  ends = np.cumsum([np.prod(shapes[name]) for name in sorted(shapes)])
+  shares = [np.sum(part**2) / np.sum(target**2) for part in np.split(projection, ends[:-1])]
+  for name, share in zip(sorted(shapes), shares, strict=True):  # of all families the greatest counts
+    assert found.by_tensor[name] >= share * (1 - 1e-3)
+  assert max(found.by_tensor.values()) <= found.value <= sum(found.by_tensor.values())
 
 
 def test_weights_before_a_normalisation_cannot_be_a_target():

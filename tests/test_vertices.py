@@ -11,7 +11,7 @@ import pytest
 
 from kkt_jax import exact, generators, vertices
 from kkt_jax.classifier import make_classifier
-from kkt_jax.first_layer import InputSpan
+from kkt_jax.first_layer import InputSpan, span_above_noise
 
 NUM, SIZE = 12, 80
 
@@ -51,6 +51,20 @@ def test_a_point_of_the_span_is_left_where_it_is_pinned_down_by_no_more_than_cha
   for sample in np.asarray(found):  # what is certified is a training sample, wherever it came from
     assert np.abs(x - sample).max(axis=1).min() < 5e-3
   assert not vertices.certify(inside, span, start).certified.any()
+
+
+@pytest.mark.parametrize(("noise", "least"), [(1e-4, NUM), (3e-3, 0), (0.03, 0)])
+def test_a_span_that_noise_blurs_proves_less_and_nothing_that_is_false(noise, least):
+  x, span, start, others = data()
+  random = np.random.default_rng(1)
+  kernel = (x - start[None]).T @ random.normal(size=(NUM, 100)) + noise * random.normal(size=(SIZE, 100))
+  blurred = span_above_noise(kernel)
+  assert blurred.strengths.size == NUM - 1
+  for guesses in (near(x), others):
+    polished = vertices.polish(guesses, blurred, start)
+    proven = np.asarray(polished)[vertices.certify(polished, blurred, start).certified]
+    assert all(np.abs(x - sample).max(axis=1).min() < 0.02 for sample in proven)
+    assert len(proven) >= (least if guesses is not others else 0)
 
 
 def test_mixtures_of_two_and_what_leaves_the_range_are_not_certified():

@@ -36,6 +36,9 @@ class Config:
     group="The classifier",
   )
   checkpoint: str = flag("", "Its parameters: a .safetensors or flax .msgpack file, or an orbax folder.")
+  initial_checkpoint: str = flag(
+    "", "The parameters from which it was trained, if they are known: those of a public network that was fine-tuned."
+  )
   train_data: str = flag(
     "",
     "The training data, to say how much of them came out: an .npz file with x and y, or a folder with a folder of"
@@ -50,7 +53,7 @@ class Config:
   form: str = flag(
     "auto",
     "Which conditions the weights obey; auto finds out.",
-    choices=("auto", "weight_decay", "max_margin"),
+    choices=("auto", "weight_decay", "max_margin", "change"),
     group="The generator",
   )
   force: bool = flag(False, "Train a generator even if the weights are too far from all conditions.")
@@ -69,6 +72,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
       raise UsageError(f"--{name} must be given; --help says what it is.")
   if config.candidates and not config.held_out_data:
     raise UsageError("--candidates needs --held_out_data: a score says nothing but beside those of untrained samples.")
+  if config.form == "change" and not config.initial_checkpoint:
+    raise UsageError("--form=change needs --initial_checkpoint.")
   methods.parse_weights(config.weights)
   import jax
   import numpy as np
@@ -79,7 +84,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   from experiments.harness.workdir import Workdir
   import kkt_jax
 
-  classifier = load(config.classifier, config.checkpoint)
+  classifier = load(config.classifier, config.checkpoint, config.initial_checkpoint)
   alone = bool(config.candidates)
   train, held_out, remarks = data.read(config.train_data, config.held_out_data, classifier, alone=alone)
   asked = data.read_candidates(config.candidates, classifier) if alone else None
@@ -90,7 +95,9 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   examination = kkt_jax.examine(classifier, form=form, seed=config.seed)
   recipe = recipe_of(config, examination)
   say(str(examination))
-  content = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(classifier.params))
+  content = b"".join(
+    np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((classifier.params, classifier.initial_params))
+  )
   settings = dataclasses.asdict(config) | {"checkpoint_digest": hashlib.sha256(content).hexdigest()[:16]}
   out = Workdir(workdir, {name: value for name, value in settings.items() if name not in _AFTERWARDS})
   train_from = functools.partial(
@@ -145,8 +152,8 @@ def recipe_of(config: Config, examination: "kkt_jax.Examination") -> "kkt_jax.Re
   return methods.with_weights(recipe, config.weights)
 
 
-def load(name: str, checkpoint: str) -> "kkt_jax.Classifier":
-  """The subject that ``module:function`` returns, with the parameters of a file.
+def load(name: str, checkpoint: str, initial: str = "") -> "kkt_jax.Classifier":
+  """The subject that ``module:function`` returns, with the parameters of a file, and those it was trained from.
 
   Raises:
     UsageError: there is no such function, it fails or returns something else, or the file is none or does not fit.
@@ -166,10 +173,14 @@ def load(name: str, checkpoint: str) -> "kkt_jax.Classifier":
     raise UsageError(f"--classifier={name} raised {type(error).__name__}: {reason}") from error
   if like is None:
     raise UsageError(f"--classifier={name} must return a kkt_jax.Subject; got {type(subject).__name__}.")
+  variables = {}
+  for flag_name, path in (("checkpoint", checkpoint), ("initial_checkpoint", initial)):
+    try:
+      variables[flag_name] = kkt_jax.read_weights(path, like) if path else None
+    except kkt_jax.weights.WeightsError as error:
+      raise UsageError(f"--{flag_name}: {error}") from error
   try:
-    return subject.classifier(kkt_jax.read_weights(checkpoint, like))
-  except kkt_jax.weights.WeightsError as error:
-    raise UsageError(f"--checkpoint: {error}") from error
+    return subject.classifier(variables["checkpoint"], initial=variables["initial_checkpoint"])
   except ValueError as error:
     raise UsageError(f"--classifier={name} and --checkpoint do not make a classifier: {error}") from error
 

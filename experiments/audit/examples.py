@@ -2,8 +2,9 @@
 
 ``python -m experiments.audit.examples --network=lenet --workdir=DIR`` trains one as the theory asks (full-batch
 gradient descent; weight decay, or with batch norm loss-scaled steps from small weights), stores its parameters and its
-data, and prints the command that audits it. ``--training=adam`` trains as most people do, which the theory does not
-cover.
+data, and prints the command that audits it. ``haim`` and ``buzaglo`` are the classifiers of the papers on which this
+one builds, trained without weight decay. ``--training=adam`` trains as most people do, which the theory does not cover;
+``--training=finetune`` trains a network of other digits further, and stores what it was, too.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from experiments.harness import flags
 from experiments.harness.flags import flag
 from experiments.harness.workdir import Workdir
 from kkt_jax import Subject
-from kkt_jax.classifier import PyTree
+from kkt_jax.classifier import PyTree, two_logits
 from kkt_jax.homogeneity import tensor_names
 from kkt_jax.networks import kaiming, MLPClassifier
 
@@ -130,8 +131,43 @@ def function() -> Subject:
   return Subject(apply_fn, init_fn, _SHAPE, value_range=(-1.0, 1.0))
 
 
+def _first_layer_small(num_logits: int) -> Subject:
+  """The network of Haim et al. (2022) and Buzaglo et al. (2023), in PyTorch's names and layout.
+
+  Only the first layer starts small, and only it has a bias. The mean of the training images is subtracted, and stored.
+  """
+  sizes = {"0": (1000, 784), "1": (1000, 1000), "2": (num_logits, 1000)}
+
+  def apply_fn(variables: PyTree, x: jax.Array) -> jax.Array:
+    layers = variables["params"]["layers"]
+    h = (x - variables["mean"][None]).reshape(x.shape[0], -1) @ layers["0"]["weight"].T + layers["0"]["bias"][None]
+    for name in ("1", "2"):
+      h = jax.nn.relu(h) @ layers[name]["weight"].T
+    return h
+
+  def init_fn() -> PyTree:
+    *keys, bias = jax.random.split(jax.random.key(0), len(sizes) + 1)
+    uniform = lambda key, size: jax.random.uniform(key, size, minval=-1.0, maxval=1.0) / size[1] ** 0.5
+    layers = {name: {"weight": uniform(key, size)} for key, (name, size) in zip(keys, sizes.items(), strict=True)}
+    normal = lambda key, size: 1e-4 * jax.random.normal(key, size)
+    layers["0"] = {"weight": normal(keys[0], sizes["0"]), "bias": normal(bias, sizes["0"][:1])}
+    return {"params": {"layers": layers}, "mean": jnp.zeros(_SHAPE)}
+
+  return Subject(apply_fn, init_fn, _SHAPE)
+
+
+def haim() -> Subject:
+  """The network of Haim et al. (2022), which tells odd from even digits by one logit."""
+  return _first_layer_small(1)
+
+
+def buzaglo() -> Subject:
+  """The same of ten logits, after Buzaglo et al. (2023)."""
+  return _first_layer_small(10)
+
+
 NETWORKS: Mapping[str, Callable[[], Subject]] = {
-  own.__name__: own for own in (mlp, mlp_batch_norm, lenet, resnet, smooth, function)
+  own.__name__: own for own in (mlp, mlp_batch_norm, lenet, resnet, smooth, function, haim, buzaglo)
 }
 _TRAINING: Mapping[str, Mapping[str, Any]] = {
   "mlp": {"num_steps": 3000, "learning_rate": 0.051},
@@ -140,7 +176,14 @@ _TRAINING: Mapping[str, Mapping[str, Any]] = {
   "resnet": {"num_steps": 1500, "learning_rate": 0.3},
   "smooth": {"num_steps": 8000, "learning_rate": 0.0205},
   "function": {"num_steps": 3000, "learning_rate": 0.051},
+  "haim": {"num_steps": 6000, "learning_rate": 0.1, "last_share": 0.03, "target_loss": 3e-8},
+  "buzaglo": {"num_steps": 4000, "learning_rate": 0.3, "last_share": 0.03, "target_loss": 3e-8},
 }
+
+
+_PUBLIC_STEPS = 1000  # of the network that is fine-tuned
+_FINETUNING = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.01, momentum=0.9))
+_FINETUNING_STEPS = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +191,11 @@ class Config:
   """Settings of the run; each is a flag of the same name."""
 
   network: str = flag("lenet", "Which network.", choices=tuple(NETWORKS))
-  training: str = flag("theory", "theory: as the theory asks. adam: as most people do.", choices=("theory", "adam"))
+  training: str = flag(
+    "theory",
+    "theory: as the theory asks. adam: as most people do. finetune: by minibatches, from a network of other digits.",
+    choices=("theory", "adam", "finetune"),
+  )
   samples_per_class: int = flag(10, "Training images of each class.", lower=2)
   held_out_per_class: int = flag(50, "Images of each class that are kept for comparison.", lower=2)
   steps: int = flag(0, "Training steps; 0 is what the network needs.", lower=0)
@@ -165,10 +212,16 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   low, high = subject.value_range or (0.0, 1.0)
   own = {"train": data.train, "held_out": data.held_out}
   for name, images in own.items():
-    np.savez(out.path / f"{name}.npz", x=low + (high - low) * images.x, y=images.y)
-  stored = out.path / "weights.safetensors"
-  store(stored, train(config, subject, low + (high - low) * data.train.x, data.train.y))
-  given = {"classifier": f"experiments.audit.examples:{config.network}", "checkpoint": stored}
+    np.savez(out.path / f"{name}.npz", x=low + (high - low) * images.x, y=images.y % subject.num_classes)
+  given: dict[str, Any] = {"classifier": f"experiments.audit.examples:{config.network}"}
+  scaled = lambda images: (low + (high - low) * images.x, images.y % subject.num_classes)
+  start = subject.init_fn()
+  if config.training == "finetune":
+    start = _by_minibatches(subject, start, *scaled(data.evaluation), optax.adam(1e-3), _PUBLIC_STEPS, config.seed)
+    given["initial_checkpoint"] = out.path / "initial.safetensors"
+    store(given["initial_checkpoint"], start)
+  given["checkpoint"] = out.path / "weights.safetensors"
+  store(given["checkpoint"], train(config, subject, start, *scaled(data.train)))
   given |= {f"{name}_data": out.path / f"{name}.npz" for name in own} | {"workdir": out.path / "audit"}
   command = shlex.join(["python", "-m", "experiments.audit", *(f"--{name}={value}" for name, value in given.items())])
   metrics = {"summary": f"This audits it:\n  {command}"}
@@ -176,34 +229,58 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   return metrics
 
 
-def train(config: Config, subject: Subject, x: np.ndarray, y: np.ndarray) -> PyTree:
-  """The trained variables."""
+def train(config: Config, subject: Subject, start: PyTree, x: np.ndarray, y: np.ndarray) -> PyTree:
+  """The variables, trained from a start."""
   settings = dict(_TRAINING[config.network])
   settings["num_steps"] = config.steps or settings["num_steps"]
   if config.training == "adam":
-    return _adam(subject, x, y, settings["num_steps"], config.seed)
-  return classifiers.train(subject, subject.init_fn(), x, y, **settings)
+    return _by_minibatches(subject, start, x, y, optax.adam(1e-3), settings["num_steps"], config.seed)
+  if config.training == "finetune":
+    return _by_minibatches(subject, start, x, y, _FINETUNING, config.steps or _FINETUNING_STEPS, config.seed)
+  if "mean" not in start:
+    return classifiers.train(subject, start, x, y, **settings)
+  fixed = _with_mean(start, x)
+  own = dataclasses.replace(subject, apply_fn=lambda params, x: subject.apply_fn({**fixed, "params": params}, x))
+  return {**fixed, "params": classifiers.train(own, start["params"], x, y, **settings)}
 
 
-def _adam(subject: Subject, x: np.ndarray, y: np.ndarray, steps: int, seed: int) -> PyTree:
-  """Adam on minibatches, without weight decay."""
-  variables, optimizer, train_fn = subject.init_fn(), optax.adam(1e-3), subject.train_fn
+def _with_mean(start: PyTree, x: np.ndarray) -> PyTree:
+  """Variables with the mean of the first data that they are trained on, if they hold one."""
+  return {**start, "mean": jnp.mean(x, axis=0)} if "mean" in start and not np.any(start["mean"]) else start
+
+
+def _by_minibatches(
+  subject: Subject,
+  start: PyTree,
+  x: np.ndarray,
+  y: np.ndarray,
+  optimizer: optax.GradientTransformation,
+  steps: int,
+  seed: int,
+) -> PyTree:
+  """As most people train."""
+  inference, train_fn, variables = two_logits(subject.apply_fn), subject.train_fn, _with_mean(start, x)
+  bare = "params" not in variables
 
   def apply_fn(params: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
-    return (subject.apply_fn(params, x), {}) if train_fn is None else train_fn(variables | {"params": params}, x)
+    own = params if bare else {**variables, "params": params}
+    return (inference(own, x), {}) if train_fn is None else train_fn(own, x)
 
   @jax.jit
   def step(params: PyTree, state: PyTree, x: jax.Array, y: jax.Array) -> tuple[PyTree, PyTree]:
     loss = lambda p: jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(apply_fn(p, x)[0], y))
-    updates, state = optimizer.update(jax.grad(loss)(params), state)
+    updates, state = optimizer.update(jax.grad(loss)(params), state, params)
     return optax.apply_updates(params, updates), state
 
-  params = variables if train_fn is None else variables["params"]
+  params = variables if bare else variables["params"]
   state, random = optimizer.init(params), np.random.default_rng(seed)
   for _ in range(steps):
     chosen = random.choice(len(y), size=min(32, len(y)), replace=False)
     params, state = step(params, state, x[chosen], y[chosen])
-  return params if train_fn is None else {"params": params, "batch_stats": apply_fn(params, jnp.asarray(x))[1]}
+  if bare:
+    return params
+  averages = {} if train_fn is None else {"batch_stats": apply_fn(params, jnp.asarray(x))[1]}
+  return {**variables, "params": params, **averages}
 
 
 def store(path: pathlib.Path, variables: PyTree) -> None:
