@@ -170,12 +170,12 @@ NETWORKS: Mapping[str, Callable[[], Subject]] = {
   own.__name__: own for own in (mlp, mlp_batch_norm, lenet, resnet, smooth, function, haim, buzaglo)
 }
 _TRAINING: Mapping[str, Mapping[str, Any]] = {
-  "mlp": {"num_steps": 3000, "learning_rate": 0.051},
+  "mlp": {"num_steps": 3000, "learning_rate": 0.05, "weight_decay": 0.01},
   "mlp_batch_norm": {"num_steps": 6000, "learning_rate": 0.5},
-  "lenet": {"num_steps": 7000, "learning_rate": 0.0205},
+  "lenet": {"num_steps": 7000, "learning_rate": 0.02, "weight_decay": 0.005},
   "resnet": {"num_steps": 1500, "learning_rate": 0.3},
-  "smooth": {"num_steps": 8000, "learning_rate": 0.0205},
-  "function": {"num_steps": 3000, "learning_rate": 0.051},
+  "smooth": {"num_steps": 8000, "learning_rate": 0.02, "weight_decay": 0.005},
+  "function": {"num_steps": 3000, "learning_rate": 0.05, "weight_decay": 0.01},
   "haim": {"num_steps": 6000, "learning_rate": 0.1, "last_share": 0.03, "target_loss": 3e-8},
   "buzaglo": {"num_steps": 4000, "learning_rate": 0.3, "last_share": 0.03, "target_loss": 3e-8},
 }
