@@ -570,12 +570,21 @@ def test_every_example_is_a_classifier_of_digits(tmp_path, network):
   own = audit.load(f"experiments.audit.examples:{network}", str(tmp_path / "weights.safetensors"))
   assert own.num_classes == (2 if network == "haim" else 10)
   assert own.batch_coupled == (network in ("mlp_batch_norm", "resnet"))
+  without = own.batch_coupled or network in ("haim", "buzaglo")
+  assert ("weight_decay" in examples._TRAINING[network]) != without
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("network", "training"),
-  [("function", "theory"), ("resnet", "adam"), ("haim", "theory"), ("buzaglo", "adam"), ("mlp", "finetune")],
+  [
+    ("function", "theory"),
+    ("resnet", "adam"),
+    ("head", "minibatch"),
+    ("haim", "theory"),
+    ("buzaglo", "adam"),
+    ("mlp", "finetune"),
+  ],
 )
 def test_an_example_is_trained_and_stored_with_its_data_and_says_how_to_audit_it(tmp_path, network, training):
   settings = examples.Config(network=network, steps=2, held_out_per_class=2, training=training)
@@ -589,5 +598,5 @@ def test_an_example_is_trained_and_stored_with_its_data_and_says_how_to_audit_it
   moved = [not np.array_equal(a, b) for a, b in zip(first, jax.tree.leaves(own.params), strict=True)]
   assert all(moved)
   for images, count in zip(data.read(given["train_data"], given["held_out_data"], own)[:2], (10, 2), strict=True):
-    assert images.x.shape == (10 * count, 28, 28, 1)
-    assert (images.x.min(), images.x.max()) == (0, 1)
+    assert images.x.shape == (10 * count, *own.input_shape)
+    assert network == "head" or (images.x.min(), images.x.max()) == (0, 1)

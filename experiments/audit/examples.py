@@ -3,15 +3,16 @@
 ``python -m experiments.audit.examples --network=lenet --workdir=DIR`` trains one as the theory asks (full-batch
 gradient descent; weight decay, or with batch norm loss-scaled steps from small weights), stores its parameters and its
 data, and prints the command that audits it. ``haim`` and ``buzaglo`` are the classifiers of the papers on which this
-one builds, trained without weight decay. ``--training=adam`` trains as most people do, which the theory does not cover;
-``--training=finetune`` trains a network of other digits further, and stores what it was, too.
+one builds, trained without weight decay; ``head`` is one layer on the features of a frozen network, as in transfer
+learning. ``--training=adam`` and others train as people do, which the theory does not cover; ``--training=finetune``
+trains a network of other digits further, and stores what it was, too.
 """
 
 from collections.abc import Callable, Mapping
 import dataclasses
 import pathlib
 import shlex
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 from flax import nnx
@@ -22,7 +23,7 @@ import optax
 from safetensors.numpy import save_file
 
 from experiments.attack import classifiers
-from experiments.data import load_digits, split
+from experiments.data import Images, load_digits, split
 from experiments.harness import flags
 from experiments.harness.flags import flag
 from experiments.harness.workdir import Workdir
@@ -166,8 +167,14 @@ def buzaglo() -> Subject:
   return _first_layer_small(10)
 
 
+def head() -> Subject:
+  """One layer on 128 features of a frozen network; see `_features`."""
+  zeros = lambda: {"weight": jnp.zeros((10, 128)), "bias": jnp.zeros(10)}
+  return Subject(lambda p, x: x @ p["weight"].T + p["bias"][None], zeros, (128,), value_range=None)
+
+
 NETWORKS: Mapping[str, Callable[[], Subject]] = {
-  own.__name__: own for own in (mlp, mlp_batch_norm, lenet, resnet, smooth, function, haim, buzaglo)
+  own.__name__: own for own in (mlp, mlp_batch_norm, lenet, resnet, smooth, function, haim, buzaglo, head)
 }
 _TRAINING: Mapping[str, Mapping[str, Any]] = {
   "mlp": {"num_steps": 3000, "learning_rate": 0.05, "weight_decay": 0.01},
@@ -177,13 +184,33 @@ _TRAINING: Mapping[str, Mapping[str, Any]] = {
   "smooth": {"num_steps": 8000, "learning_rate": 0.02, "weight_decay": 0.005},
   "function": {"num_steps": 3000, "learning_rate": 0.05, "weight_decay": 0.01},
   "haim": {"num_steps": 6000, "learning_rate": 0.1, "last_share": 0.03, "target_loss": 3e-8},
+  "head": {"num_steps": 20_000, "learning_rate": 0.01, "weight_decay": 0.01, "steps_per_call": 100},
   "buzaglo": {"num_steps": 4000, "learning_rate": 0.3, "last_share": 0.03, "target_loss": 3e-8},
 }
 
 
-_PUBLIC_STEPS = 1000  # of the network that is fine-tuned
-_FINETUNING = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.01, momentum=0.9))
-_FINETUNING_STEPS = 300
+_PUBLIC_STEPS = 1000  # of the network that is fine-tuned, or gives features
+
+
+class _Habit(NamedTuple):
+  """How people train: the optimizer, samples in a step (0: all), steps (0: those of the theory)."""
+
+  optimizer: optax.GradientTransformation
+  batch_size: int = 32
+  steps: int = 0
+
+
+def _sgd(rate: float, weight_decay: float, momentum: float = 0.0) -> optax.GradientTransformation:
+  return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum))
+
+
+_HABITS: Mapping[str, _Habit] = {
+  "adam": _Habit(optax.adam(1e-3)),
+  "minibatch": _Habit(_sgd(0.05, 5e-4, 0.9), 16, 2000),
+  "full_batch": _Habit(_sgd(0.1, 0.0), 0, 10_000),
+  "decay": _Habit(_sgd(0.1, 1e-3), 0, 10_000),
+  "finetune": _Habit(_sgd(0.01, 5e-4, 0.9), 32, 300),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +220,9 @@ class Config:
   network: str = flag("lenet", "Which network.", choices=tuple(NETWORKS))
   training: str = flag(
     "theory",
-    "theory: as the theory asks. adam: as most people do. finetune: by minibatches, from a network of other digits.",
-    choices=("theory", "adam", "finetune"),
+    "theory: as the theory asks. As people do: adam; minibatch (momentum, weight decay 5e-4); full_batch; decay (full"
+    " batches, weight decay 1e-3, not to convergence). finetune: by minibatches, from a network of other digits.",
+    choices=("theory", *_HABITS),
   )
   samples_per_class: int = flag(10, "Training images of each class.", lower=2)
   held_out_per_class: int = flag(50, "Images of each class that are kept for comparison.", lower=2)
@@ -210,14 +238,17 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   out = Workdir(workdir, config)
   subject = NETWORKS[config.network]()
   low, high = subject.value_range or (0.0, 1.0)
+  embed = _features(data.evaluation, config.seed) if config.network == "head" else lambda x: low + (high - low) * x
+  scaled = lambda images: (embed(images.x), images.y % subject.num_classes)
   own = {"train": data.train, "held_out": data.held_out}
   for name, images in own.items():
-    np.savez(out.path / f"{name}.npz", x=low + (high - low) * images.x, y=images.y % subject.num_classes)
+    x, y = scaled(images)
+    np.savez(out.path / f"{name}.npz", x=x, y=y)
   given: dict[str, Any] = {"classifier": f"experiments.audit.examples:{config.network}"}
-  scaled = lambda images: (low + (high - low) * images.x, images.y % subject.num_classes)
   start = subject.init_fn()
   if config.training == "finetune":
-    start = _by_minibatches(subject, start, *scaled(data.evaluation), optax.adam(1e-3), _PUBLIC_STEPS, config.seed)
+    public = _HABITS["adam"]._replace(steps=_PUBLIC_STEPS)
+    start = _as_people_do(subject, start, *scaled(data.evaluation), public, config.seed)
     given["initial_checkpoint"] = out.path / "initial.safetensors"
     store(given["initial_checkpoint"], start)
   given["checkpoint"] = out.path / "weights.safetensors"
@@ -233,10 +264,10 @@ def train(config: Config, subject: Subject, start: PyTree, x: np.ndarray, y: np.
   """The variables, trained from a start."""
   settings = dict(_TRAINING[config.network])
   settings["num_steps"] = config.steps or settings["num_steps"]
-  if config.training == "adam":
-    return _by_minibatches(subject, start, x, y, optax.adam(1e-3), settings["num_steps"], config.seed)
-  if config.training == "finetune":
-    return _by_minibatches(subject, start, x, y, _FINETUNING, config.steps or _FINETUNING_STEPS, config.seed)
+  if config.training in _HABITS:
+    habit = _HABITS[config.training]
+    steps = config.steps or habit.steps or settings["num_steps"]
+    return _as_people_do(subject, start, x, y, habit._replace(steps=steps), config.seed)
   if "mean" not in start:
     return classifiers.train(subject, start, x, y, **settings)
   fixed = _with_mean(start, x)
@@ -249,16 +280,24 @@ def _with_mean(start: PyTree, x: np.ndarray) -> PyTree:
   return {**start, "mean": jnp.mean(x, axis=0)} if "mean" in start and not np.any(start["mean"]) else start
 
 
-def _by_minibatches(
-  subject: Subject,
-  start: PyTree,
-  x: np.ndarray,
-  y: np.ndarray,
-  optimizer: optax.GradientTransformation,
-  steps: int,
-  seed: int,
-) -> PyTree:
-  """As most people train."""
+def _features(public: Images, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+  """The second hidden layer, of unit variance, of a network that was trained on other digits."""
+  subject, spread = function(), lambda x: 2 * x - 1
+  habit = _HABITS["adam"]._replace(steps=_PUBLIC_STEPS)
+  layers = _as_people_do(subject, subject.init_fn(), spread(public.x), public.y, habit, seed)["layers"]
+
+  def hidden(x: np.ndarray) -> np.ndarray:
+    h = spread(x).reshape(len(x), -1)
+    for name in ("0", "2"):
+      h = np.maximum(h @ np.asarray(layers[name]["weight"]).T + np.asarray(layers[name]["bias"])[None], 0)
+    return h
+
+  deviation = hidden(public.x).std()
+  return lambda x: hidden(x) / deviation
+
+
+def _as_people_do(subject: Subject, start: PyTree, x: np.ndarray, y: np.ndarray, habit: _Habit, seed: int) -> PyTree:
+  """The variables, trained in one of the usual ways."""
   inference, train_fn, variables = two_logits(subject.apply_fn), subject.train_fn, _with_mean(start, x)
   bare = "params" not in variables
 
@@ -269,13 +308,13 @@ def _by_minibatches(
   @jax.jit
   def step(params: PyTree, state: PyTree, x: jax.Array, y: jax.Array) -> tuple[PyTree, PyTree]:
     loss = lambda p: jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(apply_fn(p, x)[0], y))
-    updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+    updates, state = habit.optimizer.update(jax.grad(loss)(params), state, params)
     return optax.apply_updates(params, updates), state
 
   params = variables if bare else variables["params"]
-  state, random = optimizer.init(params), np.random.default_rng(seed)
-  for _ in range(steps):
-    chosen = random.choice(len(y), size=min(32, len(y)), replace=False)
+  state, random = habit.optimizer.init(params), np.random.default_rng(seed)
+  for _ in range(habit.steps):
+    chosen = random.choice(len(y), size=min(habit.batch_size or len(y), len(y)), replace=False)
     params, state = step(params, state, x[chosen], y[chosen])
   if bare:
     return params

@@ -49,7 +49,9 @@ def with_scores(verdict: Verdict, scored: Scored | None) -> Verdict:
     return verdict._replace(reasons=[*verdict.reasons, said])
   if verdict.level == "leak":
     return verdict._replace(reasons=[*verdict.reasons, f"Given a sample, its score tells, too: {counted}."])
-  return Verdict("member", answer, [f"{counted}.", verdict.answer, *verdict.reasons])
+  return Verdict(
+    "member", answer, [f"{counted}.", "What can be rebuilt is another question.", verdict.answer, *verdict.reasons]
+  )
 
 
 def of_candidates(told: Told) -> str:
