@@ -206,7 +206,7 @@ def _sgd(rate: float, weight_decay: float, momentum: float = 0.0) -> optax.Gradi
 
 _HABITS: Mapping[str, _Habit] = {
   "adam": _Habit(optax.adam(1e-3)),
-  "minibatch": _Habit(_sgd(0.05, 5e-4, 0.9), 16, 2000),
+  "minibatch": _Habit(_sgd(0.01, 5e-4, 0.9), 16, 2000),
   "full_batch": _Habit(_sgd(0.1, 0.0), 0, 10_000),
   "decay": _Habit(_sgd(0.1, 1e-3), 0, 10_000),
   "finetune": _Habit(_sgd(0.01, 5e-4, 0.9), 32, 300),
