@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import circle, duality_loss, faces, images, lambda_estimation, mnist, vertices
+from experiments import circle, duality_loss, faces, images, lambda_estimation, mnist, swap, vertices
 from experiments.attack import methods, plane
 from experiments.benchmark import __main__ as benchmark
 from experiments.harness.flags import UsageError
@@ -258,6 +258,20 @@ def test_every_method_makes_a_recipe_and_ablations_change_one_thing(examinations
     assert changed == {name.removeprefix("no_")}
     assert after[name.removeprefix("no_")] == 0.0
   assert recipe.generator([examinations[True]]).batch_size >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_a_wrong_digit_is_seen_by_every_equation(tmp_path, monkeypatch, batch_norm):
+  monkeypatch.setattr(images, "_BATCH_NORM", {"pretrain_steps": 400, "pretrain_learning_rate": 0.5})
+  monkeypatch.setattr(images, "_WEIGHT_DECAY", {"pretrain_steps": 400, "pretrain_learning_rate": 0.1})
+  rows = swap.run(swap.Config(samples_per_class=2, batch_norm=batch_norm), tmp_path)["rows"]
+  assert list(rows) == ["0 exchanged", "1 exchanged", "3 exchanged", "10 exchanged", "20 exchanged"]
+  none, one, *_, every = rows.values()
+  assert list(none) == ["stationarity", "margin spread", *["statistics"] * batch_norm]
+  assert none["stationarity"] < one["stationarity"] < every["stationarity"]
+  if batch_norm:
+    assert none["statistics"] < 1e-6 < one["statistics"] < every["statistics"]
 
 
 @slow
