@@ -17,6 +17,7 @@ from experiments.harness.flags import flag
 
 NUM_POINTS, NUM_CLASSES = 18, 3
 _SHARED = ("seed", "labels", "classifiers", "width", "batch_norm", "weight_decay", "init_scale", "pretrain_steps")
+_MATCH_STEPS, _JOINT_STEPS = 8000, 400  # of the network of continuous noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Config:
     group="The generator",
   )
   generator_seed: int = flag(0, "Further seed of the generator alone: the same classifier, another run.", lower=0)
+  generator: str = flag(
+    "network",
+    "network: of continuous noise, fitted to what a codebook's points have become, and trained on; codebook: these.",
+    choices=("network", "codebook"),
+  )
   codes: int = flag(60, "Learned codes of each class; each is used once in every step.", lower=1)
   restarts: int = flag(
     6,
@@ -112,6 +118,10 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     learning_rate=config.learning_rate,
     solve=method.kind != "baseline" and config.method not in methods.BY_DESCENT,
   )
+  if config.generator == "network":
+    flow = kkt_jax.flows.Flow(width=256, steps=16, batch_size=NUM_CLASSES * config.codes)
+    recipe = dataclasses.replace(recipe, flow=flow)
+    recipe = recipe.with_schedule(match_steps=_MATCH_STEPS, joint_steps=min(config.steps, _JOINT_STEPS))
   setting = methods.Setting(
     examinations, config.codes, NUM_POINTS // NUM_CLASSES // config.classifiers, deviation=1 / 0.3, hidden=(64,)
   )

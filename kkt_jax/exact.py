@@ -11,6 +11,7 @@ from kkt_jax import vertices
 from kkt_jax.classifier import Classifier
 from kkt_jax.examination import Examination
 
+_SIDE = 0.2  # least cosine of a sample with the typical one that tells a sample from its mirror image
 _IDLE = 2  # rounds without a new training sample after which the search ends
 
 
@@ -61,12 +62,13 @@ def find(
     return found, led
   tried = rounds if vertices.promising(guesses, span).any() else 0
   most, idle, at_random = most_samples(examination), 0, True
+  typical = np.asarray(jnp.mean(guesses, axis=0))
   for number in range(tried):
     key = jax.random.key(number)
     pool, pool_y = jnp.concatenate([guesses, found.unit]), np.concatenate([y, found.y])
     drawn = at_random and number % 2 == 1
     if drawn:
-      starts, likely = vertices.search(key, span, jnp.mean(guesses, axis=0), len(guesses), known=found.unit), None
+      starts, likely = vertices.search(key, span, typical, len(guesses), known=found.unit), None
     else:
       alike = jnp.log(y[:, None] == pool_y[None, :])
       starts = (guesses + pool[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses
@@ -75,7 +77,7 @@ def find(
     certificates = vertices.certify(x, span, start)
     if not number:
       led = np.array(certificates.certified)
-    unit = np.concatenate([found.unit, _right_way(classifier, np.asarray(x)[certificates.certified], start)])
+    unit = np.concatenate([found.unit, _right_way(classifier, np.asarray(x)[certificates.certified], start, typical)])
     tight = np.concatenate([found.tight, certificates.tight[certificates.certified]])
     chosen = vertices.independent(unit, tight, start, affine=most > span.strengths.size)
     more = len(chosen) > len(found.y)
@@ -122,14 +124,19 @@ def most_samples(examination: Examination) -> int:
   return examination.span.strengths.size + examination.tells_mean
 
 
-def _right_way(classifier: Classifier, unit: np.ndarray, start: jax.Array) -> np.ndarray:
-  """Each sample, or its mirror image at the start if that is in the range and the classifier is surer of it.
+def _right_way(classifier: Classifier, unit: np.ndarray, start: jax.Array, typical: np.ndarray) -> np.ndarray:
+  """Each sample, or its mirror image at the start if that is in the range and the more likely.
 
-  Where the start is the middle of the range, the negative of a sample is as much of a vertex as the sample.
+  Where the start is the middle of the range, the negative of a sample is as much of a vertex as the sample. The more
+  likely is the one on the side of the typical sample, the guesses' mean; where that is on neither, the one of which the
+  classifier is surer.
   """
   mirror = 2 * np.asarray(start)[None] - unit
   inside = np.abs(mirror - 0.5).reshape(len(unit), start.size).max(axis=1, initial=0.0) < 0.5 + vertices.OVERSHOOT
-  turned = inside & (_read(classifier, mirror)[1] > _read(classifier, unit)[1])
+  offsets, towards = (unit - start[None]).reshape(len(unit), start.size), np.ravel(typical - start)
+  cosine = offsets @ towards / np.maximum(np.linalg.norm(offsets, axis=1) * np.linalg.norm(towards), 1e-12)
+  unsure = _read(classifier, mirror)[1] > _read(classifier, unit)[1]
+  turned = inside & np.where(np.abs(cosine) > _SIDE, cosine < 0, unsure)
   return np.where(turned.reshape(-1, *[1] * start.ndim), mirror, unit)
 
 

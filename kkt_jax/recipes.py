@@ -19,6 +19,7 @@ from kkt_jax import _checks, generators, losses, multipliers, networks, terms
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions, weigh_tensors
 from kkt_jax.examination import Examination
+from kkt_jax.flows import Flow
 from kkt_jax.generators import Generator, GeneratorFactory
 from kkt_jax.terms import Batch, Term
 
@@ -117,7 +118,7 @@ class Schedule:
     restart_steps: steps of each before the choice; stationarity does not count in them.
     polish_rounds: most rounds of polishing after the training, where the span of the data is told and the generator is
       finite; 0 leaves it out. See `kkt_jax.reconstruction.Reconstruction.polished`.
-    match_steps: steps of fitting a network of continuous noise to a finite generator's samples; 0 keeps that generator.
+    match_steps: steps of fitting a network of continuous noise to the generator's samples; 0 keeps the generator.
       See `kkt_jax.reconstruction.Reconstruction.continuous`.
     joint_steps: steps of training that network by the equations.
     steps_per_call: steps in one compiled call; more than 1 pays for tiny networks, whose steps are shorter than the
@@ -170,6 +171,8 @@ class Recipe:
     stationarity: the equations.
     terms: all other terms of the loss by name: duality (Eq. 6) and the priors that choose among the solutions.
     schedule: steps, starts, optimizers.
+    flow: the network of continuous noise that takes the generator's place if the schedule has ``match_steps``;
+      `kkt_jax.flows.Flow` with its defaults, and as many samples in a step as the generator, if None.
     label_weights: relative frequency of each label in the batches, the paper's p(y); balanced if None.
   """
 
@@ -178,6 +181,7 @@ class Recipe:
   stationarity: Stationarity = _CHOSEN
   terms: Mapping[str, Term] = _CHOSEN
   schedule: Schedule = _CHOSEN
+  flow: Flow | None = None
   label_weights: Mapping[int, float] | None = None
 
   def __post_init__(self) -> None:

@@ -262,12 +262,12 @@ class Reconstruction:
     on_log: OnLog | None = None,
     log_every: int = 50,
   ) -> "Reconstruction":
-    """A network of continuous noise in place of a finite generator: fitted to its samples, trained by the equations.
+    """A network of continuous noise in place of a generator: fitted to its samples, then trained by the equations.
 
     In the second stage theta, eta and alpha move together on fresh noise in every step, by all terms of the recipe.
 
     Args:
-      flow: the network; `kkt_jax.flows.Flow` with its defaults, and as many samples in a step, if None.
+      flow: the network; that of the recipe if None.
       seed: of its first weights and its noise.
       on_match: called with (step, mean squared error) while it is fitted.
       on_log: called with (step, metrics) while it is trained.
@@ -277,11 +277,9 @@ class Reconstruction:
       The reconstruction with this generator, with ``exact``, and with this one as its ``table``.
 
     Raises:
-      ValueError: the generator is not finite, or multipliers belong to its samples.
+      ValueError: multipliers belong to the samples of the generator.
     """
-    if not self.problem.generator.codes:
-      raise ValueError("continuous needs a generator of finitely many samples to fit a network to, such as a table.")
-    flow = flow or Flow(batch_size=self.problem.generator.batch_size)
+    flow = flow or self.recipe.flow or Flow(batch_size=self.problem.generator.batch_size)
     schedule = self.recipe.schedule
     slow = recipes.adam(_JOINT_RATE, held=0.0)
     recipe = dataclasses.replace(self.recipe, generator=flow).with_stationarity(begin=0.0, ramp=0.0)
@@ -301,8 +299,9 @@ class Reconstruction:
     return dataclasses.replace(begin, state=state).continue_training(on_log=on_log, log_every=log_every)
 
   def _parts(self) -> list[np.ndarray]:
-    """Which of `every_sample` belong to each classifier, for a finite generator."""
-    sizes = [len(np.unique(classes)) * self.problem.generator.codes for classes in self.problem.classes]
+    """Which of `every_sample` belong to each classifier."""
+    codes = self.problem.generator.codes
+    sizes = [len(np.unique(classes)) * codes if codes else len(classes) for classes in self.problem.classes]
     return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
 
   def _at(self, state: TrainState) -> "Reconstruction":
@@ -376,7 +375,7 @@ def reconstruct(
     saver=saver, on_log=on_log, on_save=on_save, log_every=log_every, save_every=save_every
   )
   made = made.polished(on_round=on_round)
-  if not schedule.match_steps or not made.problem.generator.codes:
+  if not schedule.match_steps:
     return made
   later = None if on_log is None else lambda step, metrics: on_log(schedule.steps + step, metrics)
   return made.continuous(seed=seed, on_match=on_match, on_log=later, log_every=log_every)

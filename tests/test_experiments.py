@@ -17,7 +17,15 @@ from kkt_jax import priors, training
 from kkt_jax.checkpoint import Checkpointer
 
 CIRCLE = circle.Config(
-  width=8, pretrain_steps=40, restarts=2, restart_steps=20, steps=60, log_every=20, save_every=20, codes=4
+  width=8,
+  pretrain_steps=40,
+  restarts=2,
+  restart_steps=20,
+  steps=60,
+  log_every=20,
+  save_every=20,
+  codes=4,
+  generator="codebook",
 )
 SMALL = {
   "samples_per_class": 3,
@@ -66,6 +74,13 @@ def test_circle_runs_and_resumes(tmp_path, classifiers, batch_norm):
   assert len(metrics["exp_minus_alpha"]) == classifiers
   if classifiers == 1:
     assert circle.run(config, tmp_path)["generated"] == metrics["generated"]  # nothing is trained again
+
+
+@slow
+def test_the_circle_ends_with_a_network_of_continuous_noise(tmp_path, monkeypatch):
+  monkeypatch.setattr(circle, "_MATCH_STEPS", 20)
+  circle.run(dataclasses.replace(CIRCLE, generator="network"), tmp_path)
+  assert_complete(tmp_path, "fig4.png", "network")
 
 
 @slow

@@ -12,7 +12,7 @@ import pytest
 from trained_networks import drawings, examined, flax_classifier, nameless_classifier, with_weight_decay
 
 import kkt_jax
-from kkt_jax import examine, generators, recipes, reconstruct, Reconstruction
+from kkt_jax import exact, examine, generators, recipes, reconstruct, Reconstruction
 from kkt_jax.checkpoint import Checkpointer, CheckpointError
 from kkt_jax.conditions import weight_decay_conditions
 from kkt_jax.recipes import Recipe, Schedule, Stationarity
@@ -334,3 +334,15 @@ def test_stationarity_decides_on_derivatives_and_conditions_and_nothing_else():
 def test_what_does_not_fit_is_named(make, message):
   with pytest.raises(ValueError, match=message):
     make(*two())
+
+
+def test_of_a_sample_and_its_negative_the_one_on_the_side_of_the_guesses_is_kept():
+  surer_of_bright = kkt_jax.make_classifier(
+    lambda w, x: jnp.sum(x, axis=1)[:, None] * w, jnp.array([[1.0, -1.0]]), (4,)
+  )
+  dark = np.array([[0.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 1.0]])  # one on a dark ground, and its negative
+  start = jnp.full(4, 0.5)
+  kept = exact._right_way(surer_of_bright, dark, start, np.array([0.1, 0.1, 0.5, 0.1]))
+  np.testing.assert_allclose(kept, dark[[0, 0]])
+  kept = exact._right_way(surer_of_bright, dark, start, np.full(4, 0.5))  # on neither side
+  np.testing.assert_allclose(kept, dark[[1, 1]])
