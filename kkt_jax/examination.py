@@ -394,35 +394,45 @@ def _first_layer(classifier: Classifier, x: jax.Array) -> tuple[jax.Array | None
 
   Last comes how much of a known start is left in it; 1 if that is unknown.
 
-  The gradient of any logit by the kernel of such a layer is the outer product of the layer's input with the gradient by
-  its bias. So the input that the layer sees follows from gradients, and from it what was subtracted.
+  The gradient of any logit by the kernel of such a layer is the outer product of the layer's input with another vector.
+  So the direction of what the layer sees of each input x_i follows from gradients, ``x_i - m = c_i u_i``, and three
+  inputs determine their c_i and the constant m that was subtracted.
   """
   leaves = jax.tree.leaves(classifier.params)
   found = _gradients(classifier, jnp.linspace(-1.0, 1.0, classifier.num_classes), x[:3])
   flat = np.asarray(x[:3], np.float64).reshape(3, -1)
-  for place, turned in _matrices(leaves, flat.shape[1], axis=0):
+  for place, turned in _matrices(leaves, flat.shape[1], axis=0) if flat.shape[1] > 1 else []:
     kernel = leaves[place].T if turned else leaves[place]
-    by_kernel = [own[place].T if turned else own[place] for own in found]
-    for bias in (i for i, leaf in enumerate(leaves) if leaf.shape == kernel.shape[1:]):
-      pairs = list(zip(by_kernel, [own[bias] for own in found], strict=True))
-      seen = np.stack([k @ b / max(float(b @ b), 1e-300) for k, b in pairs])
-      missing = [np.linalg.norm(k - np.outer(s, b)) for (k, b), s in zip(pairs, seen, strict=True)]
-      if any(m > _ALIKE * np.linalg.norm(k) for m, k in zip(missing, by_kernel, strict=True)):
-        continue  # another layer's bias
-      moved = flat[0] - flat[1]
-      scale = float(np.vdot(seen[0] - seen[1], moved) / np.vdot(moved, moved))
-      offsets = flat - seen / scale
-      if np.abs(offsets - offsets[0]).max() > _ALIKE * np.abs(flat).max():
-        continue  # its inputs are not the data: another layer, or they go through something else first
-      start = jnp.asarray(offsets[0].reshape(classifier.input_shape), jnp.float32)
-      # Batch norm makes the gradients of a batch add up to 0: their span is one of differences, around the data's mean.
-      around_mean = not classifier.batch_coupled or float(np.std(offsets[0])) > _ALIKE * np.abs(flat).max()
-      if classifier.initial_params is None:
-        return start, _span(kernel, noise=around_mean), place, 1.0
-      first = jax.tree.leaves(classifier.initial_params)[place]
-      change, left = _change(kernel, first.T if turned else first)
-      return start, _span(change) if around_mean else None, place, left
+    constant = _constant(flat, [own[place].T if turned else own[place] for own in found])
+    if constant is None:
+      continue  # its inputs are not the data: another layer, or they go through something else first
+    start = jnp.asarray(constant.reshape(classifier.input_shape), jnp.float32)
+    # Batch norm makes the gradients of a batch add up to 0: their span is one of differences, around the data's mean.
+    around_mean = not classifier.batch_coupled or float(np.std(constant)) > _ALIKE * np.abs(flat).max()
+    if classifier.initial_params is None:
+      return start, _span(kernel, noise=around_mean), place, 1.0
+    first = jax.tree.leaves(classifier.initial_params)[place]
+    change, left = _change(kernel, first.T if turned else first)
+    return start, _span(change) if around_mean else None, place, left
   return None, None, None, 1.0
+
+
+def _constant(x: np.ndarray, gradients: Sequence[np.ndarray]) -> np.ndarray | None:
+  """The constant m [D] for which each ``x_i - m`` is what a layer sees of x_i [K, D], from its gradients [D, F]."""
+  directions = []
+  for gradient in gradients:
+    column = gradient[:, np.argmax(np.sum(np.square(gradient), axis=0))]
+    rest = gradient - np.outer(column, column @ gradient) / max(float(column @ column), 1e-300)
+    if not np.any(column) or np.linalg.norm(rest) > _ALIKE * np.linalg.norm(gradient):
+      return None
+    directions.append(column / np.linalg.norm(column))
+  count, size = x.shape
+  equations = np.zeros((count - 1, size, count))
+  equations[:, :, 0] = directions[0]
+  equations[np.arange(count - 1), :, np.arange(1, count)] = -np.stack(directions[1:])
+  c = np.linalg.lstsq(equations.reshape(-1, count), (x[0] - x[1:]).reshape(-1))[0]
+  constants = x - c[:, None] * np.stack(directions)
+  return constants[0] if np.abs(constants - constants[0]).max() <= _ALIKE * np.abs(x).max() else None
 
 
 def _change(kernel: jax.Array, first: jax.Array) -> tuple[jax.Array, float]:

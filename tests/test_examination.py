@@ -133,15 +133,27 @@ class Convolution(nn.Module):
     return nn.Dense(3)(x.reshape(x.shape[0], -1))
 
 
-@pytest.mark.parametrize(
-  "before",
-  [lambda x: jnp.tanh(3 * x), lambda x: x @ random((20, 20), 5), lambda x: x / jnp.linalg.norm(x, axis=1)[:, None]],
-)
+@pytest.mark.parametrize("before", [lambda x: jnp.tanh(3 * x), lambda x: x @ random((20, 20), 5)])
 def test_data_that_go_through_something_else_first_leave_no_span(before):
   params = mlp_params(random((20, 3)) @ random((3, 16), 1))
   classifier = kkt_jax.make_classifier(lambda p, x: mlp(p, before(x)), params, (20,))
   probes = jax.random.uniform(jax.random.key(0), (3, 20))
   assert examination._first_layer(classifier, probes) == (None, None, None, 1.0)
+
+
+def test_a_first_layer_needs_no_bias_and_its_inputs_may_be_scaled_one_by_one():
+  mean, kernel = random(20, 3), random((20, 3)) @ random((3, 16), 1)
+  params = [kernel, random((16, 3), 2)]
+
+  def apply_fn(p, x):
+    x = x - mean[None]
+    return jax.nn.relu(x / jnp.linalg.norm(x, axis=1)[:, None] @ p[0]) @ p[1]
+
+  start, span, place, _ = examination._first_layer(
+    kkt_jax.make_classifier(apply_fn, params, (20,)), jax.random.uniform(jax.random.key(0), (3, 20))
+  )
+  np.testing.assert_allclose(start, mean, atol=1e-4)
+  assert (span.strengths.size, place) == (3, 0)
 
 
 @pytest.mark.slow
