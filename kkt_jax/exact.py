@@ -22,11 +22,13 @@ class Exact(NamedTuple):
     unit: the samples [K, *input_shape] in units of the range, [0, 1].
     y: their labels [K], as the classifier labels them.
     tight: how many of their values are at an end of the range [K]; see `kkt_jax.vertices.certify`.
+    to_the_bit: which of them have the values of 8-bit images [K]; see `kkt_jax.vertices.to_levels`.
   """
 
   unit: np.ndarray
   y: np.ndarray
   tight: np.ndarray
+  to_the_bit: np.ndarray
 
 
 def find(
@@ -57,7 +59,9 @@ def find(
   """
   classifier, span, start = examination.classifier, examination.span, examination.unit_start
   led = np.zeros(len(guesses), bool)
-  found = Exact(np.zeros((0, *classifier.input_shape), np.float32), np.zeros(0, int), np.zeros(0, int))
+  found = Exact(
+    np.zeros((0, *classifier.input_shape), np.float32), np.zeros(0, int), np.zeros(0, int), np.zeros(0, bool)
+  )
   if span is None or classifier.value_range is None:
     return found, led
   tried = rounds if vertices.promising(guesses, span).any() else 0
@@ -82,13 +86,19 @@ def find(
     chosen = vertices.independent(unit, tight, start, affine=most > span.strengths.size)
     more = len(chosen) > len(found.y)
     idle, at_random = 0 if more else idle + 1, at_random and (more or not drawn)
-    found = Exact(unit[chosen], _read(classifier, unit[chosen])[0], tight[chosen])
+    labels = _read(classifier, unit[chosen])[0]
+    found = Exact(unit[chosen], labels, tight[chosen], np.zeros(len(chosen), bool))
     if on_round is not None:
       on_round(number + 1, len(chosen), most)
     if len(chosen) == most:
       led[:] = True  # there are no others, so that every guess was meant for one of these
     if len(chosen) == most or idle == _IDLE:
       break
+  if len(found.y):
+    whole, off = vertices.to_levels(found.unit, span, start)
+    bits = off < vertices.OFF_LEVEL
+    unit = np.where(bits.reshape(-1, *[1] * start.ndim), whole, found.unit)
+    found = found._replace(unit=unit, to_the_bit=bits)
   return found, led
 
 

@@ -183,13 +183,14 @@ def test_draws_are_training_images_or_one_another_or_new():
 def test_what_is_proven_is_counted_beside_the_truth():
   train = shades(3, 0)
   span = types.SimpleNamespace(strengths=np.ones(5))
-  claimed = types.SimpleNamespace(unit=np.concatenate([train.x[:2], 1 - train.x[2:3]]), y=train.y[:3])
-  nothing = types.SimpleNamespace(unit=train.x[:0], y=train.y[:0])
+  bits = np.array([True, False, True])
+  claimed = types.SimpleNamespace(unit=np.concatenate([train.x[:2], 1 - train.x[2:3]]), y=train.y[:3], to_the_bit=bits)
+  nothing = types.SimpleNamespace(unit=train.x[:0], y=train.y[:0], to_the_bit=bits[:0])
   examinations = [types.SimpleNamespace(span=own, tells_mean=True) for own in (span, None)]
   made = types.SimpleNamespace(exact=(claimed, nothing), examinations=examinations)
   counts, images = comparison.exactness(made, train)
-  assert counts[0] == {"proven": 3, "most": 6, "exact": 2, "false": 1}
-  assert counts[1] == {"proven": 0, "most": 0, "exact": 0, "false": 0}
+  assert counts[0] == {"proven": 3, "most": 6, "exact": 2, "false": 1, "to_the_bit": 2, "identical": 1}
+  assert counts[1] == dict.fromkeys(counts[0], 0)
   assert len(images) == 3
 
 

@@ -84,6 +84,21 @@ def test_mixtures_of_two_and_what_leaves_the_range_are_not_certified():
   assert not beyond.certified.any()
 
 
+def test_images_of_whole_levels_are_found_to_the_bit_and_nothing_else_is():
+  random = np.random.default_rng(0)
+  x = random.choice([0, 0, 0, 1, 253, 254, 255], size=(NUM, 300)) / 255
+  start = x.mean(axis=0)
+  span = InputSpan(jnp.asarray(np.linalg.svd(x - start, full_matrices=False)[2][: NUM - 1].T), jnp.ones(NUM - 1))
+  white = np.where(x > 0.9, 1.0, np.where(x < 0.01, 0.0, x))  # as polishing leaves them
+  bent = start + (white - start) @ np.asarray(span.basis) @ np.asarray(span.basis).T
+  found, off = vertices.to_levels(bent, span, start)
+  np.testing.assert_allclose(found, x, atol=1e-7)
+  assert off.max() < 0.05
+  mixed, off = vertices.to_levels((x + np.roll(x, 1, axis=0)) / 2, span, start)
+  same = (np.abs(mixed[:, None] - x[None]).max(axis=2) < 1e-6).any(axis=1)
+  assert ((off > vertices.OFF_LEVEL) | same).all() and not same.all()
+
+
 def test_values_that_always_move_together_count_once(monkeypatch):
   x, span, start, _ = data()
   basis = jnp.concatenate([span.basis, span.basis[:1], -2 * span.basis[1:2], 0 * span.basis[:1]]) / 2

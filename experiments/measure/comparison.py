@@ -286,8 +286,9 @@ def exactness(reconstruction: "kkt_jax.Reconstruction", train: Images) -> tuple[
 
   Returns:
     For each classifier the number of ``proven`` training samples, the ``most`` there can be, how many of them are
-    ``exact`` (structural similarity above .99 to a training image of the label) and how many are ``false``; and the
-    proven samples [K, ...] in [0, 1].
+    ``exact`` (structural similarity above .99 to a training image of the label), how many are ``false``, how many of
+    them are claimed to be right ``to_the_bit``, and how many of these are ``identical`` to one; and the proven samples
+    [K, ...] in [0, 1].
   """
   if not reconstruction.exact:  # not polished
     return [], train.x[:0]
@@ -298,6 +299,9 @@ def exactness(reconstruction: "kkt_jax.Reconstruction", train: Images) -> tuple[
     exact = int(np.sum(near > EXACT))
     most = most_samples(examination)
     counts.append({"proven": len(own.y), "most": most, "exact": exact, "false": len(own.y) - exact})
+    known = {np.round(255 * image).astype(np.uint8).tobytes() for image in train.x}
+    bits = [np.round(255 * image).astype(np.uint8).tobytes() in known for image in images.x[own.to_the_bit]]
+    counts[-1] |= {"to_the_bit": len(bits), "identical": sum(bits)}
   return counts, np.concatenate([np.clip(own.unit, 0, 1) for own in reconstruction.exact])
 
 

@@ -123,7 +123,8 @@ def _proof(count: Mapping[str, int]) -> str:
   """What the weights of a classifier prove, in a sentence."""
   return (
     f"The weights alone prove {count['proven']} of at most {count['most']} training images (framed);"
-    f" {count['exact']} of these are exact, {count['false']} are no training images."
+    f" {count['exact']} of these are exact, {count['false']} are no training images; {count['to_the_bit']} are proven"
+    f" to the last bit, of which {count['identical']} are identical to one."
   )
 
 
