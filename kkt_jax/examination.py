@@ -226,6 +226,8 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
   error = float(scaling(params, rates.rates, probes, alphas))
   free = symmetries.scale_invariant(classifier.apply_fn, params, probes)
   start, span, first, left = _first_layer(classifier, probes)
+  if span is not None and span.blur and span.strengths.size <= 2 * classifier.num_classes:
+    span = None  # these directions stand out because classes do; those of single samples drown in the noise
   forms = [form] if form else FORMS[2:] if classifier.initial_params is not None else FORMS[:2]
   conditions = _possible(classifier, rates, free, left)
   possible = {name: _attainable(classifier, conditions[name], probes, first) for name in forms}
@@ -407,6 +409,8 @@ def _first_layer(classifier: Classifier, x: jax.Array) -> tuple[jax.Array | None
     if constant is None:
       continue  # its inputs are not the data: another layer, or they go through something else first
     start = jnp.asarray(constant.reshape(classifier.input_shape), jnp.float32)
+    if kernel.shape[1] <= classifier.num_classes:
+      return start, None, place, 1.0  # such as a last layer, which tells of classes
     # Batch norm makes the gradients of a batch add up to 0: their span is one of differences, around the data's mean.
     around_mean = not classifier.batch_coupled or float(np.std(constant)) > _ALIKE * np.abs(flat).max()
     if classifier.initial_params is None:

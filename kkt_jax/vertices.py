@@ -37,6 +37,7 @@ _NEAREST = 8  # neighbours that are asked where a value will end
 _REACHED = 0.15  # from an end of the range, up to which a neighbour's value is taken to be there
 _UNSURE = 0.05  # least share of the neighbours that a value is given at either end
 _DARKEST, _DARK = 0.05, (2e-3, 2e-4)  # most that a black value may have come to, and distances that count as none
+_BENT = 0.25  # most that a value may move on the way to its level
 OFF_LEVEL = 0.2  # steps from a level, up to which a value is on it
 _NEW = 0.05  # least share of a sample that those before it do not account for
 
@@ -192,7 +193,8 @@ def to_levels(x: ArrayLike, span: InputSpan, start: ArrayLike, *, levels: int = 
 
   Returns:
     The samples in whole levels [M, ...], and the greatest distance of a value of the span's point from its level [M],
-    in steps: of the training images that were found at most .23, of all else at least .21 (docs/lab/exact.md).
+    in steps: of the training images that were found at most .23, of all else at least .21 (docs/lab/exact.md); .5 for
+    what has become another image.
 
   Raises:
     ValueError: see `polish`.
@@ -212,7 +214,9 @@ def to_levels(x: ArrayLike, span: InputSpan, start: ArrayLike, *, levels: int = 
       point = flat + basis @ (basis.T @ (rounded(point) - flat))
     points[index] = point
   off = np.abs(levels * (points - rounded(points))).max(axis=1, initial=0.0)
-  return rounded(points).reshape(x.shape).astype(np.float32), np.minimum(off, 0.5)
+  moved = np.abs(rounded(points) - np.asarray(x).reshape(points.shape)).max(axis=1, initial=0.0)
+  off = np.where(moved < _BENT, np.minimum(off, 0.5), 0.5)  # all black, for instance, is whole levels, too
+  return rounded(points).reshape(x.shape).astype(np.float32), off
 
 
 def promising(x: ArrayLike, span: InputSpan) -> np.ndarray:

@@ -126,6 +126,14 @@ def test_a_span_above_a_floor_of_noise_is_recognised_and_said_to_be_blurred():
   assert (cliff.strengths.size, cliff.blur, examination._blurred(cliff)) == (5, 0, "")
 
 
+def test_directions_that_stand_out_because_classes_do_are_no_span_of_the_data():
+  kernel = random((20, 5)) @ random((5, 16), 1)
+  of = lambda kernel: kkt_jax.make_classifier(mlp, mlp_params(kernel), (20,))  # of three classes
+  examined = examination.examine(of(kernel + 5e-3 * random((20, 16), 2)), form="weight_decay")
+  assert examined.span is None
+  assert examination.examine(of(kernel), form="weight_decay").span.strengths.size == 5
+
+
 class Convolution(nn.Module):
   @nn.compact
   def __call__(self, x):
