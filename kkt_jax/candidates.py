@@ -4,6 +4,7 @@ All need candidates that were in it and others in one call: a score says little 
 samples that are known not to have been trained on.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -41,15 +42,12 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
   x = jnp.asarray(x)
   logits = classifier.predict(x)
   labels = jnp.asarray(classifier.labels)[jnp.argmax(logits, axis=1)] if labels is None else labels
-  conditions = examination.conditions
-  own = jax.tree.map(lambda role, target: (role == "first kernel") * target, examination.roles, conditions.target)
-  if any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(own)):  # whatever the other tensors hold
-    conditions = Conditions(own, jax.tree.map(lambda leaf: (leaf != 0).any() * jnp.ones_like(leaf), own))
-  found = {"multipliers": multipliers(classifier, conditions, x, labels)}
+  found = {"multipliers": multipliers(classifier, _of_first_kernel(examination), x, labels)}
   if examination.span is not None:
-    own = classifier.to_unit(x).reshape(len(x), -1) - examination.unit_start.reshape(1, -1)
-    outside = own - (own @ examination.span.basis) @ examination.span.basis.T
-    found["span"] = -np.asarray(jnp.linalg.norm(outside, axis=1) / jnp.maximum(jnp.linalg.norm(own, axis=1), 1e-12))
+    offsets = classifier.to_unit(x).reshape(len(x), -1) - examination.unit_start.reshape(1, -1)
+    outside = offsets - (offsets @ examination.span.basis) @ examination.span.basis.T
+    lengths = jnp.maximum(jnp.linalg.norm(offsets, axis=1), 1e-12)
+    found["span"] = -np.asarray(jnp.linalg.norm(outside, axis=1) / lengths)
   if relaxation.gates(classifier.predict_fn, classifier.params, x[:2]):
     found["hinges"] = hinge_shares(classifier, x)
   classes = classifier.classes_of(labels)
@@ -100,7 +98,8 @@ def multipliers(
   @functools.partial(jax.vmap, in_axes=(None, 0, 0))
   def gradients(params: PyTree, x: jax.Array, index: jax.Array) -> jax.Array:
     # The logarithm of the odds: the gradient of log p but for its length, which vanishes with the loss.
-    return flat(jax.grad(lambda own: _log_odds(classifier.predict_fn(own, x[None]), index[None])[0])(params))
+    margins = lambda own: losses.margins(classifier.predict_fn(own, x[None]), index[None])[0]
+    return flat(jax.grad(lambda own: -jax.nn.logsumexp(-margins(own)))(params))
 
   chunks = [slice(begin, begin + chunk_size) for begin in range(0, len(x), chunk_size)]
   of = lambda chunk: np.asarray(gradients(classifier.params, x[chunk], classes[chunk]), np.float64)
@@ -151,9 +150,15 @@ def common_margin(margins: ArrayLike, margin: float | None = None) -> np.ndarray
   return -np.abs(logs - centre)
 
 
-def _log_odds(logits: jax.Array, classes: jax.Array) -> jax.Array:
-  others = jnp.where(losses.is_true_class(logits, classes), -jnp.inf, logits)
-  return jnp.take_along_axis(logits, classes[:, None], axis=1)[:, 0] - jax.nn.logsumexp(others, axis=1)
+def _of_first_kernel(examination: Examination) -> Conditions:
+  """The conditions on a fully connected first layer's kernel alone, left out before or not; all if it has no target."""
+  conditions = examination.conditions
+  mask = jax.tree.map(
+    lambda role, leaf: jnp.full_like(leaf, role == "first kernel"), examination.roles, conditions.target
+  )
+  alone = dataclasses.replace(conditions, mask=mask)
+  targets = zip(jax.tree.leaves(mask), jax.tree.leaves(conditions.target), strict=True)
+  return alone if any(bool(jnp.any(own * target)) for own, target in targets) else conditions
 
 
 def hinge_shares(classifier: Classifier, x: ArrayLike, *, within: float = 0.001) -> np.ndarray:

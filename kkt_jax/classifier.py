@@ -172,9 +172,9 @@ def make_classifier(
     A `Classifier`.
 
   Raises:
-    ValueError: labels that are repeated or of another number, parameters that are not finite
-      or not floating point, functions that fail on such inputs or give other shapes, or parts that do not belong
-      together. The message names the argument.
+    ValueError: labels that are repeated or of another number, parameters that are not finite or not floating point,
+      functions that fail on such inputs or give other shapes, or parts that do not belong together. The message names
+      the argument.
 
   >>> linear = make_classifier(lambda w, x: x @ w, jnp.ones((2, 3)), (2,))
   >>> linear.num_classes, linear.labels

@@ -226,8 +226,6 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
   error = float(scaling(params, rates.rates, probes, alphas))
   free = symmetries.scale_invariant(classifier.apply_fn, params, probes)
   start, span, first, left = _first_layer(classifier, probes)
-  if span is not None and span.blur and span.strengths.size <= 2 * classifier.num_classes:
-    span = None  # these directions stand out because classes do; those of single samples drown in the noise
   forms = [form] if form else FORMS[2:] if classifier.initial_params is not None else FORMS[:2]
   conditions = _possible(classifier, rates, free, left)
   possible = {name: _attainable(classifier, conditions[name], probes, first) for name in forms}
@@ -414,10 +412,10 @@ def _first_layer(classifier: Classifier, x: jax.Array) -> tuple[jax.Array | None
     # Batch norm makes the gradients of a batch add up to 0: their span is one of differences, around the data's mean.
     around_mean = not classifier.batch_coupled or float(np.std(constant)) > _ALIKE * np.abs(flat).max()
     if classifier.initial_params is None:
-      return start, _span(kernel, noise=around_mean), place, 1.0
+      return start, _span(kernel, noise=around_mean, num_classes=classifier.num_classes), place, 1.0
     first = jax.tree.leaves(classifier.initial_params)[place]
     change, left = _change(kernel, first.T if turned else first)
-    return start, _span(change) if around_mean else None, place, left
+    return start, _span(change, num_classes=classifier.num_classes) if around_mean else None, place, left
   return None, None, None, 1.0
 
 
@@ -460,12 +458,17 @@ def _change(kernel: jax.Array, first: jax.Array) -> tuple[jax.Array, float]:
   return jnp.asarray(change, kernel.dtype), left
 
 
-def _span(kernel: jax.Array, *, noise: bool = True) -> InputSpan | None:
-  """The span before a fall of the singular values, else that above a floor of noise, if there is either."""
+def _span(kernel: jax.Array, *, noise: bool = True, num_classes: int = 0) -> InputSpan | None:
+  """The span before a fall of the singular values, else that above a floor of noise, if there is either.
+
+  Above noise there must be more than two directions for each class. Fewer stand out because classes do; those of single
+  samples drown.
+  """
   fall = _fall(kernel)
   if fall is not None:
     return input_span(kernel, tolerance=fall)
-  return span_above_noise(kernel) if noise else None
+  span = span_above_noise(kernel) if noise else None
+  return span if span is not None and span.strengths.size > 2 * num_classes else None
 
 
 def _fall(kernel: jax.Array) -> float | None:

@@ -154,9 +154,7 @@ def _tensors(params: PyTree, targets: Sequence[np.ndarray]) -> list[_Tensor]:
 
 
 _Change = Callable[[Mapping[int, np.ndarray]], np.ndarray]
-_Parts = dict[
-  str, dict[str, float]
-]  # of families: squared length of what the target has in it, by tensor that it moves
+_Parts = dict[str, dict[str, float]]  # squared length of what the target has in a family, by tensor that it moves
 
 
 def _changes(apply_fn: ApplyFn, params: PyTree, x: jax.Array) -> _Change:
