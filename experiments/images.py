@@ -97,7 +97,7 @@ class Config:
     "", "Folder of classifiers, judge and controls, for runs on the same data; the workdir if empty.", group="Output"
   )
   judge_epochs: int = flag(None, "Passes over the data of the independent judge's training.", lower=1, type=int)
-  thorough: bool = flag(True, "Also measure what takes longer: neighbourhoods, memory, use as training data.")
+  thorough: bool = flag(False, "Also measure what takes longer: neighbourhoods, retrieval, use as training data.")
   population: int = flag(20_000, "Without batch norm: fresh samples whose residual is measured.", lower=2)
   log_every: int = flag(50, "Steps between logged metrics.", lower=1)
   save_every: int = flag(500, "Steps between checkpoints and pictures.", lower=1)

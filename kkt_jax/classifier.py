@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,20 @@ PyTree = Any
 ApplyFn = Callable[[PyTree, jax.Array], jax.Array]
 
 
+class Evaluation(NamedTuple):
+  """What one pass through a classifier gives of a batch.
+
+  Attributes:
+    logits: [M, C].
+    statistics: of the batch inside the classifier, if it stores such.
+    features: [M, F], the output of the last batch norm, if it is known.
+  """
+
+  logits: jax.Array
+  statistics: PyTree | None = None
+  features: jax.Array | None = None
+
+
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["params", "statistics", "offset", "initial_params"],
@@ -27,6 +41,7 @@ ApplyFn = Callable[[PyTree, jax.Array], jax.Array]
     "predict_fn",
     "statistics_fn",
     "features_fn",
+    "evaluate_fn",
     "input_shape",
     "labels",
     "batch_coupled",
@@ -58,6 +73,8 @@ class Classifier:
     statistics: the stored statistics of the training data, the tree that ``statistics_fn`` returns, or None.
     features_fn: ``(params, x) -> [M, F]`` at inference: the output of the last batch norm, of which the ReLU is the
       input of the last layer; or None.
+    evaluate_fn: ``(params, x) -> Evaluation`` as in training, with the derivatives of ``gradient_fn``: logits,
+      statistics and features from one pass, which saves a training step the others. None asks the functions above.
     offset: a constant [*input_shape] that the functions subtract from their inputs, such as the mean image of the
       training data, if known. It is part of what a classifier reveals.
     value_range: least and greatest value of an input; None if unbounded.
@@ -76,6 +93,7 @@ class Classifier:
   statistics_fn: Callable[[PyTree, jax.Array], PyTree] | None = None
   statistics: PyTree | None = None
   features_fn: ApplyFn | None = None
+  evaluate_fn: Callable[[PyTree, jax.Array], Evaluation] | None = None
   offset: jax.Array | None = None
   value_range: tuple[float, float] | None = (0.0, 1.0)
   weight_decay: float | None = None
@@ -139,12 +157,16 @@ def two_logits(function: ApplyFn) -> ApplyFn:
   """
 
   def lifted(params: PyTree, x: jax.Array) -> jax.Array:
-    logits = function(params, x)
-    if logits.size != logits.shape[0]:
-      return logits
-    return logits.reshape(-1, 1) * jnp.array([[-0.5, 0.5]], logits.dtype)
+    return lifted_logits(function(params, x))
 
   return lifted
+
+
+def lifted_logits(logits: jax.Array) -> jax.Array:
+  """See `two_logits`."""
+  if logits.size != logits.shape[0]:
+    return logits
+  return logits.reshape(-1, 1) * jnp.array([[-0.5, 0.5]], logits.dtype)
 
 
 def make_classifier(
@@ -159,6 +181,7 @@ def make_classifier(
   statistics_fn: Callable[[PyTree, jax.Array], PyTree] | None = None,
   statistics: PyTree | None = None,
   features_fn: ApplyFn | None = None,
+  evaluate_fn: Callable[[PyTree, jax.Array], Evaluation] | None = None,
   offset: ArrayLike | None = None,
   value_range: tuple[float, float] | None = (0.0, 1.0),
   weight_decay: float | None = None,
@@ -211,6 +234,14 @@ def make_classifier(
     _checks.check_same_shapes("statistics", statistics, "the result of statistics_fn", of_batch)
   if features_fn is not None and getattr(shape_of("features_fn", features_fn), "ndim", None) != 2:
     raise ValueError("features_fn must return features [M, F], one array.")
+  if evaluate_fn is None and not batch_coupled and functions["predict_fn"] is apply_fn:
+    gradients = functions["gradient_fn"]
+    evaluate_fn = lambda params, x: Evaluation(gradients(params, x))
+  elif evaluate_fn is not None:
+    whole = shape_of("evaluate_fn", evaluate_fn)
+    if not isinstance(whole, Evaluation) or whole.logits.shape != logits.shape:
+      raise ValueError("evaluate_fn must return an Evaluation whose logits [M, C] are those of apply_fn.")
+    _checks.check_same_shapes("statistics", statistics, "those of evaluate_fn", whole.statistics)
   if offset is not None:
     _checks.check_shape("offset", offset, input_shape, "input_shape")
     _checks.check_finite("offset", offset)
@@ -236,6 +267,7 @@ def make_classifier(
     statistics_fn=statistics_fn,
     statistics=statistics,
     features_fn=features_fn,
+    evaluate_fn=evaluate_fn,
     offset=None if offset is None else jnp.asarray(offset),
     value_range=value_range,
     weight_decay=weight_decay,

@@ -190,7 +190,32 @@ def stationarity_sum(gradient_fn: ApplyFn, params: PyTree, x: ArrayLike, classes
   x = jnp.asarray(x)
   _checks.check_batch("x", x)
   logits, pull_back = jax.vjp(lambda p: gradient_fn(p, x), params)
-  return pull_back(_cotangent(logits, classes, mu).astype(logits.dtype))[0]
+  return pull_back(cotangent(logits, classes, mu).astype(logits.dtype))[0]
+
+
+def cotangent(logits: ArrayLike, classes: ArrayLike, mu: ArrayLike) -> jax.Array:
+  """What `stationarity_sum` pulls back from the logits to the parameters, for those who have the pull-back already.
+
+  Args:
+    logits: [M, C]; only their shape counts.
+    classes: true classes [M].
+    mu: multipliers [M, C].
+
+  Returns:
+    [M, C]: the sum of mu for the true class, minus mu for the others, over M.
+
+  Raises:
+    ValueError: shapes, dtypes or classes that do not fit.
+
+  >>> import jax.numpy as jnp
+  >>> print(cotangent(jnp.zeros((1, 3)), jnp.array([0]), jnp.array([[9.0, 1.0, 2.0]])))
+  [[ 3. -1. -2.]]
+  """
+  logits, classes = _checked(logits, classes)
+  _checks.check_shape("mu", mu, logits.shape, "[M, C]")
+  true = is_true_class(logits, classes)
+  others = jnp.where(true, 0.0, jnp.asarray(mu))
+  return jnp.where(true, jnp.sum(others, axis=1, keepdims=True), -others) / logits.shape[0]
 
 
 def stationarity_sum_from_jacobians(jacobians: PyTree, classes: ArrayLike, mu: ArrayLike) -> PyTree:
@@ -212,8 +237,8 @@ def stationarity_sum_from_jacobians(jacobians: PyTree, classes: ArrayLike, mu: A
   >>> print(stationarity_sum_from_jacobians(of_two_logits, jnp.array([0]), jnp.array([[9.0, 3.0]])))
   [ 6. -6.]
   """
-  cotangent = _cotangent(jnp.zeros(jax.tree.leaves(jacobians)[0].shape[:2]), classes, mu)
-  return jax.tree.map(lambda jacobian: jnp.tensordot(cotangent, jacobian, axes=2), jacobians)
+  weights = cotangent(jnp.zeros(jax.tree.leaves(jacobians)[0].shape[:2]), classes, mu)
+  return jax.tree.map(lambda jacobian: jnp.tensordot(weights, jacobian, axes=2), jacobians)
 
 
 class StationarityResidual(NamedTuple):
@@ -388,15 +413,6 @@ def _checked(logits: ArrayLike, classes: ArrayLike) -> tuple[jax.Array, jax.Arra
   if _checks.concrete(((values >= 0) & (values < num_classes)).all()) is False:
     raise ValueError(f"classes must lie in 0..{num_classes - 1}; got {values.min()}..{values.max()}.")
   return logits, jnp.asarray(classes)
-
-
-def _cotangent(logits: ArrayLike, classes: ArrayLike, mu: ArrayLike) -> jax.Array:
-  """What multiplies the gradient of each logit: the sum of mu for the true class, minus mu for the others, over M."""
-  logits, classes = _checked(logits, classes)
-  _checks.check_shape("mu", mu, logits.shape, "[M, C]")
-  true = is_true_class(logits, classes)
-  others = jnp.where(true, 0.0, jnp.asarray(mu))
-  return jnp.where(true, jnp.sum(others, axis=1, keepdims=True), -others) / logits.shape[0]
 
 
 def _masked(conditions: Conditions, sums: PyTree) -> tuple[PyTree, PyTree]:

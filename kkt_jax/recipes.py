@@ -304,14 +304,14 @@ def weighed_conditions(examination: Examination) -> Conditions:
 
 def softmax_multipliers() -> MultipliersFactory:
   """The classifier's own probabilities; see `kkt_jax.multipliers.from_softmax`."""
-  apply = lambda eta, classifier, batch: multipliers.from_softmax(classifier.gradient_fn(classifier.params, batch.x))
+  apply = lambda eta, classifier, batch: multipliers.from_softmax(batch.logits)
   return lambda examinations, generator: Multipliers(lambda key: None, apply)
 
 
 def network_multipliers(
   *,
   positive: Callable[[jax.Array], jax.Array] = jax.nn.softplus,
-  hidden: Sequence[int] = (128, 128),
+  hidden: Sequence[int] = (8, 32),
   scaled: bool = False,
 ) -> MultipliersFactory:
   """The network h(x, y, t; eta) of section 4.
@@ -372,9 +372,8 @@ def runner_up_multipliers(*, scaled: bool = False) -> MultipliersFactory:
     shape = _one_for_each_sample(examinations, generator, 1)
 
     def apply(eta: PyTree, classifier: Classifier, batch: Batch) -> jax.Array:
-      logits = classifier.gradient_fn(classifier.params, batch.x)
       own = eta[batch.t, batch.y, generators.code_of(batch.noise, generator.codes)]
-      return multipliers.on_runner_up(own, logits, batch.classes)
+      return multipliers.on_runner_up(own, batch.logits, batch.classes)
 
     return Multipliers(lambda key: jax.random.uniform(key, shape), apply, scaled)
 

@@ -23,6 +23,8 @@ from kkt_jax.recipes import Recipe
 from kkt_jax.relaxation import computed_in, relaxed
 from kkt_jax.training import OnLog, Problem, Saver, TrainState
 
+_LOOKS = (0.2, 0.4, 0.8)  # shares of the training after which it may end, if all training samples are proven
+_HOPEFUL = 0.75  # share of them that one round of polishing must prove before others are tried
 _JOINT_RATE = 1e-4  # peak learning rate where a network that is fitted already is trained by the equations
 OnSave = Callable[["Reconstruction"], None]
 OnRound = Callable[[int, int, int, int], None]
@@ -64,6 +66,12 @@ class Reconstruction:
   def margins(self) -> np.ndarray:
     """e^-alpha, the learned margin of each classifier's training data [T], in logits."""
     return np.exp(-np.asarray(self.state.params["alpha"]))
+
+  @property
+  def proven(self) -> float:
+    """The least share of a classifier's training samples that are proven, of the most that its span can hold."""
+    most = [exact.most_samples(own) for own in self.examinations]
+    return min((len(own.y) / max(m, 1) for own, m in zip(self.exact, most, strict=False)), default=0.0)
 
   @functools.cached_property
   def problem(self) -> Problem:
@@ -201,10 +209,14 @@ class Reconstruction:
     saver: Saver | None = None,
     on_log: OnLog | None = None,
     on_save: OnSave | None = None,
+    until: Callable[["Reconstruction"], bool] | None = None,
     log_every: int = 50,
     save_every: int = 500,
   ) -> "Reconstruction":
-    """Trains on until ``num_steps`` steps altogether, those of the recipe if None; see `reconstruct`."""
+    """Trains on until ``num_steps`` steps altogether, those of the recipe if None; see `reconstruct`.
+
+    It ends early where ``until`` says so, which is asked now and then.
+    """
     schedule = self.recipe.schedule
     arguments = (self.state, self.classifiers, _trained_conditions(self.recipe, self.examinations))
     if self.mesh is not None:
@@ -219,6 +231,8 @@ class Reconstruction:
       saver=saver,
       save_every=save_every,
       on_save=None if on_save is None else lambda state: on_save(self._at(state)),
+      until=None if until is None else lambda state: until(self._at(state)),
+      looks=[int(share * schedule.steps) for share in _LOOKS],
     )
     return self._at(state)
 
@@ -371,10 +385,18 @@ def reconstruct(
     begin = dataclasses.replace(begin, state=restored[1])
   elif schedule.restart_steps and schedule.steps:
     begin = _best_start(begin, seed, on_restart)
+  early: list[Reconstruction] = []
+
+  def complete(now: Reconstruction) -> bool:
+    if now.polished(1).proven >= _HOPEFUL:
+      polished = now.polished(on_round=on_round)
+      early.extend([polished] if polished.proven == 1 else [])
+    return bool(early)
+
   made = begin.continue_training(
-    saver=saver, on_log=on_log, on_save=on_save, log_every=log_every, save_every=save_every
+    saver=saver, on_log=on_log, on_save=on_save, until=complete, log_every=log_every, save_every=save_every
   )
-  made = made.polished(on_round=on_round)
+  made = early[0] if early else made.polished(on_round=on_round)
   if not schedule.match_steps:
     return made
   later = None if on_log is None else lambda step, metrics: on_log(schedule.steps + step, metrics)
@@ -454,7 +476,8 @@ def _with_gradients(classifier: Classifier, stationarity: recipes.Stationarity) 
   own = relaxed(classifier, stationarity.gate_sharpness)
   if stationarity.compute_dtype is None:
     return own
-  return dataclasses.replace(own, gradient_fn=computed_in(own.gradient_fn, stationarity.compute_dtype))
+  rough = computed_in(own.gradient_fn, stationarity.compute_dtype)
+  return dataclasses.replace(own, gradient_fn=rough, evaluate_fn=None)  # margins and statistics stay exact
 
 
 def _trained_conditions(recipe: Recipe, examinations: Sequence[Examination]) -> list[Conditions]:

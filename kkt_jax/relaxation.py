@@ -5,10 +5,10 @@ generator which gates to open. A relaxed gate has the same value and a smooth de
 function is read as JAX sees it, operation by operation, and every gate in it is given that derivative.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.extend import core
@@ -19,6 +19,7 @@ import numpy as np
 from kkt_jax import _checks
 from kkt_jax.classifier import ApplyFn, Classifier, PyTree
 
+Result = TypeVar("Result")
 _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}  # primitives that only call
 _OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call")
 _GUARD = 1e-3  # max(norm, 1e-6) keeps a division finite: a positive constant below this makes no gate
@@ -58,7 +59,9 @@ def _mixed_jvp(sharpness: float, primals: Sequence[Any], tangents: Sequence[Any]
   return value, gate * above + (1 - gate) * below
 
 
-def relax_gates(apply_fn: ApplyFn, *, sharpness: float) -> ApplyFn:
+def relax_gates(
+  apply_fn: Callable[[PyTree, jax.Array], Result], *, sharpness: float
+) -> Callable[[PyTree, jax.Array], Result]:
   """The same function with a smooth derivative of every gate: the slopes of both sides mixed by ``sigmoid(k x)``.
 
   What it finds, also in functions that are jitted or checkpointed (`jax.checkpoint`, ``nn.remat``) and in the bodies of
@@ -92,15 +95,15 @@ def relax_gates(apply_fn: ApplyFn, *, sharpness: float) -> ApplyFn:
   """
   _checks.check_positive("sharpness", sharpness)
 
-  def with_relaxed_gates(params: PyTree, x: jax.Array) -> jax.Array:
+  def with_relaxed_gates(params: PyTree, x: jax.Array) -> Result:
     report = _Report()
-    logits = _relaxed(apply_fn, params, x, sharpness, report)
+    result: Result = _relaxed(apply_fn, params, x, sharpness, report)
     if report.kinks and not report.gates:
       raise ValueError(
         f"apply_fn must be smooth or have gates that can be relaxed; it has {', '.join(dict.fromkeys(report.kinks))}"
         " but no gate that is recognised. Write its gates as jax.nn.relu, or use exact ones (sharpness None or 0)."
       )
-    return logits
+    return result
 
   return with_relaxed_gates
 
@@ -132,11 +135,14 @@ def pre_activations(apply_fn: ApplyFn, params: PyTree, x: Any) -> list[jax.Array
 
 
 def relaxed(classifier: Classifier, sharpness: float | None) -> Classifier:
-  """The classifier with relaxed gates in ``gradient_fn``; with exact ones if ``sharpness`` is None or 0."""
-  gradient_fn = relax_gates(classifier.apply_fn, sharpness=sharpness) if sharpness else classifier.apply_fn
+  """A classifier with relaxed gates in its derivatives; with exact ones if ``sharpness`` is None or 0."""
+  if not sharpness:
+    return dataclasses.replace(classifier, gradient_fn=classifier.apply_fn)
+  gradient_fn = relax_gates(classifier.apply_fn, sharpness=sharpness)
   probe = jax.ShapeDtypeStruct((2, *classifier.input_shape), jnp.result_type(float))
   jax.eval_shape(gradient_fn, classifier.params, probe)  # now is the time to complain
-  return dataclasses.replace(classifier, gradient_fn=gradient_fn)
+  whole = classifier.evaluate_fn and relax_gates(classifier.evaluate_fn, sharpness=sharpness)
+  return dataclasses.replace(classifier, gradient_fn=gradient_fn, evaluate_fn=whole)
 
 
 def computed_in(apply_fn: ApplyFn, dtype: DTypeLike) -> ApplyFn:
@@ -196,7 +202,7 @@ class _Report:
   roots: list[jax.Array] = dataclasses.field(default_factory=list)
 
 
-def _relaxed(apply_fn: ApplyFn, params: PyTree, x: Any, sharpness: float, report: _Report) -> Any:
+def _relaxed(apply_fn: Callable[[PyTree, Any], Any], params: PyTree, x: Any, sharpness: float, report: _Report) -> Any:
   closed, shape = jax.make_jaxpr(apply_fn, return_shape=True)(params, x)
   values = _evaluate(closed, list(map(_Value, jax.tree.leaves((params, x)))), sharpness, report)
   return jax.tree.unflatten(jax.tree.structure(shape), [value.array for value in values])

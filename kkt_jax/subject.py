@@ -15,7 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kkt_jax.classifier import ApplyFn, Classifier, make_classifier, PyTree, result_shape, two_logits
+from kkt_jax.classifier import (
+  ApplyFn,
+  Classifier,
+  Evaluation,
+  lifted_logits,
+  make_classifier,
+  PyTree,
+  result_shape,
+  two_logits,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +41,8 @@ class Subject:
     input_shape: shape of one input.
     value_range: least and greatest value of an input; None if unbounded.
     train_fn: with batch norm: ``(variables, x) -> (logits, batch_stats)`` as in training: normalised by the batch, with
-      the running averages that follow it. None without batch norm.
+      the running averages that follow it; or ``(logits, batch_stats, features)``, the latter those of ``features_fn``
+      in training. None without batch norm.
     features_fn: ``(variables, x) -> [M, F]``; see `kkt_jax.classifier.Classifier`.
     offset: the constant [*input_shape] that ``apply_fn`` subtracts from its inputs, such as the mean image, if known.
     weight_decay: the strength of the weight decay in training, if known.
@@ -42,7 +52,7 @@ class Subject:
   init_fn: Callable[[], PyTree]
   input_shape: Sequence[int]
   value_range: tuple[float, float] | None = (0.0, 1.0)
-  train_fn: Callable[[PyTree, jax.Array], tuple[jax.Array, PyTree]] | None = None
+  train_fn: Callable[[PyTree, jax.Array], tuple[Any, ...]] | None = None
   features_fn: ApplyFn | None = None
   offset: ArrayLike | None = None
   weight_decay: float | None = None
@@ -97,12 +107,16 @@ class Subject:
       initial_params=initial["params"] if collections and initial is not None else initial,
     )
     found: dict[str, Any] = {}
+    features_fn = self.features_fn and with_constants(self.features_fn)
+    if features_fn is not None and _feeds_last_layer(features_fn, classifier):
+      found["features_fn"] = features_fn
     if train_fn is not None:
-      statistics_fn = with_constants(_statistics_fn(train_fn, variables, self.input_shape))
-      found = {"statistics_fn": statistics_fn, "statistics": variables["batch_stats"]}
-    if self.features_fn is not None:
-      features_fn = with_constants(self.features_fn)
-      found["features_fn"] = features_fn if _feeds_last_layer(features_fn, classifier) else None
+      whole = _evaluate_fn(train_fn, variables, self.input_shape)
+      own = with_constants(lambda variables, x: whole(variables, x).statistics)
+      found |= {"statistics_fn": own, "statistics": variables["batch_stats"]}
+      returned = len(jax.eval_shape(train_fn, variables, jnp.zeros((2, *self.input_shape))))
+      if returned == 3 or "features_fn" not in found:  # nothing is left for a second pass
+        found["evaluate_fn"] = with_constants(whole)
     return dataclasses.replace(classifier, **found)
 
   @classmethod
@@ -152,21 +166,24 @@ class Subject:
       collections = {"params": variables} if bare else variables
       return apply(collections, _shifted(x, offset), **mode(train), **settings)
 
-    def train_fn(variables: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
-      logits, updated = run(variables, x, train=True, mutable=["batch_stats"])
-      return logits, updated["batch_stats"]
-
-    def features_fn(variables: PyTree, x: jax.Array) -> jax.Array:
+    def observed(variables: PyTree, x: jax.Array, **settings: Any) -> tuple[jax.Array, PyTree, jax.Array]:
       order = []
 
       def is_norm(module: nn.Module, _: str) -> bool:
         order.extend([module.path] if isinstance(module, nn.BatchNorm) else [])
         return isinstance(module, nn.BatchNorm)
 
-      outputs = run(variables, x, capture_intermediates=is_norm)[1]["intermediates"]
+      logits, changed = run(variables, x, capture_intermediates=is_norm, **settings)
+      outputs = changed["intermediates"]
       for name in order[-1]:
         outputs = outputs[name]
-      return outputs["__call__"][-1]
+      return logits, changed.get("batch_stats"), outputs["__call__"][-1]
+
+    def train_fn(variables: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree, jax.Array]:
+      return observed(variables, x, train=True, mutable=["batch_stats"])
+
+    def features_fn(variables: PyTree, x: jax.Array) -> jax.Array:
+      return observed(variables, x)[2]
 
     normalised = "batch_stats" in collections
     return cls(
@@ -295,10 +312,10 @@ def _shifted(x: jax.Array, offset: ArrayLike | None) -> jax.Array:
   return x if offset is None else x - jnp.asarray(offset, x.dtype)[None]  # in the precision of the inputs
 
 
-def _statistics_fn(
-  train_fn: Callable[[PyTree, jax.Array], tuple[jax.Array, PyTree]], variables: PyTree, input_shape: Sequence[int]
-) -> Callable[[PyTree, jax.Array], PyTree]:
-  """The statistics of a batch, from running averages that would hold a share, 1 - momentum, of them."""
+def _evaluate_fn(
+  train_fn: Callable[[PyTree, jax.Array], tuple[Any, ...]], variables: PyTree, input_shape: Sequence[int]
+) -> Callable[[PyTree, jax.Array], Evaluation]:
+  """A pass as in training, with the statistics of the batch, of which running averages hold a share, 1 - momentum."""
   stored = variables["batch_stats"]
 
   @jax.jit
@@ -312,11 +329,12 @@ def _statistics_fn(
   if max(jax.tree.leaves(share)) <= 0:
     raise ValueError("train_fn must return running averages that follow the batch; they do not change with it.")
 
-  def statistics(variables: PyTree, x: jax.Array) -> PyTree:
-    fresh = train_fn({**variables, "batch_stats": jax.tree.map(jnp.zeros_like, stored)}, x)[1]
-    return jax.tree.map(lambda leaf, part, own: leaf / part if part > 0 else own, fresh, share, stored)
+  def evaluate(variables: PyTree, x: jax.Array) -> Evaluation:
+    logits, fresh, *features = train_fn({**variables, "batch_stats": jax.tree.map(jnp.zeros_like, stored)}, x)
+    statistics = jax.tree.map(lambda leaf, part, own: leaf / part if part > 0 else own, fresh, share, stored)
+    return Evaluation(lifted_logits(logits), statistics, *features)
 
-  return statistics
+  return evaluate
 
 
 def _feeds_last_layer(features_fn: ApplyFn, classifier: Classifier) -> bool:

@@ -28,9 +28,11 @@ class Batch(NamedTuple):
     classes: the output indices of the labels [M].
     noise: what they were generated from [M, D].
     t: index of the classifier, a Python integer.
-    logits: at inference [M, C].
-    mu: multipliers [M, C]; zeros while they are computed themselves.
     alpha: log-scale of the margin, a scalar.
+    logits: [M, C], as in training if the classifier evaluates everything in one pass, else at inference.
+    statistics: of the batch inside the classifier, if it stores such.
+    features: the output of its last batch norm [M, F], if it is known.
+    mu: multipliers [M, C]; None while they are computed themselves.
   """
 
   x: jax.Array
@@ -39,9 +41,11 @@ class Batch(NamedTuple):
   classes: jax.Array
   noise: jax.Array
   t: int
-  logits: jax.Array
-  mu: jax.Array
   alpha: jax.Array
+  logits: jax.Array
+  statistics: Any = None
+  features: Any = None
+  mu: Any = None
 
 
 TermFn = Callable[[Classifier, Batch], jax.Array]
@@ -96,17 +100,15 @@ def mean_square(classifier: Classifier, batch: Batch) -> jax.Array:
 
 def statistics(classifier: Classifier, batch: Batch) -> jax.Array:
   """A batch reproduces the stored batch-norm statistics."""
-  assert classifier.statistics_fn is not None  # a classifier with batch norm
-  return priors.statistics_distance(classifier.statistics_fn(classifier.params, batch.x), classifier.statistics)
+  return priors.statistics_distance(batch.statistics, classifier.statistics)
 
 
 def class_features(of_classes: list[tuple[jax.Array, jax.Array]]) -> TermFn:
   """Samples have the common features of their class; for each classifier the features [C, F] and their scales [F]."""
 
   def distance(classifier: Classifier, batch: Batch) -> jax.Array:
-    assert classifier.features_fn is not None  # it has class features
     features, scale = of_classes[batch.t]
-    return priors.collapse(classifier.features_fn(classifier.params, batch.x), features[batch.classes], scale)
+    return priors.collapse(batch.features, features[batch.classes], scale)
 
   return distance
 

@@ -19,13 +19,14 @@ import numpy as np
 import optax
 
 from kkt_jax import _checks, losses, multipliers, parallel
-from kkt_jax.classifier import Classifier, PyTree
+from kkt_jax.classifier import Classifier, Evaluation, PyTree
 from kkt_jax.conditions import Conditions
 from kkt_jax.generators import Generator
 from kkt_jax.recipes import Multipliers, Stationarity
 from kkt_jax.terms import Batch, Term
 
 OnLog = Callable[[int, dict[str, float]], None]
+PullBack = Callable[[jax.Array], tuple[PyTree]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,9 +189,10 @@ def init_state(
     log_scales, sizes = [], []
     noise, y = _samples(problem, classifiers, first_key, jnp.zeros(()))
     few = slice(problem.microbatch_size)  # enough for a start
-    batches, _ = _generate(problem, params, statistics, classifiers, noise[few], y[few])
-    for classifier, condition, batch in zip(classifiers, conditions, batches, strict=True):
-      sums = _stationarity_sum(classifier, _with_multipliers(problem, params, classifier, batch))
+    samples, _ = _generate(problem, params, statistics, noise[few], y[few])
+    batches = _batches(problem, params, classifiers, samples, noise[few], y[few])
+    for condition, (batch, pull_back) in zip(conditions, batches, strict=True):
+      sums = _stationarity_sum(batch, pull_back)
       log_scales.append(multipliers.initial_log_scale(condition, sums))
       sizes.append(jnp.median(jnp.abs(losses.runner_up_margin(batch.logits, batch.classes))))
     return jnp.stack(log_scales), jnp.stack(sizes)
@@ -225,16 +227,16 @@ def make_train_step(problem: Problem) -> TrainStep:
     """For each classifier the stationarity sum and the other terms of (a part of) a batch."""
     if problem.mesh is not None:
       part = parallel.split_samples(part, problem.mesh)
-    batches, statistics = _generate(problem, params, statistics, classifiers, *part)
+    samples, statistics = _generate(problem, params, statistics, *part)
+    batches = _batches(problem, params, classifiers, samples, *part)
     found = []
-    for classifier, batch in zip(classifiers, batches, strict=True):
-      batch = _with_multipliers(problem, params, classifier, batch)
+    for classifier, (batch, pull_back) in zip(classifiers, batches, strict=True):
       values = {name: term.function(classifier, batch) for name, term in active.items()}
       if problem.microbatch_size is not None:
         whole = [name for name, value in values.items() if jnp.ndim(value) == 0]
         if whole:
           raise ValueError(f"microbatch_size must be None with terms of the batch as a whole, {', '.join(whole)}.")
-      sums = _stationarity_sum(classifier, batch) if problem.stationarity.weight else {}
+      sums = _stationarity_sum(batch, pull_back) if problem.stationarity.weight else {}
       found.append((sums, {name: jnp.mean(value) for name, value in values.items()}))
     return found, statistics
 
@@ -308,6 +310,8 @@ def fit(
   saver: Saver | None = None,
   save_every: int = 500,
   on_save: Callable[[TrainState], None] | None = None,
+  until: Callable[[TrainState], bool] | None = None,
+  looks: Sequence[int] = (),
 ) -> TrainState:
   """Runs steps until ``state.step`` reaches ``num_steps``; a restored state goes on where it was.
 
@@ -327,6 +331,8 @@ def fit(
     saver: keeps the state every ``save_every`` steps and at the end.
     save_every: steps between saved states.
     on_save: called with every saved state.
+    until: whether a state is good enough, so that the training ends with it; asked at the steps of ``looks``.
+    looks: steps.
 
   Returns:
     The final state.
@@ -349,13 +355,17 @@ def fit(
         on_log(at, floats)
 
   number = int(state.step)
+  done = lambda: until is not None and number > 0 and number in looks and until(state)
   try:
-    while number < num_steps:
+    enough = done()
+    while number < num_steps and not enough:
       ahead = [every - number % every for every in (log_every, save_every)]
+      ahead += [look - number for look in looks if look > number]
       count = min(steps_per_call, num_steps - number, *ahead)
       state, metrics = step(state, classifiers, conditions, None if steps_per_call == 1 else count)
       number += count
-      last = number == num_steps
+      enough = done()
+      last = enough or number == num_steps
       saving = saver is not None and (number % save_every == 0 or last)
       if saving or number % log_every == 0 or last:
         flush()
@@ -380,8 +390,8 @@ def batch_samples(
 ) -> list[tuple[jax.Array, jax.Array]]:
   """One step's batch for each classifier, as at inference: samples [M, *input_shape] and their labels [M]."""
   noise, y = _samples(problem, classifiers, state.key, _progress(problem, state))
-  batches, _ = _generate(problem, state.params, state.statistics, classifiers, noise, y, train=False)
-  return [(batch.x, batch.y) for batch in batches]
+  samples, _ = _generate(problem, state.params, state.statistics, noise, y, train=False)
+  return [(x, y[:, index]) for index, x in enumerate(samples)]
 
 
 def _samples(
@@ -398,13 +408,12 @@ def _generate(
   problem: Problem,
   params: PyTree,
   statistics: PyTree,
-  classifiers: Sequence[Classifier],
   noise: jax.Array,
   y: jax.Array,
   *,
   train: bool = True,
-) -> tuple[list[Batch], PyTree]:
-  """One pass of the generator for all classifiers: from noise [M, T, D] and labels [M, T] to a batch for each.
+) -> tuple[list[jax.Array], PyTree]:
+  """One pass of the generator for all classifiers: from noise [M, T, D] and labels [M, T] to samples for each.
 
   The new running averages come with it. The classifiers take turns sample by sample, so that a batch whose samples are
   split among devices stays where it is.
@@ -414,38 +423,51 @@ def _generate(
   flat = noise.reshape(num_samples * num_classifiers, -1)
   x, statistics = problem.generator.generate(params["theta"], statistics, flat, y.reshape(-1), t, train)
   x = x.reshape(num_samples, num_classifiers, *x.shape[1:])
+  return [x[:, index] for index in range(num_classifiers)], statistics
+
+
+def _batches(
+  problem: Problem,
+  params: PyTree,
+  classifiers: Sequence[Classifier],
+  samples: Sequence[jax.Array],
+  noise: jax.Array,
+  y: jax.Array,
+) -> list[tuple[Batch, PullBack]]:
+  """For each classifier what it makes of its samples, with multipliers, and the pull-back from logits to parameters."""
   batches = []
-  for index, classifier in enumerate(classifiers):
-    own = x[:, index]
-    logits = classifier.predict_fn(classifier.params, own)
-    classes = classifier.classes_of(y[:, index])
-    alpha = params["alpha"][index]
-    batches.append(
-      Batch(
-        own,
-        classifier.to_unit(own),
-        y[:, index],
-        classes,
-        noise[:, index],
-        index,
-        logits,
-        jnp.zeros_like(logits),
-        alpha,
-      )
-    )
-  return batches, statistics
+  for index, (classifier, x) in enumerate(zip(classifiers, samples, strict=True)):
+    whole, pull_back = _evaluate(classifier, x)
+    labels, alpha = y[:, index], params["alpha"][index]
+    classes = classifier.classes_of(labels)
+    batch = Batch(x, classifier.to_unit(x), labels, classes, noise[:, index], index, alpha, *whole)
+    mu = problem.multipliers.apply(params["eta"]["multipliers"], classifier, batch)
+    if problem.multipliers.scaled:
+      mu = jnp.exp(params["eta"]["log_scale"][index]) * mu
+    batches.append((batch._replace(mu=mu), pull_back))
+  return batches
 
 
-def _with_multipliers(problem: Problem, params: PyTree, classifier: Classifier, batch: Batch) -> Batch:
-  eta = params["eta"]
-  mu = problem.multipliers.apply(eta["multipliers"], classifier, batch)
-  if problem.multipliers.scaled:
-    mu = jnp.exp(eta["log_scale"][batch.t]) * mu
-  return batch._replace(mu=mu)
+def _evaluate(classifier: Classifier, x: jax.Array) -> tuple[Evaluation, PullBack]:
+  """Logits, statistics and features, in one pass if the classifier can, and the pull-back from logits to parameters."""
+  params = classifier.params
+  if classifier.evaluate_fn is not None:
+    own = classifier.evaluate_fn
+
+    def whole(params: PyTree) -> tuple[jax.Array, Evaluation]:
+      found = own(params, x)
+      return found.logits, found
+
+    _, pull_back, found = jax.vjp(whole, params, has_aux=True)
+    return found, pull_back
+  _, pull_back = jax.vjp(lambda params: classifier.gradient_fn(params, x), params)
+  others = [own and own(params, x) for own in (classifier.statistics_fn, classifier.features_fn)]
+  return Evaluation(classifier.predict_fn(params, x), *others), pull_back
 
 
-def _stationarity_sum(classifier: Classifier, batch: Batch) -> PyTree:
-  return losses.stationarity_sum(classifier.gradient_fn, classifier.params, batch.x, batch.classes, batch.mu)
+def _stationarity_sum(batch: Batch, pull_back: PullBack) -> PyTree:
+  """See `kkt_jax.losses.stationarity_sum`."""
+  return pull_back(losses.cotangent(batch.logits, batch.classes, batch.mu).astype(batch.logits.dtype))[0]
 
 
 def _stationarity(

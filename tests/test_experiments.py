@@ -214,7 +214,8 @@ def test_the_terms_are_what_their_names_say(examinations):
   x = jax.random.uniform(jax.random.key(1), (6, 8, 8, 1), minval=-0.2, maxval=1.2)
   classes = jnp.arange(6) % 3
   logits = classifier.predict_fn(classifier.params, x)
-  batch = kkt_jax.terms.Batch(x, x, classes, classes, jnp.zeros((6, 1)), 0, logits, None, jnp.zeros(()))
+  inside = (own(classifier.params, x) for own in (classifier.statistics_fn, classifier.features_fn))
+  batch = kkt_jax.terms.Batch(x, x, classes, classes, jnp.zeros((6, 1)), 0, jnp.zeros(()), logits, *inside)
   features, scale = own.class_features
   expected = {
     "range": priors.out_of_range(x),

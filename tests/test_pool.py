@@ -43,7 +43,7 @@ def job(tmp_path, monkeypatch):
 
 
 def run_all(jobs, tmp_path, **settings):
-  pool.run_all(jobs, **{"processes": 2, "what": "runs", "cache": tmp_path / "cache"} | settings)
+  pool.run_all(jobs, **{"processes": 2, "what": "runs"} | settings)
 
 
 def test_runs_end_and_are_not_done_again(tmp_path, job, monkeypatch):

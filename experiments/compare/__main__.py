@@ -52,13 +52,12 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   same = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("processes", "results")}
   out = Workdir(workdir, same)
   jobs = {name: _jobs(config, settings, name, workdir) for name in chosen}
-  how: dict[str, Any] = {"processes": config.processes, "cache": workdir / "compiled"}
   # One run on each classifier first: it trains what the others share.
   first = [job for job in next(iter(jobs.values())) if job.settings["generator_seed"] == 0]
-  pool.run_all(first, what="classifiers", **how)
+  pool.run_all(first, processes=config.processes, what="classifiers")
   # The methods in turn, so that an interrupted comparison has something of each.
   in_turn = itertools.zip_longest(*jobs.values())
-  pool.run_all([job for own in in_turn for job in own if job], what="runs", **how)
+  pool.run_all([job for own in in_turn for job in own if job], processes=config.processes, what="runs")
   given = [f"--{name}={value}" for name, value in same.items() if value != getattr(Config(), name)]
   command = shlex.join(["python", "-m", "experiments.compare", *given, f"--workdir={workdir}"])
   made = report.build(config.experiment, chosen, jobs, command)
@@ -106,6 +105,7 @@ def _jobs(config: Config, settings: Mapping[str, Any], method: str, workdir: pat
     pool.Job(
       f"experiments.{config.experiment}",
       {
+        **({} if config.experiment == "circle" else {"thorough": True}),
         **settings,
         "method": method,
         "seed": seed,

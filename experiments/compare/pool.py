@@ -74,7 +74,6 @@ def run_all(
   *,
   processes: int,
   what: str,
-  cache: pathlib.Path,
   total: int | None = None,
   on_end: Callable[[Job], None] = lambda job: None,
 ) -> None:
@@ -84,7 +83,6 @@ def run_all(
     jobs: the runs; each is taken when there is a process for it.
     processes: how many at a time, each on one thread; 0 is one for each core.
     what: what is going on, a word or two, for the progress line.
-    cache: folder in which the runs share what they have compiled.
     total: how many are left, for the progress line; if None they are counted, and so all taken, first.
     on_end: called with every job that ends.
 
@@ -102,7 +100,7 @@ def run_all(
   try:
     while True:
       for job in itertools.islice(waiting, processes - len(pending)):
-        pending[executor.submit(_run_in_process, job, cache.absolute())] = job
+        pending[executor.submit(_run_in_process, job)] = job
       if not pending:
         return
       for future in concurrent.futures.wait(pending, _POLL, concurrent.futures.FIRST_COMPLETED).done:
@@ -117,8 +115,8 @@ def run_all(
     executor.shutdown()
 
 
-def _run_in_process(job: Job, cache: pathlib.Path) -> None:
-  process = multiprocessing.get_context("spawn").Process(target=_run, args=(job, cache))
+def _run_in_process(job: Job) -> None:
+  process = multiprocessing.get_context("spawn").Process(target=_run, args=(job,))
   process.start()
   process.join()
   if job.outcome() is None:
@@ -126,12 +124,11 @@ def _run_in_process(job: Job, cache: pathlib.Path) -> None:
     raise flags.RunError(f"{job.workdir} {how} ({_last_line(job)}); see its log.txt.")
 
 
-def _run(job: Job, cache: pathlib.Path) -> None:
+def _run(job: Job) -> None:
   """A job in a process of its own, in which nothing of JAX or NumPy is imported yet."""
   os.environ |= {
     "OMP_NUM_THREADS": "1",
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-    "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)),
   }
   job.workdir.mkdir(parents=True, exist_ok=True)
   resumed = (job.workdir / "config.json").exists()

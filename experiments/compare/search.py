@@ -95,12 +95,11 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
 
   same = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("processes", "storage")}
   out = Workdir(workdir, same, alone=False)  # others may work on the same study
-  cache = workdir / "compiled"
   # One run without training first: it trains the classifier that all attack.
   first = pool.Job(module, fixed | {"method": "means"}, workdir / "runs" / "classifier")
   with (workdir / ".lock").open("w") as lock:
     fcntl.lockf(lock, fcntl.LOCK_EX)
-    pool.run_all([first], processes=1, what="classifier", cache=cache)
+    pool.run_all([first], processes=1, what="classifier")
     study = open_study(config, workdir)
   running: dict[pathlib.Path, optuna.Trial] = {}
 
@@ -123,7 +122,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
 
   try:
     left = config.runs - len(_ended(study))
-    pool.run_all(jobs(), total=left, processes=config.processes, what="settings", cache=cache, on_end=on_end)
+    pool.run_all(jobs(), total=left, processes=config.processes, what="settings", on_end=on_end)
   finally:
     for trial in running.values():  # interrupted: another one takes its place
       study.tell(trial, state=optuna.trial.TrialState.FAIL)

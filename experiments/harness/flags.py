@@ -230,6 +230,9 @@ class _Folder:
   workdir: str = flag(
     "", "Folder for everything that the run writes. An interrupted run goes on when started with it again.", group="Run"
   )
+  compilation_cache: str = flag(
+    "", "Folder in which later runs find what was compiled; off for none. ~/.cache/kkt_jax, or what JAX is told."
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +304,7 @@ def command(
       joint[0].check()
   except UsageError as error:
     return _say_error(error, 2)
+  _keep_compiled(folder.compilation_cache)
   from kkt_jax.checkpoint import CheckpointError  # slow to import
 
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends a job saves like Ctrl-C
@@ -323,6 +327,17 @@ def command(
       shown = pathlib.Path(path)
       print(shown if shown.is_relative_to(workdir) else workdir / shown)
   return 0
+
+
+def _keep_compiled(folder: str) -> None:
+  """Has JAX, which is not imported yet, keep what it compiles in a folder; child processes inherit that."""
+  own = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kkt_jax"
+  if folder == "off":
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+  elif folder:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.abspath(folder)
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(own))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 def _say_error(error: Exception, status: int) -> int:
