@@ -234,7 +234,8 @@ def make_classifier(
     _checks.check_same_shapes("statistics", statistics, "the result of statistics_fn", of_batch)
   if features_fn is not None and getattr(shape_of("features_fn", features_fn), "ndim", None) != 2:
     raise ValueError("features_fn must return features [M, F], one array.")
-  if evaluate_fn is None and not batch_coupled and functions["predict_fn"] is apply_fn:
+  apart = batch_coupled or functions["predict_fn"] is not apply_fn or statistics_fn or features_fn
+  if evaluate_fn is None and not apart:
     gradients = functions["gradient_fn"]
     evaluate_fn = lambda params, x: Evaluation(gradients(params, x))
   elif evaluate_fn is not None:

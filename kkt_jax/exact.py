@@ -1,6 +1,7 @@
 """The search for exact training samples: rounds of polishing and certifying (`kkt_jax.vertices`), put together."""
 
 from collections.abc import Callable
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from kkt_jax.classifier import Classifier
 from kkt_jax.examination import Examination
 
 _SIDE = 0.2  # least cosine of a sample with the typical one that tells a sample from its mirror image
+_FEW = 48  # guesses that are polished to see whether there is hope
 _IDLE = 2  # rounds without a new training sample after which the search ends
 
 
@@ -41,7 +43,7 @@ def find(
 ) -> tuple[Exact, np.ndarray]:
   """Training samples of one classifier, from guesses and then from random points of the span.
 
-  Guesses are polished if any has enough values near the ends of the range; if none has, nothing is tried. Later rounds
+  Nothing is tried if there is no `hope` for the guesses. Later rounds
   start in turn from random points of the span around the guesses' mean, where what is found already has nothing, as
   long as that brings any, and from means of a guess and another, or a sample that is found, of its label. It ends when
   there are as many training samples as the span can hold, or when two rounds in a row brought none.
@@ -62,12 +64,12 @@ def find(
   found = Exact(
     np.zeros((0, *classifier.input_shape), np.float32), np.zeros(0, int), np.zeros(0, int), np.zeros(0, bool)
   )
-  if span is None or classifier.value_range is None:
+  if not hope(examination, guesses):
     return found, led
-  tried = rounds if vertices.promising(guesses, span).any() else 0
+  assert span is not None
   most, idle, at_random = most_samples(examination), 0, True
   typical = np.asarray(jnp.mean(guesses, axis=0))
-  for number in range(tried):
+  for number in range(rounds):
     key = jax.random.key(number)
     pool, pool_y = jnp.concatenate([guesses, found.unit]), np.concatenate([y, found.y])
     drawn = at_random and number % 2 == 1
@@ -100,6 +102,23 @@ def find(
     unit = np.where(bits.reshape(-1, *[1] * start.ndim), whole, found.unit)
     found = found._replace(unit=unit, to_the_bit=bits)
   return found, led
+
+
+def hope(examination: Examination, guesses: jax.Array) -> float:
+  """The share of a few guesses that become training samples when they are polished; 0 says that others need no try.
+
+  Args:
+    examination: of the classifier.
+    guesses: samples [M, *input_shape] in units of the range.
+
+  Returns:
+    The share, 0 where no span is told or inputs have no range.
+  """
+  span, start = examination.span, examination.unit_start
+  if span is None or examination.classifier.value_range is None or not vertices.promising(guesses, span).any():
+    return 0.0
+  few = guesses[:: math.ceil(len(guesses) / _FEW)]
+  return float(np.mean(vertices.certify(vertices.polish(few, span, start), span, start).certified))
 
 
 def places(labels: np.ndarray, led: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ from kkt_jax.relaxation import computed_in, relaxed
 from kkt_jax.training import OnLog, Problem, Saver, TrainState
 
 _LOOKS = (0.2, 0.4, 0.8)  # shares of the training after which it may end, if all training samples are proven
-_HOPEFUL = 0.75  # share of them that one round of polishing must prove before others are tried
+_HOPEFUL = 0.5  # share of a few samples that polishing must prove then, before all are polished
 _JOINT_RATE = 1e-4  # peak learning rate where a network that is fitted already is trained by the equations
 OnSave = Callable[["Reconstruction"], None]
 OnRound = Callable[[int, int, int, int], None]
@@ -77,6 +77,10 @@ class Reconstruction:
   def problem(self) -> Problem:
     """What a training step is made of."""
     return _problem(self.recipe, self.examinations, microbatch_size=self.microbatch_size, mesh=self.mesh)
+
+  @functools.cached_property
+  def _step(self) -> training.TrainStep:
+    return training.make_train_step(self.problem)
 
   @functools.cached_property
   def _generate(self) -> Callable[[TrainState, jax.Array, jax.Array, jax.Array], jax.Array]:
@@ -218,12 +222,9 @@ class Reconstruction:
     It ends early where ``until`` says so, which is asked now and then.
     """
     schedule = self.recipe.schedule
-    arguments = (self.state, self.classifiers, _trained_conditions(self.recipe, self.examinations))
-    if self.mesh is not None:
-      arguments = parallel.replicate(arguments, self.mesh)
     state = training.fit(
-      training.make_train_step(self.problem),
-      *arguments,
+      self._step,
+      *self._arguments(self.state),
       num_steps=schedule.steps if num_steps is None else num_steps,
       steps_per_call=schedule.steps_per_call,
       log_every=log_every,
@@ -278,7 +279,8 @@ class Reconstruction:
   ) -> "Reconstruction":
     """A network of continuous noise in place of a generator: fitted to its samples, then trained by the equations.
 
-    In the second stage theta, eta and alpha move together on fresh noise in every step, by all terms of the recipe.
+    In the second stage theta, eta and alpha move together on fresh noise in every step, by all terms of the recipe. It
+    is taken back if the loss is not smaller after it.
 
     Args:
       flow: the network; that of the recipe if None.
@@ -310,7 +312,28 @@ class Reconstruction:
     params = self.state.params | {"theta": theta}
     opt_state = begin.problem.optimizer.init(params)
     state = TrainState(jnp.zeros((), jnp.int32), params, statistics, opt_state, state_key)
-    return dataclasses.replace(begin, state=state).continue_training(on_log=on_log, log_every=log_every)
+    begin = dataclasses.replace(begin, state=state)
+    made = begin.continue_training(on_log=on_log, log_every=log_every)
+    return min((begin, made), key=lambda own: begin._loss(own.state._replace(step=made.state.step)))
+
+  def _loss(self, state: TrainState) -> float:
+    """The loss of a state, a mean over a few batches of noise that are the same for every state."""
+    count = None if self.recipe.schedule.steps_per_call == 1 else 1
+    keys = jax.random.split(jax.random.key(0), 4)
+    return float(np.mean([self._step(*self._arguments(state._replace(key=key)), count)[1]["total"] for key in keys]))
+
+  def _arguments(self, state: TrainState) -> tuple[TrainState, list[Classifier], list[Conditions]]:
+    """Of a training step, where its devices are."""
+    arguments = (state, self.classifiers, _trained_conditions(self.recipe, self.examinations))
+    return arguments if self.mesh is None else parallel.replicate(arguments, self.mesh)
+
+  def _hope(self) -> float:
+    """The least `kkt_jax.exact.hope` of a classifier's samples; 0 if nothing can be put in their place."""
+    if self.problem.generator.put is None or not self.recipe.schedule.polish_rounds:
+      return 0.0
+    x, parts = self.every_sample()[0], self._parts()
+    pairs = zip(self.examinations, parts, strict=True)
+    return min(exact.hope(own, own.classifier.to_unit(x[part])) for own, part in pairs)
 
   def _parts(self) -> list[np.ndarray]:
     """Which of `every_sample` belong to each classifier."""
@@ -388,7 +411,7 @@ def reconstruct(
   early: list[Reconstruction] = []
 
   def complete(now: Reconstruction) -> bool:
-    if now.polished(1).proven >= _HOPEFUL:
+    if now._hope() >= _HOPEFUL:
       polished = now.polished(on_round=on_round)
       early.extend([polished] if polished.proven == 1 else [])
     return bool(early)

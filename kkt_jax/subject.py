@@ -109,13 +109,12 @@ class Subject:
     found: dict[str, Any] = {}
     features_fn = self.features_fn and with_constants(self.features_fn)
     if features_fn is not None and _feeds_last_layer(features_fn, classifier):
-      found["features_fn"] = features_fn
+      found |= {"features_fn": features_fn, "evaluate_fn": None}
     if train_fn is not None:
       whole = _evaluate_fn(train_fn, variables, self.input_shape)
       own = with_constants(lambda variables, x: whole(variables, x).statistics)
       found |= {"statistics_fn": own, "statistics": variables["batch_stats"]}
-      returned = len(jax.eval_shape(train_fn, variables, jnp.zeros((2, *self.input_shape))))
-      if returned == 3 or "features_fn" not in found:  # nothing is left for a second pass
+      if "features_fn" not in found or len(jax.eval_shape(train_fn, variables, jnp.zeros((2, *self.input_shape)))) == 3:
         found["evaluate_fn"] = with_constants(whole)
     return dataclasses.replace(classifier, **found)
 

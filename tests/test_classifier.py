@@ -69,6 +69,7 @@ REFUSED = {
     {"statistics_fn": lambda w, x: jnp.mean(x, axis=0), "statistics": jnp.zeros(3)},
     r"^statistics must have the shapes of the result of statistics_fn",
   ),
+  "no evaluation": ({"evaluate_fn": lambda w, x: x @ w}, r"^evaluate_fn must return an Evaluation"),
   "one feature": ({"features_fn": lambda w, x: x[:, 0]}, r"^features_fn must return features \[M, F\]"),
   "other offset": ({"offset": jnp.zeros(3)}, r"^offset must have shape input_shape"),
   "empty range": ({"value_range": (1.0, 1.0)}, r"^value_range must be \(least, greatest\)"),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +73,15 @@ def test_the_network_takes_the_place_of_the_table_and_moves_with_the_equations(b
   x = made.sample(jax.random.key(0), jnp.array([0, 1, 1]))
   assert x.shape == (3, *made.classifiers[0].input_shape)
   assert jnp.any(x[1] != x[2])
+
+
+def test_what_the_equations_make_worse_is_taken_back(monkeypatch):
+  monkeypatch.setattr(kkt_jax.reconstruction, "_JOINT_RATE", 1.0)
+  kept = reconstruction().table.continuous(seed=0)
+  assert int(kept.state.step) == 0
+  recipe = reconstruction().table.recipe.with_schedule(joint_steps=0)
+  fitted = dataclasses.replace(reconstruction().table, recipe=recipe).continuous(seed=0)
+  chex.assert_trees_all_close(kept.state.params, fitted.state.params)
 
 
 def test_it_is_saved_and_loaded_like_any_generator(tmp_path):

@@ -1,5 +1,6 @@
 """Linen, nnx and plain functions all end in the same `Classifier`, in the units of their own inputs."""
 
+import chex
 from example_networks import ConvClassifier, inputs, random_like
 from flax import linen as nn
 from flax import nnx
@@ -62,17 +63,21 @@ def test_batch_norm_trains_on_the_batch_and_predicts_with_what_is_stored(kind):
   x = inputs(6, 2)
   hidden = np.asarray(x @ layers[0]["kernel"] + layers[0]["bias"][None])
   mean, var = hidden.mean(axis=0), hidden.var(axis=0)
-  _, of_batch = by_hand(x, mean[None], var[None], *layers)
+  of_batch_inside, of_batch = by_hand(x, mean[None], var[None], *layers)
   np.testing.assert_allclose(jax.jit(classifier.apply_fn)(classifier.params, x), of_batch, rtol=1e-3, atol=1e-4)
   own = variables["batch_stats"][names[1]]
   features, at_inference = by_hand(x, own["mean"][None], own["var"][None], *layers)
+  whole = jax.jit(classifier.evaluate_fn)(classifier.params, x)
+  np.testing.assert_allclose(whole.logits, of_batch, rtol=1e-3, atol=1e-4)
   np.testing.assert_allclose(jax.jit(classifier.predict)(x), at_inference, rtol=1e-3, atol=1e-4)
   statistics = jax.jit(classifier.statistics_fn)(classifier.params, x)[names[1]]  # not their running average
   np.testing.assert_allclose(statistics["mean"], mean, rtol=1e-3, atol=1e-5)
   np.testing.assert_allclose(statistics["var"], var, rtol=1e-3, atol=1e-5)
+  chex.assert_trees_all_close(whole.statistics[names[1]], statistics, rtol=1e-5)
   assert classifier.batch_coupled and classifier.num_classes == subject.num_classes == 3
   if kind == "linen":
     np.testing.assert_allclose(classifier.features_fn(classifier.params, x), features, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(whole.features, of_batch_inside, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.99])
@@ -116,7 +121,9 @@ def test_features_of_a_plain_function_are_checked_whatever_the_layout_of_its_las
   shapes = {"a": jnp.zeros((2, 4)), "b": jnp.zeros((3, 4))}  # the last one as PyTorch has it
   apply_fn = lambda w, x: jax.nn.relu(x @ w["a"]) @ w["b"].T
   subject = Subject(apply_fn, lambda: shapes, input_shape=(2,), features_fn=features_fn)
-  assert (subject.classifier(random_like(shapes, 0)).features_fn is not None) == found
+  classifier = subject.classifier(random_like(shapes, 0))
+  assert (classifier.features_fn is not None) == found
+  assert (classifier.evaluate_fn is None) == found  # logits and features are then asked for one by one
 
 
 def test_a_plain_function_keeps_its_own_units():

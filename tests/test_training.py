@@ -364,6 +364,22 @@ def test_steps_in_one_call_are_the_same_steps_and_need_no_common_grid():
   chex.assert_trees_all_close(single.params, together.params, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("steps_per_call", [1, 5])
+def test_it_ends_early_where_a_look_says_so_and_saves_that_state(steps_per_call):
+  own, asked, saver = usual(), [], Kept()
+
+  def until(state):
+    asked.append(int(state.step))
+    return asked[-1] == 4
+
+  settings = {"until": until, "looks": (0, 2, 4, 6), "saver": saver, "steps_per_call": steps_per_call}
+  made = own.run(9, **settings)
+  assert int(made.step) == 4
+  assert asked == [2, 4]
+  assert saver.steps() == [4]
+  assert int(own.run(9, made, **settings).step) == 4  # a resumed run does not go past it
+
+
 @pytest.mark.parametrize("name", ["log_every", "save_every", "steps_per_call"])
 def test_intervals_below_one_are_refused(name):
   with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
