@@ -115,7 +115,7 @@ def measure(sizes: Mapping[str, Sequence[tuple[int, Size]]], *, repeats: int, ra
     rows = []
     for number, size in chosen:
       call, arguments = step(size)
-      cost = timing.measure(call, repeats, *arguments)
+      cost = timing.measure(timing.Call(call, *arguments), repeats)
       row = {"size": number, **dataclasses.asdict(cost), "of_matmul_rate": timing.fraction(cost, rate)}
       if size.microbatch is not None:
         row |= dict.fromkeys(("gigaflops", "gigabytes", "of_matmul_rate"))
