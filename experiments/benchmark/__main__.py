@@ -7,7 +7,7 @@ rate of matrix products all of it reaches. Then how a step grows with each of it
 (`experiments.benchmark.scaling`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import pathlib
 from typing import Any, TYPE_CHECKING
