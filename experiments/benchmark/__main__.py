@@ -4,7 +4,8 @@ For the classifier of `experiments.mnist`: the value and gradient of the station
 generated samples, by one vector-Jacobian product and by explicit per-sample Jacobians (the reference), at two widths
 and for ten and a hundred classes; a whole step of the generator's training; and what fraction of the machine's measured
 rate of matrix products all of it reaches. Then how a step grows with each of its sizes
-(`experiments.benchmark.scaling`).
+(`experiments.benchmark.scaling`). ``--peers`` instead compares with an extraction by others
+(`experiments.benchmark.peers`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,11 +37,17 @@ class Config:
   wide: int = flag(1000, "The second width, beside 256.", lower=1, upper=100_000)
   jacobians: bool = flag(True, "Also time explicit Jacobians at width 256; at M = 300 they take 10 GB.")
   greatest: int = flag(16384, "Greatest M when steps are timed against their sizes; 0 leaves that out.", lower=0)
+  peers: bool = flag(False, "Instead, compare with the extraction of Haim et al. in PyTorch, if that is installed.")
+  peer_seconds: float = flag(300.0, "With --peers: seconds of each run.", lower=1.0)
 
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Measures; returns the figures."""
   flags.check(config)
+  if config.peers:
+    from experiments.benchmark import peers
+
+    return peers.run(config, workdir)
   import jax
 
   from experiments.benchmark import scaling, timing
