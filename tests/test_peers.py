@@ -13,13 +13,12 @@ from experiments.data import Images
 from experiments.harness.flags import UsageError
 from kkt_jax import conditions, losses, multipliers
 
-
 SHARPNESS = 5.0
 
 
 @jax.custom_jvp
 def gate(x):
-  """ReLU whose derivative is smooth wherever it is differentiated; `kkt_jax.relaxation` keeps the true one of values."""
+  """ReLU with a smooth derivative wherever it is differentiated; `kkt_jax.relaxation` keeps the true one of values."""
   return jax.nn.relu(x)
 
 
@@ -82,7 +81,8 @@ def test_a_curve_is_the_cover_over_the_time_of_the_run_alone(monkeypatch):
 
 
 def test_sentences_compare_at_the_best_cover_that_theirs_has():
-  curves = {"theirs, SGD": [(5.0, 0.1)], "theirs, Adam": [(5.0, 0.2), (40.0, 0.4)]}
-  first, missed, second, _ = peers.race(curves | {"this library": [(2.0, 0.3), (4.0, 0.5)]})
+  curves = {"theirs, published": [], "theirs, SGD": [(5.0, 0.1)], "theirs, Adam": [(5.0, 0.2), (40.0, 0.4)]}
+  none, first, missed, second, _ = peers.race(curves | {"this library": [(2.0, 0.3), (4.0, 0.5)]})
+  assert none == "theirs, published: not finite before it was first looked at."
   assert first.endswith("2.5 times") and missed.startswith("MISSED")
   assert second == "theirs, Adam: cover 0.400 after 40 s; this library after 4 s, 10.0 times"

@@ -10,6 +10,7 @@ rate of matrix products all of it reaches. Then how a step grows with each of it
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import pathlib
 from typing import Any, TYPE_CHECKING
 
@@ -157,25 +158,34 @@ def whole_step(*, batch_norm: bool, in_span: bool = False) -> "tuple[timing.Call
   import kkt_jax
   from kkt_jax.first_layer import InputSpan
 
-  settings = images.resolve(mnist.Config(batch_norm=batch_norm), mnist.DEFAULTS)
-  module = kkt_jax.networks.MLPClassifier(
-    num_classes=10, hidden=(settings.width, settings.second_width), batch_norm=batch_norm
-  )
-  variables = module.init(jax.random.key(0), jnp.zeros((2, 28, 28, 1)))
-  decay = None if batch_norm else settings.weight_decay
-  classifier = kkt_jax.from_linen(module, variables, input_shape=(28, 28, 1), weight_decay=decay)
-  examination = kkt_jax.examine(classifier)
+  settings, examination = _examined(batch_norm)
   if in_span:
     dimensions = 10 * settings.samples_per_class - 1  # one less, as their mean is subtracted
     basis = jnp.linalg.qr(jax.random.normal(jax.random.key(1), (784, dimensions)))[0]
     examination = dataclasses.replace(examination, span=InputSpan(basis, jnp.ones(dimensions)))
   recipe = images.recipe_of(settings, [examination], drawings=True)
-  begin = kkt_jax.Reconstruction.begin([classifier], recipe, examinations=[examination])
+  begin = kkt_jax.Reconstruction.begin([examination.classifier], recipe, examinations=[examination])
   step: Any = kkt_jax.training.make_train_step(begin.problem)
   conditions = [recipe.stationarity.conditions(examination)]
   x = jax.random.uniform(jax.random.key(1), (begin.problem.generator.batch_size, 28, 28, 1))
   call = timing.Call(lambda *arguments: step(*arguments, None), begin.state, begin.classifiers, conditions)
-  return call, _plain_step(classifier, x, jnp.arange(len(x)) % 10)
+  return call, _plain_step(examination.classifier, x, jnp.arange(len(x)) % 10)
+
+
+@functools.cache
+def _examined(batch_norm: bool) -> "tuple[mnist.Config, kkt_jax.Examination]":
+  """The settings of `experiments.mnist`, and what its classifier says with random weights."""
+  import jax
+  import jax.numpy as jnp
+
+  import kkt_jax
+
+  settings = images.resolve(mnist.Config(batch_norm=batch_norm), mnist.DEFAULTS)
+  hidden = (settings.width, settings.second_width)
+  module = kkt_jax.networks.MLPClassifier(num_classes=10, hidden=hidden, batch_norm=batch_norm)
+  variables = module.init(jax.random.key(0), jnp.zeros((2, 28, 28, 1)))
+  decay = None if batch_norm else settings.weight_decay
+  return settings, kkt_jax.examine(kkt_jax.from_linen(module, variables, input_shape=(28, 28, 1), weight_decay=decay))
 
 
 def _plain_step(classifier: "kkt_jax.Classifier", x: Any, y: Any) -> "timing.Call":
