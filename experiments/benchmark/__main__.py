@@ -101,6 +101,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   lines += [f"{name:<56} time {r['time']}, operations {r['operations']:.2f}" for name, r in ratios.items()]
   lines += [f"100 classes over 10: time {growth['time']:.2f}, memory {growth['memory']:.2f}"]
   if config.greatest:
+    say("measuring how a step grows")
     sizes = scaling.sweeps(greatest=config.greatest, devices=jax.device_count())
     metrics["scaling"] = scaling.measure(sizes, repeats=min(config.repeats, 5), rate=rate)
     lines += ["", scaling.table(metrics["scaling"])]
