@@ -314,6 +314,19 @@ def test_benchmark_reports_every_figure(tmp_path):
     metrics["functions"]
   )
   assert all(row["milliseconds"] > 0 for row in metrics["functions"].values())
+  ratios = metrics["over_plain_step"]
+  assert {f"mnist, {kind}: whole step" for kind in ("batch norm", "weight decay")} <= set(ratios)
+  assert all(own["time"]["low"] <= own["time"]["median"] <= own["time"]["high"] for own in ratios.values())
+  assert metrics["claim_holds"] == (not metrics["missed"])
+  assert all(sentence in metrics["summary"] for sentence in metrics["missed"])
+
+
+@pytest.mark.parametrize(("time", "operations", "expected"), [(2.9, 2.4, 0), (3.1, 2.4, 1), (3.1, float("nan"), 2)])
+def test_the_claim_fails_by_name_when_a_whole_step_is_too_slow(time, operations, expected):
+  ratio = {"time": (time, 0.0, 9.0), "operations": operations}
+  found = benchmark.missed({"mnist, batch norm: whole step": ratio, "mnist, batch norm: whole step in a span": ratio})
+  assert len(found) == expected
+  assert all(sentence.startswith("MISSED: mnist, batch norm: whole step over") for sentence in found)
 
 
 @pytest.mark.parametrize(

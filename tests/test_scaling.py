@@ -1,26 +1,10 @@
 """How steps grow: the sizes that are timed, and what is said of them."""
 
-import dataclasses
-
 import jax
 import pytest
 
 from experiments.benchmark import scaling
 from experiments.benchmark.scaling import Size
-import kkt_jax
-from kkt_jax import reconstruction
-
-
-@pytest.fixture(autouse=True)
-def _unexamined(monkeypatch):
-  """Nothing is examined, which takes longer than all the rest."""
-  monkeypatch.setattr(reconstruction, "examine", unexamined)
-
-
-def unexamined(classifier):
-  unknown = dict.fromkeys(field.name for field in dataclasses.fields(kkt_jax.Examination))
-  conditions = kkt_jax.conditions.weight_decay_conditions(classifier.params)
-  return kkt_jax.Examination(**unknown | {"classifier": classifier, "form": "weight_decay", "conditions": conditions})
 
 
 def test_every_sweep_changes_one_number_alone():
@@ -33,7 +17,14 @@ def test_every_sweep_changes_one_number_alone():
 def test_the_longest_sweep_ends_where_it_is_told_to():
   sizes = scaling.sweeps(greatest=1024, devices=1)
   assert max(size.samples for _, size in sizes["samples M, by microbatches"]) == 1024
+  assert max(size.samples for _, size in sizes["digits in a table"]) == 500
   assert "devices" not in sizes  # there is nothing to share with
+
+
+def test_the_widest_and_the_most_digits_are_those_that_are_promised():
+  sizes = scaling.sweeps(greatest=16384, devices=1)
+  assert sizes["parameters P"][-1][1].width == 4000
+  assert sizes["digits in a table"][-1] == (5000, Size(samples=5000, table=True))  # all that the package ships
 
 
 @pytest.mark.slow
@@ -49,6 +40,7 @@ def test_rows_hold_what_was_measured():
   sizes = {
     "samples M, by microbatches": [(m, Size(samples=m, microbatch=4, **tiny)) for m in (4, 8)],
     "classifiers T": [(t, Size(samples=4, classifiers=t, **tiny)) for t in (1, 2)],
+    "digits in a table": [(4, Size(samples=4, table=True, **tiny))],
   }
   results = scaling.measure(sizes, repeats=1, rate=1.0)
   for name, expected in (("samples M, by microbatches", [4, 8]), ("classifiers T", [1, 2])):
@@ -58,4 +50,4 @@ def test_rows_hold_what_was_measured():
     assert results[name]["exponent"] is not None
   one, two = results["classifiers T"]["rows"]
   assert two["gigaflops"] == pytest.approx(2 * one["gigaflops"], rel=0.2)
-  assert scaling.table(results).count("\n") == 5  # a head of two lines, and a line each
+  assert scaling.table(results).count("\n") == 6  # a head of two lines, and a line each

@@ -6,7 +6,7 @@ logarithm of the time against the logarithm of that number: 1 is proportional, 0
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ import numpy as np
 
 from experiments.benchmark import timing
 from kkt_jax import generators, losses, networks, parallel, recipes, reconstruction, subject, terms, training
+from kkt_jax.classifier import Classifier
+from kkt_jax.conditions import weight_decay_conditions
+from kkt_jax.examination import Examination
 
 _SHAPE = (28, 28, 1)
 _MICROBATCH = 64
@@ -30,6 +33,7 @@ class Size:
     classifiers: T.
     devices: among which the samples are split.
     microbatch: samples that are in memory at once; all if None.
+    table: whether each sample is a free one of a table, and not made by a network.
   """
 
   samples: int = 256
@@ -38,6 +42,7 @@ class Size:
   classifiers: int = 1
   devices: int = 1
   microbatch: int | None = None
+  table: bool = False
 
   @property
   def parameters(self) -> int:
@@ -47,7 +52,7 @@ class Size:
 
 
 def step(size: Size) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-  """A training step of a generator network without batch norm and tied multipliers, and its arguments."""
+  """A training step of a generator without batch norm and tied multipliers, and its arguments."""
   classifiers = []
   for t in range(size.classifiers):
     module = networks.MLPClassifier(num_classes=size.classes, hidden=(size.width, size.width))
@@ -62,19 +67,30 @@ def step(size: Size) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     batch_norm=False,
   )
   noise = generators.normal_noise(8)
+  of_network = generators.network(lambda examinations: network, noise=noise, noise_dim=8, batch_size=size.samples)
   recipe = recipes.Recipe(
-    generator=generators.network(lambda examinations: network, noise=noise, noise_dim=8, batch_size=size.samples),
+    generator=generators.table(codes=size.samples // size.classes) if size.table else of_network,
     multipliers=recipes.softmax_multipliers(),
     stationarity=recipes.Stationarity(1.0, losses.relative_residual, gate_sharpness=30.0),
     terms={"duality": terms.Term(1.0, terms.duality(delta=0.1))},
     schedule=recipes.Schedule(margin=1.0),
   )
   mesh = parallel.device_mesh(jax.devices()[: size.devices]) if size.devices > 1 else None
-  begin = reconstruction.Reconstruction.begin(classifiers, recipe, microbatch_size=size.microbatch, mesh=mesh)
+  begin = reconstruction.Reconstruction.begin(
+    classifiers, recipe, examinations=list(map(_unexamined, classifiers)), microbatch_size=size.microbatch, mesh=mesh
+  )
   one: Any = training.make_train_step(begin.problem)
   arguments = (begin.state, begin.classifiers, begin.conditions)
   call = lambda *arguments: one(*arguments, None)
   return call, parallel.replicate(arguments, mesh) if mesh else arguments
+
+
+def _unexamined(classifier: Classifier) -> Examination:
+  """Nothing but the condition: examining wide classifiers takes minutes, and a step does not need it."""
+  unknown = dict.fromkeys(field.name for field in dataclasses.fields(Examination))
+  conditions = weight_decay_conditions(classifier.params)
+  known = {"classifier": classifier, "form": "weight_decay", "conditions": conditions}
+  return Examination(**cast(Any, unknown | known))
 
 
 def sweeps(*, greatest: int, devices: int) -> dict[str, list[tuple[int, Size]]]:
@@ -85,11 +101,12 @@ def sweeps(*, greatest: int, devices: int) -> dict[str, list[tuple[int, Size]]]:
     devices: how many there are.
   """
   samples = [m for m in (64, 256, 1024, 4096, 16384) if m <= greatest] or [greatest]
-  sizes = [Size(width=width) for width in (128, 256, 512, 1024)]
+  sizes = [Size(width=width) for width in (128, 256, 512, 1024, 4000)]
   shares = [d for d in (1, 2, 4, 8, 16, 32, 64) if d <= devices]
   return {
     "samples M": [(m, Size(samples=m)) for m in samples if m <= 4096],
     "samples M, by microbatches": [(m, Size(samples=m, microbatch=min(_MICROBATCH, m))) for m in samples],
+    "digits in a table": [(n, Size(samples=n, table=True)) for n in (100, 500, 5000) if n <= greatest],
     "parameters P": [(size.parameters, size) for size in sizes],
     "classes C": [(c, Size(classes=c)) for c in (2, 10, 50, 200)],
     "classifiers T": [(t, Size(classifiers=t)) for t in (1, 2, 4)],
@@ -115,7 +132,7 @@ def measure(sizes: Mapping[str, Sequence[tuple[int, Size]]], *, repeats: int, ra
     rows = []
     for number, size in chosen:
       call, arguments = step(size)
-      cost = timing.measure(call, repeats, *arguments)
+      cost = timing.measure(timing.Call(call, *arguments), repeats)
       row = {"size": number, **dataclasses.asdict(cost), "of_matmul_rate": timing.fraction(cost, rate)}
       if size.microbatch is not None:
         row |= dict.fromkeys(("gigaflops", "gigabytes", "of_matmul_rate"))
