@@ -362,7 +362,7 @@ def fit(
       ahead = [every - number % every for every in (log_every, save_every)]
       ahead += [look - number for look in looks if look > number]
       count = min(steps_per_call, num_steps - number, *ahead)
-      state, metrics = step(state, classifiers, conditions, None if steps_per_call == 1 else count)
+      state, metrics = step(state, classifiers, conditions, None if steps_per_call == 1 else jax.device_put(count))
       number += count
       enough = done()
       last = enough or number == num_steps
