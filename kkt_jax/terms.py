@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kkt_jax import _checks, losses, multipliers, priors
+from kkt_jax import _checks, deformations, losses, multipliers, priors
 from kkt_jax.classifier import Classifier
 
 Schedule = Callable[[jax.Array], Any]
@@ -107,6 +107,22 @@ def class_features(of_classes: list[tuple[jax.Array, jax.Array]]) -> TermFn:
     assert classifier.features_fn is not None  # it has class features
     features, scale = of_classes[batch.t]
     return priors.collapse(classifier.features_fn(classifier.params, batch.x), features[batch.classes], scale)
+
+  return distance
+
+
+def contrast(*, temperature: float = 0.1, size: float = 1.5) -> TermFn:
+  """Images differ from one another in the classifier's features; see `kkt_jax.priors.contrast`.
+
+  The two views of an image are bent by ``size`` (`kkt_jax.deformations.warp`), with the bits of the batch as the key.
+  """
+
+  def distance(classifier: Classifier, batch: Batch) -> jax.Array:
+    features_fn = classifier.features_fn or classifier.predict_fn
+    bits = jax.lax.bitcast_convert_type(batch.unit.astype(jnp.float32), jnp.uint32)
+    keys = jax.random.split(jax.random.key(jnp.sum(bits)))
+    views = [classifier.from_unit(deformations.warp(key, batch.unit, size=size)) for key in keys]
+    return priors.contrast(*(features_fn(classifier.params, x) for x in views), temperature=temperature)
 
   return distance
 
