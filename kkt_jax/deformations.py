@@ -41,7 +41,7 @@ def warp(key: jax.Array, x: ArrayLike, *, size: ArrayLike, waves: int = 3) -> ja
   shift = lengths[:, None, None, None] * displacements(key, x.shape[0], height, width, waves=waves).astype(x.dtype)
   places = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")).astype(x.dtype)
   read = lambda channel, at: jax.scipy.ndimage.map_coordinates(channel, list(at), order=1, mode="nearest")
-  return jax.vmap(jax.vmap(read, in_axes=(-1, None), out_axes=-1))(x, places + shift)
+  return jax.vmap(jax.vmap(read, in_axes=(-1, None), out_axes=-1))(x, places[None] + shift)
 
 
 def displacements(key: jax.Array, count: int, height: int, width: int, *, waves: int = 3) -> jax.Array:
@@ -66,9 +66,9 @@ def displacements(key: jax.Array, count: int, height: int, width: int, *, waves:
   """
   _checks.check_at_least("waves", waves, 1)
   orders = jnp.arange(waves + 1)
-  rows, columns = (jnp.cos(jnp.pi * orders[:, None] * (jnp.arange(n) + 0.5) / n) for n in (height, width))
+  rows, columns = (jnp.cos(jnp.pi * orders[:, None] * (jnp.arange(n)[None] + 0.5) / n) for n in (height, width))
   amplitudes = (1 / (1 + orders[:, None] ** 2 + orders[None] ** 2)).at[0, 0].set(0.0)
   squares = jnp.mean(rows**2, axis=1)[:, None] * jnp.mean(columns**2, axis=1)[None]
   amplitudes /= jnp.sqrt(2 * jnp.sum(amplitudes**2 * squares))
-  drawn = amplitudes * jax.random.normal(key, (count, 2, waves + 1, waves + 1))
+  drawn = amplitudes[None, None] * jax.random.normal(key, (count, 2, waves + 1, waves + 1))
   return jnp.einsum("mdij,ih,jw->mdhw", drawn, rows, columns)

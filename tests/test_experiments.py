@@ -195,9 +195,20 @@ def examinations():
         "statistics": 1000.0,
         "class_features": 30.0,
         "binarisation": 6.0,
+        "contrast": 0.0,
       },
     ),
-    (False, {"stationarity": 72.0, "duality": 14.0, "range": 8000.0, "total_variation": 4.0, "binarisation": 12.0}),
+    (
+      False,
+      {
+        "stationarity": 72.0,
+        "duality": 14.0,
+        "range": 8000.0,
+        "total_variation": 4.0,
+        "binarisation": 12.0,
+        "contrast": 0.0,
+      },
+    ),
   ],
 )
 def test_images_weigh_their_terms_as_documented(examinations, batch_norm, weights):

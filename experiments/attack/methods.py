@@ -311,8 +311,8 @@ IMAGES: Mapping[str, Method] = {
   **_BOTH,
   "cmi": Method(
     "contrastive inversion",
-    "DeepInversion whose samples differ from one another in the classifier's features (CMI, Fang et al. 2021); the views"
-    " of a sample are smooth deformations of it, and neither a head on the features nor a student is learned.",
+    "DeepInversion whose samples differ from one another in the classifier's features (CMI, Fang et al. 2021); views"
+    " are smooth deformations, and neither a head on the features nor a student is learned.",
     "baseline",
     _contrastive,
   ),
