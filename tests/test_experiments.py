@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import circle, duality_loss, faces, images, lambda_estimation, mnist, swap, vertices
+from experiments import circle, duality_loss, faces, images, lambda_estimation, mnist, novelty, swap, vertices
 from experiments.attack import methods, plane
 from experiments.benchmark import __main__ as benchmark
 from experiments.harness.flags import UsageError
@@ -308,6 +308,41 @@ def test_few_digits_are_all_vertices_and_nothing_else_is_certified(tmp_path):
   assert row["found_others"] > 0.3
   assert (tmp_path / "vertices.png").exists()
   assert "digits" in results["summary"]
+
+
+@slow
+def test_the_curve_of_novelty_is_that_of_the_run_that_is_given_or_trained(tmp_path, monkeypatch):
+  small = images.resolve(mnist.Config(batch_norm=False, **SMALL), mnist.DEFAULTS)
+  for name, value in (("_SEEN", 200), ("_EPOCHS", 1)):
+    monkeypatch.setattr(novelty, name, value)
+  config = novelty.Config(sizes="0,2", draws=20)
+  with monkeypatch.context() as context:
+    context.setattr(novelty, "_attacked", lambda config: small)
+    results = novelty.run(config, tmp_path / "trains")
+  assert_complete(tmp_path / "trains", "novelty.png", "curve.png")
+  sets = [
+    "draws, 0",
+    "draws, 2",
+    "training digits, 0",
+    "training digits, 2",
+    "as many other digits",
+    "200 other digits",
+  ]
+  assert list(results["sets"]) == sets
+  plain, bent = results["sets"]["training digits, 0"], results["sets"]["training digits, 2"]
+  assert plain["trained"] == plain["label"] == 1.0
+  assert bent["trained"] < 0.5
+  again = novelty.run(dataclasses.replace(config, run=str(tmp_path / "trains" / "mnist")), tmp_path / "given")
+  assert again["sets"] == results["sets"]
+
+
+@pytest.mark.parametrize("sizes", ["one", "-1", "nan"])
+def test_impossible_sizes_of_displacements_are_named(tmp_path, sizes):
+  with pytest.raises(UsageError, match="--sizes must be"):
+    novelty.run(novelty.Config(sizes=sizes), tmp_path / "new")
+  with pytest.raises(UsageError, match=r"--run must be .* has none"):
+    novelty.run(novelty.Config(run=str(tmp_path)), tmp_path / "new")
+  assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("sizes", ["ten", "25", "10"])
