@@ -12,6 +12,7 @@ from experiments import circle, duality_loss, faces, images, lambda_estimation, 
 from experiments.attack import methods, plane
 from experiments.benchmark import __main__ as benchmark
 from experiments.harness.flags import UsageError
+from experiments.measure import comparison
 import kkt_jax
 from kkt_jax import priors, training
 from kkt_jax.checkpoint import Checkpointer
@@ -313,8 +314,10 @@ def test_few_digits_are_all_vertices_and_nothing_else_is_certified(tmp_path):
 @slow
 def test_the_curve_of_novelty_is_that_of_the_run_that_is_given_or_trained(tmp_path, monkeypatch):
   small = images.resolve(mnist.Config(batch_norm=False, **SMALL), mnist.DEFAULTS)
-  for name, value in (("_SEEN", 200), ("_EPOCHS", 1)):
-    monkeypatch.setattr(novelty, name, value)
+  data = mnist.digits(small)
+  few = dataclasses.replace(data, evaluation=comparison.first_of_each_class(data.evaluation, 5))
+  monkeypatch.setattr(mnist, "digits", lambda config: few)
+  monkeypatch.setattr(novelty, "_EPOCHS", 1)
   config = novelty.Config(sizes="0,2", draws=20)
   with monkeypatch.context() as context:
     context.setattr(novelty, "_attacked", lambda config: small)
