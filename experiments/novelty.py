@@ -37,7 +37,7 @@ class Config:
   )
   seed: int = flags.flag(0, "Seed of the run that is trained, and of draws and deformations.", lower=0)
   samples_per_class: int = flags.flag(10, "Training digits of each class of the run that is trained.", lower=2)
-  sizes: str = flags.flag("0,1,2,3,4,6", "Root mean square lengths of displacements, in pixels.")
+  sizes: str = flags.flag("0,1,1.5,2,3,4,6", "Root mean square lengths of displacements, in pixels.")
   draws: int = flags.flag(200, "Draws of each class.", lower=_FEW)
 
 

@@ -114,15 +114,18 @@ def class_features(of_classes: list[tuple[jax.Array, jax.Array]]) -> TermFn:
 def contrast(*, temperature: float = 0.1, size: float = 1.5) -> TermFn:
   """Images differ from one another in the classifier's features; see `kkt_jax.priors.contrast`.
 
-  The two views of an image are bent by ``size`` (`kkt_jax.deformations.warp`), with the bits of the batch as the key.
+  The two views of an image are bent by ``size`` (`kkt_jax.deformations.warp`), all images of a batch alike, for that is
+  cheap; the bits of the batch are the key.
   """
 
   def distance(classifier: Classifier, batch: Batch) -> jax.Array:
     features_fn = classifier.features_fn or classifier.predict_fn
     bits = jax.lax.bitcast_convert_type(batch.unit.astype(jnp.float32), jnp.uint32)
     keys = jax.random.split(jax.random.key(jnp.sum(bits)))
-    views = [classifier.from_unit(deformations.warp(key, batch.unit, size=size)) for key in keys]
-    return priors.contrast(*(features_fn(classifier.params, x) for x in views), temperature=temperature)
+    stacked = jnp.moveaxis(batch.unit, 0, -1)  # images are further channels, which move together
+    views = [deformations.warp(key, stacked.reshape(1, *stacked.shape[:2], -1), size=size) for key in keys]
+    x = [classifier.from_unit(jnp.moveaxis(view.reshape(stacked.shape), -1, 0)) for view in views]
+    return priors.contrast(*(features_fn(classifier.params, own) for own in x), temperature=temperature)
 
   return distance
 

@@ -240,6 +240,22 @@ def test_the_terms_are_what_their_names_say(examinations):
     np.testing.assert_allclose(recipe.terms[name].function(classifier, batch), value, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("batch_norm", [True, False])  # without it there are no features, and logits take their place
+def test_contrast_is_that_of_two_bent_views_of_the_whole_batch(examinations, batch_norm):
+  classifier = examinations[batch_norm].classifier
+  x = jax.random.uniform(jax.random.key(1), (6, *classifier.input_shape))
+  logits = classifier.predict_fn(classifier.params, x)
+  batch = kkt_jax.terms.Batch(x, x, None, None, None, 0, logits, None, None)
+  outputs = (classifier.features_fn or classifier.predict_fn)(classifier.params, x)
+  still = kkt_jax.terms.contrast(size=0.0)(classifier, batch)
+  np.testing.assert_allclose(still, priors.contrast(outputs, outputs), rtol=1e-4)
+  bent = kkt_jax.terms.contrast(size=2.0)
+  assert float(bent(classifier, batch)) > float(still)
+  assert float(bent(classifier, batch)) != float(bent(classifier, batch._replace(unit=1 - x)))
+  gradient = jax.grad(lambda x: bent(classifier, batch._replace(unit=x)))(x)
+  assert float(jnp.abs(gradient).max()) > 0
+
+
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_stationarity_counts_after_the_warm_up_and_not_in_it(examinations, batch_norm):
   recipe = kkt_jax.recipes.default([examinations[batch_norm]])
