@@ -182,6 +182,7 @@ def contrast(first: ArrayLike, second: ArrayLike, *, temperature: float = 0.1) -
   0.551
   """
   _checks.check_rank("first", first, 2, "[M, F]")
+  _checks.check_batch("first", first)
   _checks.check_same_shapes("second", second, "first", first)
   _checks.check_positive("temperature", temperature)
   views = jnp.concatenate([jnp.asarray(first), jnp.asarray(second)])
