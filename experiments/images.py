@@ -70,8 +70,8 @@ class Config:
   mean_image: bool = flag(True, "It subtracts the mean of its training images, and stores it.")
   method: str = flag(
     "kkt",
-    "kkt is this library's; points, points_published, ce, inversion and means are its neighbours'; the others are"
-    " ablations. See experiments/attack/methods.py.",
+    "kkt is this library's; points, points_published, ce, inversion, cmi and means are its neighbours'; the"
+    " others are ablations. See experiments/attack/methods.py.",
     choices=tuple(methods.IMAGES),
     group="The generator",
   )
@@ -218,6 +218,7 @@ def recipe_of(config: Any, examinations: "Sequence[kkt_jax.Examination]", *, dra
   elif config.generator == "paper":
     recipe = dataclasses.replace(recipe, generator=kkt_jax.generators.convolutional())
     recipe = recipe.with_schedule(theta=kkt_jax.recipes.adam(_PAPER_RATE))
+  recipe = recipe.with_terms(contrast=kkt_jax.terms.Term(0.0, kkt_jax.terms.contrast()))  # for cmi and --weights
   if drawings:
     term = kkt_jax.terms.Term(_BINARISATION[config.batch_norm], kkt_jax.terms.binarisation)
     recipe = recipe.with_terms(binarisation=term)

@@ -6,10 +6,13 @@ See `experiments.images` for what happens; ``fig6.png`` (``fig8.png``) shows gen
 from collections.abc import Mapping
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from experiments import images
 from experiments.harness import flags
+
+if TYPE_CHECKING:
+  from experiments.data import Split
 
 DEFAULTS = {"weight_decay": 0.02, "codes": 50, "deviation": 1.0, "judge_epochs": 8}
 
@@ -26,17 +29,22 @@ class Config(images.Config):
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Runs or resumes the experiment; returns the final metrics."""
   config = images.resolve(config, DEFAULTS)
+  data = digits(config)
+  picture = "fig6.png" if config.classifiers == 1 else "fig8.png"
+  return images.run(config, workdir, data, drawings=True, num_samples=200, picture=picture)
+
+
+def digits(config: Config) -> "Split":
+  """The digits of a run."""
   from experiments.data import load_digits, split  # slow
 
-  data = split(
+  return split(
     load_digits(config.data),
     train_per_class=config.samples_per_class,
     held_out_per_class=50,
     distractors_per_class=50,
     seed=config.seed,
   )
-  picture = "fig6.png" if config.classifiers == 1 else "fig8.png"
-  return images.run(config, workdir, data, drawings=True, num_samples=200, picture=picture)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ they are first used. The modules, in the order of the method:
 - `kkt_jax.losses`: margins, stationarity and duality (Eqs. 5, 6).
 - `kkt_jax.multipliers`: the KKT multipliers mu.
 - `kkt_jax.priors`: what chooses among the solutions, such as total variation.
+- `kkt_jax.deformations`: new images of the kind of given ones.
 - `kkt_jax.relaxation`: relaxed ReLU gates in a network that somebody else wrote.
 - `kkt_jax.symmetries`: how far a classifier is from every KKT point, from its weights alone.
 - `kkt_jax.first_layer`, `kkt_jax.last_layer`: what single layers reveal: the span and the margin of the data.

@@ -161,6 +161,38 @@ def repulsion(x: ArrayLike, labels: ArrayLike, *, bandwidth: float) -> jax.Array
   return jnp.sum(jnp.where(pairs, nearness, 0.0)) / jnp.maximum(jnp.sum(pairs), 1)
 
 
+def contrast(first: ArrayLike, second: ArrayLike, *, temperature: float = 0.1) -> jax.Array:
+  """Two views of a sample resemble each other more than the views of all others (InfoNCE, van den Oord et al. 2018).
+
+  Where a batch holds all samples, it is the memory bank of contrastive model inversion (CMI, Fang et al. 2021).
+
+  Args:
+    first: features of a view of each sample [M, F].
+    second: features of another view of each [M, F].
+    temperature: of the softmax over cosines, positive.
+
+  Returns:
+    A scalar: mean cross-entropy of picking out the other view of a sample among the 2M - 1 other views.
+
+  Raises:
+    ValueError: shapes do not fit, or ``temperature`` is not positive.
+
+  >>> import jax.numpy as jnp
+  >>> print(contrast(jnp.eye(2), jnp.eye(2), temperature=1.0).round(3))  # ln(e + 1 + 1) - 1
+  0.551
+  """
+  _checks.check_rank("first", first, 2, "[M, F]")
+  _checks.check_batch("first", first)
+  _checks.check_same_shapes("second", second, "first", first)
+  _checks.check_positive("temperature", temperature)
+  views = jnp.concatenate([jnp.asarray(first), jnp.asarray(second)])
+  views /= jnp.sqrt(jnp.sum(views**2, axis=1, keepdims=True) + 1e-12)
+  count = views.shape[0]
+  scores = jnp.where(jnp.eye(count, dtype=bool), -jnp.inf, views @ views.T / temperature)
+  partners = jnp.roll(jnp.arange(count), count // 2)
+  return jnp.mean(jax.nn.logsumexp(scores, axis=1) - scores[jnp.arange(count), partners])
+
+
 def _same_label_pairs(labels: ArrayLike, num_samples: int) -> jax.Array:
   """Boolean [M, M]: two different samples of one label."""
   _checks.check_labels("labels", labels, num_samples)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kkt_jax import _checks, losses, multipliers, priors
+from kkt_jax import _checks, deformations, losses, multipliers, priors
 from kkt_jax.classifier import Classifier
 
 Schedule = Callable[[jax.Array], Any]
@@ -109,6 +109,25 @@ def class_features(of_classes: list[tuple[jax.Array, jax.Array]]) -> TermFn:
   def distance(classifier: Classifier, batch: Batch) -> jax.Array:
     features, scale = of_classes[batch.t]
     return priors.collapse(batch.features, features[batch.classes], scale)
+
+  return distance
+
+
+def contrast(*, temperature: float = 0.1, size: float = 1.5) -> TermFn:
+  """Images differ from one another in the classifier's features; see `kkt_jax.priors.contrast`.
+
+  The two views of an image are bent by ``size`` (`kkt_jax.deformations.warp`), all images of a batch alike, for that is
+  cheap; the bits of the batch are the key.
+  """
+
+  def distance(classifier: Classifier, batch: Batch) -> jax.Array:
+    features_fn = classifier.features_fn or classifier.predict_fn
+    bits = jax.lax.bitcast_convert_type(batch.unit.astype(jnp.float32), jnp.uint32)
+    keys = jax.random.split(jax.random.key(jnp.sum(bits)))
+    stacked = jnp.moveaxis(batch.unit, 0, -1)  # images are further channels, which move together
+    views = [deformations.warp(key, stacked.reshape(1, *stacked.shape[:2], -1), size=size) for key in keys]
+    x = [classifier.from_unit(jnp.moveaxis(view.reshape(stacked.shape), -1, 0)) for view in views]
+    return priors.contrast(*(features_fn(classifier.params, own) for own in x), temperature=temperature)
 
   return distance
 

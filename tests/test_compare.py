@@ -88,7 +88,7 @@ def test_metrics_and_failures_reach_the_report(tmp_path, fake_runs):
 def test_methods_are_chosen_by_group_or_by_name():
   chosen = lambda methods: list(compare.choose_methods(compare.Config(methods=methods)))
   assert chosen("kkt,ce") == ["means", "kkt", "ce"]
-  assert chosen("baselines") == ["means", "kkt", "points", "points_published", "ce", "inversion", "blind"]
+  assert chosen("baselines") == ["means", "kkt", "points", "points_published", "ce", "inversion", "cmi", "blind"]
   assert "no_span" in chosen("ablations")
   assert "ce" not in chosen("ablations")
   assert set(chosen("all")) == set(chosen("ablations")) | set(chosen("baselines"))

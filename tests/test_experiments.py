@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import circle, duality_loss, faces, images, lambda_estimation, mnist, swap, vertices
+from experiments import circle, duality_loss, faces, images, lambda_estimation, mnist, novelty, swap, vertices
 from experiments.attack import methods, plane
 from experiments.benchmark import __main__ as benchmark
 from experiments.harness.flags import UsageError
+from experiments.measure import comparison
 import kkt_jax
 from kkt_jax import priors, training
 from kkt_jax.checkpoint import Checkpointer
@@ -195,9 +196,20 @@ def examinations():
         "statistics": 1000.0,
         "class_features": 30.0,
         "binarisation": 6.0,
+        "contrast": 0.0,
       },
     ),
-    (False, {"stationarity": 72.0, "duality": 14.0, "range": 8000.0, "total_variation": 4.0, "binarisation": 12.0}),
+    (
+      False,
+      {
+        "stationarity": 72.0,
+        "duality": 14.0,
+        "range": 8000.0,
+        "total_variation": 4.0,
+        "binarisation": 12.0,
+        "contrast": 0.0,
+      },
+    ),
   ],
 )
 def test_images_weigh_their_terms_as_documented(examinations, batch_norm, weights):
@@ -227,6 +239,22 @@ def test_the_terms_are_what_their_names_say(examinations):
   assert set(expected) == set(recipe.terms)
   for name, value in expected.items():
     np.testing.assert_allclose(recipe.terms[name].function(classifier, batch), value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])  # without it there are no features, and logits take their place
+def test_contrast_is_that_of_two_bent_views_of_the_whole_batch(examinations, batch_norm):
+  classifier = examinations[batch_norm].classifier
+  x = jax.random.uniform(jax.random.key(1), (6, *classifier.input_shape))
+  logits = classifier.predict_fn(classifier.params, x)
+  batch = kkt_jax.terms.Batch(x, x, None, None, None, 0, logits, None, None)
+  outputs = (classifier.features_fn or classifier.predict_fn)(classifier.params, x)
+  still = kkt_jax.terms.contrast(size=0.0)(classifier, batch)
+  np.testing.assert_allclose(still, priors.contrast(outputs, outputs), rtol=1e-4)
+  bent = kkt_jax.terms.contrast(size=2.0)
+  assert float(bent(classifier, batch)) > float(still)
+  assert float(bent(classifier, batch)) != float(bent(classifier, batch._replace(unit=1 - x)))
+  gradient = jax.grad(lambda x: bent(classifier, batch._replace(unit=x)))(x)
+  assert float(jnp.abs(gradient).max()) > 0
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
@@ -298,6 +326,43 @@ def test_few_digits_are_all_vertices_and_nothing_else_is_certified(tmp_path):
   assert row["found_others"] > 0.3
   assert (tmp_path / "vertices.png").exists()
   assert "digits" in results["summary"]
+
+
+@slow
+def test_the_curve_of_novelty_is_that_of_the_run_that_is_given_or_trained(tmp_path, monkeypatch):
+  small = images.resolve(mnist.Config(batch_norm=False, **SMALL), mnist.DEFAULTS)
+  data = mnist.digits(small)
+  few = dataclasses.replace(data, evaluation=comparison.first_of_each_class(data.evaluation, 5))
+  monkeypatch.setattr(mnist, "digits", lambda config: few)
+  monkeypatch.setattr(novelty, "_EPOCHS", 1)
+  config = novelty.Config(sizes="0,2", draws=20)
+  with monkeypatch.context() as context:
+    context.setattr(novelty, "_attacked", lambda config: small)
+    results = novelty.run(config, tmp_path / "trains")
+  assert_complete(tmp_path / "trains", "novelty.png", "curve.png")
+  sets = [
+    "draws, 0",
+    "draws, 2",
+    "training digits, 0",
+    "training digits, 2",
+    "as many other digits",
+    "200 other digits",
+  ]
+  assert list(results["sets"]) == sets
+  plain, bent = results["sets"]["training digits, 0"], results["sets"]["training digits, 2"]
+  assert plain["trained"] == plain["label"] == 1.0
+  assert bent["trained"] < 0.5
+  again = novelty.run(dataclasses.replace(config, run=str(tmp_path / "trains" / "mnist")), tmp_path / "given")
+  assert again["sets"] == results["sets"]
+
+
+@pytest.mark.parametrize("sizes", ["one", "-1", "nan"])
+def test_impossible_sizes_of_displacements_are_named(tmp_path, sizes):
+  with pytest.raises(UsageError, match="--sizes must be"):
+    novelty.run(novelty.Config(sizes=sizes), tmp_path / "new")
+  with pytest.raises(UsageError, match=r"--run must be .* has none"):
+    novelty.run(novelty.Config(run=str(tmp_path)), tmp_path / "new")
+  assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("sizes", ["ten", "25", "10"])

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import circle, faces, mnist
+from experiments import circle, faces, mnist, novelty
 from experiments.harness import flags
-from kkt_jax import conditions, homogeneity, losses, multipliers, priors
+from kkt_jax import conditions, deformations, homogeneity, losses, multipliers, priors
 from kkt_jax.checkpoint import Checkpointer, CheckpointError
 from kkt_jax.classifier import make_classifier
 
@@ -39,6 +39,8 @@ FUNCTIONS = {
   "total_variation": (priors.total_variation, 1, lambda a: a[0].shape[:1]),
   "binarisation": (priors.binarisation, 1, lambda a: a[0].shape[:1]),
   "out_of_range": (priors.out_of_range, 1, lambda a: a[0].shape[:1]),
+  "contrast": (priors.contrast, 2, lambda a: ()),
+  "warp": (lambda x: deformations.warp(jax.random.key(0), x, size=1.0), 1, lambda a: a[0].shape),
 }
 
 
@@ -67,7 +69,7 @@ def _values(field):
   return kinds[field.metadata["type"]]
 
 
-@pytest.mark.parametrize("config", [circle.Config, mnist.Config, faces.Config])
+@pytest.mark.parametrize("config", [circle.Config, mnist.Config, faces.Config, novelty.Config])
 def test_any_flags_are_taken_or_refused_by_name(config):
   fields = {field.name: field for field in dataclasses.fields(config)}
 

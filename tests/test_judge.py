@@ -7,6 +7,7 @@ import pytest
 
 from experiments.data import Images
 from experiments.measure import judge
+from kkt_jax.classifier import make_classifier
 
 
 def shades(count, seed, *, flipped=False):
@@ -22,6 +23,22 @@ def test_images_are_useful_if_a_classifier_learns_from_them_what_holds_for_real_
   real = shades(20, 0)
   assert judge.usefulness(shades(10, 1), real, seed=0, epochs=30) == 1.0
   assert judge.usefulness(shades(10, 1, flipped=True), real, seed=0, epochs=30) == 0.0
+
+
+@pytest.mark.slow
+def test_a_student_learns_what_the_teacher_says_and_not_the_labels():
+  real, own = shades(20, 0), shades(10, 1)
+  sure = np.where(np.arange(2)[None] == own.y[:, None], 0.9, 0.1)
+  assert judge.usefulness(own, real, seed=0, epochs=30, lessons=sure) == 1.0
+  assert judge.usefulness(own, real, seed=0, epochs=30, lessons=1 - sure) == 0.0
+
+
+def test_a_teacher_gives_a_runner_up_at_the_margin_little_and_one_at_the_boundary_half():
+  classifier = make_classifier(lambda w, x: x @ w, np.array([[1.0, -1.0]], np.float32), (1,))
+  x = np.array([[50.0], [0.0], [-50.0]], np.float32)  # logits are 100 apart, which the plain softmax makes 0 and 1
+  taught = judge.soft_labels(classifier, 100.0, x)
+  np.testing.assert_allclose(taught[:, 1] / taught[:, 0], [np.exp(-3), 1.0, np.exp(3)], rtol=1e-5)
+  np.testing.assert_allclose(taught.sum(axis=1), 1.0, rtol=1e-6)
 
 
 @pytest.mark.slow

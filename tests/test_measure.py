@@ -225,6 +225,7 @@ def test_the_judge_is_trained_on_the_images_for_evaluation(measured):
   assert metrics["training_data"]["eval_accuracy"] == 0.0  # bright is class 1 for the judge, class 0 in training
   assert metrics["fresh_noise"]["eval_accuracy"] == 0.0
   assert metrics["training_data"]["useful_accuracy"] == 0.0  # tested on these images, too
+  assert 0 <= metrics["training_data"]["taught_accuracy"] <= 1  # by a classifier of random weights
 
 
 def test_retrieval_compares_with_the_distractors_and_not_with_what_is_held_out(measured):
@@ -296,7 +297,8 @@ def test_controls_and_judge_are_not_measured_twice(measured, monkeypatch):
   metrics, *_, evaluate = measured
   monkeypatch.setattr(comparison, "controls", None)
   monkeypatch.setattr("experiments.measure.judge._fit", lambda *args, **kwargs: pytest.fail("trained again"))
-  monkeypatch.setattr(comparison, "usefulness", lambda *args, **kwargs: metrics["fresh_noise"]["useful_accuracy"])
+  kept = {True: metrics["fresh_noise"]["taught_accuracy"], False: metrics["fresh_noise"]["useful_accuracy"]}
+  monkeypatch.setattr(comparison, "usefulness", lambda *args, lessons=None, **kwargs: kept[lessons is not None])
   assert evaluate() == metrics
 
 

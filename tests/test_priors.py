@@ -107,9 +107,40 @@ def test_double_precision_is_kept():
       priors.statistics_distance(layer, layer),
       priors.collapse(x, x, jnp.ones(2)),
       priors.repulsion(x, labels, bandwidth=1.0),
+      priors.contrast(x, x),
     ]
 
   with jax.enable_x64(True):
     results = everything(jnp.asarray([[0.2, 1.5], [0.5, -1.0]], jnp.float64))
     assert all(value.dtype == jnp.float64 for value in results)
     np.testing.assert_allclose(results[0], [0.5**2 / 2, 1 / 2], rtol=1e-14)
+
+
+def test_contrast_is_low_where_views_of_one_sample_agree_and_differ_from_all_others():
+  x = jax.random.normal(jax.random.key(0), (6, 40))
+  alike, mixed = priors.contrast(x, 3 * x), priors.contrast(x, jnp.roll(x, 1, axis=0))  # lengths do not count
+  assert float(alike) < 0.01 < 1.0 < float(mixed)
+  same = priors.contrast(jnp.ones((6, 40)), jnp.ones((6, 40)))
+  np.testing.assert_allclose(same, np.log(11), rtol=1e-5)  # nothing tells the partner from the other ten
+
+
+def test_contrast_by_hand():
+  first, second = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[1.0, 0.0], [1.0, 1.0]])
+  c, total = np.sqrt(0.5), np.log
+  expected = [
+    total(np.exp(1) + np.exp(0) + np.exp(c)) - 1,  # the views of the first: (1, 0) with (1, 0)
+    total(np.exp(c) + np.exp(0) + np.exp(0)) - c,  # (0, 1) with (1, 1)
+    total(np.exp(1) + np.exp(0) + np.exp(c)) - 1,
+    total(np.exp(c) + np.exp(c) + np.exp(c)) - c,
+  ]
+  np.testing.assert_allclose(priors.contrast(first, second, temperature=1.0), np.mean(expected), rtol=1e-5)
+
+
+def test_contrast_of_dead_features_has_finite_gradients():
+  gradient = jax.grad(lambda x: priors.contrast(x, x))(jnp.zeros((3, 4)))
+  assert bool(jnp.all(jnp.isfinite(gradient)))
+
+
+def test_contrast_refuses_views_of_other_samples():
+  with pytest.raises(ValueError, match="second must have the shape"):
+    priors.contrast(jnp.ones((2, 3)), jnp.ones((3, 3)))

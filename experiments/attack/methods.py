@@ -174,6 +174,11 @@ def _inversion(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
   return dataclasses.replace(changed, generator=_table(setting))
 
 
+def _contrastive(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  """CMI (Fang et al. 2021), with deformed views, without its learned head and its student."""
+  return _weights(_inversion(recipe, setting), contrast=0.8)
+
+
 def _start_only(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
   changed = recipe.with_schedule(steps=0, restarts=1, restart_steps=0)
   return dataclasses.replace(changed, generator=_table(setting, codes=1, deviation=0.0))
@@ -304,6 +309,13 @@ _BOTH: Mapping[str, Method] = {
 }
 IMAGES: Mapping[str, Method] = {
   **_BOTH,
+  "cmi": Method(
+    "contrastive inversion",
+    "DeepInversion whose samples differ from one another in the classifier's features (CMI, Fang et al. 2021); views"
+    " are smooth deformations, and neither a head on the features nor a student is learned.",
+    "baseline",
+    _contrastive,
+  ),
   "means": Method(
     "mean image",
     "The mean training image, which the classifier stores, for every sample: what can be had without any training.",

@@ -1,6 +1,7 @@
 """Samples against the data: their controls, how near they come, and whether they know the training data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import functools
 import pathlib
 from typing import Any
 
@@ -204,7 +205,15 @@ def measure(judge: Judge, data: Split, images: Images) -> dict[str, float]:
   }
 
 
-def measure_further(judge: Judge, data: Split, images: Images, *, seed: int, epochs: int) -> dict[str, float]:
+def measure_further(
+  judge: Judge,
+  data: Split,
+  images: Images,
+  *,
+  seed: int,
+  epochs: int,
+  teach: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> dict[str, float]:
   """What takes longer: neighbourhoods, kernel distance, retrieval, and what the images are worth as training data.
 
   Args:
@@ -213,6 +222,8 @@ def measure_further(judge: Judge, data: Split, images: Images, *, seed: int, epo
     images: what is measured.
     seed: of the classifier that is trained on the images.
     epochs: passes over the images of its training.
+    teach: what another classifier is taught of each image, see `experiments.measure.judge.soft_labels`, if there is one
+      teacher of all classes.
 
   Returns:
     The metrics by name.
@@ -221,11 +232,13 @@ def measure_further(judge: Judge, data: Split, images: Images, *, seed: int, epo
   # In units of the features' root mean square, without which the kernel's cube is a large number of no meaning.
   size = jnp.sqrt(jnp.mean(jnp.square(real)))
   tested = first_of_each_class(data.evaluation, _TESTED)
+  useful = functools.partial(usefulness, images, tested, seed=seed, epochs=epochs)
   return {
     **_neighbourhoods("features", data.train.y, np.asarray(real), images.y, np.asarray(features)),
     **_neighbourhoods("pixels", data.train.y, data.train.x, images.y, images.x),
     "kernel_distance": metrics.kernel_distance(features / size, real / size),
-    "useful_accuracy": usefulness(images, tested, seed=seed, epochs=epochs),
+    "useful_accuracy": useful(),
+    **({} if teach is None else {"taught_accuracy": useful(lessons=teach(images.x))}),
     **retrieval(images, data.train, data.distractors),
   }
 

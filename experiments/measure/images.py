@@ -16,7 +16,7 @@ from experiments.data import Images, Split
 from experiments.harness.progress import say
 from experiments.harness.workdir import Workdir, write_json
 from experiments.measure import comparison, pictures
-from experiments.measure.judge import train_judge
+from experiments.measure.judge import soft_labels, train_judge
 import kkt_jax
 from kkt_jax import diagnostics, losses, multipliers
 from kkt_jax.classifier import Classifier, PyTree
@@ -62,6 +62,9 @@ def evaluate(
   comparison.check_classes(vars(data), labels)
   judge = train_judge(data.evaluation, seed=seed + 2, directory=shared / "judge", epochs=judge_epochs)
   key = jax.random.key(seed + 3)
+  teach = None
+  if len(classifiers) == 1:
+    teach = functools.partial(soft_labels, classifiers[0], float(reconstruction.margins[0]))
 
   def fresh(count: int, labels_of: Callable[..., np.ndarray]) -> Images:
     y = labels_of(labels, count)
@@ -70,7 +73,7 @@ def evaluate(
   def measure(images: Images) -> dict[str, Any]:
     metrics: dict[str, Any] = comparison.measure(judge, data, images)
     if thorough:  # five times the judge's passes: there are fewer images to learn from
-      metrics |= comparison.measure_further(judge, data, images, seed=seed, epochs=5 * judge_epochs)
+      metrics |= comparison.measure_further(judge, data, images, seed=seed, epochs=5 * judge_epochs, teach=teach)
     return metrics
 
   samples = fresh(num_samples // len(labels), np.repeat)

@@ -13,10 +13,11 @@ import optax
 
 from experiments.data import Images
 from kkt_jax.checkpoint import Checkpointer
-from kkt_jax.classifier import PyTree
+from kkt_jax.classifier import Classifier, PyTree
 
 _OPTIMIZER = optax.adam(2e-3)
 _BATCH, _STUDENT_BATCH = 100, 50
+_SHARPNESS = 3.0  # of what a teacher says, in units of its margin
 _AT_ONCE = 50  # images; the temporary memory of more is returned to the system after every step, which takes longer
 
 
@@ -77,7 +78,7 @@ def train_judge(images: Images, *, seed: int, directory: pathlib.Path, epochs: i
   return Judge(network, params)
 
 
-def usefulness(images: Images, real: Images, *, seed: int, epochs: int) -> float:
+def usefulness(images: Images, real: Images, *, seed: int, epochs: int, lessons: np.ndarray | None = None) -> float:
   """What images are worth as training data: accuracy on real data of a fresh classifier that saw nothing but them.
 
   Args:
@@ -85,13 +86,30 @@ def usefulness(images: Images, real: Images, *, seed: int, epochs: int) -> float
     real: what it is tested on; must be disjoint from ``images``.
     seed: of initialisation and order.
     epochs: passes over ``images``.
+    lessons: what it learns of each image [M, C], such as `soft_labels`; the labels of the images if None.
 
   Returns:
     The accuracy.
   """
   network = _Network(num_classes=int(real.y.max()) + 1)
-  params = _fit(network, images, seed=seed, epochs=epochs, batch_size=_STUDENT_BATCH)
+  learned = images if lessons is None else Images(images.x, lessons)
+  params = _fit(network, learned, seed=seed, epochs=epochs, batch_size=_STUDENT_BATCH)
   return Judge(network, params).accuracy(real.x, real.y)
+
+
+def soft_labels(classifier: Classifier, margin: float, x: ArrayLike) -> np.ndarray:
+  """What a classifier teaches of images (Hinton et al. 2015): its softmax, tempered so that it is not one of 0 and 1.
+
+  Args:
+    classifier: the teacher, whose outputs are the labels.
+    margin: of its training data, in logits; the temperature is a third of it, so that of images with this margin a
+      runner-up has e^-3 of the winner's probability.
+    x: images [M, H, W, C], in its own units.
+
+  Returns:
+    Probabilities [M, C].
+  """
+  return np.asarray(jax.nn.softmax(_SHARPNESS / margin * classifier.predict(jnp.asarray(x))))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -117,7 +135,12 @@ def _fit(network: _Network, images: Images, *, seed: int, epochs: int, batch_siz
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient(network: _Network, params: PyTree, x: jax.Array, y: jax.Array) -> PyTree:
   def loss(params: PyTree) -> jax.Array:
-    return jnp.sum(optax.losses.softmax_cross_entropy_with_integer_labels(network.apply(params, x)[0], y))
+    cross_entropy = (
+      optax.losses.softmax_cross_entropy
+    )  # which has a teacher's gradient of the Kullback-Leibler divergence
+    if y.ndim == 1:
+      cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+    return jnp.sum(cross_entropy(network.apply(params, x)[0], y))
 
   return jax.grad(loss)(params)
 

@@ -1,0 +1,153 @@
+"""Draws that are new and still of their kind: bent by smooth deformations, whose size is a temperature.
+
+Draws from the generator of a finished run of `mnist`, or of one that is trained first, and bends the draws by more and
+more pixels (`kkt_jax.deformations`). For each size: how many are training digits, repeated or new; whether an
+independent judge reads them; how they fill the space of real digits that nothing was trained on; and what they are
+worth as training data, of a classifier of their labels and of one that the attacked classifier teaches. Beside them the
+training digits bent alike, and other real digits. ``novelty.png`` shows the same draws in a row for each size, and
+``curve.png`` the curve.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import pathlib
+from typing import Any, TYPE_CHECKING
+
+from experiments import images, mnist
+from experiments.harness import flags
+from experiments.harness.flags import UsageError
+from experiments.harness.workdir import Workdir
+
+if TYPE_CHECKING:
+  from experiments.data import Split
+  import kkt_jax
+
+_FEW = 20  # draws of each class in the smaller of two sets, and those whose novelty is measured
+_SEEN, _EPOCHS = 40_000, 40  # images that a classifier sees in its training, repetitions included, and most passes
+_CURVES = ("new", "accuracy", "coverage", "useful", "taught")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Settings of the run; each is a flag of the same name."""
+
+  run: str = flags.flag(
+    "", "Folder of a finished run of mnist with one classifier and a network; if empty, one is trained in the workdir."
+  )
+  seed: int = flags.flag(0, "Seed of the run that is trained, and of draws and deformations.", lower=0)
+  samples_per_class: int = flags.flag(10, "Training digits of each class of the run that is trained.", lower=2)
+  sizes: str = flags.flag("0,1,1.5,2,3,4,6", "Root mean square lengths of displacements, in pixels.")
+  draws: int = flags.flag(200, "Draws of each class.", lower=_FEW)
+
+
+def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
+  """Draws, bends and measures; returns the figures."""
+  flags.check(config)
+  try:
+    sizes = [float(size) for size in config.sizes.split(",")]
+  except ValueError as error:
+    raise UsageError(f"--sizes must be numbers, separated by commas; got {config.sizes!r}.") from error
+  if not all(0 <= size < float("inf") for size in sizes):
+    raise UsageError(f"--sizes must be finite and at least 0; got {config.sizes!r}.")
+  attacked = _attacked(config)
+  import jax
+  import numpy as np
+
+  from experiments.data import Images
+  from experiments.harness.progress import Progress
+  from experiments.measure import comparison, pictures
+  from experiments.measure.judge import soft_labels, train_judge, usefulness
+  from kkt_jax import deformations, metrics
+
+  data = mnist.digits(attacked)
+  out = Workdir(workdir, config)
+  folder = pathlib.Path(config.run or out.path / "mnist")
+  if not (folder / "network").exists():
+    mnist.run(attacked, folder)
+  reconstruction = _restored(attacked, folder, data)
+  judge = train_judge(data.evaluation, seed=attacked.seed + 2, directory=folder / "judge", epochs=attacked.judge_epochs)
+  (classifier,), (margin,) = reconstruction.classifiers, reconstruction.margins
+  sample_key, bend_key = jax.random.split(jax.random.key(config.seed))
+  y = np.tile(np.arange(10, dtype=np.int32), config.draws)  # the first of them are some of each class
+
+  def like(real: Images) -> Images:
+    """Real images with the labels of the draws, repeated as needed."""
+    chosen = np.stack([np.resize(np.flatnonzero(real.y == label), config.draws) for label in range(10)], axis=1)
+    return Images(real.x[chosen.reshape(-1)], y)
+
+  def worth(own: Images, *, taught: bool = False) -> float:
+    lessons = soft_labels(classifier, float(margin), own.x) if taught else None
+    epochs = min(max(_SEEN // len(own.y), 1), _EPOCHS)
+    return usefulness(own, data.evaluation, seed=config.seed, epochs=epochs, lessons=lessons)
+
+  def measured(own: Images) -> dict[str, float]:
+    few = Images(own.x[: 10 * _FEW], y[: 10 * _FEW])
+    real, features = (np.asarray(judge.features(images.x)) for images in (data.held_out, own))
+    filled = metrics.precision_recall(real, data.held_out.y, features, y, k=5)
+    faithful = metrics.faithfulness(few.x, few.y, data.train.x, data.train.y)
+    return {
+      **comparison.novelty(few, data.train),
+      "accuracy": judge.accuracy(own.x, y),
+      "label": faithful["label_agreement"],
+      **{name: filled[name] for name in ("density", "coverage", "recall")},
+      "useful": worth(own),
+      "taught": worth(own, taught=True),
+      f"useful, {len(few.y)}": worth(few),
+      f"taught, {len(few.y)}": worth(few, taught=True),
+    }
+
+  bend = lambda own, size: Images(np.asarray(deformations.warp(bend_key, own.x, size=size)), y)
+  drawn, trained = Images(np.asarray(reconstruction.sample(sample_key, y)), y), like(data.train)
+  sets = {f"draws, {size:g}": bend(drawn, size) for size in sizes}
+  picture = [(f"{size:g} pixels", sets[f"draws, {size:g}"].x[: pictures.COLUMNS]) for size in sizes]
+  sets |= {f"training digits, {size:g}": bend(trained, size) for size in sizes}
+  sets["as many other digits"] = like(comparison.first_of_each_class(data.distractors, attacked.samples_per_class))
+  sets["200 other digits"] = like(comparison.first_of_each_class(data.distractors, _FEW))
+  rows, progress = {}, Progress("sets", len(sets))
+  for done, (name, own) in enumerate(sets.items(), 1):
+    rows[name] = measured(own)
+    progress.update(done, name)
+  pictures.image_rows(out.path / "novelty.png", picture)
+  curves = {name: [rows[f"draws, {size:g}"][name] for size in sizes] for name in _CURVES}
+  pictures.curves(out.path / "curve.png", sizes, curves, "root mean square displacement in pixels")
+  right = np.asarray(classifier.predict(jax.numpy.asarray(data.evaluation.x))).argmax(axis=1) == data.evaluation.y
+  results: dict[str, Any] = {"sets": rows, "classifier": float(np.mean(right))}
+  told = f"The attacked classifier itself reads {results['classifier']:.3f} of the real digits."
+  summary = comparison.table(rows, list(next(iter(rows.values())))) + "\n\n" + told
+  results |= {"summary": summary, "pictures": ["novelty.png", "curve.png"]}
+  out.finish({name: results[name] for name in ("sets", "classifier")})
+  return results
+
+
+def _attacked(config: Config) -> mnist.Config:
+  """The settings of the run whose generator is drawn from."""
+  if not config.run:
+    own = mnist.Config(seed=config.seed, samples_per_class=config.samples_per_class, thorough=False)
+  else:
+    folder = pathlib.Path(config.run)
+    if not (folder / "network").is_dir():
+      raise UsageError(f"--run must be the folder of a finished run of mnist with a network; {folder} has none.")
+    try:
+      own = mnist.Config(**json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+      raise UsageError(f"--run: config.json of {folder} cannot be read ({error}).") from error
+    if own.classifiers != 1 or own.shared_dir:
+      raise UsageError(f"--run must be a run of one classifier without a shared folder; {folder} is not.")
+  return images.resolve(own, mnist.DEFAULTS)
+
+
+def _restored(attacked: mnist.Config, folder: pathlib.Path, data: "Split") -> "kkt_jax.Reconstruction":
+  """The network of a finished run."""
+  from experiments.attack import classifiers
+  import kkt_jax
+
+  own = classifiers.of_images(attacked, data.train.x, data.train.y, folder / "classifier", seed=attacked.seed)
+  examinations = [kkt_jax.examine(classifier, seed=attacked.seed) for classifier in own]
+  recipe = images.recipe_of(attacked, examinations, drawings=True)
+  network = dataclasses.replace(recipe, generator=recipe.flow or kkt_jax.flows.Flow())
+  return kkt_jax.Reconstruction.load(folder / "network", own, network, examinations=examinations)
+
+
+if __name__ == "__main__":
+  flags.main(Config, run)
