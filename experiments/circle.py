@@ -119,7 +119,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     solve=method.kind != "baseline" and config.method not in methods.BY_DESCENT,
   )
   if config.generator == "network":
-    flow = kkt_jax.flows.Flow(width=256, steps=16, batch_size=NUM_CLASSES * config.codes)
+    flow = kkt_jax.flows.Flow(width=256, steps=16, batch_size=NUM_CLASSES * config.codes, lean=0)
     recipe = dataclasses.replace(recipe, flow=flow)
     recipe = recipe.with_schedule(match_steps=_MATCH_STEPS, joint_steps=min(config.steps, _JOINT_STEPS))
   setting = methods.Setting(

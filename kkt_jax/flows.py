@@ -15,14 +15,18 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+import numpy as np
 import optax
 
 from kkt_jax import _checks, generators
 from kkt_jax.classifier import PyTree
 from kkt_jax.examination import Examination
 from kkt_jax.generators import Generator
+from kkt_jax.metrics.distances import pairwise_distance
 
 _RATE, _LAST_RATE = 1e-3, 0.02  # peak learning rate of flow matching, and the share of it at the end
+_NEAREST = 4  # samples on which one leans
+_SAME = 0.1  # distance below which a sample is a proven one
 _WAVES = 4  # frequencies by which the velocity knows the time
 
 
@@ -69,16 +73,21 @@ class Flow:
     blocks: its residual blocks.
     steps: of Euler's method from noise to sample.
     batch_size: samples for each classifier in each training step.
+    lean: how much of the way to the mean of its four nearest, of its label, a sample goes before it is fitted: a few
+      samples with faults of their own become more readable and no less like the data. 0 for points that are exact.
   """
 
   width: int = 512
   blocks: int = 2
   steps: int = 8
   batch_size: int = 500
+  lean: float = 0.3
 
   def __post_init__(self) -> None:
-    for field in dataclasses.fields(self):
-      _checks.check_at_least(field.name, getattr(self, field.name), 1)
+    for name in ("width", "blocks", "steps", "batch_size"):
+      _checks.check_at_least(name, getattr(self, name), 1)
+    if not 0 <= self.lean <= 1:
+      raise ValueError(f"lean must be in [0, 1]; got {self.lean}.")
 
   def __call__(self, examinations: Sequence[Examination]) -> Generator:
     """The generator for some classifiers."""
@@ -107,6 +116,26 @@ class Flow:
       return x.reshape(-1, *charts[0][0].shape), statistics
 
     return Generator(init, generate, generators.normal_noise(dimensions), dimensions, self.batch_size)
+
+  def leaning_on_others(self, unit: ArrayLike, y: ArrayLike, proven: np.ndarray | None = None) -> jax.Array:
+    """Samples [K, *input_shape] of labels y [K], each ``lean`` of the way to the mean of its nearest, up to four.
+
+    A sample that is alone in its label stays, and so does one that is among those that are ``proven`` [P, ...].
+
+    >>> print(Flow(lean=0.5).leaning_on_others(jnp.array([[0.0], [1.0], [5.0]]), jnp.array([0, 0, 1])).ravel())
+    [0.5 0.5 5. ]
+    """
+    unit, y = jnp.asarray(unit), jnp.asarray(y)
+    flat = unit.reshape(len(y), -1)
+    apart = jnp.where((y[:, None] == y[None]) & ~jnp.eye(len(y), dtype=bool), pairwise_distance(flat, flat), jnp.inf)
+    nearness, nearest = jax.lax.top_k(-apart, min(_NEAREST, len(y)))
+    near = jnp.isfinite(nearness)
+    means = jnp.einsum("kn,knd->kd", near.astype(flat.dtype), flat[nearest]) / jnp.maximum(near.sum(axis=1), 1)[:, None]
+    free = near.any(axis=1)
+    if proven is not None and len(proven):
+      known = jnp.asarray(proven).reshape(len(proven), -1)
+      free &= pairwise_distance(flat, known).min(axis=1) > _SAME
+    return jnp.where(free[:, None], (1 - self.lean) * flat + self.lean * means, flat).reshape(unit.shape)
 
   def match(
     self,

@@ -25,7 +25,7 @@ from kkt_jax.training import OnLog, Problem, Saver, TrainState
 
 _LOOKS = (0.2, 0.4, 0.8)  # shares of the training after which it may end, if all training samples are proven
 _HOPEFUL = 0.5  # share of a few samples that polishing must prove then, before all are polished
-_JOINT_RATE = 1e-4  # peak learning rate where a network that is fitted already is trained by the equations
+_JOINT_RATE = 3e-5  # peak learning rate where a network that is fitted already is trained by the equations
 OnSave = Callable[["Reconstruction"], None]
 OnRound = Callable[[int, int, int, int], None]
 
@@ -279,7 +279,8 @@ class Reconstruction:
   ) -> "Reconstruction":
     """A network of continuous noise in place of a generator: fitted to its samples, then trained by the equations.
 
-    In the second stage theta, eta and alpha move together on fresh noise in every step, by all terms of the recipe. It
+    Samples lean on one another before they are fitted, see `kkt_jax.flows.Flow`, unless they are proven. In the second
+    stage theta, eta and alpha move together on fresh noise in every step, by all terms of the recipe; what that does
     is taken back if the loss is not smaller after it.
 
     Args:
@@ -304,8 +305,11 @@ class Reconstruction:
     init_key, match_key, state_key = jax.random.split(jax.random.key(seed), 3)
     theta, statistics = begin.problem.generator.init(init_key)
     x, y = self.every_sample()
+    proven = self.exact or [None] * len(self.examinations)
+    parts = zip(self.examinations, self._parts(), proven, strict=True)
     samples = [
-      (own.classifier.to_unit(x[part]), y[part]) for own, part in zip(self.examinations, self._parts(), strict=True)
+      (flow.leaning_on_others(own.classifier.to_unit(x[part]), y[part], known and known.unit), y[part])
+      for own, part, known in parts
     ]
     steps = schedule.match_steps
     theta = flow.match(match_key, theta, self.examinations, samples, num_steps=steps, on_progress=on_match)
