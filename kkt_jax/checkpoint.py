@@ -74,7 +74,7 @@ class Checkpointer:
     return sorted(self._manager.all_steps()) if self._manager is not None else ()
 
   def save(self, step: int, state: PyTree) -> None:
-    """Writes ``state``, a pytree of arrays, under ``step``; returns once it is on disk. A saved step stays as it is.
+    """Writes ``state``, a pytree of arrays, under ``step``; returns once it is on disk, in place of an earlier one.
 
     Raises:
       CheckpointError: it cannot be written, as on a full disk. Older checkpoints are kept.
@@ -84,6 +84,8 @@ class Checkpointer:
     host = jax.tree.map(np.asarray, parallel.to_data(state))
     items = ocp.args.Composite(state=ocp.args.StandardSave(host), digest=ocp.args.JsonSave({"sha256": _digest(host)}))
     try:
+      if step in self._manager.all_steps():
+        self._manager.delete(step)
       self._manager.save(step, args=items, force=True)
     except Exception as error:  # orbax and tensorstore raise many kinds
       raise CheckpointError(

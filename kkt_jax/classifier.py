@@ -106,7 +106,7 @@ class Classifier:
 
   def predict(self, x: jax.Array) -> jax.Array:
     """Logits [M, C] of inputs [M, *input_shape] at inference."""
-    return self.predict_fn(self.params, x)
+    return jax.jit(self.predict_fn)(self.params, x)
 
   def classes_of(self, labels: ArrayLike) -> jax.Array:
     """The classes (output indices, 0..C-1) [M] that stand for labels [M].

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+import numpy as np
 
 from kkt_jax import _checks, losses
 from kkt_jax.classifier import ApplyFn, Classifier, PyTree
@@ -39,7 +40,7 @@ def nonnegative_multipliers(
     x: samples [M, ...], floating point.
     classes: true classes [M].
     conditions: target and mask, of any weights.
-    num_steps: iterations; each costs one forward, one backward and one forward-mode pass.
+    num_steps: iterations; each costs one backward and one forward-mode pass.
 
   Returns:
     mu [M, C], 0 in the column of the true class.
@@ -52,17 +53,19 @@ def nonnegative_multipliers(
   [0.0, 3.0]
   """
   x, classes = jnp.asarray(x), jnp.asarray(classes)
-  true_class = losses.is_true_class(jax.eval_shape(gradient_fn, params, x), classes)
+  logits, pull_back = jax.vjp(lambda p: gradient_fn(p, x), params)
+  _, push_forward = jax.linearize(lambda p: gradient_fn(p, x), params)
+  true_class = losses.is_true_class(logits, classes)
   target = jax.tree.map(jnp.multiply, conditions.mask, conditions.target)
 
   def apply(mu: jax.Array) -> PyTree:
-    sums = losses.stationarity_sum(gradient_fn, params, x, classes, mu)
+    (sums,) = pull_back(losses.cotangent(logits, classes, mu).astype(logits.dtype))
     return jax.tree.map(jnp.multiply, conditions.mask, sums)
 
   def transpose(cotangent: PyTree) -> jax.Array:
     masked = jax.tree.map(jnp.multiply, conditions.mask, cotangent)
-    logits = jax.jvp(lambda p: gradient_fn(p, x), (params,), (masked,))[1]
-    differences = jnp.take_along_axis(logits, classes[:, None], axis=1) - logits
+    moved = push_forward(masked)
+    differences = jnp.take_along_axis(moved, classes[:, None], axis=1) - moved
     return jnp.where(true_class, 0.0, differences) / x.shape[0]
 
   def power_iteration(vector: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
@@ -155,11 +158,9 @@ def diagnose(
   if mu is None:
     mu = nonnegative_multipliers(classifier.gradient_fn, classifier.params, x, classes, conditions, num_steps=num_steps)
   mu = jnp.asarray(mu)
-  sums = losses.stationarity_sum(classifier.gradient_fn, classifier.params, x, classes, mu)
-  residual = losses.stationarity_residual(conditions, sums)
-  wrong = mu[~losses.is_true_class(mu, classes)]
-  margin = losses.runner_up_margin(classifier.predict_fn(classifier.params, x), classes)
-  low, median, high = jnp.percentile(margin, jnp.array([5.0, 50.0, 95.0]))
+  residual, margin = _measured(classifier, conditions, x, classes, mu)
+  wrong = np.asarray(mu)[~np.asarray(losses.is_true_class(mu, classes))]
+  low, median, high = np.percentile(margin, [5, 50, 95])
   return Diagnosis(
     residual=float(residual.relative),
     residual_per_tensor={
@@ -168,8 +169,18 @@ def diagnose(
         tensor_names(classifier.params), jax.tree.leaves(residual.relative_per_tensor), strict=True
       )
     },
-    active_multipliers=float(jnp.mean(wrong > 1e-3 * jnp.max(wrong))),
+    active_multipliers=float(np.mean(wrong > 1e-3 * np.max(wrong))),
     median_margin=float(median),
-    margin_spread=float((high - low) / jnp.abs(median)),
-    accuracy=float(jnp.mean(margin > 0)),
+    margin_spread=float((high - low) / np.abs(median)),
+    accuracy=float(np.mean(np.asarray(margin) > 0)),
   )
+
+
+@jax.jit
+def _measured(
+  classifier: Classifier, conditions: Conditions, x: jax.Array, classes: jax.Array, mu: jax.Array
+) -> tuple[losses.StationarityResidual, jax.Array]:
+  """The residual with multipliers mu, and the margins [M] at inference."""
+  sums = losses.stationarity_sum(classifier.gradient_fn, classifier.params, x, classes, mu)
+  margins = losses.runner_up_margin(classifier.predict_fn(classifier.params, x), classes)
+  return losses.stationarity_residual(conditions, sums), margins

@@ -43,10 +43,10 @@ def find(
 ) -> tuple[Exact, np.ndarray]:
   """Training samples of one classifier, from guesses and then from random points of the span.
 
-  Nothing is tried if there is no `hope` for the guesses. Later rounds
-  start in turn from random points of the span around the guesses' mean, where what is found already has nothing, as
-  long as that brings any, and from means of a guess and another, or a sample that is found, of its label. It ends when
-  there are as many training samples as the span can hold, or when two rounds in a row brought none.
+  Nothing is tried if there is no `hope` for the guesses. Later rounds start in turn from random points of the span
+  around the guesses' mean, where what is found already has nothing, as long as that brings any, and from means of a
+  guess and another, or a sample that is found, of its label. It ends when there are as many training samples as the
+  span can hold, or when two rounds in a row brought none.
 
   Args:
     examination: of the classifier.
@@ -68,17 +68,19 @@ def find(
     return found, led
   assert span is not None
   most, idle, at_random = most_samples(examination), 0, True
+  every = max(len(guesses) // (2 * most), 1)  # later rounds start from twice as many places as there can be samples
   typical = np.asarray(jnp.mean(guesses, axis=0))
   for number in range(rounds):
     key = jax.random.key(number)
     pool, pool_y = jnp.concatenate([guesses, found.unit]), np.concatenate([y, found.y])
     drawn = at_random and number % 2 == 1
+    part = slice(number % every, None, every) if number else slice(None)
     if drawn:
-      starts, likely = vertices.search(key, span, typical, len(guesses), known=found.unit), None
+      starts, likely = vertices.search(key, span, typical, len(y[part]), known=found.unit), None
     else:
       alike = jnp.log(y[:, None] == pool_y[None, :])
-      starts = (guesses + pool[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses
-      likely = vertices.likely_ends(starts, y, pool, pool_y)
+      starts = ((guesses + pool[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses)[part]
+      likely = vertices.likely_ends(starts, y[part], pool, pool_y)
     x = vertices.polish(starts, span, start, likely=likely)
     certificates = vertices.certify(x, span, start)
     if not number:

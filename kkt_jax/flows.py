@@ -8,6 +8,7 @@ for, from which its velocity follows: at the end of the way this is sharper than
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -25,6 +26,7 @@ from kkt_jax.generators import Generator
 from kkt_jax.metrics.distances import pairwise_distance
 
 _RATE, _LAST_RATE = 1e-3, 0.02  # peak learning rate of flow matching, and the share of it at the end
+_WIDEST = 512
 _NEAREST = 4  # samples on which one leans
 _SAME = 0.1  # distance below which a sample is a proven one
 _WAVES = 4  # frequencies by which the velocity knows the time
@@ -69,7 +71,7 @@ class Flow:
   makes the generator: it is a `kkt_jax.generators.GeneratorFactory`.
 
   Attributes:
-    width: of the network v.
+    width: of the network v; if None, the power of two that is two to four times the dimension, at most 512.
     blocks: its residual blocks.
     steps: of Euler's method from noise to sample.
     batch_size: samples for each classifier in each training step.
@@ -77,15 +79,16 @@ class Flow:
       samples with faults of their own become more readable and no less like the data. 0 for points that are exact.
   """
 
-  width: int = 512
+  width: int | None = None
   blocks: int = 2
   steps: int = 8
   batch_size: int = 500
   lean: float = 0.3
 
   def __post_init__(self) -> None:
-    for name in ("width", "blocks", "steps", "batch_size"):
-      _checks.check_at_least(name, getattr(self, name), 1)
+    given = {} if self.width is None else {"width": self.width}
+    for name, value in {**given, "blocks": self.blocks, "steps": self.steps, "batch_size": self.batch_size}.items():
+      _checks.check_at_least(name, value, 1)
     if not 0 <= self.lean <= 1:
       raise ValueError(f"lean must be in [0, 1]; got {self.lean}.")
 
@@ -93,11 +96,11 @@ class Flow:
     """The generator for some classifiers."""
     charts = _charts(examinations)
     dimensions = max(basis.shape[1] for _, basis, _ in charts)
-    network = self._network(examinations)
+    network = self._network(examinations, dimensions)
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
       none = jnp.zeros(1, jnp.int32)
-      return network.init(key, jnp.zeros((1, dimensions)), jnp.zeros(1), none, none), {}
+      return jax.jit(network.init)(key, jnp.zeros((1, dimensions)), jnp.zeros(1), none, none), {}
 
     def generate(
       theta: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool
@@ -117,6 +120,7 @@ class Flow:
 
     return Generator(init, generate, generators.normal_noise(dimensions), dimensions, self.batch_size)
 
+  @functools.partial(jax.jit, static_argnums=0)
   def leaning_on_others(self, unit: ArrayLike, y: ArrayLike, proven: np.ndarray | None = None) -> jax.Array:
     """Samples [K, *input_shape] of labels y [K], each ``lean`` of the way to the mean of its nearest, up to four.
 
@@ -168,7 +172,7 @@ class Flow:
       z = (x - start[None]).reshape(len(y), -1) @ basis / size
       parts.append((jnp.pad(z, ((0, 0), (0, dimensions - z.shape[1]))), y, jnp.full(len(y), index)))
     ends, of, owners = (jnp.concatenate(part) for part in zip(*parts, strict=True))
-    network, count = self._network(examinations), self.batch_size
+    network, count = self._network(examinations, dimensions), self.batch_size
     optimizer = optax.adam(optax.schedules.cosine_decay_schedule(_RATE, max(num_steps, 1), _LAST_RATE))
 
     @jax.jit
@@ -193,8 +197,9 @@ class Flow:
         on_progress(number, float(error))
     return theta
 
-  def _network(self, examinations: Sequence[Examination]) -> Destination:
-    return Destination(generators.num_labels(examinations), len(examinations), self.width, self.blocks)
+  def _network(self, examinations: Sequence[Examination], dimensions: int) -> Destination:
+    width = self.width or min(2 ** math.ceil(math.log2(2 * dimensions)), _WIDEST)
+    return Destination(generators.num_labels(examinations), len(examinations), width, self.blocks)
 
 
 def _charts(examinations: Sequence[Examination]) -> list[tuple[jax.Array, jax.Array, float]]:

@@ -23,7 +23,7 @@ from kkt_jax.recipes import Recipe
 from kkt_jax.relaxation import computed_in, relaxed
 from kkt_jax.training import OnLog, Problem, Saver, TrainState
 
-_LOOKS = (0.2, 0.4, 0.8)  # shares of the training after which it may end, if all training samples are proven
+_LOOKS = (0.4, 0.7)  # shares of the training after which it may end, if all training samples are proven
 _HOPEFUL = 0.5  # share of a few samples that polishing must prove then, before all are polished
 _JOINT_RATE = 3e-5  # peak learning rate where a network that is fitted already is trained by the equations
 OnSave = Callable[["Reconstruction"], None]

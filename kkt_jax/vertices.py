@@ -99,6 +99,7 @@ def polish(
   return (flat + polished @ span.basis.T).reshape(x.shape)
 
 
+@jax.jit
 def likely_ends(x: ArrayLike, y: ArrayLike, others: ArrayLike, others_y: ArrayLike) -> jax.Array:
   """How likely each value is to end black, or white: the share of similar samples of its label in which it is so.
 

@@ -78,6 +78,13 @@ def test_when_every_checkpoint_is_damaged_the_error_names_the_directory_and_noth
   assert (tmp_path / "1").exists()
 
 
+def test_a_step_is_saved_in_place_of_an_earlier_one(tmp_path):
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, state(1.0))
+    checkpointer.save(1, state(2.0))
+    assert float(checkpointer.restore(like())[1]["w"][0, 0]) == 2.0
+
+
 def test_a_state_of_another_shape_is_refused(tmp_path):
   with Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, state(1.0))

@@ -80,8 +80,10 @@ def test_circle_runs_and_resumes(tmp_path, classifiers, batch_norm):
 @slow
 def test_the_circle_ends_with_a_network_of_continuous_noise(tmp_path, monkeypatch):
   monkeypatch.setattr(circle, "_MATCH_STEPS", 20)
-  circle.run(dataclasses.replace(CIRCLE, generator="network"), tmp_path)
+  config = dataclasses.replace(CIRCLE, generator="network")
+  metrics = circle.run(config, tmp_path)
   assert_complete(tmp_path, "fig4.png", "network")
+  assert circle.run(config, tmp_path)["generated"] == metrics["generated"]  # a finished run can be run again
 
 
 @slow

@@ -177,15 +177,15 @@ def test_label_weights_shift_the_classes_of_every_batch():
     begin(dataclasses.replace(tiny(), label_weights={0: 1.0, 1: 1.0, 2: 1.0}))
 
 
-@pytest.mark.parametrize(("hope", "proven", "steps"), [(0.6, 1.0, 2), (0.6, 0.9, 10), (0.4, 1.0, 10)])
+@pytest.mark.parametrize(("hope", "proven", "steps"), [(0.6, 1.0, 4), (0.6, 0.9, 10), (0.4, 1.0, 10)])
 def test_training_ends_once_all_samples_are_proven(monkeypatch, hope, proven, steps):
-  """After a fifth of the steps, if there is hope for a few and polishing then proves every one."""
+  """After two fifths of the steps, if there is hope for a few and polishing then proves every one."""
   polished = []
   monkeypatch.setattr(Reconstruction, "polished", lambda self, on_round=None: polished.append(self) or self)
   monkeypatch.setattr(Reconstruction, "proven", proven)
   monkeypatch.setattr(Reconstruction, "_hope", lambda self: hope)
   assert int(run(tiny(steps=10)).state.step) == steps
-  assert [int(own.state.step) for own in polished] == {(0.6, 1.0): [2], (0.6, 0.9): [2, 4, 8, 10]}.get(
+  assert [int(own.state.step) for own in polished] == {(0.6, 1.0): [4], (0.6, 0.9): [4, 7, 10]}.get(
     (hope, proven), [10]
   )
 

@@ -337,7 +337,8 @@ def _keep_compiled(folder: str) -> None:
   elif folder:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.abspath(folder)
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(own))
-  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 def _say_error(error: Exception, status: int) -> int:
