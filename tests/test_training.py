@@ -366,7 +366,7 @@ def test_steps_in_one_call_are_the_same_steps_and_need_no_common_grid():
 
 @pytest.mark.parametrize("steps_per_call", [1, 5])
 def test_it_ends_early_where_a_look_says_so_and_saves_that_state(steps_per_call):
-  own, asked, saver = usual(), [], Kept()
+  own, asked, saver = of_measure(losses.cosine_distance), [], Kept()
 
   def until(state):
     asked.append(int(state.step))
