@@ -135,12 +135,9 @@ def _fit(network: _Network, images: Images, *, seed: int, epochs: int, batch_siz
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient(network: _Network, params: PyTree, x: jax.Array, y: jax.Array) -> PyTree:
   def loss(params: PyTree) -> jax.Array:
-    cross_entropy = (
-      optax.losses.softmax_cross_entropy
-    )  # which has a teacher's gradient of the Kullback-Leibler divergence
-    if y.ndim == 1:
-      cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
-    return jnp.sum(cross_entropy(network.apply(params, x)[0], y))
+    # Of what a teacher says it has the gradient of the Kullback-Leibler divergence.
+    wanted = jax.nn.one_hot(y, network.num_classes) if y.ndim == 1 else y
+    return jnp.sum(optax.losses.softmax_cross_entropy(network.apply(params, x)[0], wanted))
 
   return jax.grad(loss)(params)
 
