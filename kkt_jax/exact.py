@@ -64,7 +64,7 @@ def find(
   found = Exact(
     np.zeros((0, *classifier.input_shape), np.float32), np.zeros(0, int), np.zeros(0, int), np.zeros(0, bool)
   )
-  if not hope(examination, guesses):
+  if not hope(examination, guesses, y):
     return found, led
   assert span is not None
   most, idle, at_random = most_samples(examination), 0, True
@@ -106,12 +106,13 @@ def find(
   return found, led
 
 
-def hope(examination: Examination, guesses: jax.Array) -> float:
+def hope(examination: Examination, guesses: jax.Array, y: np.ndarray) -> float:
   """The share of a few guesses that become training samples when they are polished; 0 says that others need no try.
 
   Args:
     examination: of the classifier.
     guesses: samples [M, *input_shape] in units of the range.
+    y: their labels [M].
 
   Returns:
     The share, 0 where no span is told or inputs have no range.
@@ -119,8 +120,10 @@ def hope(examination: Examination, guesses: jax.Array) -> float:
   span, start = examination.span, examination.unit_start
   if span is None or examination.classifier.value_range is None or not vertices.promising(guesses, span).any():
     return 0.0
-  few = guesses[:: math.ceil(len(guesses) / _FEW)]
-  return float(np.mean(vertices.certify(vertices.polish(few, span, start), span, start).certified))
+  part = slice(None, None, math.ceil(len(guesses) / _FEW))
+  likely = vertices.likely_ends(guesses[part], y[part], guesses, y)
+  polished = vertices.polish(guesses[part], span, start, likely=likely)
+  return float(np.mean(vertices.certify(polished, span, start).certified))
 
 
 def places(labels: np.ndarray, led: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -335,9 +335,9 @@ class Reconstruction:
     """The least `kkt_jax.exact.hope` of a classifier's samples; 0 if nothing can be put in their place."""
     if self.problem.generator.put is None or not self.recipe.schedule.polish_rounds:
       return 0.0
-    x, parts = self.every_sample()[0], self._parts()
+    (x, y), parts = self.every_sample(), self._parts()
     pairs = zip(self.examinations, parts, strict=True)
-    return min(exact.hope(own, own.classifier.to_unit(x[part])) for own, part in pairs)
+    return min(exact.hope(own, own.classifier.to_unit(x[part]), y[part]) for own, part in pairs)
 
   def _parts(self) -> list[np.ndarray]:
     """Which of `every_sample` belong to each classifier."""
