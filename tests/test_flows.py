@@ -54,6 +54,18 @@ def test_a_flow_fitted_to_few_samples_draws_them_from_fresh_noise():
   assert len(set(nearest)) == 4  # none is forgotten
 
 
+def test_samples_lean_on_the_nearest_of_their_label_unless_they_are_proven_or_alone():
+  unit = jnp.array([[0.0], [1.0], [2.0], [3.0], [4.0], [9.0], [5.0]])
+  y = jnp.array([0, 0, 0, 0, 0, 0, 1])
+  leaning = flows.Flow(lean=0.5).leaning_on_others
+  # The nearest four of 0 are 1, 2, 3, 4; of 9 they are 1 to 4, too.
+  np.testing.assert_allclose(leaning(unit, y)[:, 0], [1.25, 1.625, 2.0, 2.375, 2.75, 5.75, 5.0])
+  np.testing.assert_allclose(leaning(unit, y, np.array([[9.04], [7.0]]))[5], 9.0)
+  np.testing.assert_array_equal(flows.Flow(lean=0.0).leaning_on_others(unit, y), unit)
+  with pytest.raises(ValueError, match=r"lean must be in \[0, 1\]; got 2"):
+    flows.Flow(lean=2)
+
+
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_the_network_takes_the_place_of_the_table_and_moves_with_the_equations(batch_norm):
   made = reconstruction(batch_norm)

@@ -296,3 +296,18 @@ def test_progress_shows_rate_and_time_left_in_plain_lines(capsys):
   assert line.startswith("work 10/10")
   assert "/s" in line and "left" in line and "loss 0.25" in line
   assert "\r" not in line  # no terminal here
+
+
+@pytest.mark.parametrize(
+  ("flag", "found"),
+  [
+    ("", {"JAX_COMPILATION_CACHE_DIR": "cache/kkt_jax"}),
+    ("own", {"JAX_COMPILATION_CACHE_DIR": "own"}),
+    ("off", {"JAX_ENABLE_COMPILATION_CACHE": "false"}),
+  ],
+)
+def test_what_is_compiled_is_kept_for_later_runs(tmp_path, monkeypatch, flag, found):
+  environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+  monkeypatch.setattr(os, "environ", environment)
+  flags._keep_compiled(str(tmp_path / flag) if flag == "own" else flag)
+  assert found.items() <= {name: value.replace(f"{tmp_path}/", "") for name, value in environment.items()}.items()
