@@ -39,6 +39,7 @@ def find(
   y: np.ndarray,
   *,
   rounds: int,
+  points: int | None = None,
   on_round: Callable[[int, int, int], None] | None = None,
 ) -> tuple[Exact, np.ndarray]:
   """Training samples of one classifier, from guesses and then from random points of the span.
@@ -53,6 +54,7 @@ def find(
     guesses: samples [M, *input_shape] in units of the range.
     y: their labels [M].
     rounds: at most so many.
+    points: about how many later rounds start from; as many as there are guesses if None.
     on_round: called with (round, number of training samples, most that there can be).
 
   Returns:
@@ -61,14 +63,12 @@ def find(
   """
   classifier, span, start = examination.classifier, examination.span, examination.unit_start
   led = np.zeros(len(guesses), bool)
-  found = Exact(
-    np.zeros((0, *classifier.input_shape), np.float32), np.zeros(0, int), np.zeros(0, int), np.zeros(0, bool)
-  )
+  found = Exact(np.zeros((0, *classifier.input_shape), np.float32), *(np.zeros(0, own) for own in (int, int, bool)))
   if not hope(examination, guesses, y):
     return found, led
   assert span is not None
   most, idle, at_random = most_samples(examination), 0, True
-  every = max(len(guesses) // (2 * most), 1)  # later rounds start from twice as many places as there can be samples
+  every = max(len(guesses) // (points or len(guesses)), 1)
   typical = np.asarray(jnp.mean(guesses, axis=0))
   for number in range(rounds):
     key = jax.random.key(number)

@@ -121,6 +121,7 @@ class Schedule:
     match_steps: steps of fitting a network of continuous noise to the generator's samples; 0 keeps the generator.
       See `kkt_jax.reconstruction.Reconstruction.continuous`.
     joint_steps: steps of training that network by the equations.
+    joint: optimizer of its parameters and of the multipliers then.
     steps_per_call: steps in one compiled call; more than 1 pays for tiny networks, whose steps are shorter than the
       call.
   """
@@ -135,6 +136,7 @@ class Schedule:
   polish_rounds: int = 12
   match_steps: int = 0
   joint_steps: int = 100
+  joint: OptimizerFactory = adam(3e-5, held=0.0)
   steps_per_call: int = 1
 
   def __post_init__(self) -> None:

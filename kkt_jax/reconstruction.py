@@ -24,8 +24,8 @@ from kkt_jax.relaxation import computed_in, relaxed
 from kkt_jax.training import OnLog, Problem, Saver, TrainState
 
 _LOOKS = (0.4, 0.7)  # shares of the training after which it may end, if all training samples are proven
+_QUICK = 4  # rounds of polishing then
 _HOPEFUL = 0.5  # share of a few samples that polishing must prove then, before all are polished
-_JOINT_RATE = 3e-5  # peak learning rate where a network that is fitted already is trained by the equations
 OnSave = Callable[["Reconstruction"], None]
 OnRound = Callable[[int, int, int, int], None]
 
@@ -237,7 +237,9 @@ class Reconstruction:
     )
     return self._at(state)
 
-  def polished(self, rounds: int | None = None, *, on_round: OnRound | None = None) -> "Reconstruction":
+  def polished(
+    self, rounds: int | None = None, *, quick: bool = False, on_round: OnRound | None = None
+  ) -> "Reconstruction":
     """Puts training samples in the place of what comes near to them, where the weights alone can prove that they are.
 
     See `kkt_jax.exact.find`. A label's certified samples, as the classifier labels them, take the places of those that
@@ -245,6 +247,7 @@ class Reconstruction:
 
     Args:
       rounds: how many; those of the recipe if None.
+      quick: whether later rounds start from twice as many places as there can be training samples, not from every one.
       on_round: called with (classifier, round, number of certified samples, most that there can be).
 
     Returns:
@@ -260,7 +263,8 @@ class Reconstruction:
     found: list[Exact] = []
     for t, (own, part) in enumerate(zip(self.examinations, parts, strict=True)):
       tell = None if on_round is None else functools.partial(on_round, t)
-      samples, led = exact.find(own, own.classifier.to_unit(x[part]), y[part], rounds=rounds, on_round=tell)
+      unit, points = own.classifier.to_unit(x[part]), 2 * exact.most_samples(own) if quick else None
+      samples, led = exact.find(own, unit, y[part], rounds=rounds, points=points, on_round=tell)
       labels, codes, chosen = exact.places(samples.y, led, y[part])
       if len(chosen):
         theta = generator.put(theta, t, labels, codes, jnp.asarray(samples.unit[chosen]))
@@ -298,9 +302,10 @@ class Reconstruction:
     """
     flow = flow or self.recipe.flow or Flow(batch_size=self.problem.generator.batch_size)
     schedule = self.recipe.schedule
-    slow = recipes.adam(_JOINT_RATE, held=0.0)
     recipe = dataclasses.replace(self.recipe, generator=flow).with_stationarity(begin=0.0, ramp=0.0)
-    recipe = recipe.with_schedule(steps=schedule.joint_steps, theta=slow, eta=slow, restarts=1, restart_steps=0)
+    recipe = recipe.with_schedule(
+      steps=schedule.joint_steps, theta=schedule.joint, eta=schedule.joint, restarts=1, restart_steps=0
+    )
     begin = dataclasses.replace(self, recipe=recipe, table=self)
     init_key, match_key, state_key = jax.random.split(jax.random.key(seed), 3)
     theta, statistics = begin.problem.generator.init(init_key)
@@ -416,7 +421,7 @@ def reconstruct(
 
   def complete(now: Reconstruction) -> bool:
     if now._hope() >= _HOPEFUL:
-      polished = now.polished(on_round=on_round)
+      polished = now.polished(_QUICK, quick=True, on_round=on_round)
       early.extend([polished] if polished.proven == 1 else [])
     return bool(early)
 

@@ -181,7 +181,7 @@ def test_label_weights_shift_the_classes_of_every_batch():
 def test_training_ends_once_all_samples_are_proven(monkeypatch, hope, proven, steps):
   """After two fifths of the steps, if there is hope for a few and polishing then proves every one."""
   polished = []
-  monkeypatch.setattr(Reconstruction, "polished", lambda self, on_round=None: polished.append(self) or self)
+  monkeypatch.setattr(Reconstruction, "polished", lambda self, rounds=12, **_: polished.append(self) or self)
   monkeypatch.setattr(Reconstruction, "proven", proven)
   monkeypatch.setattr(Reconstruction, "_hope", lambda self: hope)
   assert int(run(tiny(steps=10)).state.step) == steps
