@@ -161,6 +161,8 @@ def diagnose(
   residual, margin = _measured(classifier, conditions, x, classes, mu)
   wrong = np.asarray(mu)[~np.asarray(losses.is_true_class(mu, classes))]
   low, median, high = np.percentile(margin, [5, 50, 95])
+  with np.errstate(divide="ignore", invalid="ignore"):  # infinite if the median is 0
+    spread = float((high - low) / np.abs(median))
   return Diagnosis(
     residual=float(residual.relative),
     residual_per_tensor={
@@ -171,7 +173,7 @@ def diagnose(
     },
     active_multipliers=float(np.mean(wrong > 1e-3 * np.max(wrong))),
     median_margin=float(median),
-    margin_spread=float((high - low) / np.abs(median)),
+    margin_spread=spread,
     accuracy=float(np.mean(np.asarray(margin) > 0)),
   )
 
