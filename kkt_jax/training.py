@@ -332,7 +332,7 @@ def fit(
     save_every: steps between saved states.
     on_save: called with every saved state.
     until: whether a state is good enough, so that the training ends with it; asked at the steps of ``looks``.
-    looks: steps.
+    looks: these steps, from 1.
 
   Returns:
     The final state.
@@ -364,6 +364,8 @@ def fit(
       count = min(steps_per_call, num_steps - number, *ahead)
       state, metrics = step(state, classifiers, conditions, None if steps_per_call == 1 else jax.device_put(count))
       number += count
+      if number in looks:
+        _check_converging(number, _floats(metrics))  # nobody is asked about a NaN
       enough = done()
       last = enough or number == num_steps
       saving = saver is not None and (number % save_every == 0 or last)

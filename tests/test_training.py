@@ -397,6 +397,8 @@ def test_nan_in_a_prior_stops_the_run_names_the_term_and_keeps_the_last_good_sta
   with pytest.raises(training.TrainingDiverged, match="poison became nan at or before step 4"):
     own.run(8, saver=kept, save_every=2)
   assert kept.steps() == [2]
+  with pytest.raises(training.TrainingDiverged, match="poison became nan at or before step 4"):
+    own.run(8, looks=[4], until=lambda state: pytest.fail("it was asked about a NaN"))
 
 
 def test_a_nan_that_only_the_gradient_has_is_caught_before_it_is_saved():
