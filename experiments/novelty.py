@@ -123,7 +123,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
 def _attacked(config: Config) -> mnist.Config:
   """The settings of the run whose generator is drawn from."""
   if not config.run:
-    own = mnist.Config(seed=config.seed, samples_per_class=config.samples_per_class, thorough=False)
+    own = mnist.Config(seed=config.seed, samples_per_class=config.samples_per_class)
   else:
     folder = pathlib.Path(config.run)
     if not (folder / "network").is_dir():

@@ -74,7 +74,8 @@ class Classifier:
     features_fn: ``(params, x) -> [M, F]`` at inference: the output of the last batch norm, of which the ReLU is the
       input of the last layer; or None.
     evaluate_fn: ``(params, x) -> Evaluation`` as in training, with the derivatives of ``gradient_fn``: logits,
-      statistics and features from one pass, which saves a training step the others. None asks the functions above.
+      statistics and features from one pass, which saves a training step the others. None asks the functions above;
+      whoever replaces ``gradient_fn`` replaces it, too.
     offset: a constant [*input_shape] that the functions subtract from their inputs, such as the mean image of the
       training data, if known. It is part of what a classifier reveals.
     value_range: least and greatest value of an input; None if unbounded.

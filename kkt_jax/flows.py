@@ -26,7 +26,7 @@ from kkt_jax.generators import Generator
 from kkt_jax.metrics.distances import pairwise_distance
 
 _RATE, _LAST_RATE = 1e-3, 0.02  # peak learning rate of flow matching, and the share of it at the end
-_WIDEST = 512
+_WIDEST = 512  # network that is chosen by the dimension
 _NEAREST = 4  # samples on which one leans
 _SAME = 0.1  # distance below which a sample is a proven one
 _WAVES = 4  # frequencies by which the velocity knows the time
@@ -86,9 +86,9 @@ class Flow:
   lean: float = 0.3
 
   def __post_init__(self) -> None:
-    given = {} if self.width is None else {"width": self.width}
-    for name, value in {**given, "blocks": self.blocks, "steps": self.steps, "batch_size": self.batch_size}.items():
-      _checks.check_at_least(name, value, 1)
+    for name in ("width", "blocks", "steps", "batch_size"):
+      if (value := getattr(self, name)) is not None:
+        _checks.check_at_least(name, value, 1)
     if not 0 <= self.lean <= 1:
       raise ValueError(f"lean must be in [0, 1]; got {self.lean}.")
 

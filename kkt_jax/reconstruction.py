@@ -219,7 +219,7 @@ class Reconstruction:
   ) -> "Reconstruction":
     """Trains on until ``num_steps`` steps altogether, those of the recipe if None; see `reconstruct`.
 
-    It ends early where ``until`` says so, which is asked now and then.
+    It ends early where ``until`` says so, which is asked after 40 % and 70 % of the recipe's steps.
     """
     schedule = self.recipe.schedule
     state = training.fit(
@@ -233,7 +233,7 @@ class Reconstruction:
       save_every=save_every,
       on_save=None if on_save is None else lambda state: on_save(self._at(state)),
       until=None if until is None else lambda state: until(self._at(state)),
-      looks=[int(share * schedule.steps) for share in _LOOKS],
+      looks=[] if until is None else [int(share * schedule.steps) for share in _LOOKS],
     )
     return self._at(state)
 
