@@ -38,6 +38,8 @@ _BATCH_NORM = {"pretrain_steps": 6000, "pretrain_learning_rate": 0.5}
 _WEIGHT_DECAY = {"pretrain_steps": 4000, "pretrain_learning_rate": 0.1}
 _BINARISATION = {True: 6.0, False: 12.0}  # weight for drawings, with batch norm or without
 
+_TABLES = 3  # for drawings
+_FLOW: Mapping[bool, Any] = {True: {"lean": 0.5, "nearest": 8, "contrast": 1.3}, False: {"contrast": 1.15}}
 _PAPER_RATE = 2e-3  # peak learning rate of the paper's network
 
 
@@ -215,6 +217,9 @@ def recipe_of(config: Any, examinations: "Sequence[kkt_jax.Examination]", *, dra
   if config.generator == "network":
     steps = config.steps or recipe.schedule.steps
     recipe = recipe.with_schedule(match_steps=2 * steps, joint_steps=min(steps, recipe.schedule.joint_steps))
+    form = _FLOW[drawings] | {"batch_size": recipe.generator(examinations).batch_size}
+    recipe = dataclasses.replace(recipe, flow=kkt_jax.flows.Flow(**form))
+    recipe = recipe.with_schedule(tables=_TABLES if drawings else 1)
   elif config.generator == "paper":
     recipe = dataclasses.replace(recipe, generator=kkt_jax.generators.convolutional())
     recipe = recipe.with_schedule(theta=kkt_jax.recipes.adam(_PAPER_RATE))

@@ -40,13 +40,14 @@ def find(
   *,
   rounds: int,
   points: int | None = None,
+  least_hope: float = 0.0,
   on_round: Callable[[int, int, int], None] | None = None,
 ) -> tuple[Exact, np.ndarray]:
   """Training samples of one classifier, from guesses and then from random points of the span.
 
-  Nothing is tried if there is no `hope` for the guesses. Later rounds start in turn from random points of the span
-  around the guesses' mean, where what is found already has nothing, as long as that brings any, and from means of a
-  guess and another, or a sample that is found, of its label. It ends when there are as many training samples as the
+  Nothing is tried if there is too little `hope` for the guesses. Later rounds start in turn from random points of the
+  span around the guesses' mean, where what is found already has nothing, as long as that brings any, and from means of
+  a guess and another, or a sample that is found, of its label. It ends when there are as many training samples as the
   span can hold, or when two rounds in a row brought none.
 
   Args:
@@ -55,6 +56,7 @@ def find(
     y: their labels [M].
     rounds: at most so many.
     points: about how many later rounds start from; as many as there are guesses if None.
+    least_hope: there must be more `hope` than this.
     on_round: called with (round, number of training samples, most that there can be).
 
   Returns:
@@ -64,7 +66,7 @@ def find(
   classifier, span, start = examination.classifier, examination.span, examination.unit_start
   led = np.zeros(len(guesses), bool)
   found = Exact(np.zeros((0, *classifier.input_shape), np.float32), *(np.zeros(0, own) for own in (int, int, bool)))
-  if not hope(examination, guesses, y):
+  if hope(examination, guesses, y) <= least_hope:
     return found, led
   assert span is not None
   most, idle, at_random = most_samples(examination), 0, True

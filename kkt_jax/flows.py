@@ -27,7 +27,6 @@ from kkt_jax.metrics.distances import pairwise_distance
 
 _RATE, _LAST_RATE = 1e-3, 0.02  # peak learning rate of flow matching, and the share of it at the end
 _WIDEST = 512  # network that is chosen by the dimension
-_NEAREST = 4  # samples on which one leans
 _SAME = 0.1  # distance below which a sample is a proven one
 _WAVES = 4  # frequencies by which the velocity knows the time
 
@@ -75,8 +74,11 @@ class Flow:
     blocks: its residual blocks.
     steps: of Euler's method from noise to sample.
     batch_size: samples for each classifier in each training step.
-    lean: how much of the way to the mean of its four nearest, of its label, a sample goes before it is fitted: a few
-      samples with faults of their own become more readable and no less like the data. 0 for points that are exact.
+    lean: how much of the way to the mean of its nearest, of its label, a sample goes before it is fitted: samples with
+      faults of their own become more readable and no less like the data. 0 for points that are exact.
+    nearest: on how many it leans.
+    contrast: how far from the mean of all samples it then is, over how far it was before. Means are pale, and what a
+      network draws is a mean; more than 1 suits drawings, whose values are at the ends of their range.
   """
 
   width: int | None = None
@@ -84,13 +86,16 @@ class Flow:
   steps: int = 8
   batch_size: int = 500
   lean: float = 0.3
+  nearest: int = 4
+  contrast: float = 1.0
 
   def __post_init__(self) -> None:
-    for name in ("width", "blocks", "steps", "batch_size"):
+    for name in ("width", "blocks", "steps", "batch_size", "nearest"):
       if (value := getattr(self, name)) is not None:
         _checks.check_at_least(name, value, 1)
     if not 0 <= self.lean <= 1:
       raise ValueError(f"lean must be in [0, 1]; got {self.lean}.")
+    _checks.check_positive("contrast", self.contrast)
 
   def __call__(self, examinations: Sequence[Examination]) -> Generator:
     """The generator for some classifiers."""
@@ -113,7 +118,7 @@ class Flow:
       x = jnp.zeros((len(y), charts[0][0].size))
       for index, (own, (start, basis, size)) in enumerate(zip(examinations, charts, strict=True)):
         unit = start.reshape(1, -1) + size * z[:, : basis.shape[1]] @ basis.T
-        if own.classifier.value_range is not None and not train:
+        if own.classifier.value_range is not None:
           unit = jnp.clip(unit, 0.0, 1.0)
         x = jnp.where((t == index)[:, None], own.classifier.from_unit(unit), x)
       return x.reshape(-1, *charts[0][0].shape), statistics
@@ -122,24 +127,29 @@ class Flow:
 
   @functools.partial(jax.jit, static_argnums=0)
   def leaning_on_others(self, unit: ArrayLike, y: ArrayLike, proven: np.ndarray | None = None) -> jax.Array:
-    """Samples [K, *input_shape] of labels y [K], each ``lean`` of the way to the mean of its nearest, up to four.
+    """Samples [K, *input_shape] of labels y [K], each ``lean`` of the way to its ``nearest``, with ``contrast``.
 
     A sample that is alone in its label stays, and so does one that is among those that are ``proven`` [P, ...].
 
     >>> print(Flow(lean=0.5).leaning_on_others(jnp.array([[0.0], [1.0], [5.0]]), jnp.array([0, 0, 1])).ravel())
-    [0.5 0.5 5. ]
+    [0. 1. 5.]
+    >>> print(Flow(lean=0.25, contrast=0.5).leaning_on_others(jnp.array([[0.0], [6.0]]), jnp.array([0, 0])).ravel())
+    [1.5 4.5]
     """
     unit, y = jnp.asarray(unit), jnp.asarray(y)
     flat = unit.reshape(len(y), -1)
     apart = jnp.where((y[:, None] == y[None]) & ~jnp.eye(len(y), dtype=bool), pairwise_distance(flat, flat), jnp.inf)
-    nearness, nearest = jax.lax.top_k(-apart, min(_NEAREST, len(y)))
+    nearness, nearest = jax.lax.top_k(-apart, min(self.nearest, len(y)))
     near = jnp.isfinite(nearness)
     means = jnp.einsum("kn,knd->kd", near.astype(flat.dtype), flat[nearest]) / jnp.maximum(near.sum(axis=1), 1)[:, None]
+    centre, size = flat.mean(axis=0, keepdims=True), lambda x: jnp.linalg.norm(x, axis=1, keepdims=True)
+    leaning = (1 - self.lean) * flat + self.lean * means - centre
+    factor = self.contrast * size(flat - centre) / jnp.maximum(size(leaning), 1e-12)
     free = near.any(axis=1)
     if proven is not None and len(proven):
       known = jnp.asarray(proven).reshape(len(proven), -1)
       free &= pairwise_distance(flat, known).min(axis=1) > _SAME
-    return jnp.where(free[:, None], (1 - self.lean) * flat + self.lean * means, flat).reshape(unit.shape)
+    return jnp.where(free[:, None], centre + factor * leaning, flat).reshape(unit.shape)
 
   def match(
     self,

@@ -120,8 +120,11 @@ class Schedule:
       finite; 0 leaves it out. See `kkt_jax.reconstruction.Reconstruction.polished`.
     match_steps: steps of fitting a network of continuous noise to the generator's samples; 0 keeps the generator.
       See `kkt_jax.reconstruction.Reconstruction.continuous`.
+    tables: how often the generator is trained, from different starts, for that network to be fitted to the samples of
+      all. Once is enough where any sample is proven.
     joint_steps: steps of training that network by the equations.
     joint: optimizer of its parameters and of the multipliers then.
+    joint_factors: factors on the weights of terms then, by name.
     steps_per_call: steps in one compiled call; more than 1 pays for tiny networks, whose steps are shorter than the
       call.
   """
@@ -135,8 +138,10 @@ class Schedule:
   restart_steps: int = 0
   polish_rounds: int = 12
   match_steps: int = 0
+  tables: int = 1
   joint_steps: int = 100
-  joint: OptimizerFactory = adam(3e-5, held=0.0)
+  joint: OptimizerFactory = adam(1e-5, held=0.0)
+  joint_factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
   steps_per_call: int = 1
 
   def __post_init__(self) -> None:
@@ -146,6 +151,7 @@ class Schedule:
       ("restart_steps", 0),
       ("polish_rounds", 0),
       ("match_steps", 0),
+      ("tables", 1),
       ("joint_steps", 0),
       ("steps_per_call", 1),
     ):
@@ -207,6 +213,11 @@ class Recipe:
     own = {n: dataclasses.replace(t, weight=weights.get(n, t.weight)) for n, t in self.terms.items()}
     return dataclasses.replace(self, stationarity=stationarity, terms=own)
 
+  def with_factors(self, **factors: float) -> "Recipe":
+    """The recipe with factors on the weights of those terms that it has."""
+    weights = {"stationarity": self.stationarity.weight} | {name: term.weight for name, term in self.terms.items()}
+    return self.with_weights(**{name: weights[name] * factor for name, factor in factors.items() if name in weights})
+
   def with_terms(self, **added: Term) -> "Recipe":
     """The recipe with further or other terms."""
     return dataclasses.replace(self, terms={**self.terms, **added})
@@ -249,6 +260,7 @@ def default(examinations: Sequence[Examination]) -> Recipe:
     shared["total_variation"] = Term((25.0 if coupled else 16.0) * share, terms.total_variation)
   begin, schedule = 0.2, Schedule(eta=adam(2e-3))
   if coupled:
+    schedule = dataclasses.replace(schedule, joint_factors={"stationarity": 100.0, "statistics": 0.1})
     shared["statistics"] = Term(1000.0, terms.statistics)
     features = [own.class_features for own in examinations]
     if all(features):

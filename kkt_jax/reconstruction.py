@@ -25,7 +25,7 @@ from kkt_jax.training import OnLog, Problem, Saver, TrainState
 
 _LOOKS = (0.4, 0.7)  # shares of the training after which it may end, if all training samples are proven
 _QUICK = 4  # rounds of polishing then
-_HOPEFUL = 0.5  # share of a few samples that polishing must prove then, before all are polished
+_HOPEFUL = 0.5  # share of a few samples that polishing must prove then, and more, before all are polished
 OnSave = Callable[["Reconstruction"], None]
 OnRound = Callable[[int, int, int, int], None]
 
@@ -247,7 +247,8 @@ class Reconstruction:
 
     Args:
       rounds: how many; those of the recipe if None.
-      quick: whether later rounds start from twice as many places as there can be training samples, not from every one.
+      quick: whether nothing is tried unless half of a few samples become training samples, and later rounds start from
+        twice as many places as there can be training samples, not from every one.
       on_round: called with (classifier, round, number of certified samples, most that there can be).
 
     Returns:
@@ -263,8 +264,8 @@ class Reconstruction:
     found: list[Exact] = []
     for t, (own, part) in enumerate(zip(self.examinations, parts, strict=True)):
       tell = None if on_round is None else functools.partial(on_round, t)
-      unit, points = own.classifier.to_unit(x[part]), 2 * exact.most_samples(own) if quick else None
-      samples, led = exact.find(own, unit, y[part], rounds=rounds, points=points, on_round=tell)
+      less: dict[str, Any] = {"points": 2 * exact.most_samples(own), "least_hope": _HOPEFUL} if quick else {}
+      samples, led = exact.find(own, own.classifier.to_unit(x[part]), y[part], rounds=rounds, on_round=tell, **less)
       labels, codes, chosen = exact.places(samples.y, led, y[part])
       if len(chosen):
         theta = generator.put(theta, t, labels, codes, jnp.asarray(samples.unit[chosen]))
@@ -276,6 +277,7 @@ class Reconstruction:
     self,
     flow: Flow | None = None,
     *,
+    others: "Sequence[Reconstruction]" = (),
     seed: int = 0,
     on_match: Callable[[int, float], None] | None = None,
     on_log: OnLog | None = None,
@@ -289,6 +291,7 @@ class Reconstruction:
 
     Args:
       flow: the network; that of the recipe if None.
+      others: further reconstructions from the same classifiers, to whose samples it is fitted, too.
       seed: of its first weights and its noise.
       on_match: called with (step, mean squared error) while it is fitted.
       on_log: called with (step, metrics) while it is trained.
@@ -303,25 +306,26 @@ class Reconstruction:
     flow = flow or self.recipe.flow or Flow(batch_size=self.problem.generator.batch_size)
     schedule = self.recipe.schedule
     recipe = dataclasses.replace(self.recipe, generator=flow).with_stationarity(begin=0.0, ramp=0.0)
+    recipe = recipe.with_factors(**schedule.joint_factors)
     recipe = recipe.with_schedule(
       steps=schedule.joint_steps, theta=schedule.joint, eta=schedule.joint, restarts=1, restart_steps=0
     )
     begin = dataclasses.replace(self, recipe=recipe, table=self)
     init_key, match_key, state_key = jax.random.split(jax.random.key(seed), 3)
     theta, statistics = begin.problem.generator.init(init_key)
-    x, y = self.every_sample()
-    proven = self.exact or [None] * len(self.examinations)
-    parts = zip(self.examinations, self._parts(), proven, strict=True)
-    samples = [
-      (flow.leaning_on_others(own.classifier.to_unit(x[part]), y[part], known and known.unit), y[part])
-      for own, part, known in parts
-    ]
+    tables = [(*own.every_sample(), own._parts()) for own in (self, *others)]
+    samples = []
+    for index, own in enumerate(self.examinations):
+      unit = own.classifier.to_unit(jnp.concatenate([x[parts[index]] for x, _, parts in tables]))
+      labels = np.concatenate([y[parts[index]] for _, y, parts in tables])
+      proven = self.exact[index].unit if self.exact else None
+      samples.append((flow.leaning_on_others(unit, labels, proven), labels))
     steps = schedule.match_steps
     theta = flow.match(match_key, theta, self.examinations, samples, num_steps=steps, on_progress=on_match)
     params = self.state.params | {"theta": theta}
     opt_state = begin.problem.optimizer.init(params)
     state = TrainState(jnp.zeros((), jnp.int32), params, statistics, opt_state, state_key)
-    begin = dataclasses.replace(begin, state=state)
+    begin = begin._at(state)
     made = begin.continue_training(on_log=on_log, log_every=log_every)
     return min((begin, made), key=lambda own: begin._loss(own.state._replace(step=made.state.step)))
 
@@ -336,14 +340,6 @@ class Reconstruction:
     arguments = (state, self.classifiers, _trained_conditions(self.recipe, self.examinations))
     return arguments if self.mesh is None else parallel.replicate(arguments, self.mesh)
 
-  def _hope(self) -> float:
-    """The least `kkt_jax.exact.hope` of a classifier's samples; 0 if nothing can be put in their place."""
-    if self.problem.generator.put is None or not self.recipe.schedule.polish_rounds:
-      return 0.0
-    (x, y), parts = self.every_sample(), self._parts()
-    pairs = zip(self.examinations, parts, strict=True)
-    return min(exact.hope(own, own.classifier.to_unit(x[part]), y[part]) for own, part in pairs)
-
   def _parts(self) -> list[np.ndarray]:
     """Which of `every_sample` belong to each classifier."""
     codes = self.problem.generator.codes
@@ -351,7 +347,10 @@ class Reconstruction:
     return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
 
   def _at(self, state: TrainState) -> "Reconstruction":
-    return dataclasses.replace(self, state=parallel.fetch(state) if self.mesh is not None else state)
+    """The same with another state; what is compiled is kept."""
+    made = dataclasses.replace(self, state=parallel.fetch(state) if self.mesh is not None else state)
+    vars(made).update({name: value for name, value in vars(self).items() if name not in vars(made)})
+    return made
 
   def _knows(self, y: jax.Array) -> jax.Array:
     """[S, T]: whether each classifier knows each label."""
@@ -414,15 +413,14 @@ def reconstruct(
   schedule = begin.recipe.schedule
   restored = saver.restore(begin.state) if saver is not None else None
   if restored is not None:
-    begin = dataclasses.replace(begin, state=restored[1])
+    begin = begin._at(restored[1])
   elif schedule.restart_steps and schedule.steps:
     begin = _best_start(begin, seed, on_restart)
   early: list[Reconstruction] = []
 
   def complete(now: Reconstruction) -> bool:
-    if now._hope() >= _HOPEFUL:
-      polished = now.polished(_QUICK, quick=True, on_round=on_round)
-      early.extend([polished] if polished.proven == 1 else [])
+    polished = now.polished(min(_QUICK, schedule.polish_rounds), quick=True, on_round=on_round)
+    early.extend([polished] if polished.proven == 1 else [])
     return bool(early)
 
   made = begin.continue_training(
@@ -431,8 +429,14 @@ def reconstruct(
   made = early[0] if early else made.polished(on_round=on_round)
   if not schedule.match_steps:
     return made
-  later = None if on_log is None else lambda step, metrics: on_log(schedule.steps + step, metrics)
-  return made.continuous(seed=seed, on_match=on_match, on_log=later, log_every=log_every)
+  later = lambda number: None if on_log is None else lambda step, m: on_log(number * schedule.steps + step, m)
+  others = []
+  for number in range(1, 1 if any(len(own.y) for own in made.exact) else schedule.tables):
+    another = _best_start(begin, seed + number * schedule.restarts, on_restart)
+    others.append(another.continue_training(on_log=later(number), log_every=log_every))
+  return made.continuous(
+    others=others, seed=seed, on_match=on_match, on_log=later(schedule.tables), log_every=log_every
+  )
 
 
 def _random_state(problem: Problem, recipe: Recipe, examinations: Sequence[Examination], seed: int) -> TrainState:
@@ -455,6 +459,8 @@ def _best_start(
   begin: Reconstruction, seed: int, on_restart: Callable[[int, int, dict[str, float]], None] | None
 ) -> Reconstruction:
   """Trains several starts without stationarity and returns the one with the least loss; no data are used."""
+  if not begin.recipe.schedule.restart_steps:
+    return begin._at(_random_state(begin.problem, begin.recipe, begin.examinations, seed))
   recipe = begin.recipe.with_weights(stationarity=0.0)
   schedule, terms = recipe.schedule, recipe.terms
   lasting = {name: term.weight for name, term in terms.items() if term.weight and term.schedule is None}
@@ -481,7 +487,7 @@ def _best_start(
       on_log=on_log,
     )
     tried.append((float(np.mean(values[-10:])), state))  # noise makes single values uncertain
-  return dataclasses.replace(begin, state=min(tried, key=lambda own: own[0])[1])
+  return begin._at(min(tried, key=lambda own: own[0])[1])
 
 
 def _problem(

@@ -12,6 +12,7 @@ from trained_networks import batch_norm_classifier, flax_classifier, with_weight
 
 import kkt_jax
 from kkt_jax import flows, recipes
+from kkt_jax.exact import Exact
 
 FLOW = flows.Flow(width=32, blocks=1, steps=4, batch_size=20)
 QUICK = recipes.Schedule(steps=3, match_steps=2, joint_steps=2, polish_rounds=0)
@@ -55,15 +56,21 @@ def test_a_flow_fitted_to_few_samples_draws_them_from_fresh_noise():
 
 
 def test_samples_lean_on_the_nearest_of_their_label_unless_they_are_proven_or_alone():
-  unit = jnp.array([[0.0], [1.0], [2.0], [3.0], [4.0], [9.0], [5.0]])
-  y = jnp.array([0, 0, 0, 0, 0, 0, 1])
-  leaning = flows.Flow(lean=0.5).leaning_on_others
-  # The nearest four of 0 are 1, 2, 3, 4; of 9 they are 1 to 4, too.
-  np.testing.assert_allclose(leaning(unit, y)[:, 0], [1.25, 1.625, 2.0, 2.375, 2.75, 5.75, 5.0])
-  np.testing.assert_allclose(leaning(unit, y, np.array([[9.04], [7.0]]))[5], 9.0)
-  np.testing.assert_array_equal(flows.Flow(lean=0.0).leaning_on_others(unit, y), unit)
+  unit, y = jnp.array([[2.0, 0.0], [1.0, 1.0], [-3.0, -1.0], [0.0, 0.0]]), jnp.array([0, 0, 0, 1])
+  leaning = lambda *proven, **given: flows.Flow(lean=0.5, **given).leaning_on_others(unit, y, *proven)
+  towards = (
+    np.array([1.5, 0.5]) * 2 / np.sqrt(2.5)
+  )  # half of the way to the nearest, and as far from the mean as before
+  np.testing.assert_allclose(leaning(nearest=1)[0], towards, rtol=1e-6)
+  np.testing.assert_allclose(leaning(nearest=1, contrast=1.5)[0], 1.5 * towards, rtol=1e-6)
+  np.testing.assert_allclose(leaning(nearest=2)[0], unit[0], atol=1e-6)  # the mean of the two others is (-1, 0)
+  np.testing.assert_allclose(leaning(np.array([[2.0, 0.04]]), nearest=1)[0], unit[0])
+  np.testing.assert_array_equal(leaning(contrast=2.0)[3], unit[3])
+  np.testing.assert_allclose(flows.Flow(lean=0.0).leaning_on_others(unit, y), unit, atol=1e-6)
   with pytest.raises(ValueError, match=r"lean must be in \[0, 1\]; got 2"):
     flows.Flow(lean=2)
+  with pytest.raises(ValueError, match="contrast must be positive and finite; got 0"):
+    flows.Flow(contrast=0)
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
@@ -85,6 +92,45 @@ def test_the_network_takes_the_place_of_the_table_and_moves_with_the_equations(b
   x = made.sample(jax.random.key(0), jnp.array([0, 1, 1]))
   assert x.shape == (3, *made.classifiers[0].input_shape)
   assert jnp.any(x[1] != x[2])
+
+
+def test_several_tables_are_trained_where_nothing_is_proven(monkeypatch):
+  """Each from a start of its own; the network is fitted to the samples of all."""
+  own, fitted, match = reconstruction().examinations, [], flows.Flow.match
+
+  def matched(self, key, theta, examinations, samples, **settings):
+    fitted.append(samples)
+    return match(self, key, theta, examinations, samples, **settings)
+
+  monkeypatch.setattr(flows.Flow, "match", matched)
+  schedule, steps = dataclasses.replace(QUICK, tables=3), []
+  recipe = kkt_jax.Recipe(schedule=schedule, flow=dataclasses.replace(FLOW, lean=0.0))
+  classifiers = [known.classifier for known in own]
+  on_log = lambda step, metrics: steps.append(step)
+  made = kkt_jax.reconstruct(classifiers, recipe, examinations=own, on_log=on_log, log_every=1)
+  assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]  # three tables, and two joint steps
+  ((unit, labels),) = fitted[0]
+  tables = np.split(np.asarray(unit), 3)
+  first, y = made.table.every_sample()
+  np.testing.assert_array_equal(labels, np.tile(y, 3))
+  np.testing.assert_allclose(tables[0], first, atol=1e-5)
+  alone = kkt_jax.reconstruct(classifiers, recipe.with_schedule(match_steps=0), seed=2, examinations=own)
+  np.testing.assert_allclose(tables[2], alone.every_sample()[0], atol=1e-5)
+  one = Exact(np.ones((1, *first.shape[1:])), np.zeros(1, int), np.zeros(1, int), np.zeros(1, bool))
+  polished = lambda self, *_, **settings: dataclasses.replace(self, exact=(one,))
+  monkeypatch.setattr(kkt_jax.Reconstruction, "polished", polished)
+  kkt_jax.reconstruct(classifiers, recipe, examinations=own)
+  assert len(fitted[1][0][1]) == len(y)  # as soon as a sample is proven, one table will do
+
+
+def test_terms_weigh_something_else_while_the_network_is_trained():
+  """No more of a term than of none, and those factors that are given."""
+  table = reconstruction().table
+  recipe = table.recipe.with_schedule(joint_factors={"stationarity": 5.0, "range": 0.5, "nothing": 2.0})
+  before, made = recipe, dataclasses.replace(table, recipe=recipe).continuous(seed=0).recipe
+  assert made.stationarity.weight == 5 * before.stationarity.weight
+  assert made.terms["range"].weight == before.terms["range"].weight / 2
+  assert made.terms["duality"] == before.terms["duality"]
 
 
 def test_what_the_equations_make_worse_is_taken_back():

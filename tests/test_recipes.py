@@ -138,6 +138,10 @@ def test_what_is_changed_is_changed_and_the_rest_stays():
   assert recipe.with_terms(mine=mine).terms == {**recipe.terms, "mine": mine}
   assert recipe.with_schedule(steps=7).schedule == dataclasses.replace(recipe.schedule, steps=7)
   assert recipe.with_stationarity(begin=0.5).stationarity.begin == 0.5
+  scaled = recipe.with_factors(stationarity=3.0, duality=0.5, mine=2.0)  # which is none of its terms
+  assert scaled.stationarity == dataclasses.replace(recipe.stationarity, weight=3 * recipe.stationarity.weight)
+  assert scaled.terms["duality"].weight == recipe.terms["duality"].weight / 2
+  assert scaled.terms["statistics"] == recipe.terms["statistics"] and "mine" not in scaled.terms
 
 
 @pytest.mark.parametrize(

@@ -177,17 +177,14 @@ def test_label_weights_shift_the_classes_of_every_batch():
     begin(dataclasses.replace(tiny(), label_weights={0: 1.0, 1: 1.0, 2: 1.0}))
 
 
-@pytest.mark.parametrize(("hope", "proven", "steps"), [(0.6, 1.0, 4), (0.6, 0.9, 10), (0.4, 1.0, 10)])
-def test_training_ends_once_all_samples_are_proven(monkeypatch, hope, proven, steps):
-  """After two fifths of the steps, if there is hope for a few and polishing then proves every one."""
+@pytest.mark.parametrize(("proven", "steps"), [(1.0, [4]), (0.9, [4, 7, 10])])
+def test_training_ends_once_all_samples_are_proven(monkeypatch, proven, steps):
+  """After two fifths of the steps, if polishing then proves every one."""
   polished = []
   monkeypatch.setattr(Reconstruction, "polished", lambda self, rounds=12, **_: polished.append(self) or self)
   monkeypatch.setattr(Reconstruction, "proven", proven)
-  monkeypatch.setattr(Reconstruction, "_hope", lambda self: hope)
-  assert int(run(tiny(steps=10)).state.step) == steps
-  assert [int(own.state.step) for own in polished] == {(0.6, 1.0): [4], (0.6, 0.9): [4, 7, 10]}.get(
-    (hope, proven), [10]
-  )
+  assert int(run(tiny(steps=10)).state.step) == steps[-1]
+  assert [int(own.state.step) for own in polished] == steps
 
 
 @pytest.mark.slow

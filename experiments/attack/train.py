@@ -81,8 +81,8 @@ def train_generator(
       matching.append(Progress("network", schedule.match_steps, start=step))
     matching[0].update(step, {"mean squared error": error})
 
-  joint_steps = schedule.joint_steps if schedule.match_steps else 0
-  with _Resuming(out, schedule.steps + joint_steps) as checkpointer:
+  later = (schedule.tables - 1) * schedule.steps + schedule.joint_steps if schedule.match_steps else 0
+  with _Resuming(out, schedule.steps + later) as checkpointer:
     made = kkt_jax.reconstruct(
       [own.classifier for own in examinations],
       complete,
