@@ -39,7 +39,8 @@ _WEIGHT_DECAY = {"pretrain_steps": 4000, "pretrain_learning_rate": 0.1}
 _BINARISATION = {True: 6.0, False: 12.0}  # weight for drawings, with batch norm or without
 
 _TABLES = 3  # for drawings
-_FLOW: Mapping[bool, Any] = {True: {"lean": 0.5, "nearest": 8, "contrast": 1.3}, False: {"contrast": 1.15}}
+_FLOW: Mapping[bool, Any] = {True: {"lean": 0.4, "nearest": 8, "contrast": 1.3}, False: {"contrast": 1.15}}
+_TEMPERATURE = 1.4  # of a network's noise
 _PAPER_RATE = 2e-3  # peak learning rate of the paper's network
 
 
@@ -217,8 +218,9 @@ def recipe_of(config: Any, examinations: "Sequence[kkt_jax.Examination]", *, dra
   if config.generator == "network":
     steps = config.steps or recipe.schedule.steps
     recipe = recipe.with_schedule(match_steps=2 * steps, joint_steps=min(steps, recipe.schedule.joint_steps))
-    form = _FLOW[drawings] | {"batch_size": recipe.generator(examinations).batch_size}
-    recipe = dataclasses.replace(recipe, flow=kkt_jax.flows.Flow(**form))
+    batch_size = recipe.generator(examinations).batch_size
+    flow = kkt_jax.flows.Flow(batch_size=batch_size, temperature=_TEMPERATURE, **_FLOW[drawings])
+    recipe = dataclasses.replace(recipe, flow=flow)
     recipe = recipe.with_schedule(tables=_TABLES if drawings else 1)
   elif config.generator == "paper":
     recipe = dataclasses.replace(recipe, generator=kkt_jax.generators.convolutional())

@@ -64,10 +64,11 @@ class Destination(nn.Module):
 class Flow:
   """A generator of continuous noise: ``start_t + s_t F_t z(1)`` with ``dz = (v - z) / (1 - time) dtime``.
 
-  v is the network `Destination`. z(0) is the noise, standard normal; its dimension is that of the first layer's span,
-  whose directions F_t holds, where all classifiers reveal theirs (the greatest of several), or that of all values. s_t
-  is the size of a coordinate of images of black and white pixels with the mean start_t. Calling it with examinations
-  makes the generator: it is a `kkt_jax.generators.GeneratorFactory`.
+  v is the network `Destination`. z(0) is standard normal noise times the temperature; its dimension is that of the
+  first layer's span, whose directions F_t holds, where all classifiers reveal theirs (the greatest of several), or that
+  of all values. s_t is the size of a coordinate of images of black and white pixels with the mean start_t. Samples are
+  clipped to the range of the inputs, if they have one. Calling it with examinations makes the generator: it is a
+  `kkt_jax.generators.GeneratorFactory`.
 
   Attributes:
     width: of the network v; if None, the power of two that is two to four times the dimension, at most 512.
@@ -79,6 +80,7 @@ class Flow:
     nearest: on how many it leans.
     contrast: how far from the mean of all samples it then is, over how far it was before. Means are pale, and what a
       network draws is a mean; more than 1 suits drawings, whose values are at the ends of their range.
+    temperature: factor on the noise: more than 1 for more variety, and more faults.
   """
 
   width: int | None = None
@@ -88,6 +90,7 @@ class Flow:
   lean: float = 0.3
   nearest: int = 4
   contrast: float = 1.0
+  temperature: float = 1.0
 
   def __post_init__(self) -> None:
     for name in ("width", "blocks", "steps", "batch_size", "nearest"):
@@ -95,7 +98,8 @@ class Flow:
         _checks.check_at_least(name, value, 1)
     if not 0 <= self.lean <= 1:
       raise ValueError(f"lean must be in [0, 1]; got {self.lean}.")
-    _checks.check_positive("contrast", self.contrast)
+    for name in ("contrast", "temperature"):
+      _checks.check_positive(name, getattr(self, name))
 
   def __call__(self, examinations: Sequence[Examination]) -> Generator:
     """The generator for some classifiers."""
@@ -114,7 +118,7 @@ class Flow:
         end: Any = network.apply(theta, z, jnp.full(len(y), time), y, t)
         return z + (end - z) / (1 - time) / self.steps, None
 
-      z, _ = jax.lax.scan(step, noise, jnp.arange(self.steps) / self.steps)
+      z, _ = jax.lax.scan(step, self.temperature * noise, jnp.arange(self.steps) / self.steps)
       x = jnp.zeros((len(y), charts[0][0].size))
       for index, (own, (start, basis, size)) in enumerate(zip(examinations, charts, strict=True)):
         unit = start.reshape(1, -1) + size * z[:, : basis.shape[1]] @ basis.T

@@ -416,17 +416,18 @@ def reconstruct(
     begin = begin._at(restored[1])
   elif schedule.restart_steps and schedule.steps:
     begin = _best_start(begin, seed, on_restart)
-  early: list[Reconstruction] = []
+  looks: list[Reconstruction] = []
 
   def complete(now: Reconstruction) -> bool:
-    polished = now.polished(min(_QUICK, schedule.polish_rounds), quick=True, on_round=on_round)
-    early.extend([polished] if polished.proven == 1 else [])
-    return bool(early)
+    if looks and not looks[-1].proven:
+      return False  # nothing was proven before, and looking takes long
+    looks.append(now.polished(min(_QUICK, schedule.polish_rounds), quick=True, on_round=on_round))
+    return looks[-1].proven == 1
 
   made = begin.continue_training(
     saver=saver, on_log=on_log, on_save=on_save, until=complete, log_every=log_every, save_every=save_every
   )
-  made = early[0] if early else made.polished(on_round=on_round)
+  made = looks[-1] if looks and looks[-1].proven == 1 else made.polished(on_round=on_round)
   if not schedule.match_steps:
     return made
   later = lambda number: None if on_log is None else lambda step, m: on_log(number * schedule.steps + step, m)

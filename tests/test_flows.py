@@ -151,6 +151,20 @@ def test_it_is_saved_and_loaded_like_any_generator(tmp_path):
   np.testing.assert_allclose(made.sample(jax.random.key(1), y), loaded.sample(jax.random.key(1), y), rtol=1e-5)
 
 
+def test_the_temperature_stretches_the_noise_and_the_range_is_kept():
+  made = reconstruction()
+  theta, y, t = made.state.params["theta"], jnp.zeros(20, jnp.int32), jnp.zeros(20, jnp.int32)
+  hot = dataclasses.replace(made.recipe.generator, temperature=2.0)(made.examinations)
+  noise = 3 * jax.random.normal(jax.random.key(0), (20, hot.noise_dim))
+  (x, _), (same, _) = (
+    hot.generate(theta, {}, noise, y, t, True),
+    made.problem.generator.generate(theta, {}, 2 * noise, y, t, False),
+  )
+  np.testing.assert_allclose(x, same, atol=1e-6)
+  unit = made.classifiers[0].to_unit(x)
+  assert float(unit.min()) == 0.0  # where it would be below, in training, too
+
+
 def test_sizes_are_checked():
   with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
     flows.Flow(steps=0)
