@@ -121,8 +121,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   if config.generator == "network":
     flow = kkt_jax.flows.Flow(width=256, steps=16, batch_size=NUM_CLASSES * config.codes, lean=0)
     recipe = dataclasses.replace(recipe, flow=flow)
-    joint = {"joint_steps": min(config.steps, _JOINT_STEPS), "joint": kkt_jax.recipes.adam(1e-4, held=0.0)}
-    recipe = recipe.with_schedule(match_steps=_MATCH_STEPS, **joint)
+    steps, joint = min(config.steps, _JOINT_STEPS), kkt_jax.recipes.adam(1e-4, held=0.0)
+    recipe = recipe.with_schedule(match_steps=_MATCH_STEPS, joint_steps=steps, joint=joint, joint_factors={})
   setting = methods.Setting(
     examinations, config.codes, NUM_POINTS // NUM_CLASSES // config.classifiers, deviation=1 / 0.3, hidden=(64,)
   )
