@@ -221,6 +221,17 @@ def test_images_weigh_their_terms_as_documented(examinations, batch_norm, weight
   assert found == weights
 
 
+@pytest.mark.parametrize(("drawings", "tables"), [(True, 3), (False, 1)])
+def test_a_network_is_fitted_to_as_many_samples_in_a_step_as_the_table_has(examinations, drawings, tables):
+  config = images.resolve(mnist.Config(codes=7), mnist.DEFAULTS)
+  recipe = images.recipe_of(config, [examinations[True]], drawings=drawings)
+  assert recipe.schedule.tables == tables
+  assert recipe.flow.batch_size == recipe.generator([examinations[True]]).batch_size
+  assert (
+    images.recipe_of(dataclasses.replace(config, generator="table"), [examinations[True]], drawings=True).flow is None
+  )
+
+
 def test_the_terms_are_what_their_names_say(examinations):
   own = examinations[True]
   classifier = own.classifier

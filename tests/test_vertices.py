@@ -194,6 +194,15 @@ def test_one_round_only_polishes_the_guesses():
   assert led[:3].all()
 
 
+def test_where_too_few_guesses_become_training_samples_nothing_is_tried():
+  x, *_ = data()
+  guesses = jnp.concatenate([near(x[:3], 0.1), jnp.full((2, SIZE), 0.5)])
+  hope = exact.hope(examined(), guesses, np.arange(5))
+  assert 0.6 <= hope < 1
+  find = lambda least: exact.find(examined(), guesses, np.arange(5), rounds=1, least_hope=least)[0]
+  assert len(find(hope - 0.1).y) >= 3 and not len(find(hope).y)
+
+
 @pytest.mark.parametrize("changes", [{"span": None}, {"classifier": "unbounded"}])
 def test_without_span_or_range_nothing_is_claimed(changes):
   x, *_ = data()
