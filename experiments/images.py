@@ -217,11 +217,11 @@ def recipe_of(config: Any, examinations: "Sequence[kkt_jax.Examination]", *, dra
   recipe = dataclasses.replace(kkt_jax.recipes.default(examinations), generator=table)
   if config.generator == "network":
     steps = config.steps or recipe.schedule.steps
-    recipe = recipe.with_schedule(match_steps=2 * steps, joint_steps=min(steps, recipe.schedule.joint_steps))
+    joint_steps, tables = min(steps, recipe.schedule.joint_steps), _TABLES if drawings else 1
+    recipe = recipe.with_schedule(match_steps=2 * steps, tables=tables, joint_steps=joint_steps)
     batch_size = recipe.generator(examinations).batch_size
     flow = kkt_jax.flows.Flow(batch_size=batch_size, temperature=_TEMPERATURE, **_FLOW[drawings])
     recipe = dataclasses.replace(recipe, flow=flow)
-    recipe = recipe.with_schedule(tables=_TABLES if drawings else 1)
   elif config.generator == "paper":
     recipe = dataclasses.replace(recipe, generator=kkt_jax.generators.convolutional())
     recipe = recipe.with_schedule(theta=kkt_jax.recipes.adam(_PAPER_RATE))

@@ -459,11 +459,14 @@ def _random_state(problem: Problem, recipe: Recipe, examinations: Sequence[Exami
 def _best_start(
   begin: Reconstruction, seed: int, on_restart: Callable[[int, int, dict[str, float]], None] | None
 ) -> Reconstruction:
-  """Trains several starts without stationarity and returns the one with the least loss; no data are used."""
-  if not begin.recipe.schedule.restart_steps:
-    return begin._at(_random_state(begin.problem, begin.recipe, begin.examinations, seed))
+  """Trains several starts without stationarity and returns the one with the least loss; no data are used.
+
+  Where the schedule has no restarts it is the random start of the seed.
+  """
   recipe = begin.recipe.with_weights(stationarity=0.0)
   schedule, terms = recipe.schedule, recipe.terms
+  if not (schedule.restart_steps and schedule.steps):
+    return begin._at(_random_state(begin.problem, begin.recipe, begin.examinations, seed))
   lasting = {name: term.weight for name, term in terms.items() if term.weight and term.schedule is None}
   problem = _problem(recipe, begin.examinations, microbatch_size=begin.microbatch_size, mesh=begin.mesh)
   step = training.make_train_step(problem)

@@ -124,7 +124,7 @@ def test_several_tables_are_trained_where_nothing_is_proven(monkeypatch):
 
 
 def test_terms_weigh_something_else_while_the_network_is_trained():
-  """No more of a term than of none, and those factors that are given."""
+  """Those that have a factor; one for a term that the recipe lacks changes nothing."""
   table = reconstruction().table
   recipe = table.recipe.with_schedule(joint_factors={"stationarity": 5.0, "range": 0.5, "nothing": 2.0})
   before, made = recipe, dataclasses.replace(table, recipe=recipe).continuous(seed=0).recipe
