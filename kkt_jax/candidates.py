@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from kkt_jax import _checks, losses, relaxation
+from kkt_jax._precision import full_precision
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions
 from kkt_jax.examination import Examination
@@ -23,6 +24,7 @@ _LEAST_RIDGE = 1e-9
 _NEIGHBOURS = 10  # margins that lie together where a common one is looked for
 
 
+@full_precision
 def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = None) -> dict[str, np.ndarray]:
   """All scores that the classifier allows, each the higher, the more likely a candidate was trained on.
 
@@ -56,6 +58,7 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
   return found | {"loss": -np.asarray(optax.losses.softmax_cross_entropy_with_integer_labels(logits, classes))}
 
 
+@full_precision
 def multipliers(
   classifier: Classifier, conditions: Conditions, x: ArrayLike, labels: ArrayLike, *, chunk_size: int = 32
 ) -> np.ndarray:
@@ -161,6 +164,7 @@ def _of_first_kernel(examination: Examination) -> Conditions:
   return alone if any(bool(jnp.any(own * target)) for own, target in targets) else conditions
 
 
+@full_precision
 def hinge_shares(classifier: Classifier, x: ArrayLike, *, within: float = 0.001) -> np.ndarray:
   """The share of all gates whose kink each sample sits on.
 

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 import numpy as np
 
 from kkt_jax import _checks
+from kkt_jax._precision import full_precision
 
 PyTree = Any
 ApplyFn = Callable[[PyTree, jax.Array], jax.Array]
@@ -105,6 +106,7 @@ class Classifier:
     """C, the number of outputs."""
     return len(self.labels)
 
+  @full_precision
   def predict(self, x: jax.Array) -> jax.Array:
     """Logits [M, C] of inputs [M, *input_shape] at inference."""
     return jax.jit(self.predict_fn)(self.params, x)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import Jaxpr, Literal, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 PyTree = Any
 _ADDITIONS = ("add", "sub", "add_any")
@@ -61,7 +61,7 @@ def _walk(jaxpr: Jaxpr, inputs: Sequence[_Origin], added: set[int], multiplied: 
     operands = [read(atom) for atom in equation.invars]
     results = [_join(operands)] * len(equation.outvars)
     if None in operands:
-      inside = _call(equation.primitive.name, equation.params, operands, added, multiplied)
+      inside = _call(equation, operands, added, multiplied)
       if inside is not None:
         results = inside
       else:
@@ -71,10 +71,9 @@ def _walk(jaxpr: Jaxpr, inputs: Sequence[_Origin], added: set[int], multiplied: 
   return [read(atom) for atom in jaxpr.outvars]
 
 
-def _call(
-  name: str, settings: dict[str, Any], operands: list[_Origin], added: set[int], multiplied: set[int]
-) -> list[_Origin] | None:
+def _call(equation: JaxprEqn, operands: list[_Origin], added: set[int], multiplied: set[int]) -> list[_Origin] | None:
   """The origins of the results of an equation that calls other jaxprs; None if it is no such call."""
+  name, settings = equation.primitive.name, equation.params
   if name == "cond":
     branches = [_walk(branch.jaxpr, operands[1:], added, multiplied) for branch in settings["branches"]]
     if operands[0] is not None:
@@ -83,13 +82,14 @@ def _call(
       multiplied.update(*filter(None, origins))
     return [None] * len(branches[0])
   if name in ("scan", "while"):
+    body = settings["jaxpr" if name == "scan" else "body_jaxpr"].jaxpr
     skipped = settings.get("cond_nconsts", 0)  # operands: constants of the condition, of the body, what is carried
-    first = settings["num_consts"] if name == "scan" else skipped + settings["body_nconsts"]
-    last = first + settings["num_carry"] if name == "scan" else len(operands)
+    # Then, in a scan, what the turns take one after the other; results alike. JAX names their numbers by its version.
+    last = len(operands) - _turned(equation.invars[skipped:], body.invars)
+    first = last - (len(body.outvars) - _turned(equation.outvars, body.outvars))
     while True:  # with every turn what is carried may come to depend on more
       if name == "while":
         _walk(settings["cond_jaxpr"].jaxpr, operands[:skipped] + operands[first:], added, multiplied)
-      body = settings["jaxpr" if name == "scan" else "body_jaxpr"].jaxpr
       results = _walk(body, operands[skipped:], added, multiplied)
       carried = [_join(pair) for pair in zip(operands[first:last], results, strict=False)]
       if carried == operands[first:last]:
@@ -100,6 +100,11 @@ def _call(
     if isinstance(called, Jaxpr) and len(called.invars) == len(operands):
       return _walk(called, operands, added, multiplied)
   return None
+
+
+def _turned(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+  """How many values of a loop have an axis outside that they have not in one of its turns."""
+  return sum(a.aval.ndim != b.aval.ndim for a, b in zip(outside, inside, strict=True))
 
 
 def _join(origins: Iterable[_Origin]) -> _Origin:

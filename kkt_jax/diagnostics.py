@@ -13,12 +13,14 @@ from jax.typing import ArrayLike
 import numpy as np
 
 from kkt_jax import _checks, losses
+from kkt_jax._precision import full_precision
 from kkt_jax.classifier import ApplyFn, Classifier, PyTree
 from kkt_jax.conditions import Conditions
 from kkt_jax.homogeneity import tensor_names
 
 
 @functools.partial(jax.jit, static_argnames=("gradient_fn", "num_steps"))
+@full_precision
 def nonnegative_multipliers(
   gradient_fn: ApplyFn,
   params: PyTree,
@@ -117,6 +119,7 @@ class Diagnosis:
   accuracy: float
 
 
+@full_precision
 def diagnose(
   classifier: Classifier,
   conditions: Conditions,

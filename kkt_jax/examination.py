@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kkt_jax import _checks, homogeneity, symmetries, vertices
+from kkt_jax._precision import full_precision
 from kkt_jax.classifier import ApplyFn, Classifier, PyTree
 from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_conditions
 from kkt_jax.first_layer import input_span, InputSpan, span_above_noise
@@ -191,6 +192,7 @@ def _subtracted(start: jax.Array | None) -> str:
   )
 
 
+@full_precision
 def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -> Examination:
   """Tries the classifier on random inputs, and draws the conclusions.
 

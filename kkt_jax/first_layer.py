@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 import numpy as np
 
 from kkt_jax import _checks
+from kkt_jax._precision import full_precision
 
 _FAINT = 0.01  # of the greatest singular value: the most that noise may reach for a span to be told above it
 _FILLED = 0.9  # greatest share of the directions that data may fill
@@ -185,6 +186,7 @@ def _above_noise(kernel: np.ndarray, rows: int) -> tuple[NoiseFloor, InputSpan] 
   return floor, InputSpan(jnp.asarray(basis[:, :rank]), jnp.asarray(strengths[:rank]), blur)
 
 
+@full_precision
 def input_moments(kernel: ArrayLike, bias: ArrayLike, mean: ArrayLike, var: ArrayLike) -> tuple[jax.Array, jax.Array]:
   """Solves ``W^T m + b = mean`` and ``w_j^T S w_j = var_j`` for the mean m and covariance S of the inputs.
 

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 import numpy as np
 
 from kkt_jax import _checks
+from kkt_jax._precision import full_precision
 from kkt_jax.classifier import ApplyFn, PyTree
 from kkt_jax.dataflow import bias_tensors
 from kkt_jax.jacobians import per_sample_jacobians
@@ -73,6 +74,7 @@ class RateSolution:
   undetermined: PyTree
 
 
+@full_precision
 def derivative_equations(
   apply_fn: ApplyFn,
   params: PyTree,
@@ -143,6 +145,7 @@ def derivative_equations(
   return DerivativeEquations(coefficients, values, sizes, known_biases)
 
 
+@full_precision
 def parameter_equations(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> DerivativeEquations:
   """Eq. 9 with a rate per parameter instead of per tensor; hopelessly under-determined except for tiny networks.
 
@@ -171,6 +174,7 @@ def parameter_equations(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> Deri
   return DerivativeEquations(coefficients, apply_fn(params, x).reshape(-1), sizes, tuple(biases.tolist()))
 
 
+@full_precision
 def balanced(equations: DerivativeEquations, params: PyTree, *, rcond: float | None = None) -> RateSolution:
   """Lambda whose greatest rate of a multiplicative tensor (everything but biases) is least, then the sum of squares.
 
@@ -222,6 +226,7 @@ def balanced(equations: DerivativeEquations, params: PyTree, *, rcond: float | N
   return solution
 
 
+@full_precision
 def least_norm(equations: DerivativeEquations, params: PyTree, *, rcond: float | None = None) -> RateSolution:
   """Lambda with the least sum of squares over all tensors: the paper's least squares to the letter.
 
@@ -238,6 +243,7 @@ def least_norm(equations: DerivativeEquations, params: PyTree, *, rcond: float |
   return _solve(equations, params, everything, everything, rcond)
 
 
+@full_precision
 def last_layer(
   equations: DerivativeEquations, params: PyTree, *, layer: str, rcond: float | None = None
 ) -> RateSolution:
@@ -371,6 +377,7 @@ def scale_params(params: PyTree, rates: PyTree, alpha: ArrayLike) -> PyTree:
   return jax.tree.map(lambda p, rate: jnp.exp(alpha * rate) * p, params, rates)
 
 
+@full_precision
 def scaling_error(apply_fn: ApplyFn, params: PyTree, rates: PyTree, x: ArrayLike, alphas: ArrayLike) -> jax.Array:
   """How far Lambda is from an exact quasi-homogeneity: the check of Fig. 3 as one number.
 

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kkt_jax import _checks
+from kkt_jax._precision import full_precision
 from kkt_jax.classifier import ApplyFn, PyTree
 
 
+@full_precision
 def per_sample_jacobians(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, chunk_size: int | None = None) -> PyTree:
   """Jacobians of every logit of every sample with respect to the parameters, grad_zeta Phi_c(x_i; zeta).
 

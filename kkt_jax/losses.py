@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from kkt_jax import _checks
+from kkt_jax._precision import full_precision
 from kkt_jax.classifier import ApplyFn, PyTree
 from kkt_jax.conditions import Conditions
 
@@ -159,6 +160,7 @@ def duality_loss(
   return jnp.sum(jnp.where(runners_up, u_shape(values, alpha, delta=delta), 0.0), axis=1)
 
 
+@full_precision
 def stationarity_sum(gradient_fn: ApplyFn, params: PyTree, x: ArrayLike, classes: ArrayLike, mu: ArrayLike) -> PyTree:
   """The right-hand side of Eq. 4 with the sign of Eq. 5: ``1/M sum_i sum_c mu_ic [grad Phi_y(x_i) - grad Phi_c(x_i)]``.
 
@@ -218,6 +220,7 @@ def cotangent(logits: ArrayLike, classes: ArrayLike, mu: ArrayLike) -> jax.Array
   return jnp.where(true, jnp.sum(others, axis=1, keepdims=True), -others) / logits.shape[0]
 
 
+@full_precision
 def stationarity_sum_from_jacobians(jacobians: PyTree, classes: ArrayLike, mu: ArrayLike) -> PyTree:
   """`stationarity_sum` from explicit Jacobians, which hold M x C x P numbers: the reference for the fast one.
 

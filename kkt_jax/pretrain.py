@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from kkt_jax import _checks, losses
+from kkt_jax._precision import full_precision
 from kkt_jax.classifier import ApplyFn, PyTree
 
 
@@ -63,6 +64,7 @@ def log_cross_entropy(logits: ArrayLike, classes: ArrayLike) -> jax.Array:
   return jax.nn.logsumexp(log_losses) - jnp.log(log_losses.shape[0])
 
 
+@full_precision
 def gradient_descent(
   apply_fn: ApplyFn,
   params: PyTree,

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 import numpy as np
 
 from kkt_jax import _checks, exact, parallel, recipes, training
+from kkt_jax._precision import full_precision
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifier import Classifier
 from kkt_jax.conditions import Conditions
@@ -86,9 +87,11 @@ class Reconstruction:
   def _generate(self) -> Callable[[TrainState, jax.Array, jax.Array, jax.Array], jax.Array]:
     """``(state, noise, y, t) -> x``, at inference."""
     generate = self.problem.generator.generate
-    return jax.jit(lambda state, noise, y, t: generate(state.params["theta"], state.statistics, noise, y, t, False)[0])
+    of_state = lambda state, noise, y, t: generate(state.params["theta"], state.statistics, noise, y, t, False)[0]
+    return jax.jit(full_precision(of_state))
 
   @classmethod
+  @full_precision
   def begin(
     cls,
     classifiers: Sequence[Classifier],
@@ -206,6 +209,7 @@ class Reconstruction:
       raise FileNotFoundError(f"folder must hold a saved reconstruction; {os.fspath(folder)} holds none.")
     return dataclasses.replace(start, state=restored[1])
 
+  @full_precision
   def continue_training(
     self,
     num_steps: int | None = None,
@@ -237,6 +241,7 @@ class Reconstruction:
     )
     return self._at(state)
 
+  @full_precision
   def polished(
     self, rounds: int | None = None, *, quick: bool = False, on_round: OnRound | None = None
   ) -> "Reconstruction":
@@ -273,6 +278,7 @@ class Reconstruction:
     state = self.state._replace(params=self.state.params | {"theta": theta})
     return dataclasses.replace(self, state=state, exact=tuple(found))
 
+  @full_precision
   def continuous(
     self,
     flow: Flow | None = None,
@@ -357,6 +363,7 @@ class Reconstruction:
     return jnp.stack([jnp.isin(y, jnp.asarray(own.classifier.labels)) for own in self.examinations], axis=1)
 
 
+@full_precision
 def reconstruct(
   classifiers: Sequence[Classifier],
   recipe: Recipe | None = None,

@@ -251,7 +251,9 @@ def _inside(parameter: Any, sharpness: float, report: _Report) -> Any:
   report = dataclasses.replace(report, roots=[])
   if type(parameter) is tuple:  # named ones hold no programs
     return tuple(_inside(part, sharpness, report) for part in parameter)
-  if isinstance(parameter, core.Jaxpr):
+  if isinstance(parameter, core.Jaxpr) and not isinstance(
+    parameter, core.ClosedJaxpr
+  ):  # one and the same from JAX 0.12
     return _inside(core.ClosedJaxpr(parameter, []), sharpness, report).jaxpr
   if not isinstance(parameter, core.ClosedJaxpr):
     return parameter

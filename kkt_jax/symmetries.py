@@ -30,6 +30,7 @@ from jax.typing import ArrayLike
 import numpy as np
 
 from kkt_jax import _checks
+from kkt_jax._precision import full_precision
 from kkt_jax.classifier import ApplyFn, PyTree
 from kkt_jax.conditions import Conditions
 from kkt_jax.homogeneity import tensor_names
@@ -54,6 +55,7 @@ class LeastResidual:
   by_tensor: Mapping[str, float]
 
 
+@full_precision
 def least_residual(apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x: ArrayLike) -> LeastResidual:
   """The least relative residual that any data could leave, by the network's own symmetries.
 
@@ -101,6 +103,7 @@ def least_residual(apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x:
   return LeastResidual(max(shares.values(), default=0.0), shares, by_tensor)
 
 
+@full_precision
 def scale_invariant(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> PyTree:
   """Which tensors can be scaled up, alone or together with others, without any change of the margins.
 

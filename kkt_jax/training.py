@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from kkt_jax import _checks, losses, multipliers, parallel
+from kkt_jax._precision import full_precision
 from kkt_jax.classifier import Classifier, Evaluation, PyTree
 from kkt_jax.conditions import Conditions
 from kkt_jax.generators import Generator
@@ -131,6 +132,7 @@ def class_sequence(
   return np.repeat(np.arange(len(counts)), counts)[np.argsort(places, kind="stable")]
 
 
+@full_precision
 def init_state(
   key: jax.Array,
   problem: Problem,
@@ -269,6 +271,7 @@ def make_train_step(problem: Problem) -> TrainStep:
     metrics |= {"total": total, "margin": jnp.exp(-params["alpha"])}
     return total, (metrics, statistics)
 
+  @full_precision
   def one_step(
     state: TrainState, classifiers: Sequence[Classifier], conditions: Sequence[Conditions]
   ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -387,6 +390,7 @@ def fit(
   return state
 
 
+@full_precision
 def batch_samples(
   problem: Problem, state: TrainState, classifiers: Sequence[Classifier]
 ) -> list[tuple[jax.Array, jax.Array]]:

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 import numpy as np
 
 from kkt_jax import _checks
+from kkt_jax._precision import full_precision
 from kkt_jax.first_layer import InputSpan
 
 _EXPONENT = 0.5  # of the distance from the ends of the range: 1 is what a linear program minimises, near 0 it counts
@@ -63,6 +64,7 @@ class Certificates(NamedTuple):
   certified: np.ndarray
 
 
+@full_precision
 def polish(
   x: ArrayLike, span: InputSpan, start: ArrayLike, *, likely: ArrayLike | None = None, num_steps: int = 60
 ) -> jax.Array:
@@ -257,6 +259,7 @@ def independent(x: ArrayLike, tight: ArrayLike, start: ArrayLike, *, affine: boo
   return np.array(kept, int)
 
 
+@full_precision
 def search(
   key: jax.Array, span: InputSpan, start: ArrayLike, num_samples: int, *, known: ArrayLike | None = None
 ) -> jax.Array:

@@ -309,5 +309,5 @@ def test_progress_shows_rate_and_time_left_in_plain_lines(capsys):
 def test_what_is_compiled_is_kept_for_later_runs(tmp_path, monkeypatch, flag, found):
   environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
   monkeypatch.setattr(os, "environ", environment)
-  flags._keep_compiled(str(tmp_path / flag) if flag == "own" else flag)
+  flags._prepare_jax(str(tmp_path / flag) if flag == "own" else flag)
   assert found.items() <= {name: value.replace(f"{tmp_path}/", "") for name, value in environment.items()}.items()

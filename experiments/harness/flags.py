@@ -304,7 +304,7 @@ def command(
       joint[0].check()
   except UsageError as error:
     return _say_error(error, 2)
-  _keep_compiled(folder.compilation_cache)
+  _prepare_jax(folder.compilation_cache)
   from kkt_jax.checkpoint import CheckpointError  # slow to import
 
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends a job saves like Ctrl-C
@@ -329,8 +329,11 @@ def command(
   return 0
 
 
-def _keep_compiled(folder: str) -> None:
-  """Has JAX, which is not imported yet, keep what it compiles in a folder; child processes inherit that."""
+def _prepare_jax(folder: str) -> None:
+  """Has JAX, which is not imported yet, keep what it compiles and round nothing; child processes inherit that.
+
+  A user's own settings in the environment stay. For the precision see `kkt_jax._precision`.
+  """
   own = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kkt_jax"
   if folder == "off":
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -339,6 +342,7 @@ def _keep_compiled(folder: str) -> None:
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(own))
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+  os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 
 def _say_error(error: Exception, status: int) -> int:
