@@ -13,7 +13,8 @@ from kkt_jax.classifier import Classifier
 from kkt_jax.examination import Examination
 
 _SIDE = 0.2  # least cosine of a sample with the typical one that tells a sample from its mirror image
-_FEW = 48  # guesses that are polished to see whether there is hope
+_FEW = 48  # guesses that are polished to see whether there is any hope
+_FEWER = 16  # the same, to see whether there is much
 _IDLE = 2  # rounds without a new training sample after which the search ends
 
 
@@ -66,7 +67,7 @@ def find(
   classifier, span, start = examination.classifier, examination.span, examination.unit_start
   led = np.zeros(len(guesses), bool)
   found = Exact(np.zeros((0, *classifier.input_shape), np.float32), *(np.zeros(0, own) for own in (int, int, bool)))
-  if hope(examination, guesses, y) <= least_hope:
+  if hope(examination, guesses, y, few=_FEWER if least_hope else _FEW) <= least_hope:
     return found, led
   assert span is not None
   most, idle, at_random = most_samples(examination), 0, True
@@ -108,13 +109,14 @@ def find(
   return found, led
 
 
-def hope(examination: Examination, guesses: jax.Array, y: np.ndarray) -> float:
+def hope(examination: Examination, guesses: jax.Array, y: np.ndarray, *, few: int = _FEW) -> float:
   """The share of a few guesses that become training samples when they are polished; 0 says that others need no try.
 
   Args:
     examination: of the classifier.
     guesses: samples [M, *input_shape] in units of the range.
     y: their labels [M].
+    few: how many are tried, about.
 
   Returns:
     The share, 0 where no span is told or inputs have no range.
@@ -122,7 +124,7 @@ def hope(examination: Examination, guesses: jax.Array, y: np.ndarray) -> float:
   span, start = examination.span, examination.unit_start
   if span is None or examination.classifier.value_range is None or not vertices.promising(guesses, span).any():
     return 0.0
-  part = slice(None, None, math.ceil(len(guesses) / _FEW))
+  part = slice(None, None, math.ceil(len(guesses) / few))
   likely = vertices.likely_ends(guesses[part], y[part], guesses, y)
   polished = vertices.polish(guesses[part], span, start, likely=likely)
   return float(np.mean(vertices.certify(polished, span, start).certified))

@@ -135,8 +135,9 @@ class Flow:
 
     A sample that is alone in its label stays, and so does one that is among those that are ``proven`` [P, ...].
 
-    >>> print(Flow(lean=0.5).leaning_on_others(jnp.array([[0.0], [1.0], [5.0]]), jnp.array([0, 0, 1])).ravel())
-    [0. 1. 5.]
+    >>> leaning = Flow(lean=0.5).leaning_on_others(jnp.array([[1.0], [2.0], [6.0]]), jnp.array([0, 0, 1]))
+    >>> [round(float(value), 3) for value in leaning.ravel()]
+    [1.0, 2.0, 6.0]
     >>> print(Flow(lean=0.25, contrast=0.5).leaning_on_others(jnp.array([[0.0], [6.0]]), jnp.array([0, 0])).ravel())
     [1.5 4.5]
     """

@@ -80,6 +80,10 @@ class Reconstruction:
     return _problem(self.recipe, self.examinations, microbatch_size=self.microbatch_size, mesh=self.mesh)
 
   @functools.cached_property
+  def _trained_conditions(self) -> list[Conditions]:
+    return [self.recipe.stationarity.conditions(own) for own in self.examinations]
+
+  @functools.cached_property
   def _step(self) -> training.TrainStep:
     return training.make_train_step(self.problem)
 
@@ -343,7 +347,7 @@ class Reconstruction:
 
   def _arguments(self, state: TrainState) -> tuple[TrainState, list[Classifier], list[Conditions]]:
     """Of a training step, where its devices are."""
-    arguments = (state, self.classifiers, _trained_conditions(self.recipe, self.examinations))
+    arguments = (state, self.classifiers, self._trained_conditions)
     return arguments if self.mesh is None else parallel.replicate(arguments, self.mesh)
 
   def _parts(self) -> list[np.ndarray]:
@@ -455,7 +459,7 @@ def _random_state(problem: Problem, recipe: Recipe, examinations: Sequence[Exami
     state_key,
     problem,
     [_with_gradients(own.classifier, recipe.stationarity) for own in examinations],
-    _trained_conditions(recipe, examinations),
+    [recipe.stationarity.conditions(own) for own in examinations],
     theta=theta,
     statistics=statistics,
     eta=problem.multipliers.init(multiplier_key),
@@ -527,7 +531,3 @@ def _with_gradients(classifier: Classifier, stationarity: recipes.Stationarity) 
     return own
   rough = computed_in(own.gradient_fn, stationarity.compute_dtype)
   return dataclasses.replace(own, gradient_fn=rough, evaluate_fn=None)  # margins and statistics stay exact
-
-
-def _trained_conditions(recipe: Recipe, examinations: Sequence[Examination]) -> list[Conditions]:
-  return [recipe.stationarity.conditions(own) for own in examinations]

@@ -199,8 +199,10 @@ def init_state(
       sizes.append(jnp.median(jnp.abs(losses.runner_up_margin(batch.logits, batch.classes))))
     return jnp.stack(log_scales), jnp.stack(sizes)
 
-  log_scales, sizes = first_batch(params, classifiers, conditions)
-  first = [float(size) if margin is None else margin for margin, size in zip(margins, sizes, strict=True)]
+  first = [margin for margin in margins if margin is not None]
+  if problem.multipliers.scaled or None in margins:
+    log_scales, sizes = first_batch(params, classifiers, conditions)
+    first = [float(size) if margin is None else margin for margin, size in zip(margins, sizes, strict=True)]
   if not all(margin > 0 for margin in first):
     raise ValueError(f"margin must be given: the first samples have none that is positive; got {first}.")
   if problem.multipliers.scaled:
