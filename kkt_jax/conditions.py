@@ -80,8 +80,8 @@ def max_margin_conditions(
   scale = rate / num_samples
   if alpha is not None:
     scale = scale * jnp.exp(jnp.asarray(alpha) * (2 * rate - 1))
-  target, mask = _of_groups(params, groups, scale)
-  if _checks.concrete(jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(target)]))) is False:
+  target, mask, some = _of_groups(params, groups, scale)
+  if _checks.concrete(some) is False:
     raise ValueError(
       "solution must have a target group with parameters other than 0 and a rate other than 0; got target rate"
       f" {float(rate):.3g}, and everything in the target is 0."
@@ -90,9 +90,11 @@ def max_margin_conditions(
 
 
 @jax.jit  # one compilation for all tensors
-def _of_groups(params: PyTree, groups: PyTree, scale: jax.Array) -> tuple[PyTree, PyTree]:
+def _of_groups(params: PyTree, groups: PyTree, scale: jax.Array) -> tuple[PyTree, PyTree, jax.Array]:
+  """Target, mask, and whether anything in the target is not 0."""
   target = jax.tree.map(lambda p, group: jnp.where(group == 0, scale * p, jnp.zeros_like(p)), params, groups)
-  return target, jax.tree.map(lambda p, group: (group < 1).astype(jnp.result_type(p)), params, groups)
+  mask = jax.tree.map(lambda p, group: (group < 1).astype(jnp.result_type(p)), params, groups)
+  return target, mask, jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(target)]))
 
 
 def weight_decay_conditions(params: PyTree, *, weight_decay: float = 1.0) -> Conditions:

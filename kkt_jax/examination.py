@@ -516,10 +516,15 @@ def _last_norm(classifier: Classifier, x: jax.Array, width: int) -> tuple[jax.Ar
   if classifier.features_fn is None:
     return None, None
   features_fn, params = classifier.features_fn, classifier.params
-  features = np.asarray(features_fn(params, x[:1])[0], np.float64)
-  leaves = jax.tree.leaves(params)
-  # The derivative of the sum of all features by the shift is 1, and by the scale the normalised value.
-  gradient = jax.tree.leaves(jax.grad(lambda p: jnp.sum(features_fn(p, x[:1])))(params))
+
+  @jax.jit
+  def of_one(params: PyTree) -> tuple[jax.Array, PyTree]:
+    """Features [F] of a sample, and the derivative of their sum: by the shift 1, by the scale the normalised value."""
+    found, pull_back = jax.vjp(lambda p: features_fn(p, x[:1]), params)
+    return found[0], pull_back(jnp.ones_like(found))[0]
+
+  whole, gradients = of_one(params)
+  features, leaves, gradient = np.asarray(whole, np.float64), *map(jax.tree.leaves, (params, gradients))
   places = [i for i, leaf in enumerate(leaves) if leaf.shape == (width,)]
   shifts = [i for i in places if np.allclose(gradient[i], 1.0, atol=_ALIKE)]
   for shift in shifts:

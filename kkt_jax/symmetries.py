@@ -86,11 +86,10 @@ def least_residual(apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x:
   """
   x = jnp.asarray(x)
   _checks.check_batch("x", x)
-  targets = [
-    np.asarray(t * m, np.float64)
-    for t, m in zip(*map(jax.tree.leaves, (conditions.target, conditions.mask)), strict=True)
-  ]
-  usable = [bool(jnp.all(m == 1)) for m in jax.tree.leaves(conditions.mask)]
+  trees = (conditions.target, conditions.mask)
+  wanted, masks = ([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)] for tree in trees)
+  targets = [t * m for t, m in zip(wanted, masks, strict=True)]
+  usable = [bool(np.all(m == 1)) for m in masks]
   total = sum(float(np.sum(t * t)) for t in targets)
   tensors = [own for own in _tensors(params, targets) if usable[own.index]]
   change = _changes(apply_fn, params, x)
