@@ -139,7 +139,7 @@ class Schedule:
   polish_rounds: int = 12
   match_steps: int = 0
   tables: int = 1
-  joint_steps: int = 100
+  joint_steps: int = 50
   joint: OptimizerFactory = adam(1e-5, held=0.0)
   joint_factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
   steps_per_call: int = 1
