@@ -100,7 +100,7 @@ def paired_ratio(a: Callable[[], Any], b: Callable[[], Any], repeats: int) -> Sp
 
 
 def matmul_rate(repeats: int) -> float:
-  """The device's best rate of float32 matrix products in JAX's default precision, in 1e9 operations a second."""
+  """The device's best rate of float32 matrix products, in the precision that is set, in 1e9 operations a second."""
   size = 2048 if jax.default_backend() == "cpu" else 8192  # enough to fill the device
   call = Call(lambda a: a @ a, jnp.ones((size, size)))
   return 2 * size**3 / _GIGA / min(in_turn({"": call}, repeats)[""])
