@@ -3,7 +3,7 @@
 import functools
 
 import jax
-from jax import extend
+from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -77,8 +77,10 @@ def products(jaxpr):
   for equation in jaxpr.eqns:
     if equation.primitive.name in ("dot_general", "conv_general_dilated"):
       yield equation.params["precision"]
-    for inner in extend.core.jaxprs_in_params(equation.params):
-      yield from products(inner)
+    for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda own: hasattr(own, "eqns")):
+      inner = getattr(parameter, "jaxpr", parameter)
+      if isinstance(inner, core.Jaxpr):
+        yield from products(inner)
 
 
 def assert_precise(function, *args):
