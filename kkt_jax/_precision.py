@@ -21,7 +21,6 @@ def full_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
   What is compiled inside keeps that precision, gradients included. The user's word is ``jax_default_matmul_precision``
   or ``jax.default_matmul_precision``.
   """
-
   config: Any = jax.config
 
   @functools.wraps(function)

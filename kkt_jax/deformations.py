@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kkt_jax import _checks
+from kkt_jax._precision import full_precision
 
 
+@full_precision
 def warp(key: jax.Array, x: ArrayLike, *, size: ArrayLike, waves: int = 3) -> jax.Array:
   """Bends each image by a smooth random displacement of its own.
 

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from kkt_jax import _checks, generators
+from kkt_jax._precision import full_precision
 from kkt_jax.classifier import PyTree
 from kkt_jax.examination import Examination
 from kkt_jax.generators import Generator
@@ -130,6 +131,7 @@ class Flow:
     return Generator(init, generate, generators.normal_noise(dimensions), dimensions, self.batch_size)
 
   @functools.partial(jax.jit, static_argnums=0)
+  @full_precision
   def leaning_on_others(self, unit: ArrayLike, y: ArrayLike, proven: np.ndarray | None = None) -> jax.Array:
     """Samples [K, *input_shape] of labels y [K], each ``lean`` of the way to its ``nearest``, with ``contrast``.
 
@@ -156,6 +158,7 @@ class Flow:
       free &= pairwise_distance(flat, known).min(axis=1) > _SAME
     return jnp.where(free[:, None], centre + factor * leaning, flat).reshape(unit.shape)
 
+  @full_precision
   def match(
     self,
     key: jax.Array,

@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 import numpy as np
 
 from kkt_jax import _checks, losses
+from kkt_jax._precision import full_precision
 
 
 def typical_margin(kernel: ArrayLike, *, weight_decay: float, competitors: float | None = None) -> float:
@@ -92,6 +93,7 @@ def collapsed_features(kernel: ArrayLike, scale: ArrayLike, shift: ArrayLike) ->
   return standardised.T * jnp.asarray(scale)[None] + jnp.asarray(shift)[None]
 
 
+@full_precision
 def collapsed_margin(kernel: ArrayLike, bias: ArrayLike, scale: ArrayLike, shift: ArrayLike) -> float:
   """The common margin of the training samples: that of the logits of their `collapsed_features`.
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kkt_jax import _checks
+from kkt_jax._precision import full_precision
 from kkt_jax.classifier import PyTree
 
 
@@ -136,6 +137,7 @@ def collapse(features: ArrayLike, of_class: ArrayLike, scale: ArrayLike) -> jax.
   return jnp.mean(jnp.square(distance), axis=1)
 
 
+@full_precision
 def repulsion(x: ArrayLike, labels: ArrayLike, *, bandwidth: float) -> jax.Array:
   """Samples of one label push one another apart: mean over pairs of ``exp(-|x_i - x_j|^2 / (2 bandwidth^2))``.
 
@@ -161,6 +163,7 @@ def repulsion(x: ArrayLike, labels: ArrayLike, *, bandwidth: float) -> jax.Array
   return jnp.sum(jnp.where(pairs, nearness, 0.0)) / jnp.maximum(jnp.sum(pairs), 1)
 
 
+@full_precision
 def contrast(first: ArrayLike, second: ArrayLike, *, temperature: float = 0.1) -> jax.Array:
   """Two views of a sample resemble each other more than the views of all others (InfoNCE, van den Oord et al. 2018).
 

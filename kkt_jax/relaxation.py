@@ -251,11 +251,10 @@ def _inside(parameter: Any, sharpness: float, report: _Report) -> Any:
   report = dataclasses.replace(report, roots=[])
   if type(parameter) is tuple:  # named ones hold no programs
     return tuple(_inside(part, sharpness, report) for part in parameter)
-  if isinstance(parameter, core.Jaxpr) and not isinstance(
-    parameter, core.ClosedJaxpr
-  ):  # one and the same from JAX 0.12
+  closed = isinstance(parameter, core.ClosedJaxpr)  # from JAX 0.12 on every program is
+  if isinstance(parameter, core.Jaxpr) and not closed:
     return _inside(core.ClosedJaxpr(parameter, []), sharpness, report).jaxpr
-  if not isinstance(parameter, core.ClosedJaxpr):
+  if not closed:
     return parameter
   run = lambda *arrays: [v.array for v in _evaluate(parameter, list(map(_Value, arrays)), sharpness, report)]
   return jax.make_jaxpr(run)(

@@ -102,6 +102,7 @@ def polish(
 
 
 @jax.jit
+@full_precision
 def likely_ends(x: ArrayLike, y: ArrayLike, others: ArrayLike, others_y: ArrayLike) -> jax.Array:
   """How likely each value is to end black, or white: the share of similar samples of its label in which it is so.
 

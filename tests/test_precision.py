@@ -9,7 +9,20 @@ import numpy as np
 import pytest
 
 import kkt_jax
-from kkt_jax import candidates, diagnostics, homogeneity, jacobians, losses, pretrain, symmetries, training, vertices
+from kkt_jax import (
+  candidates,
+  deformations,
+  diagnostics,
+  flows,
+  homogeneity,
+  jacobians,
+  losses,
+  pretrain,
+  priors,
+  symmetries,
+  training,
+  vertices,
+)
 from kkt_jax.conditions import weight_decay_conditions
 from kkt_jax.first_layer import InputSpan
 
@@ -87,6 +100,15 @@ def assert_precise(function, *args):
   found = list(products(jax.make_jaxpr(function)(*args).jaxpr))
   assert found
   assert set(found) == {(jax.lax.Precision.HIGHEST,) * 2}
+
+
+def test_every_product_of_what_needs_no_network_is_precise():
+  flow = flows.Flow(batch_size=4)
+  assert_precise(lambda x: flow.leaning_on_others(x, CLASSES), X)
+  assert_precise(lambda x: deformations.warp(jax.random.key(0), x, size=1.0), jnp.ones((2, 8, 8, 1)))
+  assert_precise(lambda x: vertices.likely_ends(x, CLASSES, x, CLASSES), X)
+  assert_precise(lambda x: priors.repulsion(x, CLASSES, bandwidth=1.0), X)
+  assert_precise(lambda x: priors.contrast(x, x), X)
 
 
 def test_every_product_of_polishing_is_precise():
