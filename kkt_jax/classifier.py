@@ -117,26 +117,34 @@ class Classifier:
     An unknown label raises a ValueError; inside a transformation, where values cannot be seen, it becomes C, for which
     optax's losses are NaN.
     """
+    xp: Any = jnp
     try:
-      unknown = np.setdiff1d(np.asarray(labels), self.labels)
+      labels, xp = np.asarray(labels), np
     except jax.errors.TracerArrayConversionError:
-      unknown = np.zeros(0)
-    if unknown.size:
-      raise ValueError(f"labels must be among the classifier's, {self.labels}; got {unknown[0]}.")
-    labels = jnp.asarray(labels)
+      labels = jnp.asarray(labels)
     _checks.check_rank("labels", labels, 1, "[M]")
-    hits = labels[:, None] == jnp.asarray(self.labels)[None, :]
-    return jnp.where(jnp.any(hits, axis=1), jnp.argmax(hits, axis=1), self.num_classes)
+    hits = labels[:, None] == np.asarray(self.labels)[None, :]
+    classes = xp.where(xp.any(hits, axis=1), xp.argmax(hits, axis=1), self.num_classes)
+    if xp is np and np.any(classes == self.num_classes):
+      unknown = labels[classes == self.num_classes].min()
+      raise ValueError(f"labels must be among the classifier's, {self.labels}; got {unknown}.")
+    return jnp.asarray(classes)
 
   def to_unit(self, x: ArrayLike) -> jax.Array:
     """Inputs mapped from ``value_range`` to [0, 1]; unchanged if there is none."""
     low, high = self.value_range or (0.0, 1.0)
-    return (jnp.asarray(x) - low) / (high - low)
+    x = _floating(x)
+    return x if (low, high) == (0, 1) else (x - low) / (high - low)
 
   def from_unit(self, unit: ArrayLike) -> jax.Array:
     """The inverse of `to_unit`."""
     low, high = self.value_range or (0.0, 1.0)
-    return low + (high - low) * jnp.asarray(unit)
+    unit = _floating(unit)
+    return unit if (low, high) == (0, 1) else low + (high - low) * unit
+
+
+def _floating(x: ArrayLike) -> jax.Array:
+  return jnp.asarray(x, jnp.result_type(x, 1.0))
 
 
 def result_shape(name: str, function: Callable[[PyTree, jax.Array], Any], params: PyTree, input_shape: Any) -> Any:

@@ -116,8 +116,13 @@ def weight_decay_conditions(params: PyTree, *, weight_decay: float = 1.0) -> Con
   """
   _checks.check_positive("weight_decay", weight_decay)
   _checks.check_params("params", params)
-  target = jax.tree.map(lambda p: weight_decay * jnp.asarray(p), params)
-  return Conditions(*jax.lax.stop_gradient((target, jax.tree.map(jnp.ones_like, params))))
+  return Conditions(*jax.lax.stop_gradient(_decayed(params, weight_decay)))
+
+
+@jax.jit  # one compilation for all tensors
+def _decayed(params: PyTree, weight_decay: jax.Array) -> tuple[PyTree, PyTree]:
+  """Target and mask."""
+  return jax.tree.map(lambda p: weight_decay * p, params), jax.tree.map(jnp.ones_like, params)
 
 
 def weigh_tensors(conditions: Conditions, weights: Mapping[str, float] | PyTree) -> Conditions:
@@ -151,7 +156,10 @@ def weigh_tensors(conditions: Conditions, weights: Mapping[str, float] | PyTree)
     _checks.check_at_least(f"weights[{name!r}]", weight, 0)
     _checks.check_finite(f"weights[{name!r}]", weight)
   leaves, structure = jax.tree.flatten(conditions.mask)
-  weighed = [
-    leaf * jnp.sqrt(weights.get(name, 1.0)).astype(leaf.dtype) for name, leaf in zip(names, leaves, strict=True)
-  ]
+  weighed = _times_roots(leaves, [weights.get(name, 1.0) for name in names])
   return Conditions(conditions.target, jax.tree.unflatten(structure, weighed))
+
+
+@jax.jit  # one compilation for all tensors
+def _times_roots(leaves: list[jax.Array], weights: list[jax.Array]) -> list[jax.Array]:
+  return [leaf * jnp.sqrt(weight).astype(leaf.dtype) for leaf, weight in zip(leaves, weights, strict=True)]

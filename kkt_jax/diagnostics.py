@@ -162,7 +162,7 @@ def diagnose(
     mu = nonnegative_multipliers(classifier.gradient_fn, classifier.params, x, classes, conditions, num_steps=num_steps)
   mu = jnp.asarray(mu)
   residual, margin = _measured(classifier, conditions, x, classes, mu)
-  wrong = np.asarray(mu)[~np.asarray(losses.is_true_class(mu, classes))]
+  wrong = np.asarray(mu)[np.arange(mu.shape[1]) != np.asarray(classes)[:, None]]
   low, median, high = np.percentile(margin, [5, 50, 95])
   with np.errstate(divide="ignore", invalid="ignore"):  # infinite if the median is 0
     spread = float((high - low) / np.abs(median))

@@ -137,7 +137,8 @@ def derivative_equations(
       return logits(p).reshape(-1), _along_each(logits, p, p), _along_each(logits, p, uneven)
 
     along = [_second_order_direction(logits, params, normal, chosen)] if chosen else []
-    blocks = [rows(params), *(jax.jvp(rows, (params,), (direction,))[1] for direction in along + directions)]
+    pairs = [jax.jvp(rows, (params,), (direction,)) for direction in along + directions]
+    blocks = [pairs[0][0] if pairs else rows(params), *(moved for _, moved in pairs)]
     values, coefficients, uneven = (jnp.concatenate(parts, axis=-1) for parts in zip(*blocks, strict=True))
     return coefficients.T, values, jnp.linalg.norm(uneven, axis=1)
 

@@ -6,6 +6,7 @@ values (`jax.jit`, `jax.vmap`) the result is undefined. Losses return one value 
 weighs and reduces. Pure functions of arrays and pytrees: they work on anybody's network.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -282,14 +283,14 @@ def stationarity_residual(conditions: Conditions, sums: PyTree) -> StationarityR
   >>> float(residual.absolute), float(residual.relative)
   (5.0, 1.0)
   """
-  target, masked_sums = _masked(conditions, sums)
-  error = jax.tree.map(jnp.subtract, target, masked_sums)
-  errors, sizes, whole = jax.tree.map(_norm, error), jax.tree.map(_norm, target), _norm(target)
+  errors, sizes = _tensor_norms(conditions, sums)
+  absolute, whole = _norms([errors, sizes])
+  of_tensors = functools.partial(jax.tree.unflatten, jax.tree.structure(conditions.target))
   return StationarityResidual(
-    absolute=_norm(error),
-    relative=_squared_ratio(_norm(error), whole),
-    squared=jax.tree.map(jnp.square, errors),
-    relative_per_tensor=jax.tree.map(lambda e, own: _squared_ratio(e, jnp.where(own == 0, whole, own)), errors, sizes),
+    absolute=absolute,
+    relative=_squared_ratio(absolute, whole),
+    squared=of_tensors(list(jnp.square(errors))),
+    relative_per_tensor=of_tensors(list(_squared_ratio(errors, jnp.where(sizes == 0, whole, sizes)))),
   )
 
 
@@ -353,10 +354,10 @@ def mean_relative_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
   >>> print(mean_relative_residual(conditions, [jnp.array([1.0]), jnp.array([10.0])]).round(4))  # (3 / 4 + 0) / 4
   0.1875
   """
-  weights = jax.tree.map(lambda mask: jnp.max(jnp.square(mask), initial=0.0), conditions.mask)
-  mask = jax.tree.map(lambda mask, weight: mask / jnp.sqrt(_nonzero(weight)), conditions.mask, weights)
-  residual = stationarity_residual(Conditions(conditions.target, mask), sums)
-  return optax.tree.vdot(weights, residual.relative_per_tensor) / _nonzero(optax.tree.sum(weights))
+  weights = jnp.stack([jnp.max(jnp.square(mask), initial=0.0) for mask in jax.tree.leaves(conditions.mask)])
+  errors, sizes = (norms / jnp.sqrt(_nonzero(weights)) for norms in _tensor_norms(conditions, sums))
+  ratios = _squared_ratio(errors, jnp.where(sizes == 0, _norms([sizes]), sizes))
+  return jnp.vdot(weights, ratios) / _nonzero(jnp.sum(weights))
 
 
 def cosine_distance(conditions: Conditions, sums: PyTree) -> jax.Array:
@@ -427,21 +428,29 @@ def _masked(conditions: Conditions, sums: PyTree) -> tuple[PyTree, PyTree]:
   )
 
 
-def _scaled(tree: PyTree) -> tuple[PyTree, jax.Array]:
-  """The tree in units of its largest entry, and that unit: squares of its entries then neither under- nor overflow.
+def _tensor_norms(conditions: Conditions, sums: PyTree) -> tuple[jax.Array, jax.Array]:
+  """For each tensor the norm of its error and of its target, masked: [U] and [U]."""
+  target, masked_sums = _masked(conditions, sums)
+  return _norms(jax.tree.map(jnp.subtract, target, masked_sums)), _norms(target)
 
-  The unit is a constant to the gradient, which stays right, as what it serves here does not depend on the unit.
-  """
-  largest = [jnp.max(jnp.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(tree)]
-  unit = _nonzero(jax.lax.stop_gradient(jnp.max(jnp.stack(largest))))
+
+def _norms(tree: PyTree) -> jax.Array:
+  """The Euclidean norm of every leaf [U], none of which under- or overflows; at 0 its gradient is 0."""
+  leaves = jax.tree.leaves(tree)
+  units = _nonzero(jnp.stack([_largest(leaf) for leaf in leaves]))
+  squared = jnp.stack([jnp.sum(jnp.square(leaf / unit)) for leaf, unit in zip(leaves, units, strict=True)])
+  return jnp.where(squared == 0, 0.0, units * jnp.sqrt(_nonzero(squared)))
+
+
+def _scaled(tree: PyTree) -> tuple[PyTree, jax.Array]:
+  """The tree in units of its largest entry, and that unit: squares of its entries then neither under- nor overflow."""
+  unit = _nonzero(jnp.max(jnp.stack([_largest(leaf) for leaf in jax.tree.leaves(tree)])))
   return jax.tree.map(lambda leaf: leaf / unit, tree), unit
 
 
-def _norm(tree: PyTree) -> jax.Array:
-  """The Euclidean norm over all leaves; at 0 its gradient is 0."""
-  scaled, unit = _scaled(tree)
-  squared = optax.tree.norm(scaled, squared=True)
-  return jnp.where(squared == 0, 0.0, unit * jnp.sqrt(_nonzero(squared)))
+def _largest(leaf: jax.Array) -> jax.Array:
+  """The largest entry, a constant to the gradient: what it serves as a unit does not depend on the unit."""
+  return jnp.max(jnp.abs(jax.lax.stop_gradient(leaf)), initial=0.0)
 
 
 def _squared_ratio(value: jax.Array, reference: jax.Array) -> jax.Array:

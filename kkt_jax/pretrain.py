@@ -162,8 +162,8 @@ def gradient_descent(
         stop_reason = "gradient_tolerance"
         break
     trained = carry[0]
-    _, log_loss, relative_gradient = gradient_of(trained, x, jnp.asarray(classes))
-    margins = losses.runner_up_margin(apply_fn(trained, x), classes)
+    _, log_loss, relative_gradient = jax.jit(gradient_of)(trained, x, jnp.asarray(classes))
+    margins = jax.jit(lambda p: losses.runner_up_margin(apply_fn(p, x), classes))(trained)
     trained = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), trained, dtypes)
   return PretrainResult(trained, float(log_loss), float(relative_gradient), np.asarray(margins), step, stop_reason)
 

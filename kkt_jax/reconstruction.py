@@ -81,7 +81,7 @@ class Reconstruction:
 
   @functools.cached_property
   def _trained_conditions(self) -> list[Conditions]:
-    return [self.recipe.stationarity.conditions(own) for own in self.examinations]
+    return _trained_conditions(self.recipe, self.examinations)
 
   @functools.cached_property
   def _step(self) -> training.TrainStep:
@@ -180,7 +180,7 @@ class Reconstruction:
     batches = zip(self.examinations, self.problem.classes, strict=True)
     pairs = [(own.classifier.labels[k], t) for t, (own, classes) in enumerate(batches) for k in np.unique(classes)]
     y, t = np.repeat(pairs, len(places), axis=0).T
-    noise = jnp.tile(jax.scipy.stats.norm.ppf(places), len(pairs))[:, None]
+    noise = np.tile(jax.jit(jax.scipy.stats.norm.ppf)(places), len(pairs))[:, None]
     return self.generate(noise, y, t), y
 
   def save(self, folder: str | os.PathLike[str]) -> None:
@@ -459,7 +459,7 @@ def _random_state(problem: Problem, recipe: Recipe, examinations: Sequence[Exami
     state_key,
     problem,
     [_with_gradients(own.classifier, recipe.stationarity) for own in examinations],
-    [recipe.stationarity.conditions(own) for own in examinations],
+    _trained_conditions(recipe, examinations),
     theta=theta,
     statistics=statistics,
     eta=problem.multipliers.init(multiplier_key),
@@ -505,6 +505,12 @@ def _best_start(
   return begin._at(min(tried, key=lambda own: own[0])[1])
 
 
+@full_precision
+def _trained_conditions(recipe: Recipe, examinations: Sequence[Examination]) -> list[Conditions]:
+  return [recipe.stationarity.conditions(own) for own in examinations]
+
+
+@full_precision
 def _problem(
   recipe: Recipe, examinations: Sequence[Examination], *, microbatch_size: int | None, mesh: Mesh | None
 ) -> Problem:
