@@ -4,13 +4,16 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from experiments.harness import flags
-from experiments.harness.progress import Progress
+from experiments.harness import flags, progress
+from experiments.harness.progress import Clock, Progress
 from experiments.harness.workdir import Workdir, write_json
 
 
@@ -112,7 +115,8 @@ def test_a_run_ends_with_its_table_and_the_paths_of_what_it_wrote(tmp_path, caps
   def run(config, workdir):
     return {"summary": "| a |", "pictures": ["fig1.png", str(workdir / "fig2.png")], "figures": [1.0] * 100}
 
-  out = command(capsys, f"--workdir={tmp_path}", run=run)[1]
+  _, out, err = command(capsys, f"--workdir={tmp_path}", run=run)
+  assert re.fullmatch(r"took 0:0\d, of which this process compiled for 0:0\d\n", err)
   assert out.splitlines() == ["| a |", "", *(f"{tmp_path}/{name}" for name in ("fig1.png", "fig2.png", "metrics.json"))]
 
 
@@ -296,6 +300,16 @@ def test_progress_shows_rate_and_time_left_in_plain_lines(capsys):
   assert line.startswith("work 10/10")
   assert "/s" in line and "left" in line and "loss 0.25" in line
   assert "\r" not in line  # no terminal here
+
+
+def test_the_clock_counts_what_is_compiled_after_its_start():
+  of_zeros = lambda number: jax.block_until_ready(jax.jit(lambda x: x + number)(jnp.zeros(number)))
+  of_zeros(7)
+  clock = Clock()
+  before = progress._compiling()[0]
+  of_zeros(8)
+  after = progress._compiling()[0]
+  assert clock._compiled <= before < after < before + 10
 
 
 @pytest.mark.parametrize(

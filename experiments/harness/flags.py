@@ -23,6 +23,7 @@ from absl import app, logging
 from absl import flags as absl_flags
 
 from experiments.harness import processes
+from experiments.harness.progress import Clock, say
 
 ConfigT = TypeVar("ConfigT")
 
@@ -305,6 +306,7 @@ def command(
   except UsageError as error:
     return _say_error(error, 2)
   _prepare_jax(folder.compilation_cache)
+  clock = Clock()
   from kkt_jax.checkpoint import CheckpointError  # slow to import
 
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends a job saves like Ctrl-C
@@ -321,6 +323,7 @@ def command(
     print(f"\nstopped. This goes on from what is saved:\n  {_own_command(argv)}", file=sys.stderr)
     return 130
   if talks:
+    say(str(clock))
     if "summary" in metrics:
       print(metrics["summary"], end="\n\n")
     for path in (*metrics.get("pictures", ()), "metrics.json"):

@@ -1,6 +1,7 @@
 """What a run says while it works, on stderr: stdout is for its result."""
 
 from collections.abc import Mapping
+import functools
 import math
 import sys
 import time
@@ -9,6 +10,33 @@ import time
 def say(text: str) -> None:
   """Prints a line for the person who watches."""
   print(text, file=sys.stderr, flush=True)
+
+
+class Clock:
+  """How long a run takes, and how much of that JAX compiles in this process."""
+
+  def __init__(self) -> None:
+    """Starts the clock."""
+    self._began, self._compiled = time.monotonic(), _compiling()[0]
+
+  def __str__(self) -> str:
+    """Both, for people."""
+    took, compiled = time.monotonic() - self._began, _compiling()[0] - self._compiled
+    return f"took {_duration(took)}, of which this process compiled for {_duration(compiled)}"
+
+
+@functools.cache
+def _compiling() -> list[float]:
+  """The seconds that JAX has compiled, or read what was compiled, since this was first called."""
+  import jax.monitoring
+
+  seconds = [0.0]
+
+  def add(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    seconds[0] += duration_secs * event.endswith("/backend_compile_duration")
+
+  jax.monitoring.register_event_duration_secs_listener(add)
+  return seconds
 
 
 class Progress:
