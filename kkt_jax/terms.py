@@ -133,8 +133,9 @@ def contrast(*, temperature: float = 0.1, size: float = 1.5) -> TermFn:
 
 
 def cross_entropy(classifier: Classifier, batch: Batch) -> jax.Array:
-  """Samples are classified as wanted."""
-  return optax.losses.softmax_cross_entropy_with_integer_labels(batch.logits, batch.classes)
+  """Samples are classified as wanted, at inference, as in DeepInversion (Yin et al. 2020)."""
+  logits = classifier.predict_fn(classifier.params, batch.x)
+  return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch.classes)
 
 
 def softmax_distance(classifier: Classifier, batch: Batch) -> jax.Array:

@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import circle, duality_loss, faces, images, lambda_estimation, mnist, novelty, swap, vertices
@@ -252,6 +253,10 @@ def test_the_terms_are_what_their_names_say(examinations):
   assert set(expected) == set(recipe.terms)
   for name, value in expected.items():
     np.testing.assert_allclose(recipe.terms[name].function(classifier, batch), value, rtol=1e-5, err_msg=name)
+  # Logits of the batch are those of training, where there is batch norm; others classify at inference.
+  wanted = optax.losses.softmax_cross_entropy_with_integer_labels(logits, classes)
+  in_training = batch._replace(logits=classifier.apply_fn(classifier.params, x))
+  np.testing.assert_allclose(kkt_jax.terms.cross_entropy(classifier, in_training), wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])  # without it there are no features, and logits take their place
