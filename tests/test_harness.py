@@ -323,5 +323,11 @@ def test_the_clock_counts_what_is_compiled_after_its_start():
 def test_what_is_compiled_is_kept_for_later_runs(tmp_path, monkeypatch, flag, found):
   environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
   monkeypatch.setattr(os, "environ", environment)
+  old, new = (tmp_path / "cache" / "kkt_jax" / name for name in ("jit_old", "jit_new"))
+  old.parent.mkdir(parents=True)
+  old.touch()
+  new.touch()
+  os.utime(old, (0, 0))
   flags._prepare_jax(str(tmp_path / flag) if flag == "own" else flag)
+  assert [path.name for path in old.parent.iterdir()] == ["jit_new"]
   assert found.items() <= {name: value.replace(f"{tmp_path}/", "") for name, value in environment.items()}.items()

@@ -6,6 +6,7 @@ can be wrong before it makes the folder.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
 import csv
 import dataclasses
 import difflib
@@ -17,6 +18,7 @@ import shlex
 import signal
 import sys
 import textwrap
+import time
 from typing import Any, TypeVar
 
 from absl import app, logging
@@ -29,6 +31,7 @@ ConfigT = TypeVar("ConfigT")
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _LINE, _INDENT = 110, 34  # of the help
+_KEPT_DAYS = 30  # of what was compiled
 
 
 class UsageError(ValueError):
@@ -232,7 +235,9 @@ class _Folder:
     "", "Folder for everything that the run writes. An interrupted run goes on when started with it again.", group="Run"
   )
   compilation_cache: str = flag(
-    "", "Folder in which later runs find what was compiled; off for none. ~/.cache/kkt_jax, or what JAX is told."
+    "",
+    "Folder in which later runs find what was compiled; off for none. ~/.cache/kkt_jax, which keeps it for a month, or"
+    " what JAX is told.",
   )
 
 
@@ -338,6 +343,10 @@ def _prepare_jax(folder: str) -> None:
   A user's own settings in the environment stay. For the precision see `kkt_jax._precision`.
   """
   own = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kkt_jax"
+  for path in own.glob("jit_*"):  # JAX drops nothing
+    with contextlib.suppress(OSError):  # several runs may begin at once
+      if time.time() - path.stat().st_mtime > _KEPT_DAYS * 86400:
+        path.unlink()
   if folder == "off":
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
   elif folder:
