@@ -357,7 +357,7 @@ def mean_relative_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
   weights = jnp.stack([jnp.max(jnp.square(mask), initial=0.0) for mask in jax.tree.leaves(conditions.mask)])
   errors, sizes = (norms / jnp.sqrt(_nonzero(weights)) for norms in _tensor_norms(conditions, sums))
   ratios = _squared_ratio(errors, jnp.where(sizes == 0, _norms([sizes]), sizes))
-  return jnp.vdot(weights, ratios) / _nonzero(jnp.sum(weights))
+  return jnp.sum(weights * ratios) / _nonzero(jnp.sum(weights))
 
 
 def cosine_distance(conditions: Conditions, sums: PyTree) -> jax.Array:
