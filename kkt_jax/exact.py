@@ -88,7 +88,8 @@ def find(
     certificates = vertices.certify(x, span, start)
     if not number:
       led = np.array(certificates.certified)
-    unit = np.concatenate([found.unit, _right_way(classifier, np.asarray(x)[certificates.certified], start, typical)])
+    certified = np.asarray(x)[certificates.certified]
+    unit = np.concatenate([found.unit, _right_way(classifier, certified, np.asarray(start), typical)])
     tight = np.concatenate([found.tight, certificates.tight[certificates.certified]])
     chosen = vertices.independent(unit, tight, start, affine=most > span.strengths.size)
     more = len(chosen) > len(found.y)
@@ -162,14 +163,14 @@ def most_samples(examination: Examination) -> int:
   return examination.span.strengths.size + examination.tells_mean
 
 
-def _right_way(classifier: Classifier, unit: np.ndarray, start: jax.Array, typical: np.ndarray) -> np.ndarray:
+def _right_way(classifier: Classifier, unit: np.ndarray, start: np.ndarray, typical: np.ndarray) -> np.ndarray:
   """Each sample, or its mirror image at the start if that is in the range and the more likely.
 
   Where the start is the middle of the range, the negative of a sample is as much of a vertex as the sample. The more
   likely is the one on the side of the typical sample, the guesses' mean; where that is on neither, the one of which the
   classifier is surer.
   """
-  mirror = 2 * np.asarray(start)[None] - unit
+  mirror = 2 * start[None] - unit
   inside = np.abs(mirror - 0.5).reshape(len(unit), start.size).max(axis=1, initial=0.0) < 0.5 + vertices.OVERSHOOT
   offsets, towards = (unit - start[None]).reshape(len(unit), start.size), np.ravel(typical - start)
   cosine = offsets @ towards / np.maximum(np.linalg.norm(offsets, axis=1) * np.linalg.norm(towards), 1e-12)
@@ -182,6 +183,6 @@ def _read(classifier: Classifier, unit: np.ndarray) -> tuple[np.ndarray, np.ndar
   """Labels that a classifier gives samples in units of its range, and their margins to the runner-up."""
   if not len(unit):
     return np.zeros(0, int), np.zeros(0)
-  logits = classifier.predict(classifier.from_unit(jnp.asarray(unit)))
-  second, first = jnp.sort(logits, axis=1)[:, -2:].T
-  return np.asarray(classifier.labels)[np.asarray(jnp.argmax(logits, axis=1))], np.asarray(first - second)
+  logits = np.asarray(classifier.predict(classifier.from_unit(unit)))
+  second, first = np.sort(logits, axis=1)[:, -2:].T
+  return np.asarray(classifier.labels)[np.argmax(logits, axis=1)], first - second

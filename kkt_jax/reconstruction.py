@@ -141,13 +141,10 @@ class Reconstruction:
       ValueError: a label that no classifier knows, or that classifier ``t`` does not know.
     """
     noise_key, index_key = jax.random.split(key)
-    t = self.choose_classifiers(index_key, y) if t is None else jnp.asarray(t)
-    y = jnp.asarray(y)
+    t, y = np.asarray(self.choose_classifiers(index_key, y) if t is None else t), np.asarray(y)
     _checks.check_labels("y", y, y.shape[0])
     _checks.check_labels("t", t, y.shape[0])
-    if not bool(jnp.all((t >= 0) & (t < len(self.examinations)))) or not bool(
-      jnp.all(jnp.take_along_axis(self._knows(y), t[:, None], axis=1))
-    ):
+    if np.any((t < 0) | (t >= len(self.examinations))) or not self._knows(y)[np.arange(len(y)), t].all():
       raise ValueError("t must hold indices of classifiers that know the label at the same place of y.")
     generator = self.problem.generator
     noise = jax.random.normal(noise_key, (y.shape[0], generator.noise_dim))
@@ -163,13 +160,13 @@ class Reconstruction:
     Raises:
       ValueError: a label that no classifier knows.
     """
-    y = jnp.asarray(y)
+    y = np.asarray(y)
     _checks.check_labels("y", y, y.shape[0])
     knows = self._knows(y)
-    unknown = sorted(set(y[~jnp.any(knows, axis=1)].tolist()))
+    unknown = sorted(set(y[~knows.any(axis=1)].tolist()))
     if unknown:
       raise ValueError(f"y must hold labels that a classifier knows; no classifier knows {unknown}.")
-    return jax.random.categorical(key, jnp.where(knows, 0.0, -jnp.inf), axis=1)
+    return jax.random.categorical(key, np.where(knows, 0.0, -np.inf), axis=1)
 
   def every_sample(self) -> tuple[jax.Array, np.ndarray]:
     """All samples that a finite generator can draw, of an endless one those of one training step, and their labels."""
@@ -362,9 +359,9 @@ class Reconstruction:
     vars(made).update({name: value for name, value in vars(self).items() if name not in vars(made)})
     return made
 
-  def _knows(self, y: jax.Array) -> jax.Array:
+  def _knows(self, y: np.ndarray) -> np.ndarray:
     """[S, T]: whether each classifier knows each label."""
-    return jnp.stack([jnp.isin(y, jnp.asarray(own.classifier.labels)) for own in self.examinations], axis=1)
+    return np.stack([np.isin(y, own.classifier.labels) for own in self.examinations], axis=1)
 
 
 @full_precision
