@@ -82,7 +82,11 @@ def test_metrics_and_failures_reach_the_report(tmp_path, fake_runs):
   page = (tmp_path / "run" / "report.html").read_text()
   assert "points_published, classifier 1, run 1: TrainingDiverged: x became nan" in page
   assert "\n".join(lines) in document.read_text()
-  assert "`python -m experiments.compare --num_seeds=2" in document.read_text()
+  assert "`python -m experiments.compare --num_seeds=2 --runs_per_seed=2 --workdir=DIR`" in document.read_text()
+  # Ablations have a table of their own.
+  compare.run(compare.Config(methods="ablations", num_seeds=1, results=str(document)), tmp_path / "ablations")
+  assert "\n".join(lines) in document.read_text()
+  assert "<!-- begin mnist ablations -->" in document.read_text()
 
 
 def test_methods_are_chosen_by_group_or_by_name():

@@ -59,13 +59,14 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   in_turn = itertools.zip_longest(*jobs.values())
   pool.run_all([job for own in in_turn for job in own if job], processes=config.processes, what="runs")
   given = [f"--{name}={value}" for name, value in same.items() if value != getattr(Config(), name)]
-  command = shlex.join(["python", "-m", "experiments.compare", *given, f"--workdir={workdir}"])
-  made = report.build(config.experiment, chosen, jobs, command)
+  command = lambda folder: shlex.join(["python", "-m", "experiments.compare", *given, f"--workdir={folder}"])
+  made = report.build(config.experiment, chosen, jobs, command(workdir))
   (out.path / "report.html").write_text(report.html(made), encoding="utf-8")
   (out.path / "report.md").write_text(report.markdown(made) + "\n", encoding="utf-8")
   if config.results:
-    title = " ".join(filter(None, (config.experiment, config.set)))
-    report.insert(pathlib.Path(config.results), title, f"{report.markdown(made)}\n\n`{command}`")
+    group = config.methods if config.methods in ("ablations", "all") else ""
+    title = " ".join(filter(None, (config.experiment, group, config.set)))
+    report.insert(pathlib.Path(config.results), title, f"{report.markdown(made)}\n\n`{command('DIR')}`")
   means = {
     row.name: {name: statistics.fmean(row.values[name]) for name in made.headline if row.values.get(name)}
     for row in made.rows
