@@ -31,6 +31,7 @@ _TOGETHER = 0.999  # cosine of two values' rows of the basis from which they are
 _VARIES = 1e-3  # least length of a value's row of the basis for it to vary in the span
 _BEYOND = 0.21  # least share of all values that are at an end beyond the dimension, see `least_tight`
 OVERSHOOT, _FIRM = 0.06, 0.04  # most outside the range that rounding of the span explains; least singular value
+_CONTRAST = 4e-3  # the latter, where all black values may move as one, and all white ones
 _NEAR = 0.2  # from an end of the range, from where a value can still get there
 _VARIANCE = 0.05  # of a value, at least, where random points are drawn: the start may be 0 throughout
 _ALONE = 0.75  # share of a pixel's distance from its end that is its own; the rest is that of the pixels around it
@@ -53,6 +54,8 @@ class Certificates(NamedTuple):
     overshoot: how far each sample is from the range [M], the Euclidean norm over its values.
     firmness: the least singular value of the rows of the basis where a sample is tight [M]: 0 if it can still be moved
       without leaving any of these ends, as a mixture of two training samples can.
+    contrast: the same where black values may become one grey, and white ones another: 0 if it can be a picture with
+      even areas, made brighter or darker.
     certified: whether it passes for a training sample [M].
   """
 
@@ -61,6 +64,7 @@ class Certificates(NamedTuple):
   varying: int
   overshoot: np.ndarray
   firmness: np.ndarray
+  contrast: np.ndarray
   certified: np.ndarray
 
 
@@ -155,6 +159,11 @@ def least_tight(dimensions: int, number: int) -> int:
 def certify(x: ArrayLike, span: InputSpan, start: ArrayLike) -> Certificates:
   """Which samples pass for training samples, from the span alone: tight, firm, in the range, and not the start.
 
+  They must be firm also where all black values may become one grey, and all white ones another. Else a picture with
+  even areas would pass when it is made so bright that one of them is white, if a black image is in the span. Where the
+  start is one value throughout, every sample can be made brighter, so that this cannot be asked: there it is assumed
+  that training samples reach the ends of their range.
+
   Args:
     x: polished samples [M, ...] in units of the range.
     span: of the training data.
@@ -173,13 +182,21 @@ def certify(x: ArrayLike, span: InputSpan, start: ArrayLike) -> Certificates:
   at_end = np.minimum(np.abs(own), np.abs(own - 1)) < _TIGHT
   tight, overshoot = at_end.sum(axis=1), np.linalg.norm(np.maximum(0.0, np.maximum(-own, own - 1)), axis=1)
   dimensions, number = span.strengths.size, int(varies.sum())
-  firmness = np.zeros(len(own))
+  firmness, contrast = np.zeros((2, len(own)))
   away = np.abs(np.asarray(x - start[None])).reshape(x.shape[0], -1).max(axis=1) > _NEAR  # the start may be black
   enough = (tight >= least_tight(dimensions, number)) & (overshoot <= OVERSHOOT) & away
   for index in np.flatnonzero(enough):
-    rows = basis[varies][at_end[index]]
-    firmness[index] = max(np.linalg.eigvalsh(rows.T @ rows)[0], 0.0) ** 0.5
-  return Certificates(tight, dimensions, number, overshoot, firmness, enough & (firmness >= _FIRM))
+    rows, black = basis[varies][at_end[index]], own[index][at_end[index]] < 0.5
+    firmness[index] = _least_singular(rows)
+    contrast[index] = _least_singular(
+      np.concatenate([part - part.mean(axis=0) for part in (rows[black], rows[~black]) if len(part)])
+    )
+  certified = enough & (firmness >= _FIRM) & ((contrast >= _CONTRAST) | (np.ptp(start) < _TIGHT))
+  return Certificates(tight, dimensions, number, overshoot, firmness, contrast, certified)
+
+
+def _least_singular(rows: np.ndarray) -> float:
+  return max(float(np.linalg.eigvalsh(rows.T @ rows)[0]), 0.0) ** 0.5
 
 
 def to_levels(x: ArrayLike, span: InputSpan, start: ArrayLike, *, levels: int = 255) -> tuple[np.ndarray, np.ndarray]:

@@ -71,6 +71,7 @@ def test_mixtures_of_two_and_what_leaves_the_range_are_not_certified():
   # A value for each pair of samples, 1 in these two alone: a mixture has most of its values at an end of the range.
   pairs = list(itertools.combinations(range(NUM), 2))
   x = np.array([[float(index in pair) for pair in pairs] for index in range(NUM)], np.float32)
+  x *= np.random.default_rng(0).choice([1.0, 0.4], x.shape, p=[0.8, 0.2]).astype(np.float32)
   start = x.mean(axis=0)
   _, strengths, rows = np.linalg.svd(x - start, full_matrices=False)
   span = InputSpan(jnp.asarray(rows[: NUM - 1].T), jnp.asarray(strengths[: NUM - 1]))
@@ -82,6 +83,20 @@ def test_mixtures_of_two_and_what_leaves_the_range_are_not_certified():
   beyond = vertices.certify(2 * x - np.roll(x, 1, axis=0), span, start)
   assert (beyond.overshoot > 0.5).all()
   assert not beyond.certified.any()
+
+
+def test_a_picture_made_brighter_is_not_certified():
+  x = np.array(data()[0])
+  x[0], x[1], x[1, ::2] = 0.0, 0.7, 0.0  # black, and even areas of black and grey
+  x[1, :20:2] = np.linspace(0.1, 0.6, 10)
+  start = x.mean(axis=0)
+  _, strengths, rows = np.linalg.svd(x - start, full_matrices=False)
+  span = InputSpan(jnp.asarray(rows[: NUM - 1].T), jnp.asarray(strengths[: NUM - 1]))
+  brighter = vertices.certify(x[1:2] / 0.7, span, start)
+  assert brighter.tight[0] > 60 and brighter.overshoot[0] < 1e-5 and brighter.firmness[0] > 0.3
+  assert brighter.contrast[0] < 1e-3 and not brighter.certified.any()
+  # With a black image in the span every other could be brighter than it was.
+  assert not vertices.certify(x[2:], span, start).certified.any()
 
 
 def test_images_of_whole_levels_are_found_to_the_bit_and_nothing_else_is():
