@@ -54,8 +54,8 @@ class Certificates(NamedTuple):
     overshoot: how far each sample is from the range [M], the Euclidean norm over its values.
     firmness: the least singular value of the rows of the basis where a sample is tight [M]: 0 if it can still be moved
       without leaving any of these ends, as a mixture of two training samples can.
-    contrast: the same where black values may become one grey, and white ones another: 0 if it can be a picture with
-      even areas, made brighter or darker.
+    contrast: the same where black values may become one grey, and white ones another [M]: near 0 if it can be a picture
+      with even areas, made brighter or darker; 0 also where it is not firm, for it is at most the firmness.
     certified: whether it passes for a training sample [M].
   """
 
@@ -176,8 +176,8 @@ def certify(x: ArrayLike, span: InputSpan, start: ArrayLike) -> Certificates:
     ValueError: see `polish`.
   """
   x, start = _checked(x, span, start)
-  basis = np.asarray(span.basis, np.float64)
   varies = varying(span)
+  counted = np.asarray(span.basis, np.float64)[varies]
   own = np.asarray(x, np.float64).reshape(x.shape[0], -1)[:, varies]
   at_end = np.minimum(np.abs(own), np.abs(own - 1)) < _TIGHT
   tight, overshoot = at_end.sum(axis=1), np.linalg.norm(np.maximum(0.0, np.maximum(-own, own - 1)), axis=1)
@@ -186,11 +186,11 @@ def certify(x: ArrayLike, span: InputSpan, start: ArrayLike) -> Certificates:
   away = np.abs(np.asarray(x - start[None])).reshape(x.shape[0], -1).max(axis=1) > _NEAR  # the start may be black
   enough = (tight >= least_tight(dimensions, number)) & (overshoot <= OVERSHOOT) & away
   for index in np.flatnonzero(enough):
-    rows, black = basis[varies][at_end[index]], own[index][at_end[index]] < 0.5
+    rows, black = counted[at_end[index]], own[index][at_end[index]] < 0.5
     firmness[index] = _least_singular(rows)
-    contrast[index] = _least_singular(
-      np.concatenate([part - part.mean(axis=0) for part in (rows[black], rows[~black]) if len(part)])
-    )
+    if firmness[index] >= _FIRM:
+      parts = [part - part.mean(axis=0) for part in (rows[black], rows[~black]) if len(part)]
+      contrast[index] = _least_singular(np.concatenate(parts))
   certified = enough & (firmness >= _FIRM) & ((contrast >= _CONTRAST) | (np.ptp(start) < _TIGHT))
   return Certificates(tight, dimensions, number, overshoot, firmness, contrast, certified)
 
