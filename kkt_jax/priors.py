@@ -5,10 +5,12 @@ of these is a term that the caller weighs, and each is data-free: it looks at ge
 """
 
 from collections.abc import Mapping
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+import numpy as np
 
 from kkt_jax import _checks
 from kkt_jax._precision import full_precision
@@ -35,16 +37,21 @@ def total_variation(x: ArrayLike) -> jax.Array:
   _checks.check_batch("x", x)
   if x.ndim not in (3, 4) or min(x.shape[1:3]) < 2:
     raise ValueError(f"x must be images [M, H, W] or [M, H, W, C] with H, W >= 2; got shape {x.shape}.")
-  down, across = jnp.diff(x, axis=1)[:, :, :-1], jnp.diff(x, axis=2)[:, :-1]
+  channels, row = math.prod(x.shape[3:]), math.prod(x.shape[2:])
+  flat = x.reshape(x.shape[0], -1)  # over one axis loops are fast; the last column has no neighbour, and counts as 0
+  last = flat.shape[1] - row - channels
+  down, across = flat[:, row : row + last] - flat[:, :last], flat[:, channels : channels + last] - flat[:, :last]
+  inside = np.arange(last) % row < row - channels
   tiny = 1e-3
-  return jnp.mean(jnp.sqrt(down**2 + across**2 + tiny**2) - tiny, axis=tuple(range(1, x.ndim)))
+  lengths = jnp.where(inside, jnp.sqrt(down**2 + across**2 + tiny**2) - tiny, 0.0)
+  return jnp.sum(lengths, axis=1) / np.count_nonzero(inside)
 
 
 def binarisation(x: ArrayLike) -> jax.Array:
   """Pixels of drawings are black or white: ``mean x (1 - x)`` per sample, for x in [0, 1].
 
   Args:
-    x: samples [M, ...]; values are clipped to [0, 1].
+    x: samples [M, ...]; values outside [0, 1] count as black or white, without gradient.
 
   Returns:
     [M], between 0 (all pixels black or white) and 1/4 (all grey).
@@ -53,9 +60,10 @@ def binarisation(x: ArrayLike) -> jax.Array:
   >>> print(binarisation(jnp.array([[0.0, 1.0], [0.5, 0.5]])))
   [0.   0.25]
   """
-  x = jnp.clip(jnp.asarray(x), 0.0, 1.0)
+  x = jnp.asarray(x)
   _checks.check_batch("x", x)
-  return jnp.mean((x * (1 - x)).reshape(x.shape[0], -1), axis=1)
+  x = x.reshape(x.shape[0], -1)
+  return jnp.mean(jnp.where((x <= 0) | (x >= 1), 0.0, x * (1 - x)), axis=1)
 
 
 def out_of_range(x: ArrayLike, *, low: float = 0.0, high: float = 1.0) -> jax.Array:
