@@ -41,6 +41,7 @@ def find(
   *,
   rounds: int,
   points: int | None = None,
+  num_steps: int = 60,
   least_hope: float = 0.0,
   on_round: Callable[[int, int, int], None] | None = None,
 ) -> tuple[Exact, np.ndarray]:
@@ -57,6 +58,7 @@ def find(
     y: their labels [M].
     rounds: at most so many.
     points: about how many later rounds start from; as many as there are guesses if None.
+    num_steps: of `kkt_jax.vertices.polish`.
     least_hope: there must be more `hope` than this.
     on_round: called with (round, number of training samples, most that there can be).
 
@@ -84,7 +86,7 @@ def find(
       alike = jnp.log(y[:, None] == pool_y[None, :])
       starts = ((guesses + pool[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses)[part]
       likely = vertices.likely_ends(starts, y[part], pool, pool_y)
-    x = vertices.polish(starts, span, start, likely=likely)
+    x = vertices.polish(starts, span, start, likely=likely, num_steps=num_steps)
     certificates = vertices.certify(x, span, start)
     if not number:
       led = np.array(certificates.certified)

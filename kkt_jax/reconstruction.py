@@ -25,7 +25,7 @@ from kkt_jax.relaxation import computed_in, relaxed
 from kkt_jax.training import OnLog, Problem, Saver, TrainState
 
 _LOOKS = (0.4, 0.7)  # shares of the training after which it may end, if all training samples are proven
-_QUICK = 4  # rounds of polishing then
+_QUICK, _QUICK_STEPS = 4, 20  # rounds of polishing then, and steps of each
 _HOPEFUL = 0.5  # share of a few samples that polishing must prove then, and more, before all are polished
 OnSave = Callable[["Reconstruction"], None]
 OnRound = Callable[[int, int, int, int], None]
@@ -253,8 +253,8 @@ class Reconstruction:
 
     Args:
       rounds: how many; those of the recipe if None.
-      quick: whether nothing is tried unless half of a few samples become training samples, and later rounds start from
-        twice as many places as there can be training samples, not from every one.
+      quick: whether nothing is tried unless half of a few samples become training samples, later rounds start from
+        twice as many places as there can be training samples, not from every one, and each takes a third of the steps.
       on_round: called with (classifier, round, number of certified samples, most that there can be).
 
     Returns:
@@ -270,7 +270,9 @@ class Reconstruction:
     found: list[Exact] = []
     for t, (own, part) in enumerate(zip(self.examinations, parts, strict=True)):
       tell = None if on_round is None else functools.partial(on_round, t)
-      less: dict[str, Any] = {"points": 2 * exact.most_samples(own), "least_hope": _HOPEFUL} if quick else {}
+      less: dict[str, Any] = {}
+      if quick:
+        less = {"points": 2 * exact.most_samples(own), "num_steps": _QUICK_STEPS, "least_hope": _HOPEFUL}
       samples, led = exact.find(own, own.classifier.to_unit(x[part]), y[part], rounds=rounds, on_round=tell, **less)
       labels, codes, chosen = exact.places(samples.y, led, y[part])
       if len(chosen):

@@ -182,17 +182,23 @@ def certify(x: ArrayLike, span: InputSpan, start: ArrayLike) -> Certificates:
   at_end = np.minimum(np.abs(own), np.abs(own - 1)) < _TIGHT
   tight, overshoot = at_end.sum(axis=1), np.linalg.norm(np.maximum(0.0, np.maximum(-own, own - 1)), axis=1)
   dimensions, number = span.strengths.size, int(varies.sum())
-  firmness, contrast = np.zeros((2, len(own)))
   away = np.abs(np.asarray(x - start[None])).reshape(x.shape[0], -1).max(axis=1) > _NEAR  # the start may be black
   enough = (tight >= least_tight(dimensions, number)) & (overshoot <= OVERSHOOT) & away
-  for index in np.flatnonzero(enough):
-    rows, black = counted[at_end[index]], own[index][at_end[index]] < 0.5
-    firmness[index] = _least_singular(rows)
-    if firmness[index] >= _FIRM:
-      parts = [part - part.mean(axis=0) for part in (rows[black], rows[~black]) if len(part)]
-      contrast[index] = _least_singular(np.concatenate(parts))
+  firmness, contrast = np.zeros((2, len(own)))
+  ends, which = np.unique(np.where(at_end, own > 0.5, -1)[enough], axis=0, return_inverse=True)
+  if len(ends):  # many come to one vertex
+    firmness[enough], contrast[enough] = np.array([_firm_and_contrasted(counted, own) for own in ends])[which.ravel()].T
   certified = enough & (firmness >= _FIRM) & ((contrast >= _CONTRAST) | (np.ptp(start) < _TIGHT))
   return Certificates(tight, dimensions, number, overshoot, firmness, contrast, certified)
+
+
+def _firm_and_contrasted(basis: np.ndarray, ends: np.ndarray) -> tuple[float, float]:
+  """Firmness and contrast of a sample, from which of its values are 0, which 1, and which in between."""
+  black, white = basis[ends == 0], basis[ends == 1]
+  firmness = _least_singular(np.concatenate([black, white]))
+  if firmness < _FIRM:
+    return firmness, 0.0
+  return firmness, _least_singular(np.concatenate([part - part.mean(axis=0) for part in (black, white) if len(part)]))
 
 
 def _least_singular(rows: np.ndarray) -> float:

@@ -43,6 +43,15 @@ def test_what_is_near_a_training_sample_is_polished_to_it_and_certified():
   assert certificates.firmness.min() > 0.2
 
 
+def test_samples_that_came_to_one_vertex_are_certified_as_each_alone():
+  x, span, start, others = data()
+  mixed = jnp.concatenate([vertices.polish(near(x[:4], amount), span, start) for amount in (0.1, 0.2)] + [others[:2]])
+  together, alone = vertices.certify(mixed, span, start), [vertices.certify(one[None], span, start) for one in mixed]
+  assert together.certified[:8].all() and not together.certified[8:].any()
+  for name in ("firmness", "contrast", "certified"):
+    np.testing.assert_allclose(getattr(together, name), [getattr(own, name)[0] for own in alone], rtol=1e-5)
+
+
 def test_a_point_of_the_span_is_left_where_it_is_pinned_down_by_no_more_than_chance():
   x, span, start, others = data()
   inside = start[None] + (others - start[None]) @ span.basis @ span.basis.T
@@ -186,11 +195,13 @@ def examined(**changes):
   return types.SimpleNamespace(**own)
 
 
-def test_all_training_samples_are_found_each_once_with_their_labels():
+@pytest.mark.parametrize("num_steps", [20, 60])
+def test_all_training_samples_are_found_each_once_with_their_labels(num_steps):
   x, *_ = data()
   told = []
   guesses = jnp.concatenate([near(x[:4], 0.1), near(x[:4], 0.05), jnp.full((40, SIZE), 0.5)])
-  found, led = exact.find(examined(), guesses, np.zeros(48, int), rounds=12, on_round=lambda *row: told.append(row))
+  tell = lambda *row: told.append(row)
+  found, led = exact.find(examined(), guesses, np.zeros(48, int), rounds=12, num_steps=num_steps, on_round=tell)
   assert told[0][0] == 1 and told[0][1] >= 4 and told[0][2] == NUM
   assert told[-1][1] == NUM == len(found.y)
   assert led.all()  # there are no others
