@@ -332,6 +332,13 @@ def test_residuals_by_hand():
   assert float(losses.best_scale(CONDITIONS, SUMS)) == pytest.approx(17 / 14, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", MEASURES)
+def test_what_is_left_out_may_be_far_larger_than_the_rest(name):
+  large = SUMS | {"c": jnp.array([1e15])}
+  assert float(MEASURES[name](CONDITIONS, large)) == pytest.approx(float(MEASURES[name](CONDITIONS, SUMS)), rel=1e-5)
+  assert float(losses.best_scale(CONDITIONS, large)) == pytest.approx(17 / 14, rel=1e-5)
+
+
 def test_mean_over_tensors_weighs_each_by_the_greatest_of_its_squared_mask():
   weights = {"a": 2.0, "b": 5.0, "c": 0.5}
   target = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.0]), "c": jnp.array([1.0, 100.0])}
