@@ -6,7 +6,6 @@ values (`jax.jit`, `jax.vmap`) the result is undefined. Losses return one value 
 weighs and reduces. Pure functions of arrays and pytrees: they work on anybody's network.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -379,7 +378,7 @@ def cosine_distance(conditions: Conditions, sums: PyTree) -> jax.Array:
   >>> [round(float(cosine_distance(conditions, {"w": scale * jnp.array([3.0, 4.0])})), 6) for scale in (10.0, -1.0)]
   [0.0, 2.0]
   """
-  target, _, sums, _ = _masked_in_units(conditions, sums)
+  (target, _), (sums, _) = _masked_in_units(conditions, sums)
   product = optax.tree.vdot(target, sums)
   sizes = optax.tree.norm(sums, squared=True) * optax.tree.norm(target, squared=True)
   return 1.0 - product * jnp.abs(product) / _nonzero(sizes)
@@ -402,7 +401,7 @@ def best_scale(conditions: Conditions, sums: PyTree) -> jax.Array:
   >>> float(best_scale(conditions, {"w": jnp.array([6.0, 8.0])}))
   0.5
   """
-  target, target_unit, sums, unit = _masked_in_units(conditions, sums)
+  (target, target_unit), (sums, unit) = _masked_in_units(conditions, sums)
   return optax.tree.vdot(target, sums) / _nonzero(optax.tree.norm(sums, squared=True)) * (target_unit / unit)
 
 
@@ -443,17 +442,17 @@ def _norms(tree: PyTree) -> jax.Array:
   return jnp.where(squared == 0, 0.0, units * jnp.sqrt(_nonzero(squared)))
 
 
-def _masked_in_units(conditions: Conditions, sums: PyTree) -> tuple[PyTree, jax.Array, PyTree, jax.Array]:
-  """Target and sum, each in a unit of its own and then times the mask, each with the unit."""
-  (target, target_unit), (sums, unit) = _scaled(conditions.target), _scaled(sums)
-  target, sums = _masked(dataclasses.replace(conditions, target=target), sums)
-  return target, target_unit, sums, unit
+def _masked_in_units(conditions: Conditions, sums: PyTree) -> list[tuple[PyTree, jax.Array]]:
+  """Target and sum, each in units of its largest entry and then times the mask, and that unit.
 
-
-def _scaled(tree: PyTree) -> tuple[PyTree, jax.Array]:
-  """The tree in units of its largest entry, and that unit: squares of its entries then neither under- nor overflow."""
-  unit = _nonzero(jnp.max(jnp.stack([_largest(leaf) for leaf in jax.tree.leaves(tree)])))
-  return jax.tree.map(lambda leaf: leaf / unit, tree), unit
+  Squares then neither under- nor overflow, unless what is left out is 1e18 times as large as the rest.
+  """
+  _checks.check_same_shapes("sums", sums, "conditions.target", conditions.target)
+  found = []
+  for tree in (conditions.target, sums):
+    unit = _nonzero(jnp.max(jnp.stack([_largest(leaf) for leaf in jax.tree.leaves(tree)])))
+    found.append((jax.tree.map(lambda mask, leaf, unit=unit: mask * (leaf / unit), conditions.mask, tree), unit))
+  return found
 
 
 def _largest(leaf: jax.Array) -> jax.Array:

@@ -186,14 +186,15 @@ def certify(x: ArrayLike, span: InputSpan, start: ArrayLike) -> Certificates:
   enough = (tight >= least_tight(dimensions, number)) & (overshoot <= OVERSHOOT) & away
   firmness, contrast = np.zeros((2, len(own)))
   ends, which = np.unique(np.where(at_end, own > 0.5, -1)[enough], axis=0, return_inverse=True)
-  if len(ends):  # many come to one vertex
-    firmness[enough], contrast[enough] = np.array([_firm_and_contrasted(counted, own) for own in ends])[which.ravel()].T
+  if len(ends):  # many samples come to one vertex
+    measured = np.array([_firm_and_contrasted(counted, vertex) for vertex in ends])
+    firmness[enough], contrast[enough] = measured[which.ravel()].T
   certified = enough & (firmness >= _FIRM) & ((contrast >= _CONTRAST) | (np.ptp(start) < _TIGHT))
   return Certificates(tight, dimensions, number, overshoot, firmness, contrast, certified)
 
 
 def _firm_and_contrasted(basis: np.ndarray, ends: np.ndarray) -> tuple[float, float]:
-  """Firmness and contrast of a sample, from which of its values are 0, which 1, and which in between."""
+  """Firmness and contrast of a vertex: which of its values [D] are 0, which 1; the others are -1."""
   black, white = basis[ends == 0], basis[ends == 1]
   firmness = _least_singular(np.concatenate([black, white]))
   if firmness < _FIRM:
