@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kkt_jax import vertices
+from kkt_jax import certificates, vertices
+from kkt_jax.certificates import Candidates
 from kkt_jax.classifier import Classifier
+from kkt_jax.criteria import Criteria
 from kkt_jax.examination import Examination
 
 _SIDE = 0.2  # least cosine of a sample with the typical one that tells a sample from its mirror image
@@ -19,19 +21,21 @@ _IDLE = 2  # rounds without a new training sample after which the search ends
 
 
 class Exact(NamedTuple):
-  """Training samples of one classifier that its weights prove to be such.
+  """The certified training samples of one classifier; see `kkt_jax.certificates` for what that assumes.
 
   Attributes:
     unit: the samples [K, *input_shape] in units of the range, [0, 1].
     y: their labels [K], as the classifier labels them.
     tight: how many of their values are at an end of the range [K]; see `kkt_jax.vertices.certify`.
     to_the_bit: which of them have the values of 8-bit images [K]; see `kkt_jax.vertices.to_levels`.
+    evidence: what certifies each [K], one of `kkt_jax.certificates.EVIDENCE`.
   """
 
   unit: np.ndarray
   y: np.ndarray
   tight: np.ndarray
   to_the_bit: np.ndarray
+  evidence: np.ndarray
 
 
 def find(
@@ -43,14 +47,16 @@ def find(
   points: int | None = None,
   num_steps: int = 60,
   least_hope: float = 0.0,
+  criteria: Criteria | None = None,
   on_round: Callable[[int, int, int], None] | None = None,
 ) -> tuple[Exact, np.ndarray]:
   """Training samples of one classifier, from guesses and then from random points of the span.
 
   Nothing is tried if there is too little `hope` for the guesses. Later rounds start in turn from random points of the
   span around the guesses' mean, where what is found already has nothing, as long as that brings any, and from means of
-  a guess and another, or a sample that is found, of its label. It ends when there are as many training samples as the
-  span can hold, or when two rounds in a row brought none.
+  a guess and another, or a sample that is found, of its label. Where samples are certified by the equations, the others
+  lie in fewer dimensions (`kkt_jax.certificates.of_the_others`), and random points are polished there first. It ends
+  when there are as many training samples as the span can hold, or when two rounds in a row brought none.
 
   Args:
     examination: of the classifier.
@@ -60,6 +66,7 @@ def find(
     points: about how many later rounds start from; as many as there are guesses if None.
     num_steps: of `kkt_jax.vertices.polish`.
     least_hope: there must be more `hope` than this.
+    criteria: what certifies a sample; the default `Criteria` if None.
     on_round: called with (round, number of training samples, most that there can be).
 
   Returns:
@@ -67,52 +74,78 @@ def find(
     told or inputs have no range.
   """
   classifier, span, start = examination.classifier, examination.span, examination.unit_start
+  criteria = criteria or Criteria()
   led = np.zeros(len(guesses), bool)
-  found = Exact(np.zeros((0, *classifier.input_shape), np.float32), *(np.zeros(0, own) for own in (int, int, bool)))
-  if hope(examination, guesses, y, few=_FEWER if least_hope else _FEW) <= least_hope:
+  nothing = [np.zeros(0, own) for own in (int, int, bool, str)]
+  found = Exact(np.zeros((0, *classifier.input_shape), np.float32), *nothing)
+  if hope(examination, guesses, y, few=_FEWER if least_hope else _FEW, criteria=criteria) <= least_hope:
     return found, led
   assert span is not None
   most, idle, at_random = most_samples(examination), 0, True
   every = max(len(guesses) // (points or len(guesses)), 1)
   typical = np.asarray(jnp.mean(guesses, axis=0))
+  pool: Candidates | None = None
   for number in range(rounds):
     key = jax.random.key(number)
-    pool, pool_y = jnp.concatenate([guesses, found.unit]), np.concatenate([y, found.y])
+    known, known_y = jnp.concatenate([guesses, found.unit]), np.concatenate([y, found.y])
     drawn = at_random and number % 2 == 1
     part = slice(number % every, None, every) if number else slice(None)
+    likely = None
     if drawn:
-      starts, likely = vertices.search(key, span, typical, len(y[part]), known=found.unit), None
+      starts = _random_starts(key, examination, pool, found, typical, len(y[part]))
     else:
-      alike = jnp.log(y[:, None] == pool_y[None, :])
-      starts = ((guesses + pool[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses)[part]
-      likely = vertices.likely_ends(starts, y[part], pool, pool_y)
-    x = vertices.polish(starts, span, start, likely=likely, num_steps=num_steps)
-    certificates = vertices.certify(x, span, start)
+      alike = jnp.log(y[:, None] == known_y[None, :])
+      starts = ((guesses + known[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses)[part]
+      likely = vertices.likely_ends(starts, y[part], known, known_y)
+    x = np.asarray(vertices.polish(starts, span, start, likely=likely, num_steps=num_steps))
+    x = _right_way(classifier, x, np.asarray(start), typical, criteria.overshoot)
+    more, of = certificates.gather(examination, x, vertices.certify(x, span, start, criteria), criteria)
     if not number:
-      led = np.array(certificates.certified)
-    certified = np.asarray(x)[certificates.certified]
-    unit = np.concatenate([found.unit, _right_way(classifier, certified, np.asarray(start), typical)])
-    tight = np.concatenate([found.tight, certificates.tight[certificates.certified]])
-    chosen = vertices.independent(unit, tight, start, affine=most > span.strengths.size)
-    more = len(chosen) > len(found.y)
-    idle, at_random = 0 if more else idle + 1, at_random and (more or not drawn)
-    labels = _read(classifier, unit[chosen])[0]
-    found = Exact(unit[chosen], labels, tight[chosen], np.zeros(len(chosen), bool))
+      led = of
+    pool = more if pool is None else _merged(pool, more, criteria)
+    affine = most > span.strengths.size
+    chosen = certificates.unambiguous(pool, np.asarray(start), span, affine=affine, criteria=criteria)[:most]
+    brought = len(chosen) > len(found.y)
+    idle, at_random = 0 if brought else idle + 1, at_random and (brought or not drawn)
+    own = pool[chosen]
+    evidence = np.array(certificates.EVIDENCE)[own.evidence]
+    found = Exact(own.whole, _read(classifier, own.whole)[0], own.tight, own.to_the_bit, evidence)
     if on_round is not None:
       on_round(number + 1, len(chosen), most)
     if len(chosen) == most:
       led[:] = True  # there are no others, so that every guess was meant for one of these
     if len(chosen) == most or idle == _IDLE:
       break
-  if len(found.y):
-    whole, off = vertices.to_levels(found.unit, span, start)
-    bits = off < vertices.OFF_LEVEL
-    unit = np.where(bits.reshape(-1, *[1] * start.ndim), whole, found.unit)
-    found = found._replace(unit=unit, to_the_bit=bits)
   return found, led
 
 
-def hope(examination: Examination, guesses: jax.Array, y: np.ndarray, *, few: int = _FEW) -> float:
+def _merged(pool: Candidates, more: Candidates, criteria: Criteria) -> Candidates:
+  """Both, each point once: that with the stronger evidence, then that with less doubt."""
+  both = pool + more
+  order = np.lexsort((both.doubt, both.evidence))
+  flat = both.unit.reshape(len(both.unit), -1)[order].astype(np.float64)
+  first = certificates.first_alike(flat, criteria.same)
+  return both[np.sort(order[np.unique(first)])]
+
+
+def _random_starts(
+  key: jax.Array, examination: Examination, pool: Candidates | None, found: Exact, typical: np.ndarray, count: int
+) -> jax.Array:
+  """Random points where the training samples that are not found yet may be."""
+  span, start = examination.span, examination.unit_start
+  assert span is not None
+  others = certificates.of_the_others(examination, pool, np.asarray(start)) if pool is not None else None
+  if others is None:
+    return vertices.search(key, span, typical, count, known=found.unit)
+  fewer, place = others
+  basis = np.asarray(fewer.basis, np.float64)
+  centre = place + (basis @ (basis.T @ (typical - place).reshape(-1))).reshape(place.shape)
+  return vertices.polish(vertices.search(key, fewer, centre, count), fewer, place)
+
+
+def hope(
+  examination: Examination, guesses: jax.Array, y: np.ndarray, *, few: int = _FEW, criteria: Criteria | None = None
+) -> float:
   """The share of a few guesses that become training samples when they are polished; 0 says that others need no try.
 
   Args:
@@ -120,17 +153,21 @@ def hope(examination: Examination, guesses: jax.Array, y: np.ndarray, *, few: in
     guesses: samples [M, *input_shape] in units of the range.
     y: their labels [M].
     few: how many are tried, about.
+    criteria: what certifies a sample; the default `Criteria` if None.
 
   Returns:
     The share, 0 where no span is told or inputs have no range.
   """
-  span, start = examination.span, examination.unit_start
-  if span is None or examination.classifier.value_range is None or not vertices.promising(guesses, span).any():
+  span, start, criteria = examination.span, examination.unit_start, criteria or Criteria()
+  if span is None or examination.classifier.value_range is None:
+    return 0.0
+  if not certificates.applicable(examination) and not vertices.promising(guesses, span).any():
     return 0.0
   part = slice(None, None, math.ceil(len(guesses) / few))
   likely = vertices.likely_ends(guesses[part], y[part], guesses, y)
-  polished = vertices.polish(guesses[part], span, start, likely=likely)
-  return float(np.mean(vertices.certify(polished, span, start).certified))
+  polished = np.asarray(vertices.polish(guesses[part], span, start, likely=likely))
+  found = vertices.certify(polished, span, start, criteria)
+  return float(np.mean(certificates.gather(examination, polished, found, criteria)[1]))
 
 
 def places(labels: np.ndarray, led: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -165,7 +202,9 @@ def most_samples(examination: Examination) -> int:
   return examination.span.strengths.size + examination.tells_mean
 
 
-def _right_way(classifier: Classifier, unit: np.ndarray, start: np.ndarray, typical: np.ndarray) -> np.ndarray:
+def _right_way(
+  classifier: Classifier, unit: np.ndarray, start: np.ndarray, typical: np.ndarray, overshoot: float
+) -> np.ndarray:
   """Each sample, or its mirror image at the start if that is in the range and the more likely.
 
   Where the start is the middle of the range, the negative of a sample is as much of a vertex as the sample. The more
@@ -173,7 +212,7 @@ def _right_way(classifier: Classifier, unit: np.ndarray, start: np.ndarray, typi
   classifier is surer.
   """
   mirror = 2 * start[None] - unit
-  inside = np.abs(mirror - 0.5).reshape(len(unit), start.size).max(axis=1, initial=0.0) < 0.5 + vertices.OVERSHOOT
+  inside = np.abs(mirror - 0.5).reshape(len(unit), start.size).max(axis=1, initial=0.0) < 0.5 + overshoot
   offsets, towards = (unit - start[None]).reshape(len(unit), start.size), np.ravel(typical - start)
   cosine = offsets @ towards / np.maximum(np.linalg.norm(offsets, axis=1) * np.linalg.norm(towards), 1e-12)
   unsure = _read(classifier, mirror)[1] > _read(classifier, unit)[1]

@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 import numpy as np
 
 from kkt_jax import _checks, homogeneity, symmetries, vertices
 from kkt_jax._precision import full_precision
 from kkt_jax.classifier import ApplyFn, Classifier, PyTree
 from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_conditions
-from kkt_jax.first_layer import input_span, InputSpan, span_above_noise
+from kkt_jax.first_layer import affine_span, FirstLayer, InputSpan, span_above_noise
 from kkt_jax.homogeneity import tensor_names
 from kkt_jax.last_layer import collapsed_features, collapsed_margin, typical_margin
 
@@ -28,6 +29,7 @@ _HOMOGENEOUS = 1e-2  # greatest error of scaling that counts as none
 _PROBES = 24
 _FILLED = 0.9  # greatest share of a layer's directions that data may fill for their span to be recognised
 _FALL, _NOTHING = 5.0, 1e-4  # least fall of singular values that ends a span, and the most that may follow it
+_SHARP, _FEW, _MANY = 50.0, 2, 8  # a fall that is no chance; directions for each class that are too few then, and else
 _ROUNDING = 1e-7  # relative to the greatest singular value; what is smaller is indistinguishable from it
 _ALIKE = 1e-3  # relative error below which two gradients are the same
 _TURNS = 8  # most turns of finding what is left of a known start
@@ -72,6 +74,9 @@ class Examination:
     scaling_error: how far the network is from quasi-homogeneous.
     start: the constant that the network subtracts from its inputs [*input_shape], the mean of the data if it was stored
       as such; None if the function does not reveal it.
+    first: the fully connected first layer, if there is one that is wider than the number of classes.
+    origin: a point of the affine subspace [*input_shape] in which the data lie, where the first layer's bias tells it
+      (`kkt_jax.first_layer.FirstLayer.normal`); then ``span`` has one direction less than the kernel. None if not.
     span: directions of the data, read off a fully connected first layer that is wide enough; None if there is none.
     roles: what each tensor is, a pytree like the parameters: ``"first kernel"``, ``"kernel"``, ``"last bias"`` or
       ``"other"``.
@@ -90,6 +95,8 @@ class Examination:
   rates: homogeneity.RateSolution
   scaling_error: float
   start: jax.Array | None
+  first: FirstLayer | None
+  origin: jax.Array | None
   span: InputSpan | None
   roles: PyTree
   last: LastLayer | None
@@ -108,8 +115,10 @@ class Examination:
 
   @property
   def unit_start(self) -> jax.Array:
-    """Where samples start, in units of the range: what the network subtracts, else the middle of the range."""
+    """Where the span starts, in units of the range: the origin, else what is subtracted, else the middle of the range."""
     shape, bounded = self.classifier.input_shape, self.classifier.value_range is not None
+    if self.origin is not None:
+      return self.classifier.to_unit(self.origin)
     if self.start is None:
       return jnp.full(shape, 0.5 if bounded else 0.0)
     unit = self.classifier.to_unit(self.start)
@@ -117,7 +126,7 @@ class Examination:
 
   @property
   def tells_mean(self) -> bool:
-    """Whether what the network subtracts is an image, such as the mean of the data, and not one value throughout."""
+    """Whether the start is an image in the data's affine subspace, as their mean is, and not one value throughout."""
     return float(jnp.std(self.unit_start)) > _ALIKE
 
   @property
@@ -227,7 +236,11 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
   scaling = jax.jit(functools.partial(homogeneity.scaling_error, classifier.apply_fn))
   error = float(scaling(params, rates.rates, probes, alphas))
   free = symmetries.scale_invariant(classifier.apply_fn, params, probes)
-  start, span, first, left = _first_layer(classifier, probes)
+  start, layer, span, first, left = _first_layer(classifier, probes)
+  affine = affine_span(layer) if layer is not None and span is not None and not span.blur else None
+  origin = None
+  if affine is not None and classifier.initial_params is None and not classifier.batch_coupled:
+    origin, span = jnp.asarray(affine[0].reshape(classifier.input_shape), jnp.float32), affine[1]
   forms = [form] if form else FORMS[2:] if classifier.initial_params is not None else FORMS[:2]
   conditions = _possible(classifier, rates, free, left)
   possible = {name: _attainable(classifier, conditions[name], probes, first) for name in forms}
@@ -254,6 +267,8 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
     rates=rates,
     scaling_error=error,
     start=classifier.offset if classifier.offset is not None else start,
+    first=layer,
+    origin=origin,
     span=span,
     roles=jax.tree.unflatten(structure, roles),
     last=last,
@@ -391,10 +406,12 @@ def _matrices(leaves: list[jax.Array], size: int, *, axis: int) -> list[tuple[in
   return [(i, turned) for turned in (False, True) for i, shape in flat if shape[1 - axis if turned else axis] == size]
 
 
-def _first_layer(classifier: Classifier, x: jax.Array) -> tuple[jax.Array | None, InputSpan | None, int | None, float]:
-  """What a network subtracts from its inputs, and the span and place of a fully connected first layer, if it has one.
+def _first_layer(
+  classifier: Classifier, x: jax.Array
+) -> tuple[jax.Array | None, FirstLayer | None, InputSpan | None, int | None, float]:
+  """What a network subtracts from its inputs, its fully connected first layer, the span and the place of its kernel.
 
-  Last comes how much of a known start is left in it; 1 if that is unknown.
+  Last comes how much of a known start is left in the kernel; 1 if that is unknown.
 
   The gradient of any logit by the kernel of such a layer is the outer product of the layer's input with another vector.
   So the direction of what the layer sees of each input x_i follows from gradients, ``x_i - m = c_i u_i``, and three
@@ -404,21 +421,40 @@ def _first_layer(classifier: Classifier, x: jax.Array) -> tuple[jax.Array | None
   found = _gradients(classifier, jnp.linspace(-1.0, 1.0, classifier.num_classes), x[:3])
   flat = np.asarray(x[:3], np.float64).reshape(3, -1)
   for place, turned in _matrices(leaves, flat.shape[1], axis=0) if flat.shape[1] > 1 else []:
-    kernel = leaves[place].T if turned else leaves[place]
-    constant = _constant(flat, [own[place].T if turned else own[place] for own in found])
+    upright = lambda leaf, turned=turned: np.asarray(leaf).T if turned else np.asarray(leaf)
+    gradients = [upright(own[place]) for own in found]
+    constant = _constant(flat, gradients)
     if constant is None:
       continue  # its inputs are not the data: another layer, or they go through something else first
+    kernel = upright(leaves[place])
     start = jnp.asarray(constant.reshape(classifier.input_shape), jnp.float32)
     if kernel.shape[1] <= classifier.num_classes:
-      return start, None, place, 1.0  # such as a last layer, which tells of classes
+      return start, None, None, place, 1.0  # such as a last layer, which tells of classes
     # Batch norm makes the gradients of a batch add up to 0: their span is one of differences, around the data's mean.
     around_mean = not classifier.batch_coupled or float(np.std(constant)) > _ALIKE * np.abs(flat).max()
-    if classifier.initial_params is None:
-      return start, _span(kernel, noise=around_mean, num_classes=classifier.num_classes), place, 1.0
-    first = jax.tree.leaves(classifier.initial_params)[place]
-    change, left = _change(kernel, first.T if turned else first)
-    return start, _span(change, num_classes=classifier.num_classes) if around_mean else None, place, left
-  return None, None, None, 1.0
+    left = 1.0
+    if classifier.initial_params is not None:
+      kernel, left = _change(kernel, upright(jax.tree.leaves(classifier.initial_params)[place]))
+    noise = around_mean and classifier.initial_params is None
+    usable = around_mean or classifier.initial_params is None
+    rank, span = _span(kernel, noise=noise, num_classes=classifier.num_classes) if usable else (0, None)
+    bias = _first_bias(leaves, found, [(flat[i] - constant) @ g for i, g in enumerate(gradients)], flat - constant)
+    return start, FirstLayer(kernel, constant, place, turned, bias, rank), span, place, left
+  return None, None, None, None, 1.0
+
+
+def _first_bias(
+  leaves: list[jax.Array], gradients: list[list[np.ndarray]], signals: list[np.ndarray], offsets: np.ndarray
+) -> np.ndarray | None:
+  """The bias [F] of the first layer, whose gradient is the signal, if it has one; ``signals`` times squared offsets."""
+  signals = [own / np.vdot(offset, offset) for own, offset in zip(signals, offsets, strict=True)]
+  for place, leaf in enumerate(leaves):
+    if leaf.shape == signals[0].shape and all(
+      np.linalg.norm(own[place] - signal) <= _ALIKE * np.linalg.norm(signal)
+      for own, signal in zip(gradients, signals, strict=True)
+    ):
+      return np.asarray(leaf)
+  return None
 
 
 def _constant(x: np.ndarray, gradients: Sequence[np.ndarray]) -> np.ndarray | None:
@@ -439,7 +475,7 @@ def _constant(x: np.ndarray, gradients: Sequence[np.ndarray]) -> np.ndarray | No
   return constants[0] if np.abs(constants - constants[0]).max() <= _ALIKE * np.abs(x).max() else None
 
 
-def _change(kernel: jax.Array, first: jax.Array) -> tuple[jax.Array, float]:
+def _change(kernel: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, float]:
   """``W - c W_0`` with the c that leaves nothing in directions without data, and c.
 
   Weight decay shrinks the start: there ``W = c W_0``. A singular value with vectors u and v falls with c at the rate
@@ -457,34 +493,38 @@ def _change(kernel: jax.Array, first: jax.Array) -> tuple[jax.Array, float]:
     change = final - left * initial
     if abs(step) < _ROUNDING:
       break
-  return jnp.asarray(change, kernel.dtype), left
+  return change.astype(kernel.dtype), left
 
 
-def _span(kernel: jax.Array, *, noise: bool = True, num_classes: int = 0) -> InputSpan | None:
-  """The span before a fall of the singular values, else that above a floor of noise, if there is either.
+def _span(kernel: ArrayLike, *, noise: bool = True, num_classes: int = 0) -> tuple[int, InputSpan | None]:
+  """How many directions stand before a fall of the singular values, and the span of the data, if it is that.
 
-  Above noise there must be more than two directions for each class. Fewer stand out because classes do; those of single
-  samples drown.
+  The kernel ``sum_i x_i s_i^T`` has the rank of the signals s_i where these are fewer than the samples: samples of one
+  class that open the same gates are fitted alike, and two classes leave two to a dozen directions, whatever the number
+  of samples. So there must be more than two for each class before a sharp fall, or above noise, and many more else.
   """
-  fall = _fall(kernel)
-  if fall is not None:
-    return input_span(kernel, tolerance=fall)
+  rank, sharp = _fall(kernel)
+  if rank:
+    enough = rank > (_FEW if sharp else _MANY) * num_classes
+    basis, strengths, _ = np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
+    found = InputSpan(jnp.asarray(basis[:, :rank], jnp.float32), jnp.asarray(strengths[:rank], jnp.float32))
+    return rank, found if enough else None
   span = span_above_noise(kernel) if noise else None
-  return span if span is not None and span.strengths.size > 2 * num_classes else None
+  return 0, span if span is not None and span.strengths.size > _FEW * num_classes else None
 
 
-def _fall(kernel: jax.Array) -> float | None:
-  """Where the singular values fall off, relative to the greatest: amid the greatest fall to almost nothing, if any."""
-  strengths: np.ndarray = np.asarray(jnp.linalg.svd(kernel, compute_uv=False), np.float64)
+def _fall(kernel: ArrayLike) -> tuple[int, bool]:
+  """How many singular values stand before their greatest fall to almost nothing, 0 if there is none; is it sharp?"""
+  strengths: np.ndarray = np.linalg.svd(np.asarray(kernel, np.float64), compute_uv=False)
   values = np.maximum(strengths / max(strengths[0], 1e-300), _ROUNDING)
   falls = np.where(values[1:] < _NOTHING, values[:-1] / values[1:], 0.0)
   falls = falls[: int(_FILLED * len(falls))]  # a normalisation takes directions away, which says nothing of data
   at = int(np.argmax(falls)) if len(falls) else 0
   if len(falls) and falls[at] > _FALL:
-    return float(np.sqrt(values[at] * values[at + 1]))
+    return at + 1, bool(falls[at] > _SHARP)
   # Without a sharp fall, what lies below the rounding errors of the training is no direction of the data.
   count = int(np.sum(values > 2 * _ROUNDING))
-  return 2 * _ROUNDING if 0 < count < _FILLED * len(values) else None
+  return (count if 0 < count < _FILLED * len(values) else 0), False
 
 
 def _last_layer(classifier: Classifier, x: jax.Array) -> tuple[LastLayer | None, int | None, int | None]:

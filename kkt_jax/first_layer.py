@@ -3,6 +3,8 @@
 Beyond the paper, and data-free: everything is read off the given parameters.
 """
 
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -18,7 +20,52 @@ _FILLED = 0.9  # greatest share of the directions that data may fill
 _SURE = 3.2724  # Tracy-Widom's law (beta = 1) lies below it with a probability of 99.9 %
 _SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)  # quantiles of the spectrum that are held against those of noise
 _LIKE_NOISE = 0.02  # greatest difference of these, in units of the edge; of K values one more K-th
+_BIAS_OUTSIDE = 1e-3  # share of a bias outside of its kernel's row space, up to which both hold one sum over the data
 _QUIET = 4.0  # standard deviations of a squared row's length up to which it is one of noise
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstLayer:
+  """A fully connected first layer: ``(x - start) @ kernel + bias``.
+
+  Attributes:
+    kernel: W [D, F]; less what is left of a known start.
+    start: what is subtracted from the inputs [D].
+    place: of the kernel among the parameters' leaves.
+    turned: whether it is stored as [F, D], as PyTorch does.
+    bias: of the layer [F], if it has one.
+    rank: how many directions the kernel holds, the others being rounding errors; 0 if that cannot be told.
+  """
+
+  kernel: np.ndarray
+  start: np.ndarray
+  place: int
+  turned: bool
+  bias: np.ndarray | None
+  rank: int
+
+  @functools.cached_property
+  def factors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Singular vectors [D, r], values [r] and vectors [r, F] of the kernel up to its rank, in float64."""
+    u, s, rows = np.linalg.svd(np.asarray(self.kernel, np.float64), full_matrices=False)
+    return u[:, : self.rank], s[: self.rank], rows[: self.rank]
+
+  @functools.cached_property
+  def normal(self) -> np.ndarray | None:
+    """The v [D] with ``v . (x - start) = 1`` for every training input x; None if the bias does not tell it.
+
+    Every step of gradient descent adds ``sum_i x_i s_i^T`` to the kernel and ``sum_i s_i`` to the bias, with the same
+    s_i. So once the same weight decay has shrunk the start of both, ``bias = kernel^T v``, whether training has
+    converged or not. That the bias lies in the kernel's row space, F - r equations, is checked: without decay on the
+    bias, or with another step size or start, it does not.
+    """
+    if self.bias is None or not self.rank:
+      return None
+    u, s, rows = self.factors
+    bias = np.asarray(self.bias, np.float64)
+    inside = bias @ rows.T
+    told = np.linalg.norm(bias) > 0 and np.linalg.norm(bias - inside @ rows) <= _BIAS_OUTSIDE * np.linalg.norm(bias)
+    return u @ (inside / s) if told else None
 
 
 class InputSpan(NamedTuple):
@@ -34,6 +81,31 @@ class InputSpan(NamedTuple):
   basis: jax.Array
   strengths: jax.Array
   blur: float = 0.0
+
+
+def affine_span(first: FirstLayer) -> tuple[np.ndarray, InputSpan] | None:
+  """The affine subspace of the training inputs: its point next to the layer's start [D], and directions within it.
+
+  Among the r directions of the kernel, the equation ``normal . (x - start) = 1`` leaves r - 1 free. It is what tells a
+  sample from a darker or a brighter one.
+
+  >>> inputs = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+  >>> signals = np.array([[1.0, 2.0, -1.0], [0.5, -1.0, 3.0]])
+  >>> layer = FirstLayer(inputs.T @ signals, np.zeros(3), 0, False, signals.sum(axis=0), 2)
+  >>> origin, span = affine_span(layer)
+  >>> print(origin.round(6), np.abs(span.basis[:, 0]).round(6))
+  [0.5 0.5 0. ] [0.70711 0.70711 0.     ]
+  """
+  normal = first.normal
+  if normal is None:
+    return None
+  u, s, _ = first.factors
+  along = u.T @ normal
+  along /= np.linalg.norm(along)
+  basis, strengths, _ = np.linalg.svd((u - np.outer(u @ along, along)) * s, full_matrices=False)
+  free = first.rank - 1
+  span = InputSpan(jnp.asarray(basis[:, :free], jnp.float32), jnp.asarray(strengths[:free], jnp.float32))
+  return first.start + normal / float(normal @ normal), span
 
 
 class NoiseFloor(NamedTuple):

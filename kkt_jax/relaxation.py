@@ -7,7 +7,6 @@ function is read as JAX sees it, operation by operation, and every gate in it is
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import functools
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -41,21 +40,20 @@ def relaxed_relu(x: jax.Array, sharpness: float) -> jax.Array:
   >>> print(relaxed_relu(jnp.array([-1.0, 2.0]), 20.0), jax.grad(relaxed_relu)(0.0, 20.0))
   [0. 2.] 0.5
   """
-  return _mixed(jax.nn.relu(x), x, jnp.zeros_like(x), x, sharpness)
+  return _mixed(jax.nn.relu(x), jnp.zeros_like(x), x, jax.nn.sigmoid(sharpness * x))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _mixed(value: jax.Array, root: jax.Array, below: jax.Array, above: jax.Array, sharpness: float) -> jax.Array:
-  """The value, with the derivatives of ``below`` and ``above`` mixed by where ``root`` is."""
-  del root, below, above, sharpness
+@jax.custom_jvp
+def _mixed(value: jax.Array, below: jax.Array, above: jax.Array, gate: jax.Array) -> jax.Array:
+  """The value, with the derivatives of ``below`` and ``above`` mixed by the gate, from 0 to 1."""
+  del below, above, gate
   return value
 
 
 @_mixed.defjvp
-def _mixed_jvp(sharpness: float, primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
-  value, root, _, _ = primals
-  _, _, below, above = tangents
-  gate = jax.nn.sigmoid(sharpness * root)
+def _mixed_jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+  value, _, _, gate = primals
+  _, below, above, _ = tangents
   return value, gate * above + (1 - gate) * below
 
 
@@ -96,8 +94,9 @@ def relax_gates(
   _checks.check_positive("sharpness", sharpness)
 
   def with_relaxed_gates(params: PyTree, x: jax.Array) -> Result:
-    report = _Report()
-    result: Result = _relaxed(apply_fn, params, x, sharpness, report)
+    smooth = lambda root: jax.nn.sigmoid(sharpness * root)
+    report = _Report(smooth, smooth)
+    result: Result = _relaxed(apply_fn, params, x, report)
     if report.kinks and not report.gates:
       raise ValueError(
         f"apply_fn must be smooth or have gates that can be relaxed; it has {', '.join(dict.fromkeys(report.kinks))}"
@@ -115,7 +114,7 @@ def gates(apply_fn: ApplyFn, params: PyTree, x: Any) -> list[str]:
   ['max', 'min']
   """
   report = _Report()
-  jax.eval_shape(lambda params, x: _relaxed(apply_fn, params, x, 1.0, report), params, x)
+  jax.eval_shape(lambda params, x: _relaxed(apply_fn, params, x, report), params, x)
   return report.gates
 
 
@@ -128,7 +127,7 @@ def pre_activations(apply_fn: ApplyFn, params: PyTree, x: Any) -> list[jax.Array
 
   def roots(params: PyTree, x: Any) -> list[jax.Array]:
     report = _Report()
-    _relaxed(apply_fn, params, x, 1.0, report)
+    _relaxed(apply_fn, params, x, report)
     return report.roots
 
   return jax.jit(roots)(params, x)
@@ -143,6 +142,32 @@ def relaxed(classifier: Classifier, sharpness: float | None) -> Classifier:
   jax.eval_shape(gradient_fn, classifier.params, probe)  # now is the time to complain
   whole = classifier.evaluate_fn and relax_gates(classifier.evaluate_fn, sharpness=sharpness)
   return dataclasses.replace(classifier, gradient_fn=gradient_fn, evaluate_fn=whole)
+
+
+def given_gates(
+  apply_fn: Callable[[PyTree, jax.Array], Result],
+) -> Callable[[PyTree, jax.Array, Sequence[jax.Array]], Result]:
+  """The same function with a derivative whose gates are given, instead of told by the sign of their arguments.
+
+  At a kink the gate of a stationary point is any number from 0 to 1: there gradient descent rests between the slopes.
+
+  Args:
+    apply_fn: as for `relax_gates`.
+
+  Returns:
+    ``(params, x, gates)``, of the same values. The gates are arrays like `pre_activations`, in its order: the share of
+    the slope above the kink. Gates in loops and branches stay exact.
+
+  >>> fixed = given_gates(lambda w, x: jax.nn.relu(w * x))
+  >>> jax.grad(lambda w: fixed(w, jnp.ones(1), [jnp.array([0.3])])[0])(0.0).tolist()
+  0.30000001192092896
+  """
+
+  def with_given_gates(params: PyTree, x: jax.Array, gates: Sequence[jax.Array]) -> Result:
+    following = iter(gates)
+    return _relaxed(apply_fn, params, x, _Report(lambda root: next(following).astype(root.dtype)))
+
+  return with_given_gates
 
 
 def computed_in(apply_fn: ApplyFn, dtype: DTypeLike) -> ApplyFn:
@@ -195,20 +220,35 @@ class _Value(NamedTuple):
 
 @dataclasses.dataclass
 class _Report:
-  """The gates that were relaxed, other kinks, and the arguments of the gates outside loops and branches."""
+  """How gates are opened, outside and inside loops and branches, and which there were.
 
+  Attributes:
+    gate: ``root -> gate``: the share of the slope above the kink in the derivative, from 0 to 1.
+    inside: the same in the bodies of loops and branches.
+    gates: the operations that were gates.
+    kinks: those that have a kink and are none.
+    roots: the arguments of the gates outside loops and branches.
+  """
+
+  gate: Callable[[jax.Array], jax.Array] = lambda root: _step(root)
+  inside: Callable[[jax.Array], jax.Array] = lambda root: _step(root)
   gates: list[str] = dataclasses.field(default_factory=list)
   kinks: list[str] = dataclasses.field(default_factory=list)
   roots: list[jax.Array] = dataclasses.field(default_factory=list)
 
 
-def _relaxed(apply_fn: Callable[[PyTree, Any], Any], params: PyTree, x: Any, sharpness: float, report: _Report) -> Any:
+def _step(root: jax.Array) -> jax.Array:
+  """The exact gate; 0 at the kink, as ReLU's."""
+  return (root > 0).astype(root.dtype)
+
+
+def _relaxed(apply_fn: Callable[[PyTree, Any], Any], params: PyTree, x: Any, report: _Report) -> Any:
   closed, shape = jax.make_jaxpr(apply_fn, return_shape=True)(params, x)
-  values = _evaluate(closed, list(map(_Value, jax.tree.leaves((params, x)))), sharpness, report)
+  values = _evaluate(closed, list(map(_Value, jax.tree.leaves((params, x)))), report)
   return jax.tree.unflatten(jax.tree.structure(shape), [value.array for value in values])
 
 
-def _evaluate(closed: Any, arguments: Sequence[_Value], sharpness: float, report: _Report) -> list[_Value]:
+def _evaluate(closed: Any, arguments: Sequence[_Value], report: _Report) -> list[_Value]:
   """Runs a program with its gates relaxed."""
   jaxpr = closed.jaxpr
   known = {v: _Value(constant, depends=False) for v, constant in zip(jaxpr.constvars, closed.consts, strict=True)}
@@ -225,15 +265,15 @@ def _evaluate(closed: Any, arguments: Sequence[_Value], sharpness: float, report
     depends = any(value.depends for value in inputs)
     own = report if depends else _Report()
     if name in _INLINED:
-      outputs = _evaluate(equation.params[_INLINED[name]], inputs, sharpness, report)
+      outputs = _evaluate(equation.params[_INLINED[name]], inputs, report)
     elif name == "custom_jvp_call" and _only_gates(equation.params["call_jaxpr"]):
-      outputs = _evaluate(equation.params["call_jaxpr"], inputs, sharpness, report)
+      outputs = _evaluate(equation.params["call_jaxpr"], inputs, report)
     else:
       if name not in _OWN_DERIVATIVE:
-        equation = equation.replace(params={k: _inside(v, sharpness, own) for k, v in equation.params.items()})
+        equation = equation.replace(params={k: _inside(v, own) for k, v in equation.params.items()})
       outputs = [_Value(array) for array in _run(jaxpr, equation, [value.array for value in inputs])]
       if len(outputs) == 1:
-        outputs = [_described(name, inputs, outputs[0], sharpness, own)]
+        outputs = [_described(name, inputs, outputs[0], own)]
       outputs = [value._replace(depends=depends) for value in outputs]
     known |= dict(zip(equation.outvars, outputs, strict=True))
   return [read(atom) for atom in jaxpr.outvars]
@@ -246,17 +286,17 @@ def _run(jaxpr: Any, equation: Any, arrays: Sequence[Any]) -> list[Any]:
   return core.jaxpr_as_fun(core.ClosedJaxpr(alone, []))(*variables.values())
 
 
-def _inside(parameter: Any, sharpness: float, report: _Report) -> Any:
+def _inside(parameter: Any, report: _Report) -> Any:
   """The programs inside an operation (a loop's body, a branch) with their gates relaxed."""
-  report = dataclasses.replace(report, roots=[])
+  report = dataclasses.replace(report, roots=[], gate=report.inside)
   if type(parameter) is tuple:  # named ones hold no programs
-    return tuple(_inside(part, sharpness, report) for part in parameter)
+    return tuple(_inside(part, report) for part in parameter)
   closed = isinstance(parameter, core.ClosedJaxpr)  # from JAX 0.12 on every program is
   if isinstance(parameter, core.Jaxpr) and not closed:
-    return _inside(core.ClosedJaxpr(parameter, []), sharpness, report).jaxpr
+    return _inside(core.ClosedJaxpr(parameter, []), report).jaxpr
   if not closed:
     return parameter
-  run = lambda *arrays: [v.array for v in _evaluate(parameter, list(map(_Value, arrays)), sharpness, report)]
+  run = lambda *arrays: [v.array for v in _evaluate(parameter, list(map(_Value, arrays)), report)]
   return jax.make_jaxpr(run)(
     *(jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in parameter.in_avals)
   )
@@ -270,7 +310,7 @@ def _only_gates(closed: Any) -> bool:
   )
 
 
-def _described(name: str, inputs: Sequence[_Value], out: _Value, sharpness: float, report: _Report) -> _Value:
+def _described(name: str, inputs: Sequence[_Value], out: _Value, report: _Report) -> _Value:
   """An operation's output with what is known of it, and relaxed if it is a gate."""
   match name:
     case "convert_element_type":
@@ -289,8 +329,8 @@ def _described(name: str, inputs: Sequence[_Value], out: _Value, sharpness: floa
       return out._replace(flags=frozenset({"variance"}))
     case "clamp" if inputs[0].constant == 0:
       low, x, high = inputs
-      rectified = _described("max", [x, low], _Value(jnp.maximum(x.array, 0)), sharpness, report)
-      return _described("min", [rectified, high], out, sharpness, report)
+      rectified = _described("max", [x, low], _Value(jnp.maximum(x.array, 0)), report)
+      return _described("min", [rectified, high], out, report)
     case "mul":
       square = inputs[0].array is inputs[1].array
       out = out._replace(factors=tuple(inputs), flags=frozenset({"square"} if square else ()))
@@ -304,7 +344,7 @@ def _described(name: str, inputs: Sequence[_Value], out: _Value, sharpness: floa
   root, *slopes = gate
   report.roots.append(root)
   below, above = (jnp.zeros_like(root) if isinstance(s, float) and s == 0 else s * root for s in slopes)
-  return _Value(_mixed(out.array, root, below, above, sharpness), flags=frozenset({"gated"}))
+  return _Value(_mixed(out.array, below, above, report.gate(root)), flags=frozenset({"gated"}))
 
 
 def _gate(name: str, inputs: Sequence[_Value]) -> tuple[Any, Any, Any] | None:

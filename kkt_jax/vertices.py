@@ -18,6 +18,7 @@ import numpy as np
 
 from kkt_jax import _checks
 from kkt_jax._precision import full_precision
+from kkt_jax.criteria import Criteria
 from kkt_jax.first_layer import InputSpan
 
 _EXPONENT = 0.5  # of the distance from the ends of the range: 1 is what a linear program minimises, near 0 it counts
@@ -29,9 +30,6 @@ _TIGHT = 1e-3  # distance from an end of the range, in units of the range, up to
 _ROWS = 1024  # of the basis that are compared with all before them at once
 _TOGETHER = 0.999  # cosine of two values' rows of the basis from which they are one equation
 _VARIES = 1e-3  # least length of a value's row of the basis for it to vary in the span
-_BEYOND = 0.21  # least share of all values that are at an end beyond the dimension, see `least_tight`
-OVERSHOOT, _FIRM = 0.06, 0.04  # most outside the range that rounding of the span explains; least singular value
-_CONTRAST = 6e-3  # the latter, where all black values may move as one, and all white ones
 _NEAR = 0.2  # from an end of the range, from where a value can still get there
 _VARIANCE = 0.05  # of a value, at least, where random points are drawn: the start may be 0 throughout
 _ALONE = 0.75  # share of a pixel's distance from its end that is its own; the rest is that of the pixels around it
@@ -39,9 +37,8 @@ _NEAREST = 8  # neighbours that are asked where a value will end
 _REACHED = 0.15  # from an end of the range, up to which a neighbour's value is taken to be there
 _UNSURE = 0.05  # least share of the neighbours that a value is given at either end
 _DARKEST, _DARK = 0.05, (2e-3, 2e-4)  # most that a black value may have come to, and distances that count as none
+_DEFAULT = Criteria()
 _BENT = 0.25  # most that a value may move on the way to its level
-OFF_LEVEL = 0.2  # steps from a level, up to which a value is on it
-_NEW = 0.05  # least share of a sample that those before it do not account for
 
 
 class Certificates(NamedTuple):
@@ -56,7 +53,8 @@ class Certificates(NamedTuple):
       without leaving any of these ends, as a mixture of two training samples can.
     contrast: the same where black values may become one grey, and white ones another [M]: near 0 if it can be a picture
       with even areas, made brighter or darker; 0 also where it is not firm, for it is at most the firmness.
-    certified: whether it passes for a training sample [M].
+    vertex: whether it is tight, firm and in the range, and not the start [M].
+    certified: whether it has contrast, too: it passes for a training sample if nothing else explains it [M].
   """
 
   tight: np.ndarray
@@ -65,6 +63,7 @@ class Certificates(NamedTuple):
   overshoot: np.ndarray
   firmness: np.ndarray
   contrast: np.ndarray
+  vertex: np.ndarray
   certified: np.ndarray
 
 
@@ -144,7 +143,7 @@ def varying(span: InputSpan) -> np.ndarray:
   return counted
 
 
-def least_tight(dimensions: int, number: int) -> int:
+def least_tight(dimensions: int, number: int, criteria: Criteria = _DEFAULT) -> int:
   """How many of a number of values must be at an end of the range for a sample to be certified.
 
   r of them say nothing. Of polished points that are no training samples, chance brings up to a fifth of all values
@@ -153,21 +152,21 @@ def least_tight(dimensions: int, number: int) -> int:
   >>> least_tight(99, 482), least_tight(499, 552)
   (201, 615)
   """
-  return dimensions + math.ceil(_BEYOND * number)
+  return dimensions + math.ceil(criteria.beyond * number)
 
 
-def certify(x: ArrayLike, span: InputSpan, start: ArrayLike) -> Certificates:
+def certify(x: ArrayLike, span: InputSpan, start: ArrayLike, criteria: Criteria = _DEFAULT) -> Certificates:
   """Which samples pass for training samples, from the span alone: tight, firm, in the range, and not the start.
 
   They must be firm also where all black values may become one grey, and all white ones another. Else a picture with
   even areas would pass when it is made so bright that one of them is white, if a black image is in the span. Where the
-  start is one value throughout, every sample can be made brighter, so that this cannot be asked: there it is assumed
-  that training samples reach the ends of their range.
+  start is one value throughout, every sample can be made brighter, so that none is certified by its range.
 
   Args:
     x: polished samples [M, ...] in units of the range.
     span: of the training data.
     start: what the span starts from [...].
+    criteria: the thresholds.
 
   Returns:
     `Certificates`.
@@ -179,25 +178,26 @@ def certify(x: ArrayLike, span: InputSpan, start: ArrayLike) -> Certificates:
   varies = varying(span)
   counted = np.asarray(span.basis, np.float64)[varies]
   own = np.asarray(x, np.float64).reshape(x.shape[0], -1)[:, varies]
-  at_end = np.minimum(np.abs(own), np.abs(own - 1)) < _TIGHT
+  at_end = np.minimum(np.abs(own), np.abs(own - 1)) < criteria.tight
   tight, overshoot = at_end.sum(axis=1), np.linalg.norm(np.maximum(0.0, np.maximum(-own, own - 1)), axis=1)
   dimensions, number = span.strengths.size, int(varies.sum())
   away = np.abs(np.asarray(x - start[None])).reshape(x.shape[0], -1).max(axis=1) > _NEAR  # the start may be black
-  enough = (tight >= least_tight(dimensions, number)) & (overshoot <= OVERSHOOT) & away
+  enough = (tight >= least_tight(dimensions, number, criteria)) & (overshoot <= criteria.overshoot) & away
   firmness, contrast = np.zeros((2, len(own)))
   ends, which = np.unique(np.where(at_end, own > 0.5, -1)[enough], axis=0, return_inverse=True)
   if len(ends):  # many samples come to one vertex
-    measured = np.array([_firm_and_contrasted(counted, vertex) for vertex in ends])
+    measured = np.array([_firm_and_contrasted(counted, own, criteria.firmness) for own in ends])
     firmness[enough], contrast[enough] = measured[which.ravel()].T
-  certified = enough & (firmness >= _FIRM) & ((contrast >= _CONTRAST) | (np.ptp(start) < _TIGHT))
-  return Certificates(tight, dimensions, number, overshoot, firmness, contrast, certified)
+  vertex = enough & (firmness >= criteria.firmness)
+  certified = vertex & (contrast >= criteria.contrast) & (np.ptp(start) >= criteria.tight)
+  return Certificates(tight, dimensions, number, overshoot, firmness, contrast, vertex, certified)
 
 
-def _firm_and_contrasted(basis: np.ndarray, ends: np.ndarray) -> tuple[float, float]:
+def _firm_and_contrasted(basis: np.ndarray, ends: np.ndarray, least: float) -> tuple[float, float]:
   """Firmness and contrast of a vertex: which of its values [D] are 0, which 1; the others are -1."""
   black, white = basis[ends == 0], basis[ends == 1]
   firmness = _least_singular(np.concatenate([black, white]))
-  if firmness < _FIRM:
+  if firmness < least:
     return firmness, 0.0
   return firmness, _least_singular(np.concatenate([part - part.mean(axis=0) for part in (black, white) if len(part)]))
 
@@ -253,35 +253,6 @@ def promising(x: ArrayLike, span: InputSpan) -> np.ndarray:
   own = np.asarray(x).reshape(np.shape(x)[0], -1)[:, varies]
   near = np.sum(np.minimum(np.abs(own), np.abs(own - 1)) < _NEAR, axis=1)
   return near >= least_tight(span.strengths.size, int(varies.sum()))
-
-
-def independent(x: ArrayLike, tight: ArrayLike, start: ArrayLike, *, affine: bool) -> np.ndarray:
-  """Indices of samples of which none is made of the others: each sample once, and no blend of few others.
-
-  Training samples are independent where the span has as many dimensions as they need. Taken in the order of their tight
-  values, a sample that the earlier ones account for is left out.
-
-  Args:
-    x: certified samples [M, ...].
-    tight: how many of their values are at an end of the range [M].
-    start: what the span starts from [...].
-    affine: whether the start is among the samples' blends, as their mean is; then r + 1 can be independent, else r.
-
-  >>> x = jnp.array([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
-  >>> independent(x, [3, 3, 3, 1], jnp.full(3, 0.4), affine=True).tolist()
-  [0, 2]
-  """
-  rows = np.asarray(x, np.float64).reshape(-1, np.size(start)) - np.asarray(start, np.float64).reshape(-1)
-  if affine:
-    rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)  # affine dependence becomes linear
-  kept: list[int] = []
-  directions = np.zeros((0, rows.shape[1]))
-  for index in np.argsort(-np.asarray(tight), kind="stable"):
-    rest = rows[index] - (rows[index] @ directions.T) @ directions
-    if np.linalg.norm(rest) > _NEW * np.linalg.norm(rows[index]):
-      kept.append(int(index))
-      directions = np.concatenate([directions, rest[None] / np.linalg.norm(rest)])
-  return np.array(kept, int)
 
 
 @full_precision

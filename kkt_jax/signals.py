@@ -1,0 +1,202 @@
+"""One sample alone: does its back-propagated signal stand in the weights? Beyond the paper.
+
+With weight decay w the stationarity of a fully connected first layer, Eq. 5 by its kernel, is
+
+  ``w N W = -sum_i x_i s_i^T``,  s_i = d loss(x_i) / d (its pre-activations in the first layer), [F],
+
+with x_i less the constant that the network subtracts. If W has rank N, as many as there are training samples, the s_i
+are a basis of its row space, and so for every training sample
+
+1. s_i lies in the row space of W: F - N equations,
+2. ``s_i W^+ x_i = -w N``, which fixes its scale,
+3. ``s_i W^+ x_j = 0`` for every other training sample x_j,
+
+and no other sample, label, range of values or level is needed. At a kink a gate is any number from 0 to 1: where
+gradient descent rests there, the stored weights hold a number in between. So gates of units at their kink are free:
+a bounded least squares over as many unknowns as a sample has kinks. With exact gates the equations hold to a quarter,
+with free ones to a thousandth.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+import numpy as np
+import optax
+
+from kkt_jax import _checks, relaxation
+from kkt_jax._precision import full_precision
+from kkt_jax.classifier import ApplyFn, PyTree
+from kkt_jax.examination import Examination
+
+KINK = 1e-3  # of a unit's standard deviation, up to which its argument is at its kink
+_ITERATIONS = 300  # of the bounded least squares
+_AT_ONCE = 16  # samples whose derivatives by their free gates are in memory at once
+
+
+class Signals(NamedTuple):
+  """What the first layer's weights say of samples, each by itself.
+
+  Attributes:
+    distance: of each signal from the row space of the kernel [M], relative to its length; of a training sample near 0.
+    scale: ``-s W^+ x / (w N)`` [M] with N the rank of the kernel and w its weight decay, 1 if that is unknown; of a
+      training sample 1, or one unknown number for all if w or N is.
+    duals: q [M, D] with ``q . x_j`` = 0 for every other training sample x_j (less what is subtracted), and `scale` for
+      the sample itself.
+    kinks: how many units of the first layer rest on their kink at each sample [M], units without weights not counted.
+  """
+
+  distance: np.ndarray
+  scale: np.ndarray
+  duals: np.ndarray
+  kinks: np.ndarray
+  unrest: np.ndarray
+
+
+@full_precision
+def signals(examination: Examination, x: ArrayLike, labels: ArrayLike | None = None, *, kink: float = KINK) -> Signals:
+  """The signals of samples in the first layer, with free gates at kinks, beside what the weights hold.
+
+  Args:
+    examination: of a classifier with a fully connected first layer, without batch norm.
+    x: samples [M, *input_shape], in the classifier's units.
+    labels: their labels [M]; what the classifier takes them for if None.
+    kink: up to which a gate's argument is at its kink, in standard deviations of the arguments of its unit; positive.
+
+  Returns:
+    `Signals`.
+
+  Raises:
+    ValueError: no such first layer, or shapes that do not fit.
+  """
+  classifier, first = examination.classifier, examination.first
+  if first is None or classifier.batch_coupled:
+    raise ValueError("examination must be of a classifier with a fully connected first layer and without batch norm.")
+  x = jnp.asarray(x)
+  _checks.check_shape("x", x, (len(x), *classifier.input_shape), "[M, *input_shape]")
+  _checks.check_positive("kink", kink)
+  apply_fn, params = classifier.apply_fn, classifier.params
+  logits = classifier.predict(x)
+  classes = jnp.argmax(logits, axis=1) if labels is None else classifier.classes_of(labels)
+  roots = [root for root in relaxation.pre_activations(apply_fn, params, x) if root.shape[:1] == x.shape[:1]]
+  shapes = tuple(root.shape[1:] for root in roots)
+  arguments = np.concatenate(
+    [np.zeros((len(x), 0)), *(np.asarray(r, np.float64).reshape(len(x), -1) for r in roots)], 1
+  )
+  spread = _spread(examination)
+  at_kink = np.abs(arguments) < kink * spread
+  at_kink &= spread > 0
+  most = -(-max(int(at_kink.sum(axis=1).max(initial=0)), 1) // _AT_ONCE) * _AT_ONCE
+  places = np.full((len(x), most), arguments.shape[1])
+  for row, kinks in zip(places, at_kink, strict=True):
+    own = np.flatnonzero(kinks)
+    row[: len(own)] = own
+  u, s, rows = first.factors
+  offsets = np.asarray(x, np.float64).reshape(len(x), -1) - first.start.reshape(-1)
+  pixel = np.argmax(np.abs(offsets), axis=1)
+  height = offsets[np.arange(len(x)), pixel]
+  given = (x, classes, places, arguments.astype(np.float32), pixel, height.astype(np.float32))
+  parts = []
+  for begin in range(0, len(x), _AT_ONCE):  # of one size, so that one program does for all
+    part = np.resize(np.arange(begin, min(begin + _AT_ONCE, len(x))), _AT_ONCE)
+    where = (apply_fn, first.place, first.turned, shapes)
+    parts.append(_signals(*where, params, jnp.asarray(rows, jnp.float32), *(jnp.asarray(own)[part] for own in given)))
+  signal, t = (np.asarray(jnp.concatenate(own)[: len(x)], np.float64) for own in zip(*parts, strict=True))
+  relative = np.abs(arguments) / np.where(spread > 0, spread, np.inf)
+  at = np.take_along_axis(np.concatenate([relative, np.zeros((len(x), 1))], axis=1), places, axis=1)
+  between = np.where(places < arguments.shape[1], t * (1 - t), 0.0)
+  unrest = np.sum(between * at, axis=1) / np.maximum(between.sum(axis=1), 1e-12)
+  inside = signal @ rows.T
+  lengths = np.maximum(np.linalg.norm(signal, axis=1), 1e-300)
+  distance = np.linalg.norm(signal - inside @ rows, axis=1) / lengths
+  duals = -(inside / s) @ u.T / (len(s) * (classifier.weight_decay or 1.0))
+  width = first.kernel.shape[1]
+  return Signals(distance, np.sum(duals * offsets, axis=1), duals, at_kink[:, :width].sum(axis=1), unrest)
+
+
+def _spread(examination: Examination) -> np.ndarray:
+  """The standard deviation of every gate's argument over random inputs, the same for all of a layer; 0 for dead units."""
+  classifier = examination.classifier
+  roots = relaxation.pre_activations(classifier.apply_fn, classifier.params, examination.probes)
+  parts = []
+  for root in roots:
+    if root.shape[:1] == examination.probes.shape[:1]:
+      own = np.asarray(root, np.float64).reshape(len(root), -1)
+      moving = own.std(axis=0)
+      parts.append(np.where(moving > 1e-3 * moving.max(initial=0.0), own.std(), 0.0))
+  return np.concatenate([np.zeros(0), *parts])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@full_precision
+def _signals(
+  apply_fn: ApplyFn,
+  place: int,
+  turned: bool,
+  shapes: tuple[tuple[int, ...], ...],
+  params: PyTree,
+  rows: jax.Array,
+  x: jax.Array,
+  classes: jax.Array,
+  places: jax.Array,
+  arguments: jax.Array,
+  pixel: jax.Array,
+  height: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Signals [M, F] and the gates at ``places`` [M, K], chosen so that they come as near to ``rows`` [r, F] as can be."""
+  leaves, structure = jax.tree.flatten(params)
+  free_gates = relaxation.given_gates(apply_fn)
+  sizes = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
+
+  def of_one(
+    x: jax.Array, index: jax.Array, places: jax.Array, arguments: jax.Array, pixel: jax.Array, height: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    def signal(t: jax.Array) -> jax.Array:
+      open_ = (arguments > 0).astype(x.dtype).at[places].set(t, mode="drop")
+      gates = [g.reshape(1, *own) for g, own in zip(jnp.split(open_, sizes), shapes, strict=True)] if shapes else []
+
+      def loss(row: jax.Array) -> jax.Array:  # the gradient by one row of the kernel is x there times the signal
+        kernel = leaves[place].at[:, pixel].add(row) if turned else leaves[place].at[pixel].add(row)
+        own = jax.tree.unflatten(structure, [*leaves[:place], kernel, *leaves[place + 1 :]])
+        logits = free_gates(own, x[None], gates)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, index[None])[0]
+
+      return jax.grad(loss)(jnp.zeros(rows.shape[1], x.dtype)) / height
+
+    beyond = lambda vectors: vectors - (vectors @ rows.T) @ rows
+    t = jnp.full(places.shape, 0.5, x.dtype)
+    for _ in range(max(len(shapes), 1)):  # linear in the gates of each layer
+      now, push = jax.linearize(signal, t)
+      slopes = beyond(jax.vmap(push)(jnp.eye(len(t), dtype=x.dtype)))
+      t = _bounded(slopes, beyond(now) - t @ slopes, t)
+    return signal(t), t
+
+  return jax.vmap(of_one)(x, classes, places, arguments, pixel, height)
+
+
+def _bounded(rows: jax.Array, offset: jax.Array, t: jax.Array) -> jax.Array:
+  """The t in [0, 1] that minimises ``|t @ rows + offset|``, by an accelerated projected gradient method."""
+  lengths = jnp.linalg.norm(rows, axis=1)
+  lengths = jnp.where(lengths > 1e-6 * jnp.max(lengths), lengths, jnp.inf)
+  rows = rows / lengths[:, None]
+  gram, linear, most = rows @ rows.T, rows @ offset, jnp.where(jnp.isfinite(lengths), lengths, 0.0)
+  vector = jnp.ones_like(t)
+  for _ in range(12):
+    vector = gram @ vector
+    vector /= jnp.maximum(jnp.linalg.norm(vector), 1e-30)
+  step = 0.9 / jnp.maximum(jnp.vdot(vector, gram @ vector), 1e-30)
+  descend = lambda u: jnp.clip(u - step * (gram @ u + linear), 0.0, most)
+
+  def accelerated(_: int, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    u, ahead, inertia = carry
+    following = descend(ahead)
+    uphill = jnp.vdot(ahead - following, following - u) > 0  # then the inertia is dropped (O'Donoghue and Candes 2015)
+    inertia = jnp.where(uphill, 1.0, inertia)
+    faster = 0.5 * (1 + jnp.sqrt(1 + 4 * inertia**2))
+    return following, following + (inertia - 1) / faster * (following - u), faster
+
+  start = t * most
+  u, _, _ = jax.lax.fori_loop(0, _ITERATIONS, accelerated, (start, start, jnp.ones(())))
+  return jnp.where(jnp.isfinite(lengths), u / lengths, t)
