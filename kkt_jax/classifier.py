@@ -1,6 +1,6 @@
 """What the library needs of a trained classifier: its functions, its parameters, and what is known of its inputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
-from kkt_jax import _checks
+from kkt_jax import _checks, _statistics
 from kkt_jax._precision import full_precision
 
 PyTree = Any
@@ -216,6 +216,11 @@ def make_classifier(
   """
   input_shape = tuple(operator.index(size) for size in input_shape)
   _checks.check_params("params", params)
+  if isinstance(params, Mapping) and (running := _statistics.split(params, frozenset())[1]):
+    raise ValueError(
+      f"params must hold no running statistics of batch norm, which are no parameters; got"
+      f" {_statistics.some_names(running)}. kkt_jax.Subject with a train_fn takes them, see docs/audit.md."
+    )
   shape_of = functools.partial(result_shape, params=params, input_shape=input_shape)
   logits = shape_of("apply_fn", apply_fn)
   if getattr(logits, "shape", None) in ((2,), (2, 1)):
