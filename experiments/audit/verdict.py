@@ -54,6 +54,14 @@ def with_scores(verdict: Verdict, scored: Scored | None) -> Verdict:
   )
 
 
+def with_doubts(verdict: Verdict, doubts: Sequence[str]) -> Verdict:
+  """The verdict, in which nothing found is no answer if the description of the classifier or its data is in doubt."""
+  if not doubts or verdict.level not in ("none", "open"):
+    return verdict
+  said = [own for own in verdict.reasons if own not in doubts]
+  return Verdict("open", "No verdict: the classifier may not be what its description says.", [*doubts, *said])
+
+
 def of_candidates(told: Told) -> str:
   """What scores say of samples that were asked about."""
   return (
