@@ -20,6 +20,7 @@ from kkt_jax import _statistics
 from kkt_jax.classifier import (
   ApplyFn,
   Classifier,
+  DecayLike,
   Evaluation,
   lifted_logits,
   make_classifier,
@@ -58,7 +59,8 @@ class Subject:
       and Keras by n.
     features_fn: ``(variables, x) -> [M, F]``; see `kkt_jax.classifier.Classifier`.
     offset: the constant [*input_shape] that ``apply_fn`` subtracts from its inputs, such as the mean image, if known.
-    weight_decay: the strength of the weight decay in training, if known.
+    weight_decay: the strength of the weight decay in training, if known: a number, a tree of numbers like the
+      parameters, or a function of the names of tensors; see `kkt_jax.classifier.Classifier`.
   """
 
   apply_fn: ApplyFn
@@ -68,7 +70,7 @@ class Subject:
   train_fn: Callable[[PyTree, jax.Array], tuple[Any, ...]] | None = None
   features_fn: ApplyFn | None = None
   offset: ArrayLike | None = None
-  weight_decay: float | None = None
+  weight_decay: DecayLike | None = None
 
   def variables_like(self) -> PyTree:
     """The shapes of the variables, without any memory for them."""
@@ -181,7 +183,7 @@ class Subject:
     value_range: tuple[float, float] | None = (0.0, 1.0),
     train_argument: str | None = None,
     offset: ArrayLike | None = None,
-    weight_decay: float | None = None,
+    weight_decay: DecayLike | None = None,
   ) -> Self:
     """The subject that a flax linen module is.
 
@@ -285,7 +287,7 @@ class Subject:
     value_range: tuple[float, float] | None = (0.0, 1.0),
     train_argument: str | None = None,
     offset: ArrayLike | None = None,
-    weight_decay: float | None = None,
+    weight_decay: DecayLike | None = None,
   ) -> Self:
     """The subject that a flax nnx module is.
 
