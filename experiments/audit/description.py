@@ -64,8 +64,8 @@ def check(classifier: Classifier, train: Images | None, held_out: Images | None)
     which cross-entropy keeps from exceeding the accuracy on what it was trained on, or
   - another order of the labels, fitted to each half of the data and tested on the other, or another preprocessing of
     the inputs halves the errors at least (McNemar), or makes no more of them and tells training from held-out data
-    better by their margins (DeLong), p below .001 after Bonferroni. Where the confidence does not exceed the accuracy,
-    both, and less than 5 % of the errors of chance are left.
+    better by their margins (DeLong), p below .001 after Bonferroni. If the classifier is not too sure, the other must
+    come 95 % of the way from chance to perfection; and both must hold if the given one comes 30 % of it.
 
   Without training data only the last is asked, of held-out data.
   """
@@ -210,7 +210,7 @@ def _other_inputs(classifier: Classifier, own: _Answers, other: _Answers | None,
     if other is not None and beside is not None and of.hits.sum() >= own.hits.sum():
       farther = _p_value_of_areas((own, other), (of, beside))
     if not wrong and own.excess <= 2:  # what was hardly trained, and is not too sure, may do better on centred inputs
-      fewer, least_kappa = max(fewer, farther), 0.95
+      fewer, least_kappa = (fewer if own.kappa < 0.3 else max(fewer, farther)), 0.95
     else:
       least_kappa = 0.5
     p_values[what] = min(fewer, farther) if of.kappa >= least_kappa else 1.0

@@ -85,6 +85,7 @@ def write(
   trials: dict[str, Trial] = {}
   leaks: list[Leak] = []
   certificates: list[dict[str, int]] = []
+  proven_samples = False
   if reconstruction is None:
     answer = verdict.refusal(examination.bound)
   else:
@@ -99,6 +100,7 @@ def write(
       trials = {name: comparison.trial(own, train, held_out) for name, own in (sets | {"own_means": means}).items()}
       leaks = _leaks(sets["generated"], train, held_out, trials["generated"], proven)
     count, false = sum(len(own.y) for own in reconstruction.exact), sum(own["false"] for own in certificates)
+    proven_samples = count > false
     controls = {title: trials[name] for name, title in _CONTROLS.items() if name in trials}
     answer = verdict.of(trials.get("generated"), controls, count, false, remarks)
     rows = _measure(reconstruction.classifiers[0], reconstruction.conditions[0], sets, train, held_out)
@@ -107,7 +109,8 @@ def write(
       own = reconstruction.exact[0]
       caption = "What the weights alone prove to be training samples, a row for each class."
       drawn |= {"proven.png": caption} if _grid(out.path / "proven.png", Images(own.unit, own.y)) else {}
-  answer = verdict.with_doubts(verdict.with_scores(answer, scored), () if fit is None else fit.doubts)
+  answer = verdict.with_limits(verdict.with_scores(answer, scored), remarks, proven=proven_samples)
+  answer = verdict.with_doubts(answer, () if fit is None else fit.doubts)
   if told is not None:
     answer = answer._replace(reasons=[*answer.reasons, verdict.of_candidates(told)])
   against = _against(trials)
