@@ -87,6 +87,10 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   from experiments.harness.workdir import Workdir
   import kkt_jax
 
+  try:
+    jax.devices()
+  except Exception as error:  # JAX raises several kinds
+    raise UsageError(f"JAX has no device to run on ({type(error).__name__}: {error}); see JAX_PLATFORMS.") from error
   classifier = load(config.classifier, config.checkpoint, config.initial_checkpoint)
   alone = bool(config.candidates)
   train, held_out, remarks = data.read(config.train_data, config.held_out_data, classifier, alone=alone)
