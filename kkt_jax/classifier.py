@@ -1,22 +1,25 @@
 """What the library needs of a trained classifier: its functions, its parameters, and what is known of its inputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
-from kkt_jax import _checks
+from kkt_jax import _checks, _statistics
 from kkt_jax._precision import full_precision
 
 PyTree = Any
 ApplyFn = Callable[[PyTree, jax.Array], jax.Array]
+# The strength of weight decay: one for all tensors, a tree of strengths like the parameters, or a function of the names
+# that `kkt_jax.homogeneity.tensor_names` gives; 0 where there is none.
+DecayLike = float | PyTree | Callable[[str], float]
 
 
 class Evaluation(NamedTuple):
@@ -31,6 +34,74 @@ class Evaluation(NamedTuple):
   logits: jax.Array
   statistics: PyTree | None = None
   features: jax.Array | None = None
+
+
+class WeightDecay(float):
+  """Strengths of weight decay that differ from tensor to tensor; as a number, the greatest.
+
+  Attributes:
+    strengths: of every tensor, in the order of the leaves.
+
+  >>> decay = WeightDecay((0.0, 0.01))
+  >>> float(decay), decay.strengths, decay == WeightDecay((0.01, 0.01))
+  (0.01, (0.0, 0.01), False)
+  """
+
+  strengths: tuple[float, ...]
+
+  def __new__(cls, strengths: Sequence[float]) -> Self:
+    """The strengths in the order of the leaves."""
+    own = super().__new__(cls, max(strengths))
+    own.strengths = tuple(map(float, strengths))
+    return own
+
+  def __eq__(self, other: object) -> bool:
+    """Only those of the same strengths are equal, which jit needs to know."""
+    return isinstance(other, WeightDecay) and self.strengths == other.strengths
+
+  def __hash__(self) -> int:
+    """That of the strengths."""
+    return hash(self.strengths)
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    """For copies and pickles."""
+    return WeightDecay, (self.strengths,)
+
+
+def decay_of_tensors(weight_decay: DecayLike, params: PyTree) -> PyTree:
+  """The strength of weight decay of every tensor, a tree of scalars like the parameters.
+
+  Raises:
+    ValueError: a strength is negative, not finite or no scalar, or none is positive.
+
+  >>> decay_of_tensors(lambda name: 0.1 if name.endswith("kernel") else 0.0, {"kernel": 1.0, "bias": 2.0})
+  {'bias': 0.0, 'kernel': 0.1}
+  """
+  leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+  names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+  alike: Any = jax.tree.structure(weight_decay)
+  if isinstance(weight_decay, WeightDecay):
+    found: list[Any] = list(weight_decay.strengths)
+  elif callable(weight_decay):
+    found = [weight_decay(name) for name in names]
+  elif not isinstance(weight_decay, Mapping | Sequence) and jnp.ndim(weight_decay) == 0:
+    _checks.check_positive("weight_decay", weight_decay)
+    found = [weight_decay] * len(names)
+  elif alike == structure:
+    found = jax.tree.leaves(weight_decay)
+  else:
+    found = []
+  if len(found) != len(names) or any(jnp.ndim(own) for own in found):
+    raise ValueError(
+      "weight_decay must be a number, a tree of numbers like params, or a function of the names of tensors, such as"
+      f" {names[0]!r}; got {weight_decay!r}."
+    )
+  for name, own in zip(names, found, strict=True):
+    if _checks.concrete((own >= 0) & (own < np.inf)) is False:
+      raise ValueError(f"weight_decay must be positive and finite, or 0 where there is none; got {own} for {name!r}.")
+  if all(_checks.concrete(own > 0) is False for own in found):
+    raise ValueError(f"weight_decay must be positive and finite, at least of one tensor; got {weight_decay!r}.")
+  return jax.tree.unflatten(structure, found)
 
 
 @functools.partial(
@@ -80,7 +151,9 @@ class Classifier:
     offset: a constant [*input_shape] that the functions subtract from their inputs, such as the mean image of the
       training data, if known. It is part of what a classifier reveals.
     value_range: least and greatest value of an input; None if unbounded.
-    weight_decay: the strength w of the weight decay that the classifier was trained with, if known.
+    weight_decay: the strength w of the weight decay that the classifier was trained with, if known: a number, or a
+      `WeightDecay` if it differs from tensor to tensor. The gradient of the mean cross-entropy is -w times the tensor
+      where training ends; docs/audit.md tells what that is in other libraries' names.
     initial_params: the parameters from which it was trained, a tree like ``params``, if known: those of a public
       network that was fine-tuned. Then the data account for the change.
   """
@@ -195,10 +268,13 @@ def make_classifier(
   evaluate_fn: Callable[[PyTree, jax.Array], Evaluation] | None = None,
   offset: ArrayLike | None = None,
   value_range: tuple[float, float] | None = (0.0, 1.0),
-  weight_decay: float | None = None,
+  weight_decay: DecayLike | None = None,
   initial_params: PyTree | None = None,
 ) -> Classifier:
   """Checks the parts of a classifier, which are described in `Classifier`, and puts them together.
+
+  ``weight_decay`` may also be a tree of numbers like ``params``, or a function of the names of tensors
+  (``lambda name: 0.01 if name.endswith("kernel") else 0.0``).
 
   Functions that return one logit per sample, [M, 1] or [M], make a classifier of two classes: see `two_logits`.
 
@@ -216,6 +292,11 @@ def make_classifier(
   """
   input_shape = tuple(operator.index(size) for size in input_shape)
   _checks.check_params("params", params)
+  if isinstance(params, Mapping) and (running := _statistics.split(params, frozenset())[1]):
+    raise ValueError(
+      f"params must hold no running statistics of batch norm, which are no parameters; got"
+      f" {_statistics.some_names(running)}. kkt_jax.Subject with a train_fn takes them, see docs/audit.md."
+    )
   shape_of = functools.partial(result_shape, params=params, input_shape=input_shape)
   logits = shape_of("apply_fn", apply_fn)
   if getattr(logits, "shape", None) in ((2,), (2, 1)):
@@ -262,7 +343,8 @@ def make_classifier(
     if not low < high or math.isinf(low) or math.isinf(high):
       raise ValueError(f"value_range must be (least, greatest), or None if unbounded; got {value_range}.")
   if weight_decay is not None:
-    _checks.check_positive("weight_decay", weight_decay)
+    strengths = jax.tree.leaves(decay_of_tensors(weight_decay, params))
+    weight_decay = strengths[0] if all(own == strengths[0] for own in strengths) else WeightDecay(strengths)
   if initial_params is not None:
     _checks.check_same_shapes("initial_params", initial_params, "params", params)
     _checks.check_finite("initial_params", initial_params)

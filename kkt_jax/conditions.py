@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kkt_jax import _checks
-from kkt_jax.classifier import PyTree
+from kkt_jax.classifier import decay_of_tensors, DecayLike, PyTree
 from kkt_jax.homogeneity import parameter_groups, RateSolution, tensor_names
 
 
@@ -97,32 +97,37 @@ def _of_groups(params: PyTree, groups: PyTree, scale: jax.Array) -> tuple[PyTree
   return target, mask, jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(target)]))
 
 
-def weight_decay_conditions(params: PyTree, *, weight_decay: float = 1.0) -> Conditions:
+def weight_decay_conditions(params: PyTree, *, weight_decay: DecayLike = 1.0) -> Conditions:
   """Stationarity of cross-entropy plus ``weight_decay / 2 |zeta|^2``: the target is ``weight_decay * zeta`` everywhere.
 
   Args:
     params: zeta.
-    weight_decay: w, positive and finite; if unknown, leave it at 1 and let the multipliers have a free scale.
+    weight_decay: w: a positive and finite number; or a tree of numbers like ``params``, or a function of the names of
+      tensors, 0 where nothing decays: there the gradients must add up to 0. If unknown, leave it at 1 and let the
+      multipliers have a free scale.
 
   Returns:
     `Conditions` with no parameter left out.
 
   Raises:
-    ValueError: ``weight_decay`` not positive or not finite; ``params`` empty, not floating point or not finite.
+    ValueError: ``weight_decay`` negative, 0 everywhere or not finite; ``params`` empty, not floating point or not
+      finite.
 
   >>> import jax.numpy as jnp
   >>> print(weight_decay_conditions({"w": jnp.array([2.0])}, weight_decay=0.5).target["w"])
   [1.]
+  >>> params = {"bias": jnp.array([3.0]), "kernel": jnp.array([2.0])}
+  >>> weight_decay_conditions(params, weight_decay=lambda name: 0.5 * (name == "kernel")).target["bias"].tolist()
+  [0.0]
   """
-  _checks.check_positive("weight_decay", weight_decay)
   _checks.check_params("params", params)
-  return Conditions(*jax.lax.stop_gradient(_decayed(params, weight_decay)))
+  return Conditions(*jax.lax.stop_gradient(_decayed(params, decay_of_tensors(weight_decay, params))))
 
 
 @jax.jit  # one compilation for all tensors
-def _decayed(params: PyTree, weight_decay: jax.Array) -> tuple[PyTree, PyTree]:
+def _decayed(params: PyTree, strengths: PyTree) -> tuple[PyTree, PyTree]:
   """Target and mask."""
-  return jax.tree.map(lambda p: weight_decay * p, params), jax.tree.map(jnp.ones_like, params)
+  return jax.tree.map(lambda p, own: (own * p).astype(p.dtype), params, strengths), jax.tree.map(jnp.ones_like, params)
 
 
 def weigh_tensors(conditions: Conditions, weights: Mapping[str, float] | PyTree) -> Conditions:

@@ -143,6 +143,12 @@ def test_what_cannot_be_audited_is_named_and_leaves_no_folder(stored, tmp_path, 
   assert not (tmp_path / "new").exists()
 
 
+def test_a_device_that_is_not_there_is_no_fault_of_the_classifier(stored, tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "devices", lambda: (_ for _ in ()).throw(RuntimeError("no backend 'cuda'")))
+  with pytest.raises(UsageError, match="^JAX has no device to run on .*no backend 'cuda'.*; see JAX_PLATFORMS"):
+    audit.run(config(stored), tmp_path / "new")
+
+
 def test_the_installed_program_refuses_a_mistyped_flag_and_leaves_no_folder(tmp_path, capsys):
   scripts = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
   module, function = scripts["kkt-audit"].split(":")
@@ -594,6 +600,13 @@ def test_training_data_are_told_from_others_and_data_never_seen_are_not(stored, 
 
 
 # The examples.
+
+
+def test_transposed_arrays_are_stored_as_they_are(tmp_path):
+  weight = np.arange(6, dtype=np.float32).reshape(2, 3).T  # safetensors 0.8.0 stores its memory, whatever its strides
+  examples.store(tmp_path / "weights.safetensors", {"layer": {"kernel": weight}})
+  found = kkt_jax.read_weights(tmp_path / "weights.safetensors", {"layer": {"kernel": jnp.zeros((3, 2))}})
+  np.testing.assert_array_equal(found["layer"]["kernel"], weight)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pathlib
 import pickle
 import struct
 
-from flax import serialization
+from flax import nnx, serialization
 from hypothesis import given, HealthCheck, settings
 from hypothesis import strategies as st
 import jax
@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import save_file
 
+from kkt_jax.subject import Subject
 from kkt_jax.weights import read_weights, WeightsError
 
 TREE = {"params": {"Dense_0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.ones(3, np.float32)}}}
@@ -220,3 +221,136 @@ def test_random_bytes_are_refused(tmp_path_factory, suffix):
       read_weights(path, LIKE)
 
   attack()
+
+
+# Names and folders as people have them.
+
+FLAT = {"0/weight": np.arange(6, dtype=np.float32).reshape(2, 3), "1/bias": np.ones(3, np.float32)}
+
+
+def nested(flat, separator="/"):
+  tree = {}
+  for name, leaf in flat.items():
+    node = tree
+    *path, last = name.split(separator)
+    for part in path:
+      node = node.setdefault(part, {})
+    node[last] = leaf
+  return tree
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "msgpack", "orbax"])
+@pytest.mark.parametrize(
+  "rename",
+  [
+    lambda name: f"module/{name}",
+    lambda name: f"_orig_mod/module/{name}",
+    lambda name: f"params/{name}",
+    lambda name: f"{name}/value",
+    lambda name: f"params/{name}/value",
+  ],
+  ids=["module", "compiled", "params", "nnx", "nnx in params"],
+)
+def test_what_all_names_share_makes_no_difference(tmp_path, kind, rename):
+  path = write(kind, tmp_path, nested({rename(name): leaf for name, leaf in FLAT.items()}))
+  found = read_weights(path, jax.eval_shape(lambda: nested(FLAT)))
+  jax.tree.map(np.testing.assert_array_equal, found, nested(FLAT))
+
+
+def test_a_part_that_is_the_classifier_s_own_is_not_taken_off(tmp_path):
+  path = write("safetensors", tmp_path, nested({f"layers/{name}": leaf for name, leaf in FLAT.items()}))
+  like = jax.eval_shape(lambda: {"layers": nested(FLAT)})
+  assert set(read_weights(path, like)) == {"layers"}
+  with pytest.raises(WeightsError, match="it lacks 'head/0/weight', 'head/1/bias', 'other'; it has too much"):
+    read_weights(path, {"head": like["layers"], "other": jax.ShapeDtypeStruct((1,), jnp.float32)})
+
+
+def test_collections_of_flax_are_filled_from_names_without_them(tmp_path):
+  tree = {"params": nested(FLAT), "batch_stats": {"1": {"running_mean": np.zeros(3, np.float32)}}}
+  own = FLAT | {"1/running_mean": np.zeros(3, np.float32), "1/num_batches_tracked": np.array(5)}
+  found = read_weights(write("safetensors", tmp_path, nested(own)), jax.eval_shape(lambda: tree))
+  jax.tree.map(np.testing.assert_array_equal, found, tree)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "msgpack", "orbax"])
+@pytest.mark.parametrize(("stored", "wanted"), [(True, False), (False, True), (True, True)])
+def test_the_counter_of_pytorch_is_passed_over(tmp_path, kind, stored, wanted):
+  counter = {"1/num_batches_tracked": np.array(7, np.int32)}
+  like = jax.eval_shape(lambda: nested(FLAT | counter if wanted else FLAT))
+  found = read_weights(write(kind, tmp_path, nested(FLAT | counter if stored else FLAT)), like)
+  jax.tree.map(
+    np.testing.assert_array_equal, found, nested(FLAT | ({"1/num_batches_tracked": 7 * stored} if wanted else {}))
+  )
+
+
+def test_what_lies_beside_the_parameters_is_said_to(tmp_path):
+  state = {"step": np.array(3), "params": nested(FLAT), "opt_state": {"mu": nested(FLAT)}}
+  like = jax.eval_shape(lambda: nested(FLAT))
+  with pytest.raises(WeightsError, match="too much: .*; those below 'params' are: store these alone"):
+    read_weights(write("msgpack", tmp_path, state), like)
+
+
+def test_the_state_of_an_nnx_model_is_read_as_flax_says_to_store_it(tmp_path):
+  model = nnx.Linear(4, 3, rngs=nnx.Rngs(1))
+  path = write("orbax", tmp_path, nnx.state(model))
+  found = read_weights(
+    path, Subject.from_nnx(lambda rngs: nnx.Linear(4, 3, rngs=rngs), input_shape=(4,)).variables_like()
+  )
+  np.testing.assert_array_equal(found["kernel"], model.kernel[...])
+
+
+def shards(folder, **changed):
+  """Two files with a tensor each, and their index."""
+  files = {"a.safetensors": "0/weight", "b.safetensors": "1/bias"}
+  for file, name in files.items():
+    save_file({name.replace("/", "."): FLAT[name]}, folder / file)
+  index = {"weight_map": {name.replace("/", "."): file for file, name in files.items()}} | changed
+  path = folder / "model.safetensors.index.json"
+  path.write_text(json.dumps(index))
+  return path
+
+
+def test_several_safetensors_are_read_by_their_index(tmp_path):
+  like = jax.eval_shape(lambda: nested(FLAT))
+  jax.tree.map(np.testing.assert_array_equal, read_weights(shards(tmp_path), like), nested(FLAT))
+  for file, said in (
+    ("../a.safetensors", r"names '\.\./a"),
+    ("/etc/passwd", "names '/etc/passwd'"),
+    ("c.safetensors", "c.safetensors, which it names: there is no"),
+  ):
+    with pytest.raises(WeightsError, match=said):
+      read_weights(shards(tmp_path, weight_map={"0.weight": file}), like)
+  with pytest.raises(WeightsError, match="it lacks '1/bias'"):
+    read_weights(shards(tmp_path, weight_map={"0.weight": "a.safetensors"}), like)
+  with pytest.raises(WeightsError, match="two tensors of one name"):
+    save_file({"0.weight": FLAT["0/weight"]}, shards(tmp_path).with_name("b.safetensors"))
+    read_weights(tmp_path / "model.safetensors.index.json", like)
+  with pytest.raises(WeightsError, match="damaged or of another format"):
+    read_weights(shards(tmp_path, weight_map=3), like)
+
+
+def test_folders_that_are_no_checkpoint_say_what_to_name(tmp_path):
+  like = jax.eval_shape(lambda: nested(FLAT))
+  with ocp.CheckpointManager(tmp_path / "manager") as manager:
+    manager.save(123, args=ocp.args.StandardSave(nested(FLAT)))
+  with pytest.raises(WeightsError, match="name '123/default' in it"):
+    read_weights(tmp_path / "manager", like)
+  with pytest.raises(WeightsError, match="name 'default' in it"):
+    read_weights(tmp_path / "manager" / "123", like)
+  jax.tree.map(
+    np.testing.assert_array_equal, read_weights(tmp_path / "manager" / "123" / "default", like), nested(FLAT)
+  )
+  (tmp_path / "hub").mkdir()
+  shards(tmp_path / "hub")
+  with pytest.raises(WeightsError, match="name 'model.safetensors.index.json', 'a.safetensors', 'b.safetensors' in it"):
+    read_weights(tmp_path / "hub", like)
+
+
+def test_a_backend_that_is_not_there_is_no_fault_of_the_file(tmp_path, monkeypatch):
+  def missing():
+    raise RuntimeError("Unable to initialize backend 'cuda'")
+
+  path = write("safetensors", tmp_path, nested(FLAT))
+  monkeypatch.setattr(jax, "devices", missing)
+  with pytest.raises(RuntimeError, match="^Unable to initialize backend 'cuda'"):
+    read_weights(path, jax.eval_shape(lambda: nested(FLAT)))

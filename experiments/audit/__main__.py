@@ -56,7 +56,10 @@ class Config:
     choices=("auto", "weight_decay", "max_margin", "change"),
     group="The generator",
   )
-  force: bool = flag(False, "Train a generator even if the weights are too far from all conditions.")
+  force: bool = flag(
+    False,
+    "Go on even if the classifier does not know its training data, or if its weights are too far from all conditions.",
+  )
   codes: int = flag(0, "Samples of each class; 0 is what suits the classifier.", lower=0, upper=100_000)
   steps: int = flag(1500, "Training steps.", lower=1)
   weights: str = flag("", "Other weights of terms of the loss: stationarity=0,total_variation=10.")
@@ -79,15 +82,25 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   import numpy as np
 
   from experiments.attack.train import train_generator
-  from experiments.audit import data, membership, report
+  from experiments.audit import data, description, membership, report
   from experiments.harness.progress import say
   from experiments.harness.workdir import Workdir
   import kkt_jax
 
+  try:
+    jax.devices()
+  except Exception as error:  # JAX raises several kinds
+    raise UsageError(f"JAX has no device to run on ({type(error).__name__}: {error}); see JAX_PLATFORMS.") from error
   classifier = load(config.classifier, config.checkpoint, config.initial_checkpoint)
   alone = bool(config.candidates)
   train, held_out, remarks = data.read(config.train_data, config.held_out_data, classifier, alone=alone)
   asked = data.read_candidates(config.candidates, classifier) if alone else None
+  fit = description.check(classifier, train, held_out)
+  if fit is not None:
+    say(str(fit))
+    if fit.refusal and not config.force:
+      raise UsageError(f"--classifier={config.classifier}: {fit.refusal}")
+    remarks = [*fit.doubts, *remarks]
   for remark in remarks:
     say(remark)
   say("examining the weights")
@@ -127,6 +140,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     scored=scored,
     told=told,
     remarks=remarks,
+    fit=fit,
     command=flags.command_line("python -m experiments.audit", config, workdir),
   )
 

@@ -325,7 +325,8 @@ def _as_people_do(subject: Subject, start: PyTree, x: np.ndarray, y: np.ndarray,
 def store(path: pathlib.Path, variables: PyTree) -> None:
   """Writes variables to a safetensors file, named as in PyTorch: by their path, joined by dots."""
   names = [name.replace("/", ".") for name in tensor_names(variables)]
-  save_file({name: np.asarray(v) for name, v in zip(names, jax.tree.leaves(variables), strict=True)}, path)
+  arrays = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(variables)]  # safetensors scrambles all others
+  save_file(dict(zip(names, arrays, strict=True)), path)
 
 
 if __name__ == "__main__":

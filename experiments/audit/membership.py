@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
+from experiments.audit import sources
 from experiments.data import Images
 from experiments.measure.comparison import comparable, EXACT, similarity, tested
 from kkt_jax import candidates
@@ -22,6 +23,10 @@ SCORES = {
   "margin": "the margin that training samples share",
   "loss": "their loss",
 }
+
+
+class Confounded(str):
+  """A limit in words under which no difference between training and held-out data is the weights' doing."""
 
 
 class Scored(NamedTuple):
@@ -81,7 +86,7 @@ def suspects(examination: Examination, asked: Images, names: Sequence[str], held
 
 
 def limits(train: Images, held_out: Images) -> list[str]:
-  """What a trial of these data cannot tell, in words; nothing if it can tell all."""
+  """What a trial of these data cannot tell, in words; nothing if it can tell all. See `Confounded`."""
   count, group = tested(train, held_out)
   number, said = count * len(np.unique(train.y)), []
   if number < len(train.y):
@@ -95,6 +100,18 @@ def limits(train: Images, held_out: Images) -> list[str]:
     near = int(np.sum(similarity(train, held_out) > EXACT))
     if near:
       said.append(f"{near} held-out samples are all but equal to a training sample, and cannot be told from it.")
+  counts = np.stack([np.bincount(images.y, minlength=int(train.y.max()) + 1) for images in (train, held_out)])
+  if stats.chi2_contingency(counts).pvalue < SIGNIFICANT:
+    said.append("The classes have other shares in the held-out data, by which scores of samples may differ, too.")
+  apart = sources.p_value(train, held_out)
+  if apart < SIGNIFICANT:
+    said.append(
+      Confounded(
+        f"The held-out data can be told from the training data of their class without any weights (p = {apart:.2g}):"
+        " they differ by themselves, as by their source, compression, brightness or cut, so that nothing that tells"
+        " them apart is evidence of training. Hold out data of the same source, stored in the same way."
+      )
+    )
   return said
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments.audit import verdict
 from experiments.audit.data import Named
+from experiments.audit.description import Fit
 from experiments.audit.membership import Scored, SCORES, Told
 from experiments.data import Images
 from experiments.harness import pages
@@ -57,6 +58,7 @@ def write(
   scored: Scored | None = None,
   told: Told | None = None,
   remarks: Sequence[str] = (),
+  fit: Fit | None = None,
   command: str = "",
 ) -> dict[str, Any]:
   """Measures, draws, and writes ``report.html`` and ``metrics.json``.
@@ -72,6 +74,7 @@ def write(
     scored: what scores of single samples tell, if data were given.
     told: what they tell of samples that were asked about.
     remarks: what limits the comparison.
+    fit: how well the classifier knows the data, if any were given.
     command: that made this.
 
   Returns:
@@ -82,6 +85,7 @@ def write(
   trials: dict[str, Trial] = {}
   leaks: list[Leak] = []
   certificates: list[dict[str, int]] = []
+  proven_samples = False
   if reconstruction is None:
     answer = verdict.refusal(examination.bound)
   else:
@@ -96,6 +100,7 @@ def write(
       trials = {name: comparison.trial(own, train, held_out) for name, own in (sets | {"own_means": means}).items()}
       leaks = _leaks(sets["generated"], train, held_out, trials["generated"], proven)
     count, false = sum(len(own.y) for own in reconstruction.exact), sum(own["false"] for own in certificates)
+    proven_samples = count > false
     controls = {title: trials[name] for name, title in _CONTROLS.items() if name in trials}
     answer = verdict.of(trials.get("generated"), controls, count, false, remarks)
     rows = _measure(reconstruction.classifiers[0], reconstruction.conditions[0], sets, train, held_out)
@@ -104,12 +109,14 @@ def write(
       own = reconstruction.exact[0]
       caption = "What the weights alone prove to be training samples, a row for each class."
       drawn |= {"proven.png": caption} if _grid(out.path / "proven.png", Images(own.unit, own.y)) else {}
-  answer = verdict.with_scores(answer, scored)
+  answer = verdict.with_limits(verdict.with_scores(answer, scored), remarks, proven=proven_samples)
+  answer = verdict.with_doubts(answer, () if fit is None else fit.doubts)
   if told is not None:
     answer = answer._replace(reasons=[*answer.reasons, verdict.of_candidates(told)])
   against = _against(trials)
   results = {
     "verdict": str(answer),
+    "fit": {} if fit is None else {"guessing": fit.guessing, **fit.known},
     "form": examination.form,
     "bounds": dict(examination.bounds),
     **rows,
@@ -132,7 +139,7 @@ def write(
     scored=scored,
     score_names=SCORES,
     told=told,
-    findings=str(examination).splitlines(),
+    findings=[*([] if fit is None else [f"{fit}."]), *str(examination).splitlines()],
     pictures={caption: out.path / name for name, caption in drawn.items()},
     rows=titled,
     settings=settings,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from experiments.audit.membership import Scored, SCORES, SIGNIFICANT, Told
+from experiments.audit.membership import Confounded, Scored, SCORES, SIGNIFICANT, Told
 from experiments.measure.comparison import EXACT
 from kkt_jax.metrics import Trial
 
@@ -52,6 +52,26 @@ def with_scores(verdict: Verdict, scored: Scored | None) -> Verdict:
   return Verdict(
     "member", answer, [f"{counted}.", "What can be rebuilt is another question.", verdict.answer, *verdict.reasons]
   )
+
+
+def with_doubts(verdict: Verdict, doubts: Sequence[str]) -> Verdict:
+  """The verdict, in which nothing found is no answer if the description of the classifier or its data is in doubt."""
+  if not doubts or verdict.level not in ("none", "open"):
+    return verdict
+  said = [own for own in verdict.reasons if own not in doubts]
+  return Verdict("open", "No verdict: the classifier may not be what its description says.", [*doubts, *said])
+
+
+def with_limits(verdict: Verdict, remarks: Sequence[str], *, proven: bool = False) -> Verdict:
+  """The verdict, which accuses of nothing but what is proven if the data differ without the weights, too."""
+  confounded = [own for own in remarks if isinstance(own, Confounded)]
+  if not confounded or verdict.level not in ("leak", "member", "class"):
+    return verdict
+  if proven:
+    return verdict._replace(reasons=[*confounded, *(own for own in verdict.reasons if own not in confounded)])
+  said = [own for own in verdict.reasons if own not in confounded]
+  answer = "No verdict: the held-out data differ from the training data without the weights, too."
+  return Verdict("open", answer, [*confounded, f"What would be said otherwise: {verdict.answer}", *said])
 
 
 def of_candidates(told: Told) -> str:
