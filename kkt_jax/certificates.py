@@ -1,13 +1,13 @@
-"""Which samples are certified to be training samples, by what evidence, and under which assumptions. No data are seen.
+"""Which samples are certified to be training samples, by what evidence, under which assumptions. No data are seen.
 
-| evidence  | what is checked of a sample                          | what must hold besides                               |
-|-----------|------------------------------------------------------|------------------------------------------------------|
-| equations | its own signal stands in the weights, at its scale   | weight decay, trained to convergence, no batch norm, |
-|           | (`kkt_jax.signals`)                                  | training samples that do not depend on one another   |
-| levels    | all its values lie on the levels of 8-bit images,    | values of that many levels                           |
-|           | many more than the subspace can choose               |                                                      |
-| range     | it is a firm vertex of the subspace cut with the     | values that reach the ends of their range, and a     |
-|           | range of values (`kkt_jax.vertices`)                 | subspace that tells a sample from a brighter one     |
+| evidence  | what is checked of a sample                        | what must hold besides                             |
+|-----------|----------------------------------------------------|----------------------------------------------------|
+| equations | its own signal stands in the weights, at its scale | weight decay, trained to convergence, no batch     |
+|           | (`kkt_jax.signals`)                                | norm, samples that do not depend on one another    |
+| levels    | all its values lie on the levels of 8-bit images,  | values of that many levels                         |
+|           | many more than the subspace can choose             |                                                    |
+| range     | it is a firm vertex of the subspace cut with the   | values that reach the ends of their range, and a   |
+|           | range of values (`kkt_jax.vertices`)               | subspace that tells a sample from a brighter one   |
 
 All need a subspace that is that of the data (`kkt_jax.examination`) and one explanation only: samples that account for
 one another, or that can be put together to others which would pass as well, are *ambiguous*, and none of them is
@@ -26,6 +26,10 @@ from kkt_jax.examination import Examination
 from kkt_jax.first_layer import InputSpan
 
 EVIDENCE = ("equations", "levels", "range")  # the strongest first
+_AGREE = 5  # samples whose scales agree that tell the common one
+_SPREAD = 5.0  # so many times the greatest difference of a value are two samples apart that are one
+_LEVELLED = 3  # samples on levels that say that the data are
+_PIXELS = 48  # on which combinations of three are looked at first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +126,6 @@ def _common_scale(scales: np.ndarray, tolerance: float) -> float | None:
   return float(np.median(scales[best])) if best.sum() >= max(_AGREE, len(scales) / 2) else None
 
 
-_AGREE = 5
-
-
 def gather(
   examination: Examination, unit: np.ndarray, found: vertices.Certificates, criteria: Criteria
 ) -> tuple[Candidates, np.ndarray]:
@@ -146,9 +147,9 @@ def gather(
   grey = np.round(whole.reshape(len(whole), -1) * criteria.levels)
   inner = [row[(row > 0) & (row < criteria.levels)] for row in grey]
   rich = np.array([len(r) >= criteria.grey_values and len(set(r)) >= criteria.grey_levels for r in inner], bool)
-  bits = (off < criteria.off_level) & rich
-  evidence = np.where(told, 0, np.where(bits, 1, np.where(found.certified[distinct], 2, len(EVIDENCE))))
-  doubt = np.where(told, misfit, np.where(bits, off, -found.tight[distinct]))
+  bits = off < criteria.off_level
+  evidence = np.where(told, 0, np.where(bits & rich, 1, np.where(found.certified[distinct], 2, len(EVIDENCE))))
+  doubt = np.where(told, misfit, np.where(bits & rich, off, -found.tight[distinct]))
   kept = evidence < len(EVIDENCE)
   bits &= ~told | (np.abs(whole - unit[distinct]).reshape(len(whole), -1).max(axis=1, initial=0.0) < criteria.same)
   whole = np.where(bits.reshape(-1, *[1] * start.ndim), whole, unit[distinct])
@@ -171,9 +172,6 @@ def first_alike(points: np.ndarray, distance: float) -> np.ndarray:
   return first
 
 
-_SPREAD = 5.0  # so many times the greatest difference of a value are two samples apart that are one
-
-
 def unambiguous(
   points: Candidates, start: np.ndarray, span: InputSpan, *, affine: bool, criteria: Criteria
 ) -> np.ndarray:
@@ -192,7 +190,7 @@ def unambiguous(
     criteria: what is allowed.
   """
   if (points.evidence == 1).sum() >= _LEVELLED:
-    points_on = np.flatnonzero(points.evidence < 2)  # the data are on levels; what is not is none of them
+    points_on = np.flatnonzero((points.evidence < 2) | points.to_the_bit)  # the data are on levels
   else:
     points_on = np.arange(len(points.unit))
   rows = points.unit.reshape(len(points.unit), -1).astype(np.float64) - np.asarray(start, np.float64).reshape(1, -1)
@@ -214,10 +212,6 @@ def unambiguous(
   weak = [own for own in kept if points.evidence[own] > 0 and own not in tainted]
   tainted |= {weak[own] for own in _recombined(points, weak, start, span, affine=affine, criteria=criteria)}
   return np.array([own for own in kept if own not in tainted], int)
-
-
-_LEVELLED = 3  # samples on levels that say that the data are
-_PIXELS = 48  # on which combinations of three are looked at first
 
 
 def _recombined(

@@ -28,7 +28,7 @@ class Exact(NamedTuple):
     y: their labels [K], as the classifier labels them.
     tight: how many of their values are at an end of the range [K]; see `kkt_jax.vertices.certify`.
     to_the_bit: which of them have the values of 8-bit images [K]; see `kkt_jax.vertices.to_levels`.
-    evidence: what certifies each [K], one of `kkt_jax.certificates.EVIDENCE`.
+    evidence: what certifies each [K], by its place in `kkt_jax.certificates.EVIDENCE`.
   """
 
   unit: np.ndarray
@@ -76,7 +76,7 @@ def find(
   classifier, span, start = examination.classifier, examination.span, examination.unit_start
   criteria = criteria or Criteria()
   led = np.zeros(len(guesses), bool)
-  nothing = [np.zeros(0, own) for own in (int, int, bool, str)]
+  nothing = [np.zeros(0, own) for own in (int, int, bool, int)]
   found = Exact(np.zeros((0, *classifier.input_shape), np.float32), *nothing)
   if hope(examination, guesses, y, few=_FEWER if least_hope else _FEW, criteria=criteria) <= least_hope:
     return found, led
@@ -108,8 +108,7 @@ def find(
     brought = len(chosen) > len(found.y)
     idle, at_random = 0 if brought else idle + 1, at_random and (brought or not drawn)
     own = pool[chosen]
-    evidence = np.array(certificates.EVIDENCE)[own.evidence]
-    found = Exact(own.whole, _read(classifier, own.whole)[0], own.tight, own.to_the_bit, evidence)
+    found = Exact(own.whole, _read(classifier, own.whole)[0], own.tight, own.to_the_bit, own.evidence)
     if on_round is not None:
       on_round(number + 1, len(chosen), most)
     if len(chosen) == most:

@@ -115,7 +115,7 @@ class Examination:
 
   @property
   def unit_start(self) -> jax.Array:
-    """Where the span starts, in units of the range: the origin, else what is subtracted, else the middle of the range."""
+    """Where the span starts, in units of the range: the origin, what is subtracted, or the middle of the range."""
     shape, bounded = self.classifier.input_shape, self.classifier.value_range is not None
     if self.origin is not None:
       return self.classifier.to_unit(self.origin)

@@ -117,7 +117,7 @@ def signals(examination: Examination, x: ArrayLike, labels: ArrayLike | None = N
 
 
 def _spread(examination: Examination) -> np.ndarray:
-  """The standard deviation of every gate's argument over random inputs, the same for all of a layer; 0 for dead units."""
+  """The standard deviation of a layer's arguments over random inputs, for each of its gates; 0 for dead units."""
   classifier = examination.classifier
   roots = relaxation.pre_activations(classifier.apply_fn, classifier.params, examination.probes)
   parts = []
@@ -145,7 +145,7 @@ def _signals(
   pixel: jax.Array,
   height: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Signals [M, F] and the gates at ``places`` [M, K], chosen so that they come as near to ``rows`` [r, F] as can be."""
+  """Signals [M, F] and the gates at ``places`` [M, K] that bring them nearest to the row space, ``rows`` [r, F]."""
   leaves, structure = jax.tree.flatten(params)
   free_gates = relaxation.given_gates(apply_fn)
   sizes = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]

