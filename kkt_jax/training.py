@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 import numpy as np
 import optax
 
@@ -68,6 +69,8 @@ class TrainState(NamedTuple):
     statistics: the generator's running averages.
     opt_state: of the optimizer.
     key: the random key of the next step.
+    origin: what it is trained from, a digest [2, 8] of the classifiers and of the recipe; see
+      `kkt_jax.reconstruction.Reconstruction`.
   """
 
   step: jax.Array
@@ -75,6 +78,7 @@ class TrainState(NamedTuple):
   statistics: PyTree
   opt_state: PyTree
   key: jax.Array
+  origin: ArrayLike = np.zeros((2, 8), np.int32)
 
 
 class TrainingDiverged(FloatingPointError):
@@ -284,7 +288,7 @@ def make_train_step(problem: Problem) -> TrainStep:
     metrics["gradient_norm"] = optax.tree.norm(gradient)
     updates, opt_state = problem.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, statistics, opt_state, key), metrics
+    return TrainState(state.step + 1, params, statistics, opt_state, key, state.origin), metrics
 
   # Without saying so, several processes could each end up with a part of the state.
   everywhere = None if problem.mesh is None else parallel.replicated(problem.mesh)
