@@ -80,14 +80,14 @@ class Reconstruction:
     return _problem(self.recipe, self.examinations, microbatch_size=self.microbatch_size, mesh=self.mesh)
 
   @functools.cached_property
-  def _origin(self) -> np.ndarray:
+  def _origin(self) -> jax.Array:
     """What tells whether a saved state is of these classifiers and of this recipe [2, 8]."""
     own = [(c.params, c.input_shape, c.labels, c.value_range) for c in (e.classifier for e in self.examinations)]
-    return np.stack([np.frombuffer(fingerprint(part), np.int32) for part in (own, self.recipe)])
+    return jnp.asarray(np.stack([np.frombuffer(fingerprint(part), np.int32) for part in (own, self.recipe)]))
 
   def _resumed(self, state: TrainState) -> "Reconstruction":
     """The same with a saved state; a CheckpointError if it is of other classifiers or of another recipe."""
-    same = np.all(np.asarray(state.origin) == self._origin, axis=1)
+    same = np.all(np.asarray(state.origin) == np.asarray(self._origin), axis=1)
     for name, fits in zip(("classifiers", "recipe"), same, strict=True):
       if not fits:
         raise CheckpointError(
@@ -370,7 +370,7 @@ class Reconstruction:
     theta = flow.match(match_key, theta, self.examinations, samples, num_steps=steps, on_progress=on_match)
     params = self.state.params | {"theta": theta}
     opt_state = begin.problem.optimizer.init(params)
-    state = TrainState(jnp.zeros((), jnp.int32), params, statistics, opt_state, state_key)
+    state = TrainState(jnp.zeros((), jnp.int32), params, statistics, opt_state, state_key, begin._origin)
     begin = begin._at(state)
     made = begin.continue_training(on_log=on_log, log_every=log_every)
     return min((begin, made), key=lambda own: begin._loss(own.state._replace(step=made.state.step)))

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
 import numpy as np
 import optax
 
@@ -69,8 +68,8 @@ class TrainState(NamedTuple):
     statistics: the generator's running averages.
     opt_state: of the optimizer.
     key: the random key of the next step.
-    origin: what it is trained from, a digest [2, 8] of the classifiers and of the recipe; see
-      `kkt_jax.reconstruction.Reconstruction`.
+    origin: what it is trained from, a digest [2, 8] of the classifiers and of the recipe, zeros if nobody
+      says; see `kkt_jax.reconstruction.Reconstruction.load`.
   """
 
   step: jax.Array
@@ -78,7 +77,7 @@ class TrainState(NamedTuple):
   statistics: PyTree
   opt_state: PyTree
   key: jax.Array
-  origin: ArrayLike = np.zeros((2, 8), np.int32)
+  origin: jax.Array
 
 
 class TrainingDiverged(FloatingPointError):
@@ -212,7 +211,9 @@ def init_state(
   if problem.multipliers.scaled:
     params["eta"]["log_scale"] = log_scales
   params["alpha"] = -jnp.log(jnp.asarray(first, jnp.float32))
-  return TrainState(jnp.zeros((), jnp.int32), params, statistics, problem.optimizer.init(params), key)
+  return TrainState(
+    jnp.zeros((), jnp.int32), params, statistics, problem.optimizer.init(params), key, jnp.zeros((2, 8), jnp.int32)
+  )
 
 
 def make_train_step(problem: Problem) -> TrainStep:
