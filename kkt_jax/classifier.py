@@ -150,9 +150,10 @@ def _floating(x: ArrayLike) -> jax.Array:
   return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
 
 
-def _from_16_bits(leaf: Any) -> Any:
-  """A parameter, in float32 if it has 16 bits, in which ranks cannot be told, and which LAPACK does not know."""
-  return _checks.floats(leaf) if jnp.result_type(leaf).itemsize < 4 else leaf
+def _from_16_bits(params: PyTree) -> PyTree:
+  """Parameters, in float32 if some have 16 bits, in which ranks cannot be told, and which LAPACK does not know."""
+  rough = any(jnp.result_type(leaf).itemsize < 4 for leaf in jax.tree.leaves(params))
+  return jax.tree.map(_checks.floats, params) if rough else params
 
 
 def result_shape(name: str, function: Callable[[PyTree, jax.Array], Any], params: PyTree, input_shape: Any) -> Any:
@@ -242,7 +243,7 @@ def make_classifier(
   """
   input_shape = tuple(operator.index(size) for size in input_shape)
   _checks.check_params("params", params)
-  params, initial_params = jax.tree.map(_from_16_bits, (params, initial_params))
+  params, initial_params = map(_from_16_bits, (params, initial_params))
   shape_of = functools.partial(result_shape, params=params, input_shape=input_shape)
   logits = shape_of("apply_fn", apply_fn)
   if getattr(logits, "shape", None) in ((2,), (2, 1)):
