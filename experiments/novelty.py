@@ -145,7 +145,7 @@ def _restored(attacked: mnist.Config, folder: pathlib.Path, data: "Split") -> "k
   own = classifiers.of_images(attacked, data.train.x, data.train.y, folder / "classifier", seed=attacked.seed)
   examinations = [kkt_jax.examine(classifier, seed=attacked.seed) for classifier in own]
   recipe = images.recipe_of(attacked, examinations, drawings=True)
-  network = dataclasses.replace(recipe, generator=recipe.flow or kkt_jax.flows.Flow())
+  network = recipe.joint(recipe.flow or kkt_jax.flows.Flow())
   return kkt_jax.Reconstruction.load(folder / "network", own, network, examinations=examinations)
 
 

@@ -68,6 +68,26 @@ def check_labels(name: str, value: Any, num_samples: int) -> None:
     raise ValueError(f"{name} must be integers; got dtype {_dtype(value)}.")
 
 
+def integers(value: Any) -> jax.Array:
+  """Labels or classes in JAX's own kind of integer; in 8 bits a comparison with 300 classes would wrap around.
+
+  >>> integers(np.array([255], np.uint8)) < 300
+  Array([ True], dtype=bool)
+  """
+  return jnp.asarray(value, jnp.result_type(int))
+
+
+def floats(value: Any) -> jax.Array:
+  """An array, in float32 if it has 16-bit numbers, so that sums of them keep their digits.
+
+  >>> floats(jnp.ones(1, jnp.bfloat16)).dtype
+  dtype('float32')
+  """
+  array = jnp.asarray(value)
+  rough = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4
+  return array.astype(jnp.float32) if rough else array
+
+
 def _dtype(value: Any) -> Any:
   return jnp.result_type(value if hasattr(value, "dtype") else jnp.asarray(value))
 

@@ -6,12 +6,16 @@ damaged or only half written is recognised by its digest and passed over in favo
 Of several processes (`jax.distributed`) the first alone reads and writes; the others are told what it read.
 """
 
-from collections.abc import Sequence
+import base64
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
 import hashlib
+import io
 import logging
 import os
-from types import TracebackType
-from typing import Self
+import types
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +68,7 @@ class Checkpointer:
     return self
 
   def __exit__(
-    self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
   ) -> None:
     if self._manager is not None:
       self._manager.close()
@@ -73,8 +77,13 @@ class Checkpointer:
     """The steps that have a checkpoint, oldest first; damaged ones included. Only the first process sees any."""
     return sorted(self._manager.all_steps()) if self._manager is not None else ()
 
-  def save(self, step: int, state: PyTree) -> None:
+  def save(self, step: int, state: PyTree, *, beside: Mapping[str, np.ndarray] | None = None) -> None:
     """Writes ``state``, a pytree of arrays, under ``step``; returns once it is on disk, in place of an earlier one.
+
+    Args:
+      step: under which.
+      state: the state.
+      beside: small arrays of any shapes, which `beside` gives back.
 
     Raises:
       CheckpointError: it cannot be written, as on a full disk. Older checkpoints are kept.
@@ -82,7 +91,9 @@ class Checkpointer:
     if self._manager is None:
       return
     host = jax.tree.map(np.asarray, parallel.to_data(state))
-    items = ocp.args.Composite(state=ocp.args.StandardSave(host), digest=ocp.args.JsonSave({"sha256": _digest(host)}))
+    packed = _packed(beside or {})
+    notes = {"sha256": _digest(host, packed), "beside": base64.b64encode(packed).decode()}
+    items = ocp.args.Composite(state=ocp.args.StandardSave(host), digest=ocp.args.JsonSave(notes))
     try:
       if step in self._manager.all_steps():
         self._manager.delete(step)
@@ -117,6 +128,19 @@ class Checkpointer:
       return None
     return step, parallel.from_data(jax.tree.map(jnp.asarray, parallel.from_first_process(data)), like)
 
+  def beside(self, step: int) -> dict[str, np.ndarray]:
+    """The small arrays that were saved beside a state that `restore` gave."""
+    packed = b""
+    if self._manager is not None:
+      notes = self._manager.restore(step, args=ocp.args.Composite(digest=ocp.args.JsonRestore()))["digest"]
+      packed = base64.b64decode(notes.get("beside", ""))
+    size = int(parallel.from_first_process(len(packed)))
+    if not size:
+      return {}
+    own = np.frombuffer(packed, np.uint8) if packed else np.zeros(size, np.uint8)
+    with np.load(io.BytesIO(np.asarray(parallel.from_first_process(own)).tobytes()), allow_pickle=False) as arrays:
+      return dict(arrays)
+
   def _newest(self, like: PyTree) -> tuple[int, PyTree, list[str]]:
     """The step of the newest whole checkpoint, or -1; its state; why newer ones cannot be used."""
     failures: list[str] = []
@@ -136,20 +160,83 @@ class Checkpointer:
     found = self._manager.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), digest=ocp.args.JsonRestore())
     )
-    if found["digest"].get("sha256") != _digest(found["state"]):
+    packed = base64.b64decode(found["digest"].get("beside", ""))
+    if found["digest"].get("sha256") != _digest(found["state"], packed):
       raise CheckpointError("its content does not match its digest")
     return found["state"]
+
+
+def fingerprint(value: Any) -> bytes:
+  """SHA-256 of what settings say, the same in every process: by the names of classes and functions and what these hold.
+
+  Arrays count with their bytes, but inside a function only with their shapes, and numbers with six digits: such are
+  often computed, and rounded as the machine does. What a function does is not looked at.
+
+  >>> first, second = ((lambda x, size=size: size * x) for size in (1, 2))
+  >>> fingerprint({"a": first}) == fingerprint({"a": first}), fingerprint(first) == fingerprint(second)
+  (True, False)
+  """
+  digest, path = hashlib.sha256(), set()
+
+  def add(value: Any, inside: bool) -> None:
+    digest.update(b"(")
+    if isinstance(value, bool | int | str | bytes | None):
+      digest.update(repr(value).encode())
+    elif isinstance(value, float):
+      digest.update(f"{value:.6g}".encode())
+    elif isinstance(value, jax.Array | np.ndarray | np.generic):
+      here = not inside and getattr(value, "is_fully_addressable", True)
+      digest.update(_digest(value).encode() if here else f"{value.shape}{value.dtype}".encode())
+    elif id(value) not in path:  # functions may hold one another
+      path.add(id(value))
+      parts, name = _parts(value)
+      digest.update(name.encode())
+      for part in parts:
+        add(part, inside or isinstance(value, types.FunctionType))
+      path.remove(id(value))
+    digest.update(b")")
+
+  add(value, False)
+  return digest.digest()
+
+
+def _parts(value: Any) -> tuple[Sequence[Any], str]:
+  """What an object is made of, and its name."""
+  if isinstance(value, Mapping):
+    return [part for key in sorted(value, key=repr) for part in (key, value[key])], ""
+  if isinstance(value, list | tuple):
+    return value, ""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    return [getattr(value, field.name) for field in dataclasses.fields(value)], type(value).__qualname__
+  if isinstance(value, functools.partial):
+    return [value.func, value.args, value.keywords], ""
+  if isinstance(value, types.MethodType):
+    return [value.__self__, value.__func__], ""
+  name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+  if not isinstance(value, types.FunctionType):
+    return [], name
+  held = [cell.cell_contents for cell in value.__closure__ or ()]
+  constants = [own for own in value.__code__.co_consts if isinstance(own, float)]  # others depend on Python's version
+  return [held, constants, value.__defaults__, value.__kwdefaults__], name
+
+
+def _packed(arrays: Mapping[str, np.ndarray]) -> bytes:
+  file = io.BytesIO()
+  if arrays:
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+  return file.getvalue()
 
 
 def _first_line(error: Exception) -> str:
   return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
-def _digest(state: PyTree) -> str:
-  """SHA-256 over the shapes, dtypes and bytes of all leaves."""
+def _digest(state: PyTree, beside: bytes = b"") -> str:
+  """SHA-256 over the shapes, dtypes and bytes of all leaves, and over what is saved beside them."""
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(state):
     array = np.asarray(leaf)
     digest.update(f"{array.shape}{array.dtype}".encode())
     digest.update(np.ascontiguousarray(array).tobytes())
+  digest.update(beside)
   return digest.hexdigest()

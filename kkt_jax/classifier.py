@@ -136,7 +136,9 @@ class Classifier:
     labels: the label that each output stands for, C distinct integers; 0..C-1 by default. Several classifiers share
       one numbering: a classifier of the digits 5-9 has ``labels=(5, 6, 7, 8, 9)``.
     gradient_fn: the same values, with the derivatives that enter the stationarity condition: ``apply_fn`` itself (the
-      default), or one with relaxed ReLU gates, which are not quasi-homogeneous (`kkt_jax.relaxation.relaxed`).
+      default), or one with relaxed ReLU gates, which are not quasi-homogeneous (`kkt_jax.relaxation.relaxed`). Training
+      a generator takes its derivatives, with what gates it has relaxed as the recipe says
+      (`kkt_jax.recipes.Stationarity`), whatever the other functions are.
     predict_fn: ``(params, x) -> logits`` at inference, where samples do not interact; ``apply_fn`` by default. Margins
       are measured on it. With batch norm it holds its own copy of the stored statistics.
     batch_coupled: whether the samples of a batch interact in ``apply_fn`` (batch norm on batch statistics); if so,
@@ -194,9 +196,9 @@ class Classifier:
     try:
       labels, xp = np.asarray(labels), np
     except jax.errors.TracerArrayConversionError:
-      labels = jnp.asarray(labels)
+      labels = _checks.integers(labels)
     _checks.check_rank("labels", labels, 1, "[M]")
-    hits = labels[:, None] == np.asarray(self.labels)[None, :]
+    hits = labels[:, None] == xp.asarray(self.labels)[None, :]
     classes = xp.where(xp.any(hits, axis=1), xp.argmax(hits, axis=1), self.num_classes)
     if xp is np and np.any(classes == self.num_classes):
       unknown = labels[classes == self.num_classes].min()
@@ -217,7 +219,14 @@ class Classifier:
 
 
 def _floating(x: ArrayLike) -> jax.Array:
-  return jnp.asarray(x, jnp.result_type(x, 1.0))
+  x = jnp.asarray(x)
+  return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
+
+
+def _from_16_bits(params: PyTree) -> PyTree:
+  """Parameters, in float32 if some have 16 bits, in which ranks cannot be told, and which LAPACK does not know."""
+  rough = any(jnp.result_type(leaf).itemsize < 4 for leaf in jax.tree.leaves(params))
+  return jax.tree.map(_checks.floats, params) if rough else params
 
 
 def result_shape(name: str, function: Callable[[PyTree, jax.Array], Any], params: PyTree, input_shape: Any) -> Any:
@@ -239,11 +248,27 @@ def two_logits(function: ApplyFn) -> ApplyFn:
   >>> two_logits(lambda w, x: x @ w)(jnp.array([2.0]), jnp.array([[1.0], [3.0]])).tolist()
   [[-1.0, 1.0], [-3.0, 3.0]]
   """
+  return _TwoLogits(function)
 
-  def lifted(params: PyTree, x: jax.Array) -> jax.Array:
-    return lifted_logits(function(params, x))
 
-  return lifted
+@dataclasses.dataclass(frozen=True)
+class _TwoLogits:
+  """See `two_logits`; equal if the functions are, so that what is compiled for one serves the other."""
+
+  function: ApplyFn
+
+  def __call__(self, params: PyTree, x: jax.Array) -> jax.Array:
+    return lifted_logits(self.function(params, x))
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnlyLogits:
+  """``evaluate_fn`` of a classifier that has nothing but logits."""
+
+  gradient_fn: ApplyFn
+
+  def __call__(self, params: PyTree, x: jax.Array) -> Evaluation:
+    return Evaluation(self.gradient_fn(params, x))
 
 
 def lifted_logits(logits: jax.Array) -> jax.Array:
@@ -277,6 +302,8 @@ def make_classifier(
   (``lambda name: 0.01 if name.endswith("kernel") else 0.0``).
 
   Functions that return one logit per sample, [M, 1] or [M], make a classifier of two classes: see `two_logits`.
+  Parameters in 16 bits are taken in float32. What JAX compiles belongs to the functions: of many classifiers with one
+  architecture, give all the same functions, not new ones each time.
 
   Returns:
     A `Classifier`.
@@ -297,6 +324,7 @@ def make_classifier(
       f"params must hold no running statistics of batch norm, which are no parameters; got"
       f" {_statistics.some_names(running)}. kkt_jax.Subject with a train_fn takes them, see docs/audit.md."
     )
+  params, initial_params = map(_from_16_bits, (params, initial_params))
   shape_of = functools.partial(result_shape, params=params, input_shape=input_shape)
   logits = shape_of("apply_fn", apply_fn)
   if getattr(logits, "shape", None) in ((2,), (2, 1)):
@@ -309,6 +337,8 @@ def make_classifier(
     raise ValueError(f"apply_fn must return logits [M, C], one array; for M = 2 it returns {got}.")
   num_classes = logits.shape[1]
   labels = tuple(range(num_classes) if labels is None else (operator.index(label) for label in labels))
+  if max(map(abs, labels), default=0) >= 2**31:
+    raise ValueError(f"labels must be less than 2^31 in size; got {labels}.")
   if len(set(labels)) != num_classes or len(labels) != num_classes:
     raise ValueError(f"labels must be {num_classes} distinct integers, one per logit of apply_fn; got {labels}.")
 
@@ -328,8 +358,7 @@ def make_classifier(
     raise ValueError("features_fn must return features [M, F], one array.")
   apart = batch_coupled or functions["predict_fn"] is not apply_fn or statistics_fn or features_fn
   if evaluate_fn is None and not apart:
-    gradients = functions["gradient_fn"]
-    evaluate_fn = lambda params, x: Evaluation(gradients(params, x))
+    evaluate_fn = _OnlyLogits(functions["gradient_fn"])
   elif evaluate_fn is not None:
     whole = shape_of("evaluate_fn", evaluate_fn)
     if not isinstance(whole, Evaluation) or whole.logits.shape != logits.shape:

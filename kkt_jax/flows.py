@@ -49,10 +49,12 @@ class Destination(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, time: jax.Array, y: jax.Array, t: jax.Array) -> jax.Array:
-    """Maps places [M, D], times [M] from 0 to 1, labels [M] and classifier indices [M] to places [M, D]."""
+    """Maps places [M, D], times [M] from 0 to 1, places of labels [M] and classifier indices [M] to places [M, D]."""
     angle = 2 * jnp.pi * time[:, None] * jnp.arange(1, _WAVES + 1)[None]
     given = [time[:, None], jnp.sin(angle), jnp.cos(angle)]
-    given += [3 * jax.nn.one_hot(y, self.num_labels), 3 * jax.nn.one_hot(t, self.num_classifiers)]
+    given += [
+      3 * jax.nn.one_hot(_checks.integers(own), n) for own, n in ((y, self.num_labels), (t, self.num_classifiers))
+    ]
     condition = jnp.concatenate(given, axis=1)
     h = nn.Dense(self.width)(jnp.concatenate([x, condition], axis=1))
     for _ in range(self.blocks):
@@ -106,7 +108,7 @@ class Flow:
     """The generator for some classifiers."""
     charts = _charts(examinations)
     dimensions = max(basis.shape[1] for _, basis, _ in charts)
-    network = self._network(examinations, dimensions)
+    network, place_of = self._network(examinations, dimensions), generators.places_of(examinations)
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
       none = jnp.zeros(1, jnp.int32)
@@ -115,8 +117,10 @@ class Flow:
     def generate(
       theta: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool
     ) -> tuple[jax.Array, PyTree]:
+      place = place_of(y)
+
       def step(z: jax.Array, time: jax.Array) -> tuple[jax.Array, None]:
-        end: Any = network.apply(theta, z, jnp.full(len(y), time), y, t)
+        end: Any = network.apply(theta, z, jnp.full(len(y), time), place, t)
         return z + (end - z) / (1 - time) / self.steps, None
 
       z, _ = jax.lax.scan(step, self.temperature * noise, jnp.arange(self.steps) / self.steps)
@@ -183,10 +187,10 @@ class Flow:
       theta.
     """
     charts = _charts(examinations)
-    dimensions = max(basis.shape[1] for _, basis, _ in charts)
+    dimensions, place_of = max(basis.shape[1] for _, basis, _ in charts), generators.places_of(examinations)
     parts = []
     for index, ((unit, labels), (start, basis, size)) in enumerate(zip(samples, charts, strict=True)):
-      x, y = jnp.asarray(unit), jnp.asarray(labels)
+      x, y = jnp.asarray(unit), place_of(labels)
       z = (x - start[None]).reshape(len(y), -1) @ basis / size
       parts.append((jnp.pad(z, ((0, 0), (0, dimensions - z.shape[1]))), y, jnp.full(len(y), index)))
     ends, of, owners = (jnp.concatenate(part) for part in zip(*parts, strict=True))

@@ -53,9 +53,30 @@ class Generator(NamedTuple):
 GeneratorFactory = Callable[[Sequence[Examination]], Generator]
 
 
+def all_labels(examinations: Sequence[Examination]) -> tuple[int, ...]:
+  """Every label that a classifier knows, once, in increasing order."""
+  return tuple(sorted({label for own in examinations for label in own.classifier.labels}))
+
+
 def num_labels(examinations: Sequence[Examination]) -> int:
-  """One more than the greatest label of any classifier."""
-  return 1 + max(max(own.classifier.labels) for own in examinations)
+  """How many labels the classifiers know altogether."""
+  return len(all_labels(examinations))
+
+
+def places_of(examinations: Sequence[Examination]) -> Callable[[ArrayLike], jax.Array]:
+  """From labels [M] to their places [M] in `all_labels`, by which arrays are indexed; labels 0..n-1 are their own.
+
+  Labels that no classifier knows have no place; what comes of them is undefined.
+
+  >>> from types import SimpleNamespace
+  >>> classifiers = [SimpleNamespace(classifier=SimpleNamespace(labels=own)) for own in ((-1, 1), (1, 10**6))]
+  >>> places_of(classifiers)(jnp.array([1, 10**6, -1])).tolist()
+  [1, 2, 0]
+  """
+  known = all_labels(examinations)
+  if known == tuple(range(len(known))):
+    return _checks.integers
+  return lambda y: jnp.searchsorted(_checks.integers(known), _checks.integers(y))
 
 
 def normal_noise(dimensions: int) -> NoiseFn:
@@ -121,7 +142,7 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
     classifiers = [own.classifier for own in examinations]
     shape = classifiers[0].input_shape
     bounded = all(classifier.value_range is not None for classifier in classifiers)
-    starts = [own.unit_start for own in examinations]
+    starts, place_of = [own.unit_start for own in examinations], places_of(examinations)
     first = deviation * typical_deviation(examinations)
     spans = [own.span for own in examinations] if in_span else [None]
     factors: list[jax.Array | None] = [None] * len(starts)
@@ -144,10 +165,10 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
     def generate(
       theta: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool
     ) -> tuple[jax.Array, PyTree]:
-      code = code_of(noise, codes)
+      place, code = place_of(y), code_of(noise, codes)
       x = jnp.zeros((noise.shape[0], starts[0].size))
       for index, (own, start, factor) in enumerate(zip(theta, starts, factors, strict=True)):
-        coefficients = own[y, code]
+        coefficients = own[place, code]
         unit = start.reshape(1, -1) + (coefficients if factor is None else coefficients @ factor)
         if bounded and not train:
           unit = jnp.clip(unit, 0.0, 1.0)
@@ -157,7 +178,7 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
     def put(theta: PyTree, t: int, y: np.ndarray, chosen: np.ndarray, unit: jax.Array) -> PyTree:
       offsets, factor = unit.reshape(len(y), -1) - starts[t].reshape(1, -1), factors[t]
       own = offsets if factor is None else offsets @ factor.T / jnp.sum(jnp.square(factor), axis=1)[None]
-      return [*theta[:t], theta[t].at[y, chosen].set(own), *theta[t + 1 :]]
+      return [*theta[:t], theta[t].at[place_of(y), chosen].set(own), *theta[t + 1 :]]
 
     batch_size = codes * max(classifier.num_classes for classifier in classifiers)
     return Generator(init, generate, stratified_noise(1), 1, batch_size, codes, put)
@@ -183,8 +204,8 @@ def network(
   """A generator that is a flax module.
 
   Args:
-    module: from the examinations to the module, which is called as ``module(noise, y, t, train=...)`` and returns
-      samples in the classifiers' own units.
+    module: from the examinations to the module, which is called as ``module(noise, place, t, train=...)`` with the
+      places of the labels (`places_of`), and returns samples in the classifiers' own units.
     noise: the noise of a training step.
     noise_dim: D.
     batch_size: M.
@@ -196,7 +217,7 @@ def network(
   _checks.check_at_least("batch_size", batch_size, 1)
 
   def make(examinations: Sequence[Examination]) -> Generator:
-    made = module(examinations)
+    made, place_of = module(examinations), places_of(examinations)
     apply: Any = made.apply
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
@@ -207,7 +228,7 @@ def network(
     def generate(
       theta: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool
     ) -> tuple[jax.Array, PyTree]:
-      variables = {"params": theta, "batch_stats": statistics}
+      variables, y = {"params": theta, "batch_stats": statistics}, place_of(y)
       if not train:
         return apply(variables, noise, y, t), statistics
       x, updated = apply(variables, noise, y, t, train=True, mutable=["batch_stats"])
@@ -241,7 +262,7 @@ class MLPGenerator(nn.Module):
 
   @nn.compact
   def __call__(self, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool = False) -> jax.Array:
-    """Maps noise [M, D], labels [M] and classifier indices [M] to samples [M, *sample_shape]."""
+    """Maps noise [M, D], places of labels [M] and classifier indices [M] to samples [M, *sample_shape]."""
     x = _conditioned(noise, y, t, self.num_labels, self.num_classifiers)
     for width in self.hidden:
       x = nn.Dense(width, kernel_init=kaiming())(x)
@@ -279,7 +300,7 @@ class CodebookGenerator(nn.Module):
 
   @nn.compact
   def __call__(self, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool = False) -> jax.Array:
-    """Maps noise [M, D], labels [M] and classifier indices [M] to samples [M, *sample_shape]; D is at least 2."""
+    """Maps noise [M, D], places of labels [M] and classifier indices [M] to samples [M, *sample_shape]; D > 1."""
     shape = (self.num_classifiers, self.num_labels, self.codebook_size, noise.shape[1] - 1)
     codebook = self.param("codebook", nn.initializers.normal(1.0), shape)
     x = codebook[t, y, code_of(noise, self.codebook_size)] + self.jitter * noise[:, 1:]
@@ -311,7 +332,7 @@ class ConvGenerator(nn.Module):
 
   @nn.compact
   def __call__(self, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool = False) -> jax.Array:
-    """Maps noise [M, D], labels [M] and classifier indices [M] to images [M, H, W, C]."""
+    """Maps noise [M, D], places of labels [M] and classifier indices [M] to images [M, H, W, C]."""
     height, width, out_channels = self.sample_shape
 
     def normalised(x: jax.Array) -> jax.Array:
@@ -357,7 +378,9 @@ def _conditioned(
   noise: jax.Array, y: jax.Array, t: jax.Array, labels: int, classifiers: int, strength: float = 3.0
 ) -> jax.Array:
   """Noise, label and classifier index side by side; the one-hot parts as strong as several noise dimensions."""
-  label, index = jax.nn.one_hot(y, labels, dtype=noise.dtype), jax.nn.one_hot(t, classifiers, dtype=noise.dtype)
+  label, index = (
+    jax.nn.one_hot(_checks.integers(own), n, dtype=noise.dtype) for own, n in ((y, labels), (t, classifiers))
+  )
   return jnp.concatenate([noise, strength * label, strength * index], axis=1)
 
 

@@ -3,7 +3,8 @@
 Conventions: ``logits`` is [M, C]; ``classes`` [M] holds the output index of each true class, 0..C-1; ``mu`` is [M, C]
 with the entry of the true class ignored. Classes out of range are refused; inside a transformation that hides their
 values (`jax.jit`, `jax.vmap`) the result is undefined. Losses return one value per sample or per tensor; the caller
-weighs and reduces. Pure functions of arrays and pytrees: they work on anybody's network.
+weighs and reduces. 16-bit numbers (bfloat16, float16) are computed with in float32, and so are the results. Pure
+functions of arrays and pytrees: they work on anybody's network.
 """
 
 import functools
@@ -35,7 +36,7 @@ def is_true_class(values: jax.Array, classes: ArrayLike) -> jax.Array:
   >>> print(is_true_class(jnp.zeros((1, 3)), jnp.array([1])))
   [[False  True False]]
   """
-  return jnp.arange(values.shape[1])[None, :] == jnp.asarray(classes)[:, None]
+  return jnp.arange(values.shape[1])[None, :] == _checks.integers(classes)[:, None]
 
 
 def margins(logits: ArrayLike, classes: ArrayLike) -> jax.Array:
@@ -124,7 +125,7 @@ def u_shape(margin: ArrayLike, alpha: ArrayLike, *, delta: float) -> jax.Array:
   [1.  0.  0.  1.5]
   """
   _checks.check_at_least("delta", delta, 0)
-  above = jnp.asarray(margin) - jnp.exp(-jnp.asarray(alpha))
+  above = _checks.floats(margin) - jnp.exp(-_checks.floats(alpha))
   return jax.nn.relu(above - delta) + jax.nn.relu(-above)  # relu, not maximum: gradient 0 at the kink
 
 
@@ -152,7 +153,7 @@ def duality_loss(
   [3.]
   """
   _checks.check_rank("alpha", alpha, 0, "()")
-  logits, alpha = jnp.asarray(logits), jnp.asarray(alpha)
+  logits, alpha = _checks.floats(logits), _checks.floats(alpha)
   if relative:  # in these units e^-alpha is 1, but alpha keeps its gradient
     constant = jax.lax.stop_gradient(alpha)
     logits, alpha = logits * jnp.exp(constant), alpha - constant
@@ -190,9 +191,9 @@ def stationarity_sum(gradient_fn: ApplyFn, params: PyTree, x: ArrayLike, classes
   >>> print(stationarity_sum(linear, jnp.ones((1, 2)), x, classes, mu))  # 3 * (2 on class 0, -2 on class 1)
   [[ 6. -6.]]
   """
-  x = jnp.asarray(x)
+  params, x = jax.tree.map(_checks.floats, params), _checks.floats(x)
   _checks.check_batch("x", x)
-  logits, pull_back = jax.vjp(lambda p: gradient_fn(p, x), params)
+  logits, pull_back = jax.vjp(lambda p: _checks.floats(gradient_fn(p, x)), params)
   return pull_back(cotangent(logits, classes, mu).astype(logits.dtype))[0]
 
 
@@ -217,7 +218,7 @@ def cotangent(logits: ArrayLike, classes: ArrayLike, mu: ArrayLike) -> jax.Array
   logits, classes = _checked(logits, classes)
   _checks.check_shape("mu", mu, logits.shape, "[M, C]")
   true = is_true_class(logits, classes)
-  others = jnp.where(true, 0.0, jnp.asarray(mu))
+  others = jnp.where(true, 0.0, _checks.floats(mu))
   return jnp.where(true, jnp.sum(others, axis=1, keepdims=True), -others) / logits.shape[0]
 
 
@@ -242,7 +243,7 @@ def stationarity_sum_from_jacobians(jacobians: PyTree, classes: ArrayLike, mu: A
   [ 6. -6.]
   """
   weights = cotangent(jnp.zeros(jax.tree.leaves(jacobians)[0].shape[:2]), classes, mu)
-  return jax.tree.map(lambda jacobian: jnp.tensordot(weights, jacobian, axes=2), jacobians)
+  return jax.tree.map(lambda jacobian: jnp.tensordot(weights, _checks.floats(jacobian), axes=2), jacobians)
 
 
 class StationarityResidual(NamedTuple):
@@ -354,7 +355,8 @@ def mean_relative_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
   >>> print(mean_relative_residual(conditions, [jnp.array([1.0]), jnp.array([10.0])]).round(4))  # (3 / 4 + 0) / 4
   0.1875
   """
-  weights = jnp.stack([jnp.max(jnp.square(mask), initial=0.0) for mask in jax.tree.leaves(conditions.mask)])
+  masks = map(_checks.floats, jax.tree.leaves(conditions.mask))
+  weights = jnp.stack([jnp.max(jnp.square(mask), initial=0.0) for mask in masks])
   errors, sizes = (norms / jnp.sqrt(_nonzero(weights)) for norms in _tensor_norms(conditions, sums))
   ratios = _squared_ratio(errors, jnp.where(sizes == 0, _norms([sizes]), sizes))
   return jnp.sum(weights * ratios) / _nonzero(jnp.sum(weights))
@@ -407,25 +409,29 @@ def best_scale(conditions: Conditions, sums: PyTree) -> jax.Array:
 
 def _checked(logits: ArrayLike, classes: ArrayLike) -> tuple[jax.Array, jax.Array]:
   """Both as arrays. Raises ValueError if they do not fit; the range of classes is checked unless it is hidden."""
-  logits = jnp.asarray(logits)
+  logits = _checks.floats(logits)
   _checks.check_rank("logits", logits, 2, "[M, C]")
   num_samples, num_classes = logits.shape
   if num_classes < 2:
     raise ValueError(f"logits must have at least two classes; got shape {logits.shape}.")
   _checks.check_labels("classes", classes, num_samples)
-  values = classes if isinstance(classes, jax.Array) else np.asarray(classes)
+  values = _checks.integers(classes) if isinstance(classes, jax.Array) else np.asarray(classes)
   if _checks.concrete(((values >= 0) & (values < num_classes)).all()) is False:
     raise ValueError(f"classes must lie in 0..{num_classes - 1}; got {values.min()}..{values.max()}.")
-  return logits, jnp.asarray(classes)
+  return logits, _checks.integers(classes)
 
 
 def _masked(conditions: Conditions, sums: PyTree) -> tuple[PyTree, PyTree]:
   """Target and sum, each times the mask."""
+  target, mask, sums = _in_floats(conditions, sums)
+  return jax.tree.map(jnp.multiply, mask, target), jax.tree.map(jnp.multiply, mask, sums)
+
+
+def _in_floats(conditions: Conditions, sums: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+  """Target, mask and sum, of at least single precision."""
   _checks.check_same_shapes("sums", sums, "conditions.target", conditions.target)
-  return (
-    jax.tree.map(jnp.multiply, conditions.mask, conditions.target),
-    jax.tree.map(jnp.multiply, conditions.mask, sums),
-  )
+  made: tuple[PyTree, PyTree, PyTree] = jax.tree.map(_checks.floats, (conditions.target, conditions.mask, sums))
+  return made
 
 
 def _tensor_norms(conditions: Conditions, sums: PyTree) -> tuple[jax.Array, jax.Array]:
@@ -447,11 +453,11 @@ def _masked_in_units(conditions: Conditions, sums: PyTree) -> list[tuple[PyTree,
 
   Squares then neither under- nor overflow, unless what is left out is 1e18 times as large as the rest.
   """
-  _checks.check_same_shapes("sums", sums, "conditions.target", conditions.target)
+  target, mask, sums = _in_floats(conditions, sums)
   found = []
-  for tree in (conditions.target, sums):
+  for tree in (target, sums):
     unit = _nonzero(jnp.max(jnp.stack([_largest(leaf) for leaf in jax.tree.leaves(tree)])))
-    found.append((jax.tree.map(lambda mask, leaf, unit=unit: mask * (leaf / unit), conditions.mask, tree), unit))
+    found.append((jax.tree.map(lambda mask, leaf, unit=unit: mask * (leaf / unit), mask, tree), unit))
   return found
 
 

@@ -1,4 +1,7 @@
-"""Where the KKT multipliers mu >= 0 come from: the network h of the paper, the classifier's softmax, or a table."""
+"""Where the KKT multipliers mu >= 0 come from: the network h of the paper, the classifier's softmax, or a table.
+
+As in `kkt_jax.losses`, 16-bit numbers are computed with in float32.
+"""
 
 from collections.abc import Callable
 import math
@@ -37,7 +40,7 @@ def from_network(
   """
   _checks.check_rank("raw", raw, 2, "[M, C]")
   _checks.check_rank("log_scale", log_scale, 0, "()")
-  return jnp.exp(log_scale) * positive(jnp.asarray(raw))
+  return jnp.exp(_checks.floats(log_scale)) * positive(_checks.floats(raw))
 
 
 def from_softmax(logits: ArrayLike, *, log_scale: ArrayLike = 0.0) -> jax.Array:
@@ -65,7 +68,7 @@ def from_softmax(logits: ArrayLike, *, log_scale: ArrayLike = 0.0) -> jax.Array:
   _checks.check_rank("logits", logits, 2, "[M, C]")
   _checks.check_floating("logits", logits)
   _checks.check_rank("log_scale", log_scale, 0, "()")
-  exponent = log_scale + jax.nn.log_softmax(jnp.asarray(logits))
+  exponent = _checks.floats(log_scale) + jax.nn.log_softmax(_checks.floats(logits))
   # The true class of a sure sample is the first to overflow. It does not count, but the gradient of an inf is NaN.
   return jnp.exp(jnp.minimum(exponent, math.log(jnp.finfo(exponent.dtype).max) - 1))
 
@@ -93,7 +96,8 @@ def on_runner_up(raw: ArrayLike, logits: ArrayLike, classes: ArrayLike) -> jax.A
   _checks.check_rank("logits", logits, 2, "[M, C]")
   _checks.check_shape("raw", raw, (jnp.shape(logits)[0], 1), "[M, 1]")
   runner_up = jax.lax.stop_gradient(losses.runner_up_set(logits, classes))
-  return jnp.where(runner_up, jnp.asarray(raw) / jnp.sum(runner_up, axis=1, keepdims=True), 0.0)
+  raw = _checks.floats(raw)
+  return jnp.where(runner_up, raw / jnp.sum(runner_up, axis=1, keepdims=True, dtype=raw.dtype), 0.0)
 
 
 def softmax_distance(mu: ArrayLike, logits: ArrayLike, classes: ArrayLike) -> jax.Array:
@@ -125,7 +129,7 @@ def softmax_distance(mu: ArrayLike, logits: ArrayLike, classes: ArrayLike) -> ja
   _checks.check_rank("logits", logits, 2, "[M, C]")
   _checks.check_same_shapes("mu", mu, "logits", logits)
   _checks.check_labels("classes", classes, jnp.shape(logits)[0])
-  gap = jnp.log(jnp.maximum(jnp.asarray(mu), 1e-30)) - jax.nn.log_softmax(jnp.asarray(logits))
+  gap = jnp.log(jnp.maximum(_checks.floats(mu), 1e-30)) - jax.nn.log_softmax(_checks.floats(logits))
   return jnp.var(gap, where=~losses.is_true_class(gap, classes))
 
 
@@ -148,7 +152,7 @@ def shortfall(mu: ArrayLike, *, least: float) -> jax.Array:
   """
   _checks.check_rank("mu", mu, 2, "[M, C]")
   _checks.check_at_least("least", least, 0)
-  return jnp.square(jax.nn.relu(least - jnp.sum(jnp.asarray(mu), axis=1)))
+  return jnp.square(jax.nn.relu(least - jnp.sum(_checks.floats(mu), axis=1)))
 
 
 def initial_log_scale(conditions: Conditions, sums: PyTree) -> jax.Array:

@@ -6,6 +6,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from kkt_jax import _checks
+
 
 def kaiming(scale: float = 1.0) -> nn.initializers.Initializer:
   """Kaiming initialisation (He et al. 2015), the paper's, with its standard deviation times ``scale``."""
@@ -67,12 +69,12 @@ class MultiplierNetwork(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, y: jax.Array, t: jax.Array) -> jax.Array:
-    """Maps inputs [M, ...], labels [M] and classifier indices [M] to mu' [M, C]."""
+    """Maps inputs [M, ...], places of labels [M] and classifier indices [M] to mu' [M, C]."""
     h = jnp.concatenate(
       [
         x.reshape(x.shape[0], -1),
-        jax.nn.one_hot(y, self.num_labels, dtype=x.dtype),
-        jax.nn.one_hot(t, self.num_classifiers, dtype=x.dtype),
+        jax.nn.one_hot(_checks.integers(y), self.num_labels, dtype=x.dtype),
+        jax.nn.one_hot(_checks.integers(t), self.num_classifiers, dtype=x.dtype),
       ],
       axis=1,
     )

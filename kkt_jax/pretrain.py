@@ -122,6 +122,7 @@ def gradient_descent(
   _checks.check_batch("x", x)
   _checks.check_labels("classes", classes, x.shape[0])
   _checks.check_label_range("classes", classes, jax.eval_shape(apply_fn, params, x).shape[1])
+  classes = _checks.integers(classes)
   _checks.check_finite("x", x)
   _checks.check_finite("params", params)
   _checks.check_at_least("num_steps", num_steps, 1)
@@ -147,7 +148,7 @@ def gradient_descent(
     step, stop_reason = 0, "num_steps"
     while step < num_steps:
       length = min(steps_per_call, num_steps - step)
-      carry, log_loss, relative_gradient = run(carry, x, jnp.asarray(classes), length)
+      carry, log_loss, relative_gradient = run(carry, x, classes, length)
       step += length
       if not jnp.isfinite(log_loss):
         raise FloatingPointError(
@@ -162,7 +163,7 @@ def gradient_descent(
         stop_reason = "gradient_tolerance"
         break
     trained = carry[0]
-    _, log_loss, relative_gradient = jax.jit(gradient_of)(trained, x, jnp.asarray(classes))
+    _, log_loss, relative_gradient = jax.jit(gradient_of)(trained, x, classes)
     margins = jax.jit(lambda p: losses.runner_up_margin(apply_fn(p, x), classes))(trained)
     trained = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), trained, dtypes)
   return PretrainResult(trained, float(log_loss), float(relative_gradient), np.asarray(margins), step, stop_reason)

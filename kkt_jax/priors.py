@@ -33,7 +33,7 @@ def total_variation(x: ArrayLike) -> jax.Array:
   >>> print(total_variation(jnp.array([[[0.0, 4.0], [3.0, 0.0]]])).round(2))  # 3 down and 4 across: (9 + 16)^.5
   [5.]
   """
-  x = jnp.asarray(x)
+  x = _checks.floats(x)
   _checks.check_batch("x", x)
   if x.ndim not in (3, 4) or min(x.shape[1:3]) < 2:
     raise ValueError(f"x must be images [M, H, W] or [M, H, W, C] with H, W >= 2; got shape {x.shape}.")
@@ -44,7 +44,7 @@ def total_variation(x: ArrayLike) -> jax.Array:
   inside = np.arange(last) % row < row - channels
   tiny = 1e-3
   lengths = jnp.where(inside, jnp.sqrt(down**2 + across**2 + tiny**2) - tiny, 0.0)
-  return jnp.sum(lengths, axis=1) / np.count_nonzero(inside)
+  return jnp.sum(lengths, axis=1) / float(np.count_nonzero(inside))
 
 
 def binarisation(x: ArrayLike) -> jax.Array:
@@ -60,7 +60,7 @@ def binarisation(x: ArrayLike) -> jax.Array:
   >>> print(binarisation(jnp.array([[0.0, 1.0], [0.5, 0.5]])))
   [0.   0.25]
   """
-  x = jnp.asarray(x)
+  x = _checks.floats(x)
   _checks.check_batch("x", x)
   x = x.reshape(x.shape[0], -1)
   return jnp.mean(jnp.where((x <= 0) | (x >= 1), 0.0, x * (1 - x)), axis=1)
@@ -81,7 +81,7 @@ def out_of_range(x: ArrayLike, *, low: float = 0.0, high: float = 1.0) -> jax.Ar
   >>> print(out_of_range(jnp.array([[0.2, 1.0], [-1.0, 2.0]])))
   [0. 1.]
   """
-  x = jnp.asarray(x)
+  x = _checks.floats(x)
   _checks.check_batch("x", x)
   excess = jax.nn.relu(low - x) + jax.nn.relu(x - high)
   return jnp.mean(jnp.square(excess).reshape(x.shape[0], -1), axis=1)
@@ -112,6 +112,7 @@ def statistics_distance(statistics: PyTree, stored: PyTree) -> jax.Array:
   """
   _checks.check_same_structure("statistics", statistics, "stored", stored)
   tiny = 1e-5
+  statistics, stored = jax.tree.map(_checks.floats, (statistics, stored))
 
   def distance(own: Mapping[str, jax.Array], reference: Mapping[str, jax.Array]) -> jax.Array:
     means = jnp.square(own["mean"] - reference["mean"]) / (reference["var"] + tiny)
@@ -141,7 +142,7 @@ def collapse(features: ArrayLike, of_class: ArrayLike, scale: ArrayLike) -> jax.
   [2.]
   """
   _checks.check_same_shapes("of_class", of_class, "features", features)
-  distance = (jnp.asarray(features) - jnp.asarray(of_class)) / jnp.asarray(scale)[None]
+  distance = (_checks.floats(features) - _checks.floats(of_class)) / _checks.floats(scale)[None]
   return jnp.mean(jnp.square(distance), axis=1)
 
 
@@ -167,8 +168,8 @@ def repulsion(x: ArrayLike, labels: ArrayLike, *, bandwidth: float) -> jax.Array
   _checks.check_rank("x", x, 2, "[M, D]")
   _checks.check_positive("bandwidth", bandwidth)
   pairs = _same_label_pairs(labels, jnp.shape(x)[0])
-  nearness = jnp.exp(-_squared_distances(jnp.asarray(x)) / (2 * bandwidth**2))
-  return jnp.sum(jnp.where(pairs, nearness, 0.0)) / jnp.maximum(jnp.sum(pairs), 1)
+  nearness = jnp.exp(-_squared_distances(_checks.floats(x)) / (2 * bandwidth**2))
+  return jnp.sum(jnp.where(pairs, nearness, 0.0)) / jnp.maximum(jnp.sum(pairs), 1).astype(nearness.dtype)
 
 
 @full_precision
@@ -196,7 +197,7 @@ def contrast(first: ArrayLike, second: ArrayLike, *, temperature: float = 0.1) -
   _checks.check_batch("first", first)
   _checks.check_same_shapes("second", second, "first", first)
   _checks.check_positive("temperature", temperature)
-  views = jnp.concatenate([jnp.asarray(first), jnp.asarray(second)])
+  views = jnp.concatenate([_checks.floats(first), _checks.floats(second)])
   views /= jnp.sqrt(jnp.sum(views**2, axis=1, keepdims=True) + 1e-12)
   count = views.shape[0]
   scores = jnp.where(jnp.eye(count, dtype=bool), -jnp.inf, views @ views.T / temperature)

@@ -197,12 +197,22 @@ class Recipe:
     if taken:
       raise ValueError(f"terms must not be named like other metrics, {', '.join(RESERVED)}; got {', '.join(taken)}.")
 
+  def _check_chosen(self, *parts: str) -> None:
+    """Raises ValueError if one of the parts is still to be chosen by `default`, so that there is nothing to change."""
+    for part in parts:
+      if getattr(self, part) is None:
+        raise ValueError(
+          f"{part} must be given before it can be changed; this recipe leaves it to the classifiers. Change the one"
+          " that they get: kkt_jax.recipes.complete(recipe, examinations)."
+        )
+
   def with_weights(self, **weights: float) -> "Recipe":
     """The recipe with other weights, by the names of its terms and ``stationarity``.
 
     Raises:
-      ValueError: there is no such term.
+      ValueError: there is no such term, or terms and stationarity are not chosen yet (see `complete`).
     """
+    self._check_chosen("stationarity", "terms")
     known = ["stationarity", *self.terms]
     for name in weights:
       if name not in known:
@@ -214,20 +224,31 @@ class Recipe:
     return dataclasses.replace(self, stationarity=stationarity, terms=own)
 
   def with_factors(self, **factors: float) -> "Recipe":
-    """The recipe with factors on the weights of those terms that it has."""
+    """The recipe with factors on the weights of those terms that it has; raises as `with_weights`."""
+    self._check_chosen("stationarity", "terms")
     weights = {"stationarity": self.stationarity.weight} | {name: term.weight for name, term in self.terms.items()}
     return self.with_weights(**{name: weights[name] * factor for name, factor in factors.items() if name in weights})
 
   def with_terms(self, **added: Term) -> "Recipe":
-    """The recipe with further or other terms."""
+    """The recipe with further or other terms; raises a ValueError if its own are not chosen yet (see `complete`)."""
+    self._check_chosen("terms")
     return dataclasses.replace(self, terms={**self.terms, **added})
 
   def with_schedule(self, **changes: Any) -> "Recipe":
     """The recipe with changes to its schedule."""
     return dataclasses.replace(self, schedule=dataclasses.replace(self.schedule or Schedule(), **changes))
 
+  def joint(self, flow: Flow) -> "Recipe":
+    """What a network of continuous noise is trained by, once it is fitted; this recipe must be complete."""
+    schedule, own = self.schedule, dataclasses.replace(self, generator=flow)
+    own = own.with_stationarity(begin=0.0, ramp=0.0).with_factors(**schedule.joint_factors)
+    return own.with_schedule(
+      steps=schedule.joint_steps, theta=schedule.joint, eta=schedule.joint, restarts=1, restart_steps=0
+    )
+
   def with_stationarity(self, **changes: Any) -> "Recipe":
-    """The recipe with changes to its stationarity."""
+    """The recipe with changes to its stationarity; raises a ValueError if it is not chosen yet (see `complete`)."""
+    self._check_chosen("stationarity")
     return dataclasses.replace(self, stationarity=dataclasses.replace(self.stationarity, **changes))
 
 
@@ -345,12 +366,13 @@ def network_multipliers(
       hidden=hidden,
     )
     raw: Any = network.apply
+    place_of = generators.places_of(examinations)
     zero = jnp.zeros(1, jnp.int32)
     probe = jnp.zeros((1, *examinations[0].classifier.input_shape))
 
     def apply(eta: PyTree, classifier: Classifier, batch: Batch) -> jax.Array:
       t = jnp.full(batch.y.shape, batch.t)
-      own = raw(eta, batch.x, batch.y, t)[:, : classifier.num_classes]
+      own = raw(eta, batch.x, place_of(batch.y), t)[:, : classifier.num_classes]
       return multipliers.from_network(own, positive=positive)
 
     return Multipliers(lambda key: network.init(key, probe, zero, zero), apply, scaled)
@@ -367,9 +389,10 @@ def free_multipliers(*, positive: Callable[[jax.Array], jax.Array] = jax.nn.soft
   def make(examinations: Sequence[Examination], generator: Generator) -> Multipliers:
     classes = max(own.classifier.num_classes for own in examinations)
     shape = _one_for_each_sample(examinations, generator, classes)
+    place_of = generators.places_of(examinations)
 
     def apply(eta: PyTree, classifier: Classifier, batch: Batch) -> jax.Array:
-      own = eta[batch.t, batch.y, generators.code_of(batch.noise, generator.codes)]
+      own = eta[batch.t, place_of(batch.y), generators.code_of(batch.noise, generator.codes)]
       return multipliers.from_network(own[:, : classifier.num_classes], positive=positive)
 
     return Multipliers(lambda key: jnp.zeros(shape), apply)
@@ -385,9 +408,10 @@ def runner_up_multipliers(*, scaled: bool = False) -> MultipliersFactory:
 
   def make(examinations: Sequence[Examination], generator: Generator) -> Multipliers:
     shape = _one_for_each_sample(examinations, generator, 1)
+    place_of = generators.places_of(examinations)
 
     def apply(eta: PyTree, classifier: Classifier, batch: Batch) -> jax.Array:
-      own = eta[batch.t, batch.y, generators.code_of(batch.noise, generator.codes)]
+      own = eta[batch.t, place_of(batch.y), generators.code_of(batch.noise, generator.codes)]
       return multipliers.on_runner_up(own, batch.logits, batch.classes)
 
     return Multipliers(lambda key: jax.random.uniform(key, shape), apply, scaled)

@@ -14,7 +14,7 @@ import numpy as np
 
 from kkt_jax import _checks, exact, parallel, recipes, training
 from kkt_jax._precision import full_precision
-from kkt_jax.checkpoint import Checkpointer
+from kkt_jax.checkpoint import Checkpointer, CheckpointError, fingerprint
 from kkt_jax.classifier import Classifier
 from kkt_jax.conditions import Conditions
 from kkt_jax.exact import Exact
@@ -80,6 +80,22 @@ class Reconstruction:
     return _problem(self.recipe, self.examinations, microbatch_size=self.microbatch_size, mesh=self.mesh)
 
   @functools.cached_property
+  def _origin(self) -> jax.Array:
+    """What tells whether a saved state is of these classifiers and of this recipe [2, 8]."""
+    own = [(c.params, c.input_shape, c.labels, c.value_range) for c in (e.classifier for e in self.examinations)]
+    return jnp.asarray(np.stack([np.frombuffer(fingerprint(part), np.int32) for part in (own, self.recipe)]))
+
+  def _resumed(self, state: TrainState) -> "Reconstruction":
+    """The same with a saved state; a CheckpointError if it is of other classifiers or of another recipe."""
+    same = np.all(np.asarray(state.origin) == np.asarray(self._origin), axis=1)
+    for name, fits in zip(("classifiers", "recipe"), same, strict=True):
+      if not fits:
+        raise CheckpointError(
+          f"{name} must be what the saved state was trained with, and are not. Give the same, or another folder."
+        )
+    return self._at(state)
+
+  @functools.cached_property
   def _trained_conditions(self) -> list[Conditions]:
     return _trained_conditions(self.recipe, self.examinations)
 
@@ -123,14 +139,15 @@ class Reconstruction:
     )
     recipe = recipes.complete(recipe or Recipe(), examinations)
     problem = _problem(recipe, examinations, microbatch_size=microbatch_size, mesh=mesh)
-    return cls(examinations, recipe, _random_state(problem, recipe, examinations, seed), microbatch_size, mesh)
+    made = cls(examinations, recipe, _random_state(problem, recipe, examinations, seed), microbatch_size, mesh)
+    return made._at(made.state)
 
   def sample(self, key: jax.Array, y: ArrayLike, *, t: ArrayLike | None = None) -> jax.Array:
     """Draws from the generator with fresh noise.
 
     Args:
       key: typed random key.
-      y: wanted labels [S].
+      y: wanted labels [S]; ``[1]`` for one sample of label 1.
       t: classifier indices [S]; if None, drawn uniformly from T_y, the classifiers that know label y (the end of
         section 4 of the paper).
 
@@ -138,21 +155,27 @@ class Reconstruction:
       Samples [S, *input_shape], in the classifiers' own units.
 
     Raises:
-      ValueError: a label that no classifier knows, or that classifier ``t`` does not know.
+      ValueError: a label that no classifier knows, or that classifier ``t`` does not know. Inside a transformation,
+        where values cannot be seen, its samples are NaN.
     """
+    labels = _seen(y)
+    _checks.check_rank("y", labels, 1, "[S]")
     noise_key, index_key = jax.random.split(key)
-    t, y = np.asarray(self.choose_classifiers(index_key, y) if t is None else t), np.asarray(y)
-    _checks.check_labels("y", y, y.shape[0])
-    _checks.check_labels("t", t, y.shape[0])
-    if np.any((t < 0) | (t >= len(self.examinations))) or not self._knows(y)[np.arange(len(y)), t].all():
-      raise ValueError("t must hold indices of classifiers that know the label at the same place of y.")
-    generator = self.problem.generator
-    noise = jax.random.normal(noise_key, (y.shape[0], generator.noise_dim))
-    return self.generate(noise, y, t)
+    t = self.choose_classifiers(index_key, labels) if t is None else t
+    noise = jax.random.normal(noise_key, (len(labels), self.problem.generator.noise_dim))
+    return self.generate(noise, labels, t)
 
   def generate(self, noise: ArrayLike, y: ArrayLike, t: ArrayLike) -> jax.Array:
-    """What the generator makes of given noise [S, D], labels [S] and classifier indices [S], in their own units."""
-    return self._generate(self.state, jnp.asarray(noise), jnp.asarray(y), jnp.asarray(t))
+    """What the generator makes of given noise [S, D], labels [S] and classifier indices [S]; see `sample`."""
+    labels, own = _seen(y), _seen(t)
+    knows = self._knows(labels)
+    _checks.check_labels("t", own, len(knows))
+    fits = (knows & (own[:, None] == np.arange(len(self.examinations))[None])).any(axis=1)
+    known = _checks.concrete(fits.all())
+    if known is False:
+      raise ValueError("t must hold indices of classifiers that know the label at the same place of y.")
+    x = self._generate(self.state, jnp.asarray(noise), _checks.integers(labels), _checks.integers(own))
+    return x if known else jnp.where(fits.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
 
   def choose_classifiers(self, key: jax.Array, y: ArrayLike) -> jax.Array:
     """For each label y [S] one of the classifiers that know it, at random [S].
@@ -160,13 +183,12 @@ class Reconstruction:
     Raises:
       ValueError: a label that no classifier knows.
     """
-    y = np.asarray(y)
-    _checks.check_labels("y", y, y.shape[0])
-    knows = self._knows(y)
-    unknown = sorted(set(y[~knows.any(axis=1)].tolist()))
-    if unknown:
+    labels = _seen(y)
+    knows = self._knows(labels)
+    if _checks.concrete(knows.any(axis=1).all()) is False:
+      unknown = sorted(set(labels[~knows.any(axis=1)].tolist()))
       raise ValueError(f"y must hold labels that a classifier knows; no classifier knows {unknown}.")
-    return jax.random.categorical(key, np.where(knows, 0.0, -np.inf), axis=1)
+    return jax.random.categorical(key, jnp.where(knows, 0.0, -jnp.inf), axis=1)
 
   def every_sample(self) -> tuple[jax.Array, np.ndarray]:
     """All samples that a finite generator can draw, of an endless one those of one training step, and their labels."""
@@ -181,13 +203,15 @@ class Reconstruction:
     return self.generate(noise, y, t), y
 
   def save(self, folder: str | os.PathLike[str]) -> None:
-    """Writes the state into a folder, under its step.
+    """Writes the state and ``exact`` into a folder, under the step.
 
     Raises:
       CheckpointError: it cannot be written.
     """
+    proofs = enumerate(own._asdict() for own in self.exact)
+    arrays = {f"{t}/{name}": np.asarray(value) for t, own in proofs for name, value in own.items()}
     with Checkpointer(folder) as checkpointer:
-      checkpointer.save(int(self.state.step), self.state)
+      checkpointer.save(int(self.state.step), self.state, beside=arrays)
 
   @classmethod
   def load(
@@ -197,18 +221,37 @@ class Reconstruction:
     recipe: Recipe | None = None,
     **settings: Any,
   ) -> "Reconstruction":
-    """What `save` wrote, for the same classifiers and recipe; ``settings`` as of `reconstruct`.
+    """What `save` wrote, for the same classifiers and recipe.
+
+    Whether they are the same is told by the classifiers' parameters, labels, input shape and range, and by the names
+    and settings of the recipe's functions; what a function of your own computes cannot be told.
+
+    Args:
+      folder: what `save` was given.
+      classifiers: the same.
+      recipe: the same; of a network of continuous noise what `kkt_jax.recipes.Recipe.joint` makes of the complete one.
+      **settings: ``seed``, ``examinations``, ``microbatch_size`` and ``mesh`` of `begin`.
+
+    Returns:
+      The reconstruction, with ``exact``.
 
     Raises:
-      CheckpointError: there is no state of this recipe in the folder.
+      CheckpointError: there is no state of these classifiers and this recipe in the folder.
       FileNotFoundError: there is none at all.
     """
     start = cls.begin(classifiers, recipe, **settings)
     with Checkpointer(folder) as checkpointer:
       restored = checkpointer.restore(start.state)
-    if restored is None:
-      raise FileNotFoundError(f"folder must hold a saved reconstruction; {os.fspath(folder)} holds none.")
-    return dataclasses.replace(start, state=restored[1])
+      if restored is None:
+        raise FileNotFoundError(f"folder must hold a saved reconstruction; {os.fspath(folder)} holds none.")
+      beside = checkpointer.beside(restored[0])
+    proofs: list[dict[str, np.ndarray]] = [{} for _ in start.examinations] if beside else []
+    for name, array in beside.items():
+      t, _, field = name.partition("/")
+      proofs[int(t)][field] = array
+    if not all(set(own) == set(Exact._fields) for own in proofs):
+      raise CheckpointError(f"what is proven in {os.fspath(folder)} was written by another version of kkt_jax.")
+    return dataclasses.replace(start._resumed(restored[1]), exact=tuple(Exact(**own) for own in proofs))
 
   @full_precision
   def continue_training(
@@ -313,13 +356,7 @@ class Reconstruction:
       ValueError: multipliers belong to the samples of the generator.
     """
     flow = flow or self.recipe.flow or Flow(batch_size=self.problem.generator.batch_size)
-    schedule = self.recipe.schedule
-    recipe = dataclasses.replace(self.recipe, generator=flow).with_stationarity(begin=0.0, ramp=0.0)
-    recipe = recipe.with_factors(**schedule.joint_factors)
-    recipe = recipe.with_schedule(
-      steps=schedule.joint_steps, theta=schedule.joint, eta=schedule.joint, restarts=1, restart_steps=0
-    )
-    begin = dataclasses.replace(self, recipe=recipe, table=self)
+    begin = dataclasses.replace(self, recipe=self.recipe.joint(flow), table=self)
     init_key, match_key, state_key = jax.random.split(jax.random.key(seed), 3)
     theta, statistics = begin.problem.generator.init(init_key)
     tables = [(*own.every_sample(), own._parts()) for own in (self, *others)]
@@ -329,11 +366,11 @@ class Reconstruction:
       labels = np.concatenate([y[parts[index]] for _, y, parts in tables])
       proven = self.exact[index].unit if self.exact else None
       samples.append((flow.leaning_on_others(unit, labels, proven), labels))
-    steps = schedule.match_steps
+    steps = self.recipe.schedule.match_steps
     theta = flow.match(match_key, theta, self.examinations, samples, num_steps=steps, on_progress=on_match)
     params = self.state.params | {"theta": theta}
     opt_state = begin.problem.optimizer.init(params)
-    state = TrainState(jnp.zeros((), jnp.int32), params, statistics, opt_state, state_key)
+    state = TrainState(jnp.zeros((), jnp.int32), params, statistics, opt_state, state_key, begin._origin)
     begin = begin._at(state)
     made = begin.continue_training(on_log=on_log, log_every=log_every)
     return min((begin, made), key=lambda own: begin._loss(own.state._replace(step=made.state.step)))
@@ -357,13 +394,23 @@ class Reconstruction:
 
   def _at(self, state: TrainState) -> "Reconstruction":
     """The same with another state; what is compiled is kept."""
-    made = dataclasses.replace(self, state=parallel.fetch(state) if self.mesh is not None else state)
+    state = (parallel.fetch(state) if self.mesh is not None else state)._replace(origin=self._origin)
+    made = dataclasses.replace(self, state=state)
     vars(made).update({name: value for name, value in vars(self).items() if name not in vars(made)})
     return made
 
-  def _knows(self, y: np.ndarray) -> np.ndarray:
-    """[S, T]: whether each classifier knows each label."""
-    return np.stack([np.isin(y, own.classifier.labels) for own in self.examinations], axis=1)
+  def _knows(self, y: Any) -> Any:
+    """[S, T]: whether each classifier knows each label; a NumPy array unless labels are traced."""
+    _checks.check_rank("y", y, 1, "[S]")
+    _checks.check_labels("y", y, len(y))
+    labels = [np.asarray(own.classifier.labels, np.int32) for own in self.examinations]
+    xp: Any = jnp if isinstance(y, jax.core.Tracer) else np
+    return xp.stack([(y[:, None] == own[None]).any(axis=1) for own in labels], axis=1)
+
+
+def _seen(labels: ArrayLike) -> Any:
+  """Integers as a NumPy array, which compiles nothing, unless they are traced."""
+  return _checks.integers(labels) if isinstance(labels, jax.core.Tracer) else np.asarray(labels)
 
 
 @full_precision
@@ -389,7 +436,8 @@ def reconstruct(
   Args:
     classifiers: T classifiers, with one numbering of labels and inputs of one shape.
     recipe: how it is trained; what it leaves open is chosen by `kkt_jax.recipes.default`.
-    seed: of everything random.
+    seed: of the starts of generator and multipliers, of the noise of the training, and of a network of continuous
+      noise. Examining and polishing have random numbers of their own, the same ones in every run.
     examinations: what `kkt_jax.examination.examine` said of each classifier; examined here if None.
     microbatch_size: samples for each classifier that are in memory at once; see `kkt_jax.training.Problem`.
     mesh: devices over which the samples are split, from `kkt_jax.parallel.device_mesh`.
@@ -408,6 +456,7 @@ def reconstruct(
   Raises:
     ValueError: no classifier, inputs of different shapes, another number of examinations, or a recipe that does not
       fit.
+    CheckpointError: what ``saver`` has is of other classifiers or of another recipe.
     TrainingDiverged: a NaN or an infinity appeared.
 
   >>> import jax, jax.numpy as jnp, kkt_jax
@@ -423,7 +472,7 @@ def reconstruct(
   schedule = begin.recipe.schedule
   restored = saver.restore(begin.state) if saver is not None else None
   if restored is not None:
-    begin = begin._at(restored[1])
+    begin = begin._resumed(restored[1])
   elif schedule.restart_steps and schedule.steps:
     begin = _best_start(begin, seed, on_restart)
   looks: list[Reconstruction] = []
@@ -530,8 +579,9 @@ def _problem(
 
 
 def _with_gradients(classifier: Classifier, stationarity: recipes.Stationarity) -> Classifier:
-  """The classifier with the derivatives that the stationarity uses."""
-  own = relaxed(classifier, stationarity.gate_sharpness)
+  """The classifier with the derivatives that the stationarity uses: those of ``gradient_fn``, its gates relaxed."""
+  own = relaxed(dataclasses.replace(classifier, apply_fn=classifier.gradient_fn), stationarity.gate_sharpness)
+  own = dataclasses.replace(own, apply_fn=classifier.apply_fn)
   if stationarity.compute_dtype is None:
     return own
   rough = computed_in(own.gradient_fn, stationarity.compute_dtype)

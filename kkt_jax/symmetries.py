@@ -279,7 +279,9 @@ def _null_space(columns: Sequence[np.ndarray], sizes: Sequence[float]) -> np.nda
   if not columns:
     return np.zeros((0, 0))
   scale = np.array([size if size > 0 else 1.0 for size in sizes])
-  _, values, rows = np.linalg.svd(np.stack(columns, axis=1) / scale, full_matrices=True)
+  matrix = np.stack(columns, axis=1) / scale
+  # Only a wide matrix needs full factors for its null space; of a tall one they hold (probes x classes)^2 numbers.
+  _, values, rows = np.linalg.svd(matrix, full_matrices=len(matrix) < len(columns))
   small = np.concatenate([values <= _TOLERANCE, np.ones(len(rows) - len(values), bool)])
   basis = rows[small].T / scale[:, None]
   return np.linalg.qr(basis)[0] if basis.size else basis

@@ -68,6 +68,8 @@ class TrainState(NamedTuple):
     statistics: the generator's running averages.
     opt_state: of the optimizer.
     key: the random key of the next step.
+    origin: what it is trained from, a digest [2, 8] of the classifiers and of the recipe, zeros if nobody
+      says; see `kkt_jax.reconstruction.Reconstruction.load`.
   """
 
   step: jax.Array
@@ -75,6 +77,7 @@ class TrainState(NamedTuple):
   statistics: PyTree
   opt_state: PyTree
   key: jax.Array
+  origin: jax.Array
 
 
 class TrainingDiverged(FloatingPointError):
@@ -208,7 +211,9 @@ def init_state(
   if problem.multipliers.scaled:
     params["eta"]["log_scale"] = log_scales
   params["alpha"] = -jnp.log(jnp.asarray(first, jnp.float32))
-  return TrainState(jnp.zeros((), jnp.int32), params, statistics, problem.optimizer.init(params), key)
+  return TrainState(
+    jnp.zeros((), jnp.int32), params, statistics, problem.optimizer.init(params), key, jnp.zeros((2, 8), jnp.int32)
+  )
 
 
 def make_train_step(problem: Problem) -> TrainStep:
@@ -284,7 +289,7 @@ def make_train_step(problem: Problem) -> TrainStep:
     metrics["gradient_norm"] = optax.tree.norm(gradient)
     updates, opt_state = problem.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, statistics, opt_state, key), metrics
+    return TrainState(state.step + 1, params, statistics, opt_state, key, state.origin), metrics
 
   # Without saying so, several processes could each end up with a part of the state.
   everywhere = None if problem.mesh is None else parallel.replicated(problem.mesh)

@@ -1,15 +1,19 @@
 """Checkpoints: what comes back is bitwise what went in, and damage is recognised."""
 
+import dataclasses
+import functools
 import logging
 import pathlib
 import shutil
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from kkt_jax.checkpoint import Checkpointer, CheckpointError
+from kkt_jax.checkpoint import Checkpointer, CheckpointError, fingerprint
 
 
 def state(value):
@@ -18,6 +22,41 @@ def state(value):
 
 def like():
   return state(0.0)
+
+
+def test_arrays_of_any_shape_come_back_beside_a_state(tmp_path):
+  beside = {"empty": np.zeros((0, 3), np.float32), "0/bits": np.array([True, False]), "number": np.array(2)}
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, state(0.5))
+    checkpointer.save(2, state(0.1), beside=beside)
+    assert checkpointer.beside(1) == {}
+    assert checkpointer.restore(like())[0] == 2
+    found = checkpointer.beside(2)
+  assert {name: (own.dtype, own.tolist()) for name, own in found.items()} == {
+    name: (own.dtype, own.tolist()) for name, own in beside.items()
+  }
+  assert found["empty"].shape == (0, 3)
+
+
+def test_a_fingerprint_tells_settings_apart_and_nothing_else():
+  @dataclasses.dataclass
+  class Setting:
+    function: Any
+    value: Any = 1.0
+
+  def scaled(size):
+    return lambda x: size * x
+
+  def recursive(x):
+    return recursive(x)
+
+  same = [Setting(scaled(2), {"a": 1, "b": jnp.ones(2)}), Setting(scaled(2), {"b": np.ones(2, np.float32), "a": 1})]
+  assert len({fingerprint(own) for own in same}) == 1
+  others = [scaled(2), scaled(3), scaled(jnp.ones(2)), scaled(jnp.ones(3)), lambda x: 0.5 * x, lambda x: 0.25 * x]
+  others += [functools.partial(scaled, 2), functools.partial(scaled, size=2), jnp.ones(2), jnp.ones(3), "2", (2, 3)]
+  others += [recursive, max, None, False, *same[:1], Setting(scaled(2)), Setting(scaled(2), 0.5)]
+  assert len({fingerprint(own) for own in others}) == len(others)
+  assert fingerprint(scaled(jnp.ones(2))) == fingerprint(scaled(jnp.zeros(2)))  # which another machine rounds otherwise
 
 
 def data_files(directory, step):

@@ -45,7 +45,28 @@ def test_one_logit_is_the_margin_of_class_1(squeezed):
   assert classifier.gradient_fn is classifier.apply_fn  # compiled once
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_parameters_in_16_bits_are_taken_in_single_precision(dtype):
+  classifier = make_linear(params=jnp.full((2, 3), 0.5, dtype), initial_params=jnp.zeros((2, 3), dtype))
+  assert {leaf.dtype for leaf in (classifier.params, classifier.initial_params)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("apply_fn", [linear, lambda w, x: (x @ w)[:, 0]])
+def test_what_is_compiled_for_one_classifier_serves_another_of_the_same_function(apply_fn):
+  traced = []
+
+  @jax.jit
+  def use(classifier):
+    traced.append(1)
+    return classifier.evaluate_fn(classifier.params, jnp.ones((1, 2))).logits
+
+  for value in (1.0, 2.0):
+    use(make_linear(apply_fn=apply_fn, params=jnp.full((2, 3), value)))
+  assert len(traced) == 1
+
+
 REFUSED = {
+  "huge labels": ({"labels": (0, 1, 2**31)}, r"^labels must be less than 2\^31 in size; got \(0, 1, 2147483648\)"),
   "no logits": ({"apply_fn": lambda w, x: (x @ w)[:, :0]}, r"^apply_fn must return logits .*\(2, 0\)"),
   "repeated labels": ({"labels": (0, 1, 0)}, r"^labels must be 3 distinct integers.*got \(0, 1, 0\)"),
   "too few labels": ({"labels": (0, 1)}, r"^labels must be 3 distinct integers"),
@@ -106,7 +127,7 @@ def test_probing_the_shapes_computes_no_logits():
 
 def test_labels_become_classes():
   classifier = make_linear(labels=(5, 7, 6))
-  for labels in (jnp.array([6, 5, 7, 7]), np.array([6, 5, 7, 7]), [6, 5, 7, 7]):
+  for labels in (jnp.array([6, 5, 7, 7]), jnp.array([6, 5, 7, 7], jnp.uint8), np.array([6, 5, 7, 7]), [6, 5, 7, 7]):
     np.testing.assert_array_equal(classifier.classes_of(labels), [2, 0, 1, 1])  # 5, 7, 6 are outputs 0, 1, 2
   assert classifier.classes_of(jnp.zeros((0,), int)).shape == (0,)
 

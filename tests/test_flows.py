@@ -145,7 +145,8 @@ def test_what_the_equations_make_worse_is_taken_back():
 def test_it_is_saved_and_loaded_like_any_generator(tmp_path):
   made = reconstruction()
   made.save(tmp_path)
-  recipe = dataclasses.replace(made.recipe, generator=flows.Flow())
+  recipe = recipes.complete(kkt_jax.Recipe(schedule=QUICK), made.examinations)
+  recipe = recipe.joint(flows.Flow(batch_size=made.table.problem.generator.batch_size))
   loaded = kkt_jax.Reconstruction.load(tmp_path, [own.classifier for own in made.examinations], recipe)
   y = jnp.array([0, 1])
   np.testing.assert_allclose(made.sample(jax.random.key(1), y), loaded.sample(jax.random.key(1), y), rtol=1e-5)

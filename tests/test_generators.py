@@ -1,5 +1,6 @@
 """Generators: conditional on noise, label and classifier index, and what their last layers promise."""
 
+import dataclasses
 import types
 
 import jax
@@ -65,6 +66,21 @@ def test_first_noise_coordinate_picks_the_code_and_the_others_move_it():
   assert not np.allclose(moved[0], moved[1], atol=1e-4)
   extreme = jnp.array([[40.0, 0.0, 0.0], [-40.0, 0.0, 0.0]])
   assert bool(jnp.all(jnp.isfinite(generate(theta, statistics, extreme, label[:2], label[:2], False)[0])))
+
+
+def test_a_module_sees_the_places_of_labels():
+  seen = []
+
+  class Module(generators.nn.Module):
+    def __call__(self, noise, y, t, train=False):
+      seen.append(y)
+      return noise
+
+  own = examined(jnp.zeros(2), num_classes=2)
+  own.classifier = dataclasses.replace(own.classifier, labels=(7, -3))
+  made = generators.network(lambda _: Module(), noise=None, noise_dim=2, batch_size=1)([own])
+  made.generate({}, {}, jnp.zeros((3, 2)), jnp.array([7, -3, 7], jnp.int8), jnp.zeros(3, int), False)
+  np.testing.assert_array_equal(seen[0], [1, 0, 1])
 
 
 @pytest.mark.parametrize("name", ["noise_dim", "batch_size"])
@@ -145,6 +161,21 @@ class TestTable:
     assert float(jnp.min(jnp.abs(flat[t == 0][:, :2] - 0.5))) > 0
     free = self.draws(self.two, jax.random.normal(jax.random.key(1), (40, 1)), y, t, codes=4, in_span=False)
     assert float(jnp.min(jnp.abs(free.reshape(40, 6) - jnp.where(t == 0, 0.5, 0.2)[:, None]))) > 0
+
+  @pytest.mark.parametrize("labels", [(-1, 1, 4), (10**6, 7, 2)])
+  def test_labels_of_any_value_have_samples_of_their_own_and_no_more_than_they_need(self, labels):
+    plain, own = examined(jnp.full(5, 0.5)), examined(jnp.full(5, 0.5))
+    own.classifier = dataclasses.replace(own.classifier, labels=labels)
+    first, other = (generators.table(codes=2)([examination]) for examination in (plain, own))
+    theta, _ = other.init(jax.random.key(0))
+    assert theta[0].shape == (3, 2, 5)
+    noise, t = jnp.tile(every_code(2), (3, 1)), jnp.zeros(6, int)
+    drawn = other.generate(theta, {}, noise, jnp.repeat(jnp.array(sorted(labels)), 2), t, True)[0]
+    np.testing.assert_array_equal(drawn, first.generate(theta, {}, noise, jnp.repeat(jnp.arange(3), 2), t, True)[0])
+    assert len(np.unique(drawn, axis=0)) == 6
+    put = other.put(theta, 0, np.array([max(labels)]), np.array([1]), jnp.ones((1, 5)))
+    changed = np.any(np.asarray(put[0] != theta[0]), axis=2)
+    np.testing.assert_array_equal(changed, [[False, False], [False, False], [False, True]])
 
   def test_first_samples_deviate_as_asked_along_directions_weighed_by_their_strength(self):
     # Share 2 / 6 of all dimensions: the strengths 4 and 1 enter as 4^(1/3) and 1. A flat start is no image: .3.

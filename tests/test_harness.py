@@ -331,3 +331,45 @@ def test_what_is_compiled_is_kept_for_later_runs(tmp_path, monkeypatch, flag, fo
   flags._prepare_jax(str(tmp_path / flag) if flag == "own" else flag)
   assert [path.name for path in old.parent.iterdir()] == ["jit_new"]
   assert found.items() <= {name: value.replace(f"{tmp_path}/", "") for name, value in environment.items()}.items()
+
+
+def test_flags_of_absl_and_of_jax_take_effect(tmp_path, capsys, monkeypatch):
+  for name in ("JAX_DEBUG_NANS", "JAX_LOG_COMPILES"):
+    monkeypatch.delenv(name, raising=False)
+  (tmp_path / "flags").write_text("--size=4\n--jax_debug_nans\n")
+  seen = []
+  run = lambda config, workdir: (
+    seen.append((config.size, jax.config.jax_debug_nans, os.environ["JAX_DEBUG_NANS"])) or {}
+  )
+  argv = [f"--flagfile={tmp_path / 'flags'}", "--verbosity=1", "--nojax_log_compiles", f"--workdir={tmp_path / 'new'}"]
+  try:
+    assert command(capsys, *argv, run=run)[0] == 0
+  finally:
+    jax.config.update("jax_debug_nans", False)
+  assert seen == [(4, True, "true")]
+
+
+@pytest.mark.parametrize(
+  ("argv", "message"),
+  [
+    ("--jax_debug_nan", "--jax_debug_nan is not a flag of JAX."),
+    ("--jax_debug_nans=perhaps", "--jax_debug_nans must be a value that JAX takes; got 'perhaps'."),
+    ("--verbosity=loud", "--verbosity must be a whole number; got 'loud'."),
+    ("--flagfile=/nowhere", "Unable to open flagfile"),
+  ],
+)
+def test_wrong_flags_of_absl_and_of_jax_are_refused(tmp_path, capsys, argv, message):
+  status, _, err = command(capsys, f"--workdir={tmp_path / 'new'}", argv)
+  assert status == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
+  assert not (tmp_path / "new").exists()
+
+
+def test_absl_learns_of_its_flags_before_it_runs(monkeypatch):
+  seen = []
+  monkeypatch.setattr(flags.app, "run", lambda run, flags_parser: seen.append(flags_parser(["program", "--pdb"])))
+  try:
+    flags.main(Config, lambda config, workdir: {})
+    assert flags.absl_flags.FLAGS.pdb
+  finally:
+    flags.absl_flags.FLAGS["pdb"].unparse()
+  assert seen == [["program", "--pdb"]]

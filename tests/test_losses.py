@@ -1,11 +1,12 @@
 """The losses, one equation at a time: numbers by hand, explicit loops, a naive formula, edges."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kkt_jax import losses
+from kkt_jax import losses, multipliers
 from kkt_jax.conditions import Conditions
 from kkt_jax.jacobians import per_sample_jacobians
 from kkt_jax.multipliers import from_softmax
@@ -118,6 +119,14 @@ def test_classes_may_be_hidden_by_a_transformation():
   np.testing.assert_array_equal(
     jax.vmap(losses.runner_up_margin)(logits[:, None], classes[:, None]), jnp.array([[2.0], [4.0]])
   )
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.uint16, jnp.int16])
+@pytest.mark.parametrize("function", MARGIN_FUNCTIONS.values(), ids=MARGIN_FUNCTIONS.keys())
+def test_classes_in_few_bits_are_those_of_many(function, dtype):
+  classes = jnp.array([100, int(jnp.iinfo(dtype).max) % 300], dtype)
+  logits = normal(2, 300)
+  chex.assert_trees_all_equal(function(logits, classes), function(logits, classes.astype(jnp.int32)))
 
 
 # Duality
@@ -472,6 +481,42 @@ def test_sums_that_do_not_fit_are_refused(function):
     function(CONDITIONS, {"a": jnp.ones(2)})
   with pytest.raises(ValueError, match=r"^sums must have the shapes of conditions.target, \(2,\) at a; got \(1,\)"):
     function(CONDITIONS, SUMS | {"a": jnp.ones(1)})
+
+
+def everything_of_logits(logits, classes, mu):
+  return [
+    losses.margins(logits, classes),
+    losses.duality_loss(logits, classes, jnp.asarray(0.125, logits.dtype), delta=0.1, relative=True),
+    losses.cotangent(logits, classes, mu),
+    multipliers.from_softmax(logits),
+    multipliers.on_runner_up(mu[:, :1], logits, classes),
+    multipliers.softmax_distance(mu, logits, classes),
+    multipliers.shortfall(mu, least=1.0),
+  ]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_numbers_in_16_bits_are_computed_with_in_single_precision(dtype):
+  params, x, classes, mu = problem(num_samples=300)
+  rough = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, x, mu, normal(300, 3)))
+  same = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rough)
+
+  def everything(params, x, mu, logits):
+    sums = losses.stationarity_sum(relu_network, params, x, classes, mu)
+    conditions = Conditions(params, jax.tree.map(jnp.ones_like, params))
+    measures = [measure(conditions, params) for measure in (*MEASURES.values(), losses.best_scale)]
+    return sums, measures, everything_of_logits(logits, classes, mu)
+
+  chex.assert_trees_all_equal(everything(*rough), everything(*same))  # dtypes, too
+
+
+def test_types_may_meet_when_promotion_is_strict():
+  params, x, classes, mu = problem()
+  with jax.numpy_dtype_promotion("strict"):
+    everything_of_logits(normal(5, 3).astype(jnp.bfloat16), classes.astype(jnp.uint8), mu)
+    sums = losses.stationarity_sum(relu_network, params, x, classes.astype(jnp.uint8), mu.astype(jnp.bfloat16))
+    for measure in (*MEASURES.values(), losses.best_scale):
+      measure(Conditions(params, jax.tree.map(lambda leaf: jnp.ones_like(leaf, jnp.bfloat16), params)), sums)
 
 
 def test_double_precision_is_kept():

@@ -85,6 +85,13 @@ def test_networks_are_evaluated_in_the_precision_that_is_wanted(name, wanted):
   assert noted == {wanted}
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_strict_promotion_of_types_is_no_hindrance(name):
+  apply_fn = lambda params, x: jax.nn.relu(x @ params["w1"]) @ params["w2"]
+  with jax.numpy_dtype_promotion("strict"):
+    use(kkt_jax.make_classifier(apply_fn, PARAMS, (4,), weight_decay=1.0), name)
+
+
 def products(jaxpr):
   """The precisions of all products in a program."""
   for equation in jaxpr.eqns:

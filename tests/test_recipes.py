@@ -155,6 +155,22 @@ def test_weights_of_terms_that_do_not_exist_are_refused(name, hint):
   assert str(caught.value) == f"{known} '{name}'.{hint}"
 
 
+@pytest.mark.parametrize(
+  ("change", "part"),
+  [
+    (lambda recipe: recipe.with_weights(duality=1.0), "stationarity"),
+    (lambda recipe: recipe.with_factors(duality=1.0), "stationarity"),
+    (lambda recipe: recipe.with_stationarity(begin=0.1), "stationarity"),
+    (lambda recipe: recipe.with_terms(mine=Term(1.0, terms.in_range)), "terms"),
+    (lambda recipe: dataclasses.replace(recipe, stationarity=Stationarity(1.0)).with_weights(duality=1.0), "terms"),
+  ],
+)
+def test_a_part_that_is_left_to_the_classifiers_cannot_be_changed(change, part):
+  message = rf"^{part} must be given before it can be changed; .*kkt_jax\.recipes\.complete\(recipe, examinations\)"
+  with pytest.raises(ValueError, match=message):
+    change(Recipe())
+
+
 @pytest.mark.parametrize("name", recipes.RESERVED)
 def test_terms_named_like_other_metrics_are_refused(name):
   with pytest.raises(ValueError, match=f"terms must not be named like other metrics.*got {name}"):
@@ -251,6 +267,19 @@ class TestMultipliers:
       mu = made.apply(made.init(jax.random.key(0)), classifier, batch)
       assert mu.shape == (4, classifier.num_classes)
       assert bool(jnp.all(mu >= 0)) and not made.scaled
+
+  @pytest.mark.parametrize(
+    "make", [recipes.free_multipliers, recipes.runner_up_multipliers, recipes.network_multipliers]
+  )
+  def test_labels_of_any_value_have_multipliers_of_their_own(self, make):
+    named = [dataclasses.replace(own, labels=(-7, 10**6, 10**7)[: own.num_classes]) for own in self.classifiers]
+    other = [types.SimpleNamespace(classifier=classifier) for classifier in named]
+    made, same = (make()(own, FOUR_CODES) for own in (self.examinations, other))
+    eta, batch = made.init(jax.random.key(0)), self.batch(0)
+    assert jax.tree.map(jnp.shape, same.init(jax.random.key(0))) == jax.tree.map(jnp.shape, eta)
+    expected = made.apply(eta, self.classifiers[0], batch)
+    found = same.apply(eta, named[0], batch._replace(y=jnp.array([-7, 10**6])[batch.y]))
+    np.testing.assert_array_equal(found, expected)
 
   def test_softmax_multipliers_are_the_probabilities_and_have_nothing_to_learn(self):
     made = recipes.softmax_multipliers()(self.examinations, FOUR_CODES)

@@ -12,7 +12,7 @@ import pytest
 from trained_networks import drawings, examined, flax_classifier, nameless_classifier, with_weight_decay
 
 import kkt_jax
-from kkt_jax import exact, examine, generators, recipes, reconstruct, Reconstruction
+from kkt_jax import exact, examine, generators, recipes, reconstruct, Reconstruction, training
 from kkt_jax.checkpoint import Checkpointer, CheckpointError
 from kkt_jax.conditions import weight_decay_conditions
 from kkt_jax.recipes import Recipe, Schedule, Stationarity
@@ -167,6 +167,35 @@ def test_labels_that_nobody_or_not_the_given_classifier_knows_are_refused(y, t, 
 
 
 @pytest.mark.slow
+def test_one_label_is_a_list_of_one():
+  with pytest.raises(ValueError, match=r"^y must have shape \[S\]; got shape \(\)"):
+    begin().sample(jax.random.key(0), 1)
+  assert begin().sample(jax.random.key(0), [1]).shape == (1, 2)
+
+
+def test_sampling_can_be_compiled_and_unknown_labels_are_nan_there():
+  made, key, y = begin(), jax.random.key(0), jnp.array([0, 5, 2, 2])
+  expected = made.sample(key, y)
+  np.testing.assert_allclose(jax.jit(lambda key: made.sample(key, np.asarray(y)))(key), expected, rtol=1e-6)
+  np.testing.assert_allclose(jax.jit(made.sample)(key, y), expected, rtol=1e-6)
+  x = jax.jit(made.sample)(
+    key, jnp.array([0, 4, 2]), t=jnp.array([0, 0, 5])
+  )  # nobody knows 4; there is no classifier 5
+  np.testing.assert_array_equal(np.isnan(x), [[False] * 2, [True] * 2, [True] * 2])
+
+
+def test_the_values_of_labels_do_not_matter():
+  classifiers, examinations = two()
+  names = {0: -3, 1: 0, 2: 10**6, 5: 10**9}
+  named = [dataclasses.replace(own, labels=tuple(names[label] for label in own.labels)) for own in classifiers]
+  plain = [dataclasses.replace(own, labels=tuple(min(label, 3) for label in own.labels)) for own in classifiers]
+  made, same = (reconstruct(own, tiny(steps=2), examinations=examinations) for own in (named, plain))
+  chex.assert_trees_all_equal(made.state.params, same.state.params)
+  assert made.state.params["theta"][0].shape == (4, 3, 2)
+  key = jax.random.key(1)
+  np.testing.assert_array_equal(made.sample(key, list(names.values())), same.sample(key, [0, 1, 2, 3]))
+
+
 def test_label_weights_shift_the_classes_of_every_batch():
   weights = {0: 4.0, 1: 2.0, 2: 0.0, 5: 2.0}
   made = begin(dataclasses.replace(tiny(codes=4), label_weights=weights))
@@ -196,10 +225,33 @@ def test_saved_loaded_and_continued_it_is_bitwise_the_same(tmp_path):
   assert_same(loaded, partly)
   assert_same(loaded.continue_training(), straight()[0])
   assert_same(loaded.continue_training(4), partly)  # it is there already
+  with pytest.raises(CheckpointError, match=r"^recipe must be what the saved state was trained with"):
+    Reconstruction.load(tmp_path, classifiers, tiny(steps=7), examinations=examinations)
+  for other in (dataclasses.replace(classifiers[1], labels=(2, 5)), plane((5, 2), 9)):
+    with pytest.raises(CheckpointError, match=r"^classifiers must be what the saved state was trained with"):
+      Reconstruction.load(tmp_path, [classifiers[0], other], tiny(), examinations=examinations)
   with pytest.raises(CheckpointError, match="step 4"):
     Reconstruction.load(tmp_path, classifiers, tiny(codes=2), examinations=examinations)
   with pytest.raises(FileNotFoundError, match="folder must hold a saved reconstruction"):
     Reconstruction.load(tmp_path / "empty", classifiers, tiny(), examinations=examinations)
+
+
+def test_what_is_certified_is_saved_and_loaded(tmp_path):
+  classifiers, examinations = two()
+  proofs = [exact.Exact(*(np.full((k, 2), n) for n in range(len(exact.Exact._fields)))) for k in (3, 0)]
+  dataclasses.replace(begin(), exact=tuple(proofs)).save(tmp_path)
+  loaded = Reconstruction.load(tmp_path, classifiers, tiny(), examinations=examinations)
+  chex.assert_trees_all_equal(list(loaded.exact), proofs)
+  begin().save(tmp_path)
+  assert Reconstruction.load(tmp_path, classifiers, tiny(), examinations=examinations).exact == ()
+
+
+def test_a_saver_of_other_classifiers_is_refused(tmp_path):
+  with Checkpointer(tmp_path) as saver:
+    run(saver=saver, save_every=3)
+    other = [plane((0, 1, 2), 7), two()[0][1]]
+    with pytest.raises(CheckpointError, match=r"^classifiers must be what the saved state was trained with"):
+      reconstruct(other, tiny(), examinations=two()[1], saver=saver)
 
 
 @pytest.mark.slow
@@ -326,6 +378,27 @@ def test_stationarity_decides_on_derivatives_and_conditions_and_nothing_else():
   for changed in ({"gate_sharpness": 20.0}, {"compute_dtype": "bfloat16"}):
     other = slope(dataclasses.replace(exact, **changed))
     assert 1e-5 < float(jnp.linalg.norm(other - expected) / jnp.linalg.norm(expected)) < 0.3
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 20.0])
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_derivatives_are_those_of_gradient_fn_whatever_else_is_given(apart, sharpness):
+  """A function three times as steep; ``predict_fn`` takes away ``evaluate_fn``, which training otherwise asks."""
+  classifier, own = (parts[0] for parts in two())
+  steep = lambda p, x: 3 * classifier.apply_fn(p, x) - jax.lax.stop_gradient(2 * classifier.apply_fn(p, x))
+  predict_fn = (lambda p, x: classifier.apply_fn(p, x)) if apart else None
+  given = kkt_jax.make_classifier(
+    classifier.apply_fn, classifier.params, (2,), gradient_fn=steep, predict_fn=predict_fn, weight_decay=0.1
+  )
+  recipe = dataclasses.replace(tiny(), stationarity=Stationarity(1.0, gate_sharpness=sharpness))
+  x = jnp.asarray([[0.3, 0.9], [0.5, 0.1]])
+
+  def slope(classifier):
+    (made,) = Reconstruction.begin([classifier], recipe, examinations=[own]).classifiers
+    _, pull_back = training._evaluate(made, x)
+    return pull_back(jnp.ones((2, 3)))[0]["w"]
+
+  np.testing.assert_allclose(slope(given), 3 * slope(classifier), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The lower bound on the residual: 0 where data satisfy the conditions, else above 0, and never above the truth."""
 
 import functools
+import tracemalloc
 
 from example_networks import random_mlp
 import jax
@@ -133,3 +134,18 @@ def test_weights_before_a_normalisation_cannot_be_a_target():
   kernel = classifier.params["Dense_0"]["kernel"]
   total = sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(classifier.params))
   assert found.value >= 0.8 * float(jnp.sum(kernel**2)) / total
+
+
+def test_memory_does_not_grow_with_the_square_of_the_classes():
+  keys = jax.random.split(jax.random.key(0))
+  params = {"in": jax.random.normal(keys[0], (4, 8)), "out": jax.random.normal(keys[1], (8, 300))}
+  net = lambda p, x: jax.nn.relu(x @ p["in"]) @ p["out"]
+  probes = jax.random.normal(jax.random.key(1), (24, 4))
+  tracemalloc.start()
+  try:
+    found = symmetries.least_residual(net, params, weight_decay_conditions(params), probes)
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  assert "units of in, out" in found.by_symmetry
+  assert peak < 2**25  # bytes; (24 x 300)^2 doubles are 400 MB

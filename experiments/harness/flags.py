@@ -32,6 +32,7 @@ ConfigT = TypeVar("ConfigT")
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _LINE, _INDENT = 110, 34  # of the help
 _KEPT_DAYS = 30  # of what was compiled
+_HELP = {"--help", "-h", "--helpshort", "--helpfull"}
 
 
 class UsageError(ValueError):
@@ -266,6 +267,9 @@ def main(
 ) -> None:
   """The program of an experiment: reads the command line, runs, prints the result, exits.
 
+  Beside the fields it takes the flags of absl, such as ``--pdb`` and ``--flagfile``, and of JAX, such as
+  ``--jax_debug_nans``.
+
   Args:
     config_class: a frozen dataclass whose fields are made by `flag`.
     run: ``run(config, workdir) -> metrics``. Of these ``summary`` (text) and ``pictures`` (paths in the workdir) are
@@ -275,6 +279,11 @@ def main(
 
   def parsed(argv: list[str]) -> list[str]:
     absl_flags.FLAGS.mark_as_parsed()
+    if not _HELP & set(argv):
+      try:
+        _parsed(_classes(config_class, jointly), argv)  # absl wants to know its own before it runs anything
+      except UsageError as error:
+        sys.exit(_say_error(error, 2))
     return argv
 
   app.run(lambda argv: command(config_class, run, argv, jointly=jointly), flags_parser=parsed)
@@ -298,19 +307,20 @@ def command(
   Returns:
     Exit status: 0, 1 if the run failed, 2 if the command line was refused, 130 if the user stopped it.
   """
-  classes: list[type[Any]] = [_Folder, config_class, *([_Jointly] if jointly else [])]
-  if {"--help", "-h", "--helpshort", "--helpfull"} & set(argv):
+  classes = _classes(config_class, jointly)
+  if _HELP & set(argv):
     print(_help(classes, sys.modules[run.__module__].__doc__ or "", _own_command(argv[:1])))
     return 0
   logging.set_verbosity(logging.WARNING)  # jax and orbax chatter otherwise
   try:
-    folder, config, *joint = _parsed(classes, argv)
+    (folder, config, *joint), of_jax = _parsed(classes, argv)
     workdir = check_folder(folder.workdir)
     if joint:
       joint[0].check()
+    _prepare_jax(folder.compilation_cache)
+    _set_jax(of_jax)
   except UsageError as error:
     return _say_error(error, 2)
-  _prepare_jax(folder.compilation_cache)
   clock = Clock()
   from kkt_jax.checkpoint import CheckpointError  # slow to import
 
@@ -357,6 +367,26 @@ def _prepare_jax(folder: str) -> None:
   os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 
+def _set_jax(settings: Mapping[str, str]) -> None:
+  """Flags of JAX, in this process and its children."""
+  if settings:
+    import jax
+  for name, text in settings.items():
+    try:
+      now = getattr(jax.config, name)
+      value = {"true": True, "false": False}[text.lower()] if isinstance(now, bool) else type(now or "")(text)
+      jax.config.update(name, value)
+    except AttributeError as error:
+      raise UsageError(f"--{name} is not a flag of JAX.") from error
+    except (KeyError, ValueError, TypeError) as error:
+      raise UsageError(f"--{name} must be a value that JAX takes; got {text!r}.") from error
+    os.environ[name.upper()] = text
+
+
+def _classes(config_class: type[Any], jointly: bool) -> list[type[Any]]:
+  return [_Folder, config_class, *([_Jointly] if jointly else [])]
+
+
 def _say_error(error: Exception, status: int) -> int:
   print(f"error: {error}", file=sys.stderr)
   return status
@@ -372,8 +402,8 @@ def _own_command(argv: Sequence[str]) -> str:
   return shlex.join([str(python), *module, *argv[1:]])
 
 
-def _parsed(classes: Sequence[type[Any]], argv: Sequence[str]) -> list[Any]:
-  """The config of each class, from one command line."""
+def _parsed(classes: Sequence[type[Any]], argv: Sequence[str]) -> tuple[list[Any], dict[str, str]]:
+  """The config of each class, from one command line, and the flags of JAX by name; those of absl take effect."""
   values = absl_flags.FlagValues()
   fields = [field for config_class in classes for field in dataclasses.fields(config_class)]
   for field in fields:
@@ -381,17 +411,27 @@ def _parsed(classes: Sequence[type[Any]], argv: Sequence[str]) -> list[Any]:
       absl_flags.DEFINE_bool(field.name, None, "", flag_values=values)
     else:
       absl_flags.DEFINE_string(field.name, None, "", flag_values=values)
+  own, of_absl = absl_flags.FLAGS, ("absl.app", "absl.logging")
+  for name in (flag.name for module in of_absl for flag in own.flags_by_module_dict().get(module, ())):
+    if name not in values and f"--{name}" not in _HELP:
+      values[name] = own[name]
   try:
-    surplus = values(list(argv))[1:]
+    argv = [argv[0], *values.read_flags_from_files(list(argv[1:]), force_gnu=False)]
+    given_to_jax = [found for arg in argv[1:] if (found := re.match(r"--?(no)?(jax_\w+)(=)?", arg))]
+    of_jax = {found[2]: found[3] for found in given_to_jax}
+    for name, equals in of_jax.items():
+      (absl_flags.DEFINE_string if equals else absl_flags.DEFINE_bool)(name, None, "", flag_values=values)
+    surplus = values(argv)[1:]
   except absl_flags.UnrecognizedFlagError as error:
     known = [f"--{field.name}" for field in fields]
     name = f"--{error.flagname}"
     raise UsageError(f"{name} is not a flag{did_you_mean(name, known)} --help shows them.") from error
-  except absl_flags.IllegalFlagValueError as error:  # only booleans are read here
-    name, value = re.match(r"flag --(\w+)=(.*): ", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
-    raise UsageError(f"--{name} must be true or false; got {value!r}.") from error
+  except absl_flags.IllegalFlagValueError as error:  # of our own only booleans are read here
+    name, value = re.match(r"flag --(\w+)=(.*?): ", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
+    kind = _KINDS[bool if values[name].flag_type() == "bool" else int]
+    raise UsageError(f"--{name} must be {kind}; got {value!r}.") from error
   except absl_flags.Error as error:
-    raise UsageError(f"{error}; every setting must be a flag --name=value.") from error
+    raise UsageError(f"{str(error).removeprefix('ERROR:: ')}; every setting must be a flag --name=value.") from error
   if surplus:
     raise UsageError(f"every setting must be a flag --name=value; got {surplus[0]!r}.")
   configs = []
@@ -403,7 +443,8 @@ def _parsed(classes: Sequence[type[Any]], argv: Sequence[str]) -> list[Any]:
         given[field.name] = text if isinstance(text, bool) else _convert(field, text)
     configs.append(config_class(**given))
     check(configs[-1])
-  return configs
+  shown = {name: values[name].value for name in of_jax}
+  return configs, {name: str(text).lower() if isinstance(text, bool) else str(text) for name, text in shown.items()}
 
 
 def _help(classes: Sequence[type[Any]], about: str, own_command: str) -> str:
