@@ -26,9 +26,8 @@ from kkt_jax.examination import Examination
 from kkt_jax.first_layer import InputSpan
 
 EVIDENCE = ("equations", "levels", "range")  # the strongest first
-_AGREE = 5  # samples whose scales agree that tell the common one
+_AGREE = 5  # samples that agree on a scale, or say of all others that they fulfil the equations, or are on levels
 _SPREAD = 5.0  # so many times the greatest difference of a value are two samples apart that are one
-_LEVELLED = 3  # samples on levels that say that the data are
 _PIXELS = 48  # on which combinations of three are looked at first
 
 
@@ -43,6 +42,7 @@ class Candidates:
     doubt: what is left of it, the smaller the better [P]; compares points of one kind of evidence.
     whole: the points in whole levels [P, *input_shape], the same as ``unit`` where they are on none.
     to_the_bit: whether they are [P].
+    misfit: of `by_equations` [P].
     duals: of `kkt_jax.signals.Signals` [P, D]; 0 without equations.
   """
 
@@ -52,6 +52,7 @@ class Candidates:
   doubt: np.ndarray
   whole: np.ndarray
   to_the_bit: np.ndarray
+  misfit: np.ndarray
   duals: np.ndarray
 
   def __getitem__(self, chosen: np.ndarray) -> "Candidates":
@@ -153,7 +154,7 @@ def gather(
   kept = evidence < len(EVIDENCE)
   bits &= ~told | (np.abs(whole - unit[distinct]).reshape(len(whole), -1).max(axis=1, initial=0.0) < criteria.same)
   whole = np.where(bits.reshape(-1, *[1] * start.ndim), whole, unit[distinct])
-  made = Candidates(unit[distinct], found.tight[distinct], evidence, doubt, whole, bits, duals)[kept]
+  made = Candidates(unit[distinct], found.tight[distinct], evidence, doubt, whole, bits, misfit, duals)[kept]
   return made, np.isin(owner, distinct[kept])
 
 
@@ -189,10 +190,12 @@ def unambiguous(
     affine: whether the start is among the samples' blends, as their mean is; then r + 1 can be independent, else r.
     criteria: what is allowed.
   """
-  if (points.evidence == 1).sum() >= _LEVELLED:
-    points_on = np.flatnonzero((points.evidence < 2) | points.to_the_bit)  # the data are on levels
-  else:
-    points_on = np.arange(len(points.unit))
+  possible = np.ones(len(points.unit), bool)
+  if (points.evidence == 0).sum() >= _AGREE:  # then all training samples fulfil the equations more or less
+    possible &= points.misfit < criteria.refuted
+  if (points.evidence == 1).sum() >= _AGREE:  # then the data are on levels
+    possible &= (points.evidence < 2) | points.to_the_bit
+  points_on = np.flatnonzero(possible)
   rows = points.unit.reshape(len(points.unit), -1).astype(np.float64) - np.asarray(start, np.float64).reshape(1, -1)
   if affine:
     rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)  # affine dependence becomes linear
@@ -207,7 +210,7 @@ def unambiguous(
       continue
     shares = np.linalg.lstsq(rows[kept].T, rows[index])[0]
     parts = [own for own, share in zip(kept, shares, strict=True) if abs(share) > criteria.new]
-    if len(parts) > 1:
+    if len(parts) > 1:  # no copy
       tainted |= {own for own in parts if points.evidence[own] == points.evidence[index]}
   weak = [own for own in kept if points.evidence[own] > 0 and own not in tainted]
   tainted |= {weak[own] for own in _recombined(points, weak, start, span, affine=affine, criteria=criteria)}

@@ -29,11 +29,13 @@ _HOMOGENEOUS = 1e-2  # greatest error of scaling that counts as none
 _PROBES = 24
 _FILLED = 0.9  # greatest share of a layer's directions that data may fill for their span to be recognised
 _FALL, _NOTHING = 5.0, 1e-4  # least fall of singular values that ends a span, and the most that may follow it
-_SHARP, _FEW, _MANY = 50.0, 2, 8  # a fall that is no chance; directions for each class that are too few then, and else
+_SHARP, _MANY = 50.0, 8  # a fall that is no chance; directions for each class that are too few where there is none
 _ROUNDING = 1e-7  # relative to the greatest singular value; what is smaller is indistinguishable from it
 _ALIKE = 1e-3  # relative error below which two gradients are the same
 _TURNS = 8  # most turns of finding what is left of a known start
 _MOST_LEFT_OUT, _TRIED = 8, 3  # tensors that are left out at most, and of how many the first possible one is taken
+_GROUPS = 6  # beyond two for each class
+_FEW_VALUES = 16  # of a tensor that says nothing of how it is rounded
 _TIE = 0.01  # relative difference of two bounds that says nothing of which form it is
 
 
@@ -68,6 +70,7 @@ class Examination:
     left_out: tensors without which the conditions of that form can hold, by name, with the share of the whole target
       that lies in each and that no data can account for: those that kept their initialisation, or were trained in
       another way. None if everything fits, and none if nothing sensible would remain.
+    unused: names of the tensors on which the logits do not depend; they have no condition.
     free: which tensors have no scale of their own (before a normalisation), a pytree of bools; weight decay leaves no
       condition on them.
     rates: Lambda, balanced.
@@ -91,6 +94,7 @@ class Examination:
   conditions: Conditions
   bounds: Mapping[str, float]
   left_out: Mapping[str, float]
+  unused: tuple[str, ...]
   free: PyTree
   rates: homogeneity.RateSolution
   scaling_error: float
@@ -141,13 +145,28 @@ class Examination:
     names = ", ".join(f"{name} ({share:.0%} of everything)" for name, share in self.left_out.items())
     return [f"Left out, because no data whatever could have caused them: {names}."] if names else []
 
-  def _provable(self) -> str:
-    """Which samples could be proven to be training samples (`kkt_jax.vertices`)."""
-    if self.span is None or self.classifier.value_range is None:
-      return ""
-    varying = vertices.varying(self.span)
-    least = vertices.least_tight(self.span.strengths.size, int(varying.sum()))
-    return f" A sample with {least} of {varying.sum()} values at an end of their range can be proven to be of them."
+  def _directions(self) -> str:
+    """In which directions the data lie, and by what single samples could be certified (`kkt_jax.certificates`)."""
+    dimensions, rank = math.prod(self.classifier.input_shape), self.first.rank if self.first is not None else 0
+    if self.span is None and rank:
+      return f"The first layer holds {rank} of {dimensions} directions, which are not taken for those of the data:" + (
+        f" with {self.classifier.num_classes} classes so few are left where many samples are fitted alike."
+        if self.bound <= HOPELESS and not self.left_out
+        else " no data could have caused its weights."
+      )
+    if self.span is None:
+      return "They do not reveal in which directions the data lie."
+    count = self.span.strengths.size
+    lines = f"They hold {count} of {dimensions} directions, taken for those of the data{_blurred(self.span)}."
+    if self.origin is not None:
+      lines += " The first layer's bias tells how bright they are."
+    if self.classifier.value_range is not None:
+      varying = vertices.varying(self.span)
+      least = vertices.least_tight(count, int(varying.sum()))
+      lines += (
+        f" A sample with {least} of {varying.sum()} values at an end of their range can be one of them by no chance."
+      )
+    return lines
 
   def __str__(self) -> str:
     """The findings in plain words."""
@@ -157,18 +176,16 @@ class Examination:
       "max_margin": "weights that gradient descent drove to a maximal margin",
       "change": "the change of weights since their start",
     }[self.form]
-    dimensions = math.prod(self.classifier.input_shape)
     lines = [
       f"{count:,} parameters, {self.classifier.num_classes} classes,"
       f" {'batch norm' if self.classifier.batch_coupled else 'no batch norm'}.",
       f"They are examined as {trained}, because {self.why}.",
+      *([f"The function never uses {', '.join(self.unused)}."] if self.unused else []),
+      *(["They are rounded to 16 bits, which hides whatever is fainter."] if _rounded(self.classifier.params) else []),
       *self._left_out(),
       f"Share of {'the others' if self.left_out else 'them'} that no data whatever could have caused: {self.bound:.2%}"
-      f" ({'too much' if self.bound > HOPELESS else 'fine'}; the limit is {HOPELESS:.0%}).",
-      "They do not reveal in which directions the data lie."
-      if self.span is None
-      else f"They confine the data to {self.span.strengths.size} of {dimensions} dimensions{_blurred(self.span)}."
-      f"{self._provable()}",
+      f" ({'too much' if self.bound > HOPELESS else 'so data are not excluded'}; the limit is {HOPELESS:.0%}).",
+      self._directions(),
       _subtracted(self.start),
       "They do not reveal the margin of the data."
       if self.margin is None
@@ -231,24 +248,29 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
   key, shape = jax.random.key(seed), (_PROBES, *classifier.input_shape)
   bounded = classifier.value_range is not None
   probes = classifier.from_unit(jax.random.uniform(key, shape)) if bounded else jax.random.normal(key, shape)
+  _check_outputs(classifier, probes)
   rates = homogeneity.balanced(homogeneity.derivative_equations(classifier.apply_fn, params, probes), params)
   alphas = jnp.linspace(-0.5, 0.5, 5)
   scaling = jax.jit(functools.partial(homogeneity.scaling_error, classifier.apply_fn))
   error = float(scaling(params, rates.rates, probes, alphas))
   free = symmetries.scale_invariant(classifier.apply_fn, params, probes)
   start, layer, span, first, left = _first_layer(classifier, probes)
-  affine = affine_span(layer) if layer is not None and span is not None and not span.blur else None
-  origin = None
-  if affine is not None and classifier.initial_params is None and not classifier.batch_coupled:
-    origin, span = jnp.asarray(affine[0].reshape(classifier.input_shape), jnp.float32), affine[1]
+  unused = _unused(classifier, probes)
   forms = [form] if form else FORMS[2:] if classifier.initial_params is not None else FORMS[:2]
-  conditions = _possible(classifier, rates, free, left)
+  conditions = _possible(classifier, rates, free, unused, left)
   possible = {name: _attainable(classifier, conditions[name], probes, first) for name in forms}
   blurred = span is not None and bool(span.blur)
   if form is None and classifier.initial_params is not None:
     form, why = "change", f"their start is known, of which {left:.4g} times its weights are still in them"
   else:
     form, why = (form, "it was asked for") if form else _choose(classifier, rates, error, possible, blurred)
+  names = tensor_names(params)
+  if possible[form].bound > HOPELESS or (first is not None and names[first] in possible[form].left_out):
+    span = None  # a rank alone is no subspace of data
+  affine = affine_span(layer) if layer is not None and span is not None and not span.blur else None
+  origin = None
+  if affine is not None and classifier.initial_params is None and not classifier.batch_coupled:
+    origin, span = jnp.asarray(affine[0].reshape(classifier.input_shape), jnp.float32), affine[1]
   last, last_kernel, last_bias = _last_layer(classifier, probes)
   leaves, structure = jax.tree.flatten(params)
   roles = ["kernel" if leaf.ndim > 1 else "other" for leaf in leaves]
@@ -263,6 +285,7 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
     conditions=possible[form].conditions,
     bounds={name: own.bound for name, own in possible.items()},
     left_out=possible[form].left_out,
+    unused=unused,
     free=free,
     rates=rates,
     scaling_error=error,
@@ -277,10 +300,49 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
   )
 
 
+def _check_outputs(classifier: Classifier, probes: jax.Array) -> None:
+  """Raises a ValueError where outputs are no logits, or the same for all inputs."""
+  logits = np.asarray(classifier.predict(probes), np.float64)
+  if not np.ptp(logits, axis=0).any():
+    raise ValueError(
+      "classifier must tell inputs apart; it gives all random inputs the same logits: its units are dead, or its"
+      " weights are 0."
+    )
+  wide = [np.asarray(classifier.predict(probes * factor), np.float64) for factor in (1.0, 30.0, 1000.0)]
+  difference = [own[:, 1] - own[:, 0] for own in wide]
+  many = all(np.all((own >= 0) & (own <= 1)) and np.allclose(own.sum(axis=1), 1, atol=1e-3) for own in wide)
+  one = classifier.num_classes == 2 and all(np.all((own >= 0) & (own <= 1)) for own in difference)
+  if many or one:
+    raise ValueError(
+      f"classifier must return logits; its outputs are in [0, 1]{' and add up to 1' if many else ''} for every input,"
+      " as probabilities are. Leave out the softmax or sigmoid at its end (in Keras: activation=None)."
+    )
+
+
+def _unused(classifier: Classifier, probes: jax.Array) -> tuple[str, ...]:
+  """The names of the tensors on which no logit of any random input depends."""
+  logits = lambda params: jnp.sum(
+    jnp.square(classifier.apply_fn(params, probes) + jnp.cos(jnp.arange(len(probes)))[:, None])
+  )
+  gradient = jax.tree.leaves(jax.jit(jax.grad(logits))(classifier.params))
+  names = zip(tensor_names(classifier.params), gradient, strict=True)
+  return tuple(name for name, own in names if own.size and not np.any(np.asarray(own)))
+
+
+def _rounded(params: PyTree) -> bool:
+  """Whether all matrices of a tree hold values of 16 bits."""
+  leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params) if np.ndim(leaf) > 1]
+  alike = lambda leaf, dtype: bool(jnp.all(leaf == leaf.astype(dtype).astype(leaf.dtype)))
+  few = lambda leaf: len(np.unique(np.asarray(leaf))) < _FEW_VALUES  # such as ones
+  return any(
+    all(alike(leaf, dtype) for leaf in leaves) and not all(map(few, leaves)) for dtype in (jnp.bfloat16, jnp.float16)
+  )
+
+
 def _possible(
-  classifier: Classifier, rates: homogeneity.RateSolution, free: PyTree, left: float
+  classifier: Classifier, rates: homogeneity.RateSolution, free: PyTree, unused: Sequence[str], left: float
 ) -> dict[str, Conditions]:
-  """The condition of each form; weight decay leaves none on what has no scale of its own.
+  """The condition of each form; weight decay leaves none on what has no scale of its own, and none bears on the unused.
 
   With momentum, minibatches and weight decay alike, weights are a multiple of the start, ``left``, and a sum of
   gradients along the way. The gradients at its end stand for these.
@@ -294,7 +356,13 @@ def _possible(
   if classifier.initial_params is not None:
     change = jax.tree.map(lambda own, first: own - left * first, classifier.params, classifier.initial_params)
     possible["change"] = Conditions(change, decay.mask)
-  return possible
+  if not unused:
+    return possible
+  names, structure = tensor_names(classifier.params), jax.tree.structure(classifier.params)
+  used = jax.tree.unflatten(structure, [float(name not in unused) for name in names])
+  return {
+    name: dataclasses.replace(own, mask=jax.tree.map(jnp.multiply, own.mask, used)) for name, own in possible.items()
+  }
 
 
 class _Attainable(NamedTuple):
@@ -435,26 +503,29 @@ def _first_layer(
     left = 1.0
     if classifier.initial_params is not None:
       kernel, left = _change(kernel, upright(jax.tree.leaves(classifier.initial_params)[place]))
-    noise = around_mean and classifier.initial_params is None
+    noise = around_mean and classifier.initial_params is None and not _rounded(classifier.params)
     usable = around_mean or classifier.initial_params is None
     rank, span = _span(kernel, noise=noise, num_classes=classifier.num_classes) if usable else (0, None)
-    bias = _first_bias(leaves, found, [(flat[i] - constant) @ g for i, g in enumerate(gradients)], flat - constant)
-    return start, FirstLayer(kernel, constant, place, turned, bias, rank), span, place, left
+    bias, gain = _first_bias(leaves, found, gradients, flat - constant)
+    return start, FirstLayer(gain * kernel, constant, place, turned, gain, bias, rank), span, place, left
   return None, None, None, None, 1.0
 
 
 def _first_bias(
-  leaves: list[jax.Array], gradients: list[list[np.ndarray]], signals: list[np.ndarray], offsets: np.ndarray
-) -> np.ndarray | None:
-  """The bias [F] of the first layer, whose gradient is the signal, if it has one; ``signals`` times squared offsets."""
-  signals = [own / np.vdot(offset, offset) for own, offset in zip(signals, offsets, strict=True)]
+  leaves: list[jax.Array], found: list[list[np.ndarray]], gradients: list[np.ndarray], offsets: np.ndarray
+) -> tuple[np.ndarray | None, float]:
+  """The bias [F] of the first layer, if it has one, and what the network multiplies its inputs by before; else 1.
+
+  By the kernel a logit's gradient is the outer product of the layer's input with the one by its bias.
+  """
+  signals = np.stack([offset @ own / (offset @ offset) for offset, own in zip(offsets, gradients, strict=True)])
   for place, leaf in enumerate(leaves):
-    if leaf.shape == signals[0].shape and all(
-      np.linalg.norm(own[place] - signal) <= _ALIKE * np.linalg.norm(signal)
-      for own, signal in zip(gradients, signals, strict=True)
-    ):
-      return np.asarray(leaf)
-  return None
+    if leaf.shape == signals.shape[1:]:
+      own = np.stack([gradient[place] for gradient in found])
+      gain = float(np.vdot(signals, own) / max(np.vdot(own, own), 1e-300))
+      if gain > 0 and np.linalg.norm(signals - gain * own) <= _ALIKE * np.linalg.norm(signals):
+        return np.asarray(leaf), gain if abs(gain - 1) > _ALIKE else 1.0
+  return None, 1.0
 
 
 def _constant(x: np.ndarray, gradients: Sequence[np.ndarray]) -> np.ndarray | None:
@@ -505,12 +576,17 @@ def _span(kernel: ArrayLike, *, noise: bool = True, num_classes: int = 0) -> tup
   """
   rank, sharp = _fall(kernel)
   if rank:
-    enough = rank > (_FEW if sharp else _MANY) * num_classes
+    enough = rank > (_fitted_alike(num_classes) if sharp else _MANY * num_classes)
     basis, strengths, _ = np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
     found = InputSpan(jnp.asarray(basis[:, :rank], jnp.float32), jnp.asarray(strengths[:rank], jnp.float32))
     return rank, found if enough else None
   span = span_above_noise(kernel) if noise else None
-  return 0, span if span is not None and span.strengths.size > _FEW * num_classes else None
+  return 0, span if span is not None and span.strengths.size > _fitted_alike(num_classes) else None
+
+
+def _fitted_alike(num_classes: int) -> int:
+  """How many directions may be left where all samples of a class open one of few sets of gates; measured: 6 of two."""
+  return 2 * num_classes + _GROUPS if num_classes else 0
 
 
 def _fall(kernel: ArrayLike) -> tuple[int, bool]:

@@ -29,10 +29,11 @@ class FirstLayer:
   """A fully connected first layer: ``(x - start) @ kernel + bias``.
 
   Attributes:
-    kernel: W [D, F]; less what is left of a known start.
+    kernel: W [D, F], times the gain; less what is left of a known start.
     start: what is subtracted from the inputs [D].
     place: of the kernel among the parameters' leaves.
     turned: whether it is stored as [F, D], as PyTorch does.
+    gain: what the inputs are multiplied by before the stored kernel, as far as a bias tells; else 1.
     bias: of the layer [F], if it has one.
     rank: how many directions the kernel holds, the others being rounding errors; 0 if that cannot be told.
   """
@@ -41,6 +42,7 @@ class FirstLayer:
   start: np.ndarray
   place: int
   turned: bool
+  gain: float
   bias: np.ndarray | None
   rank: int
 
@@ -91,7 +93,7 @@ def affine_span(first: FirstLayer) -> tuple[np.ndarray, InputSpan] | None:
 
   >>> inputs = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
   >>> signals = np.array([[1.0, 2.0, -1.0], [0.5, -1.0, 3.0]])
-  >>> layer = FirstLayer(inputs.T @ signals, np.zeros(3), 0, False, signals.sum(axis=0), 2)
+  >>> layer = FirstLayer(inputs.T @ signals, np.zeros(3), 0, False, 1.0, signals.sum(axis=0), 2)
   >>> origin, span = affine_span(layer)
   >>> print(origin.round(6), np.abs(span.basis[:, 0]).round(6))
   [0.5 0.5 0. ] [0.70711 0.70711 0.     ]

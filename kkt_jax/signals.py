@@ -96,7 +96,7 @@ def signals(examination: Examination, x: ArrayLike, labels: ArrayLike | None = N
   u, s, rows = first.factors
   offsets = np.asarray(x, np.float64).reshape(len(x), -1) - first.start.reshape(-1)
   pixel = np.argmax(np.abs(offsets), axis=1)
-  height = offsets[np.arange(len(x)), pixel]
+  height = first.gain * offsets[np.arange(len(x)), pixel]
   given = (x, classes, places, arguments.astype(np.float32), pixel, height.astype(np.float32))
   parts = []
   for begin in range(0, len(x), _AT_ONCE):  # of one size, so that one program does for all

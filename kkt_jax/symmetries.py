@@ -44,7 +44,7 @@ class LeastResidual:
   """A lower bound on the relative squared stationarity residual of any data with any multipliers.
 
   Attributes:
-    value: the bound, the greatest of those below; 0 where no symmetry says anything.
+    value: the bound, the greatest of those below; 0 where no symmetry says anything, 1 where no target is left.
     by_symmetry: the bound that each family of symmetries gives, by what it scales or shifts.
     by_tensor: for each tensor that a symmetry moves, the share of the whole target that lies in it and is out of reach;
       the greatest of those that families of symmetries give. Of other tensors the bound says nothing.
@@ -96,9 +96,11 @@ def least_residual(apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x:
   num_classes = jax.eval_shape(apply_fn, params, x).shape[1]
   scalable = [t for t in tensors if np.any(t.value)]  # what is 0 has no scale
   parts = _shifts(tensors, num_classes, change) | _whole_tensors(scalable, change) | _units(scalable, change)
-  shares = {name: sum(own.values()) / total if total else 0.0 for name, own in parts.items()}
+  if not total:
+    return LeastResidual(1.0, {"no condition is left": 1.0}, {})
+  shares = {name: sum(own.values()) / total for name, own in parts.items()}
   moved = {name for own in parts.values() for name in own}
-  by_tensor = {name: max(own.get(name, 0.0) for own in parts.values()) / (total or 1.0) for name in moved}
+  by_tensor = {name: max(own.get(name, 0.0) for own in parts.values()) / total for name in moved}
   return LeastResidual(max(shares.values(), default=0.0), shares, by_tensor)
 
 

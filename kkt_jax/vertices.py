@@ -45,7 +45,8 @@ class Certificates(NamedTuple):
   """What the values of samples say, without data, of whether they are training samples.
 
   Attributes:
-    tight: how many values of each sample lie at an end of the range [M]; only those of `varying` count.
+    tight: how many values of each sample lie at one end of the range [M], that at which it has more; only those of
+      `varying` count. That data reach one end says nothing of the other.
     dimensions: r of the span; so many tight values any sample can be given.
     varying: how many values those are.
     overshoot: how far each sample is from the range [M], the Euclidean norm over its values.
@@ -178,7 +179,9 @@ def certify(x: ArrayLike, span: InputSpan, start: ArrayLike, criteria: Criteria 
   varies = varying(span)
   counted = np.asarray(span.basis, np.float64)[varies]
   own = np.asarray(x, np.float64).reshape(x.shape[0], -1)[:, varies]
-  at_end = np.minimum(np.abs(own), np.abs(own - 1)) < criteria.tight
+  black, white = np.abs(own) < criteria.tight, np.abs(own - 1) < criteria.tight
+  lighter = white.sum(axis=1) > black.sum(axis=1)
+  at_end = np.where(lighter[:, None], white, black)
   tight, overshoot = at_end.sum(axis=1), np.linalg.norm(np.maximum(0.0, np.maximum(-own, own - 1)), axis=1)
   dimensions, number = span.strengths.size, int(varies.sum())
   away = np.abs(np.asarray(x - start[None])).reshape(x.shape[0], -1).max(axis=1) > _NEAR  # the start may be black
@@ -194,7 +197,7 @@ def certify(x: ArrayLike, span: InputSpan, start: ArrayLike, criteria: Criteria 
 
 
 def _firm_and_contrasted(basis: np.ndarray, ends: np.ndarray, least: float) -> tuple[float, float]:
-  """Firmness and contrast of a vertex: which of its values [D] are 0, which 1; the others are -1."""
+  """Firmness and contrast of a vertex: which of its values [D] are 0, or which 1; the others are -1."""
   black, white = basis[ends == 0], basis[ends == 1]
   firmness = _least_singular(np.concatenate([black, white]))
   if firmness < least:
@@ -228,10 +231,12 @@ def to_levels(x: ArrayLike, span: InputSpan, start: ArrayLike, *, levels: int = 
     ValueError: see `polish`.
   """
   x, start = _checked(x, span, start)
-  basis, flat = np.asarray(span.basis, np.float64), np.asarray(start, np.float64).reshape(-1)
+  basis, start = np.asarray(span.basis, np.float64), np.asarray(start, np.float64).reshape(-1)
   points = np.asarray(x, np.float64).reshape(x.shape[0], -1).copy()
   rounded = lambda point: np.clip(np.round(point * levels), 0, levels) / levels
   for index, point in enumerate(points):
+    light = np.mean(point) > 0.5  # then its white values are the surest
+    point, flat = (1 - point, 1 - start) if light else (point, start)
     for smooth in np.geomspace(*_DARK, 6):
       weights = np.where(point < _DARKEST, smooth**2 / (np.square(point) + smooth**2), 0.0)
       weighed = basis * weights[:, None]
@@ -240,7 +245,7 @@ def to_levels(x: ArrayLike, span: InputSpan, start: ArrayLike, *, levels: int = 
       point = flat - basis @ np.linalg.solve(gram, weighed.T @ flat)
     for _ in range(4):
       point = flat + basis @ (basis.T @ (rounded(point) - flat))
-    points[index] = point
+    points[index] = 1 - point if light else point
   off = np.abs(levels * (points - rounded(points))).max(axis=1, initial=0.0)
   moved = np.abs(rounded(points) - np.asarray(x).reshape(points.shape)).max(axis=1, initial=0.0)
   off = np.where(moved < _BENT, np.minimum(off, 0.5), 0.5)  # all black, for instance, is whole levels, too
