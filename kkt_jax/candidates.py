@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
-from kkt_jax import _checks, losses, relaxation
+from kkt_jax import _checks, certificates, losses, relaxation, signals
 from kkt_jax._precision import full_precision
 from kkt_jax.classifier import Classifier, PyTree
 from kkt_jax.conditions import Conditions
@@ -36,7 +36,9 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
   Returns:
     By name, each [M]: ``multipliers`` (`multipliers`, on the kernel of a fully connected first layer alone if it has a
     target, for what is left of the initialisation hides that least); ``span``, minus the share of a candidate outside
-    the span of the training data, where that is told; ``hinges`` (`hinge_shares`), where there are gates; ``margin``
+    the span of the training data, where that is told; ``signal``, minus the distance of a candidate's own
+    signal from the row space of the first kernel (`kkt_jax.signals`), which needs no other sample, where weight decay
+    has made that space; ``hinges`` (`hinge_shares`), where there are gates; ``margin``
     (`common_margin`), where training drove all margins to one value; and what needs no theory, ``loss``, minus the
     cross-entropy.
   """
@@ -50,6 +52,8 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
     outside = offsets - (offsets @ examination.span.basis) @ examination.span.basis.T
     lengths = jnp.maximum(jnp.linalg.norm(offsets, axis=1), 1e-12)
     found["span"] = -np.asarray(jnp.linalg.norm(outside, axis=1) / lengths)
+  if certificates.applicable(examination):
+    found["signal"] = -signals.signals(examination, x, labels).distance
   if relaxation.gates(classifier.predict_fn, classifier.params, x[:2]):
     found["hinges"] = hinge_shares(classifier, x)
   classes = classifier.classes_of(labels)

@@ -28,6 +28,8 @@ from kkt_jax.first_layer import InputSpan
 EVIDENCE = ("equations", "levels", "range")  # the strongest first
 _AGREE = 5  # samples that agree on a scale, or say of all others that they fulfil the equations, or are on levels
 _SPREAD = 5.0  # so many times the greatest difference of a value are two samples apart that are one
+_OF_HALVES, _OF_DISTANCE = 0.5, 7.0  # of their distance that is allowed, and of that the scale may be off
+_HALVES = 96  # blends that are measured to see how far training has converged
 _PIXELS = 48  # on which combinations of three are looked at first
 
 
@@ -115,6 +117,30 @@ def by_equations(
     factor = math.nan if examination.classifier.weight_decay is None else 1.0
   misfit = np.hypot(rest, (found.scale / factor - 1) / criteria.scale)
   return np.where(np.isfinite(misfit), misfit, np.inf), found.duals / factor
+
+
+def calibrated(examination: Examination, unit: np.ndarray, criteria: Criteria) -> Criteria:
+  """Criteria whose distance and scale fit how far training has converged.
+
+  Halves of two samples each are no training samples. Half of the distance that nine of ten of them keep is
+  allowed, if that is more than the criteria allow, and seven times that of the scale: the less training has converged,
+  the farther are all samples.
+
+  Args:
+    examination: of the classifier.
+    unit: any samples of the subspace [M, *input_shape], in units of the range.
+    criteria: what is allowed at least.
+  """
+  if not applicable(examination) or len(unit) < 2:
+    return criteria
+  random = np.random.default_rng(0)
+  first, second = (random.integers(0, len(unit), _HALVES) for _ in range(2))
+  apart = first != second
+  halves = (unit[first[apart]] + unit[second[apart]]) / 2
+  x = examination.classifier.from_unit(jnp.asarray(halves, jnp.float32))
+  distances = signals.signals(examination, x, kink=criteria.kink).distance
+  distance = max(criteria.distance, _OF_HALVES * float(np.quantile(distances, 0.1)))
+  return dataclasses.replace(criteria, distance=distance, scale=max(criteria.scale, _OF_DISTANCE * distance))
 
 
 def _common_scale(scales: np.ndarray, tolerance: float) -> float | None:

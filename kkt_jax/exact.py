@@ -99,6 +99,8 @@ def find(
       likely = vertices.likely_ends(starts, y[part], known, known_y)
     x = np.asarray(vertices.polish(starts, span, start, likely=likely, num_steps=num_steps))
     x = _right_way(classifier, x, np.asarray(start), typical, criteria.overshoot)
+    if not number:
+      criteria = certificates.calibrated(examination, x, criteria)
     more, of = certificates.gather(examination, x, vertices.certify(x, span, start, criteria), criteria)
     if not number:
       led = of

@@ -95,8 +95,8 @@ def affine_span(first: FirstLayer) -> tuple[np.ndarray, InputSpan] | None:
   >>> signals = np.array([[1.0, 2.0, -1.0], [0.5, -1.0, 3.0]])
   >>> layer = FirstLayer(inputs.T @ signals, np.zeros(3), 0, False, 1.0, signals.sum(axis=0), 2)
   >>> origin, span = affine_span(layer)
-  >>> print(origin.round(6), np.abs(span.basis[:, 0]).round(6))
-  [0.5 0.5 0. ] [0.70711 0.70711 0.     ]
+  >>> print(origin.round(6), np.abs(span.basis[:, 0]).round(3))
+  [0.5 0.5 0. ] [0.707 0.707 0.   ]
   """
   normal = first.normal
   if normal is None:

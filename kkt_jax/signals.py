@@ -29,9 +29,9 @@ import optax
 from kkt_jax import _checks, relaxation
 from kkt_jax._precision import full_precision
 from kkt_jax.classifier import ApplyFn, PyTree
+from kkt_jax.criteria import Criteria
 from kkt_jax.examination import Examination
 
-KINK = 1e-3  # of a unit's standard deviation, up to which its argument is at its kink
 _ITERATIONS = 300  # of the bounded least squares
 _AT_ONCE = 16  # samples whose derivatives by their free gates are in memory at once
 
@@ -46,6 +46,8 @@ class Signals(NamedTuple):
     duals: q [M, D] with ``q . x_j`` = 0 for every other training sample x_j (less what is subtracted), and `scale` for
       the sample itself.
     kinks: how many units of the first layer rest on their kink at each sample [M], units without weights not counted.
+    unrest: how far from their kink units are whose gate is between 0 and 1, in standard deviations of their layer's
+      arguments, a mean weighed by t (1 - t) [M]; of a training sample near 0, for descent rests exactly there.
   """
 
   distance: np.ndarray
@@ -56,7 +58,9 @@ class Signals(NamedTuple):
 
 
 @full_precision
-def signals(examination: Examination, x: ArrayLike, labels: ArrayLike | None = None, *, kink: float = KINK) -> Signals:
+def signals(
+  examination: Examination, x: ArrayLike, labels: ArrayLike | None = None, *, kink: float = Criteria().kink
+) -> Signals:
   """The signals of samples in the first layer, with free gates at kinks, beside what the weights hold.
 
   Args:
