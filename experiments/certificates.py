@@ -130,19 +130,30 @@ KINDS: dict[str, Callable[[int], Data]] = {
 }
 
 
-def train(x: np.ndarray, y: np.ndarray, *, steps: int, seed: int = 0, width: int = 200, decay: float = 1e-2) -> Any:
-  """A classifier of two layers, trained on all samples at once with momentum and weight decay."""
+def train(
+  x: np.ndarray, y: np.ndarray, *, steps: int, seed: int = 0, widths: tuple[int, ...] = (200,), decay: float = 1e-2
+) -> Any:
+  """A fully connected classifier, trained on all samples at once with momentum and weight decay."""
   import jax
   import jax.numpy as jnp
   import optax
 
   import kkt_jax
 
-  shape, size, classes = x.shape[1:], x[0].size, int(y.max()) + 1
-  apply_fn = lambda p, x: jax.nn.relu(x.reshape(len(x), -1) @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
-  keys = jax.random.split(jax.random.key(seed))
-  params = {"w1": jax.random.normal(keys[0], (size, width)) * (2 / size) ** 0.5, "b1": jnp.zeros(width)}
-  params |= {"w2": jax.random.normal(keys[1], (width, classes)) * width**-0.5, "b2": jnp.zeros(classes)}
+  sizes = [x[0].size, *widths, int(y.max()) + 1]
+  keys = jax.random.split(jax.random.key(seed), len(sizes))
+
+  def apply_fn(params: Any, x: jax.Array) -> jax.Array:
+    *hidden, last = params
+    x = x.reshape(len(x), -1)
+    for layer in hidden:
+      x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
+    return x @ last["kernel"] + last["bias"][None]
+
+  params: Any = [
+    {"kernel": jax.random.normal(key, (into, out)) * (2 / into) ** 0.5, "bias": jnp.zeros(out)}
+    for key, into, out in zip(keys, sizes[:-1], sizes[1:], strict=False)
+  ]
 
   def loss(params: Any) -> jax.Array:
     fit = optax.losses.softmax_cross_entropy_with_integer_labels(apply_fn(params, jnp.asarray(x)), jnp.asarray(y))
@@ -159,7 +170,7 @@ def train(x: np.ndarray, y: np.ndarray, *, steps: int, seed: int = 0, width: int
     run = jax.jit(lambda state: jax.lax.fori_loop(0, steps, step, state))
     params, _ = run((params, optimizer.init(params)))
   value_range = (0.0, 1.0) if x.min() >= 0 and x.max() <= 1 else None
-  return kkt_jax.make_classifier(apply_fn, params, shape, weight_decay=decay, value_range=value_range)
+  return kkt_jax.make_classifier(apply_fn, params, x.shape[1:], weight_decay=decay, value_range=value_range)
 
 
 def count(certified: np.ndarray, x: np.ndarray) -> dict[str, int]:

@@ -28,7 +28,8 @@ they are first used. The modules, in the order of the method:
 - `kkt_jax.networks`, `kkt_jax.generators`: flax modules.
 - `kkt_jax.recipes`, `kkt_jax.terms`: how a generator is trained, as a tree of parts.
 - `kkt_jax.training`, `kkt_jax.reconstruction`: the joint training of theta, eta and alpha.
-- `kkt_jax.vertices`, `kkt_jax.exact`: samples that the weights prove to be training samples.
+- `kkt_jax.certificates`, `kkt_jax.criteria`: which samples are certified to be training samples, and on what grounds;
+  `kkt_jax.signals`, `kkt_jax.vertices`, `kkt_jax.exact`: the equations of one sample, vertices, and the search.
 - `kkt_jax.candidates`: of given samples, which were in the training set.
 - `kkt_jax.parallel`, `kkt_jax.checkpoint`: many devices and processes; saving and resuming.
 - `kkt_jax.pretrain`: gradient descent to the convergence point.

@@ -170,7 +170,9 @@ def gather(
   told = misfit < 1
   tried = told | found.vertex[distinct]
   distinct, misfit, duals, told = distinct[tried], misfit[tried], duals[tried], told[tried]
-  whole, off = vertices.to_levels(unit[distinct], span, start, levels=criteria.levels)
+  whole, off = unit[distinct], np.zeros(len(distinct))
+  if len(distinct):
+    whole, off = vertices.to_levels(unit[distinct], span, start, levels=criteria.levels)
   grey = np.round(whole.reshape(len(whole), -1) * criteria.levels)
   inner = [row[(row > 0) & (row < criteria.levels)] for row in grey]
   rich = np.array([len(r) >= criteria.grey_values and len(set(r)) >= criteria.grey_levels for r in inner], bool)
@@ -222,7 +224,8 @@ def unambiguous(
   if (points.evidence == 1).sum() >= _AGREE:  # then the data are on levels
     possible &= (points.evidence < 2) | points.to_the_bit
   points_on = np.flatnonzero(possible)
-  rows = points.unit.reshape(len(points.unit), -1).astype(np.float64) - np.asarray(start, np.float64).reshape(1, -1)
+  rows = points.unit.reshape(len(points.unit), np.size(start)).astype(np.float64)
+  rows -= np.asarray(start, np.float64).reshape(1, -1)
   if affine:
     rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)  # affine dependence becomes linear
   order = points_on[np.lexsort((points.doubt[points_on], points.evidence[points_on]))]
@@ -250,7 +253,7 @@ def _recombined(
 
   Without an affine subspace the start is one more point: sums and differences of two samples lie in it, too.
   """
-  x = points.unit[own].reshape(len(own), -1).astype(np.float64)
+  x = points.unit[own].reshape(len(own), np.size(start)).astype(np.float64)
   if not affine:
     x = np.concatenate([x, np.asarray(start, np.float64).reshape(1, -1)])
   count, found = len(x), set[int]()

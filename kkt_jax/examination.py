@@ -507,7 +507,7 @@ def _first_layer(
     usable = around_mean or classifier.initial_params is None
     rank, span = _span(kernel, noise=noise, num_classes=classifier.num_classes) if usable else (0, None)
     bias, gain = _first_bias(leaves, found, gradients, flat - constant)
-    return start, FirstLayer(gain * kernel, constant, place, turned, gain, bias, rank), span, place, left
+    return start, FirstLayer(kernel / gain, constant, place, turned, gain, bias, rank), span, place, left
   return None, None, None, None, 1.0
 
 

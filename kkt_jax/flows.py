@@ -28,7 +28,7 @@ from kkt_jax.metrics.distances import pairwise_distance
 
 _RATE, _LAST_RATE = 1e-3, 0.02  # peak learning rate of flow matching, and the share of it at the end
 _WIDEST = 512  # network that is chosen by the dimension
-_SAME = 0.1  # distance below which a sample is a proven one
+_SAME = 0.1  # distance below which a sample is a certified one
 _WAVES = 4  # frequencies by which the velocity knows the time
 
 
@@ -136,10 +136,10 @@ class Flow:
 
   @functools.partial(jax.jit, static_argnums=0)
   @full_precision
-  def leaning_on_others(self, unit: ArrayLike, y: ArrayLike, proven: np.ndarray | None = None) -> jax.Array:
+  def leaning_on_others(self, unit: ArrayLike, y: ArrayLike, certified: np.ndarray | None = None) -> jax.Array:
     """Samples [K, *input_shape] of labels y [K], each ``lean`` of the way to its ``nearest``, with ``contrast``.
 
-    A sample that is alone in its label stays, and so does one that is among those that are ``proven`` [P, ...].
+    A sample that is alone in its label stays, and so does one that is among those that are ``certified`` [P, ...].
 
     >>> leaning = Flow(lean=0.5).leaning_on_others(jnp.array([[1.0], [2.0], [6.0]]), jnp.array([0, 0, 1]))
     >>> [round(float(value), 3) for value in leaning.ravel()]
@@ -157,8 +157,8 @@ class Flow:
     leaning = (1 - self.lean) * flat + self.lean * means - centre
     factor = self.contrast * size(flat - centre) / jnp.maximum(size(leaning), 1e-12)
     free = near.any(axis=1)
-    if proven is not None and len(proven):
-      known = jnp.asarray(proven).reshape(len(proven), -1)
+    if certified is not None and len(certified):
+      known = jnp.asarray(certified).reshape(len(certified), -1)
       free &= pairwise_distance(flat, known).min(axis=1) > _SAME
     return jnp.where(free[:, None], centre + factor * leaning, flat).reshape(unit.shape)
 

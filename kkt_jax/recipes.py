@@ -121,7 +121,7 @@ class Schedule:
     match_steps: steps of fitting a network of continuous noise to the generator's samples; 0 keeps the generator.
       See `kkt_jax.reconstruction.Reconstruction.continuous`.
     tables: how often the generator is trained, from different starts, for that network to be fitted to the samples of
-      all. Once is enough where any sample is proven.
+      all. Once is enough where any sample is certified.
     joint_steps: steps of training that network by the equations.
     joint: optimizer of its parameters and of the multipliers then.
     joint_factors: factors on the weights of terms then, by name.

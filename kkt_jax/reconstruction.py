@@ -24,9 +24,9 @@ from kkt_jax.recipes import Recipe
 from kkt_jax.relaxation import computed_in, relaxed
 from kkt_jax.training import OnLog, Problem, Saver, TrainState
 
-_LOOKS = (0.4, 0.7)  # shares of the training after which it may end, if all training samples are proven
+_LOOKS = (0.4, 0.7)  # shares of the training after which it may end, if all training samples are certified
 _QUICK, _QUICK_STEPS = 4, 20  # rounds of polishing then, and steps of each
-_HOPEFUL = 0.5  # share of a few samples that polishing must prove then, and more, before all are polished
+_HOPEFUL = 0.5  # share of a few samples that polishing must certify then, and more, before all are polished
 OnSave = Callable[["Reconstruction"], None]
 OnRound = Callable[[int, int, int, int], None]
 
@@ -69,8 +69,8 @@ class Reconstruction:
     return np.exp(-np.asarray(self.state.params["alpha"]))
 
   @property
-  def proven(self) -> float:
-    """The least share of a classifier's training samples that are proven, of the most that its span can hold."""
+  def certified_share(self) -> float:
+    """The least share of a classifier's training samples that are certified, of the most that its span can hold."""
     most = [exact.most_samples(own) for own in self.examinations]
     return min((len(own.y) / max(m, 1) for own, m in zip(self.exact, most, strict=False)), default=0.0)
 
@@ -250,7 +250,7 @@ class Reconstruction:
       t, _, field = name.partition("/")
       proofs[int(t)][field] = array
     if not all(set(own) == set(Exact._fields) for own in proofs):
-      raise CheckpointError(f"what is proven in {os.fspath(folder)} was written by another version of kkt_jax.")
+      raise CheckpointError(f"what is certified in {os.fspath(folder)} was written by another version of kkt_jax.")
     return dataclasses.replace(start._resumed(restored[1]), exact=tuple(Exact(**own) for own in proofs))
 
   @full_precision
@@ -289,7 +289,7 @@ class Reconstruction:
   def polished(
     self, rounds: int | None = None, *, quick: bool = False, on_round: OnRound | None = None
   ) -> "Reconstruction":
-    """Puts training samples in the place of what comes near to them, where the weights alone can prove that they are.
+    """Puts training samples in the place of what comes near to them, where the weights alone certify that they are.
 
     See `kkt_jax.exact.find`. A label's certified samples, as the classifier labels them, take the places of those that
     led to one, and of others if there are more of them. Nothing in this looks at data.
@@ -337,9 +337,9 @@ class Reconstruction:
   ) -> "Reconstruction":
     """A network of continuous noise in place of a generator: fitted to its samples, then trained by the equations.
 
-    Samples lean on one another before they are fitted, see `kkt_jax.flows.Flow`, unless they are proven. In the second
-    stage theta, eta and alpha move together on fresh noise in every step, by all terms of the recipe; what that does
-    is taken back if the loss is not smaller after it.
+    Samples lean on one another before they are fitted, see `kkt_jax.flows.Flow`, unless they are certified. In the
+    second stage theta, eta and alpha move together on fresh noise in every step, by all terms of the recipe; what that
+    does is taken back if the loss is not smaller after it.
 
     Args:
       flow: the network; that of the recipe if None.
@@ -364,8 +364,8 @@ class Reconstruction:
     for index, own in enumerate(self.examinations):
       unit = own.classifier.to_unit(jnp.concatenate([x[parts[index]] for x, _, parts in tables]))
       labels = np.concatenate([y[parts[index]] for _, y, parts in tables])
-      proven = self.exact[index].unit if self.exact else None
-      samples.append((flow.leaning_on_others(unit, labels, proven), labels))
+      certified = self.exact[index].unit if self.exact else None
+      samples.append((flow.leaning_on_others(unit, labels, certified), labels))
     steps = self.recipe.schedule.match_steps
     theta = flow.match(match_key, theta, self.examinations, samples, num_steps=steps, on_progress=on_match)
     params = self.state.params | {"theta": theta}
@@ -478,15 +478,15 @@ def reconstruct(
   looks: list[Reconstruction] = []
 
   def complete(now: Reconstruction) -> bool:
-    if looks and not looks[-1].proven:
-      return False  # nothing was proven before, and looking takes long
+    if looks and not looks[-1].certified_share:
+      return False  # nothing was certified before, and looking takes long
     looks.append(now.polished(min(_QUICK, schedule.polish_rounds), quick=True, on_round=on_round))
-    return looks[-1].proven == 1
+    return looks[-1].certified_share == 1
 
   made = begin.continue_training(
     saver=saver, on_log=on_log, on_save=on_save, until=complete, log_every=log_every, save_every=save_every
   )
-  made = looks[-1] if looks and looks[-1].proven == 1 else made.polished(on_round=on_round)
+  made = looks[-1] if looks and looks[-1].certified_share == 1 else made.polished(on_round=on_round)
   if not schedule.match_steps:
     return made
   later = lambda number: None if on_log is None else lambda step, m: on_log(number * schedule.steps + step, m)

@@ -32,7 +32,7 @@ from kkt_jax.classifier import ApplyFn, PyTree
 from kkt_jax.criteria import Criteria
 from kkt_jax.examination import Examination
 
-_ITERATIONS = 300  # of the bounded least squares
+_ITERATIONS = 1000  # of the bounded least squares
 _AT_ONCE = 16  # samples whose derivatives by their free gates are in memory at once
 
 
@@ -73,11 +73,13 @@ def signals(
     `Signals`.
 
   Raises:
-    ValueError: no such first layer, or shapes that do not fit.
+    ValueError: no such first layer, or one whose rank cannot be told; shapes that do not fit.
   """
   classifier, first = examination.classifier, examination.first
-  if first is None or classifier.batch_coupled:
-    raise ValueError("examination must be of a classifier with a fully connected first layer and without batch norm.")
+  if first is None or not first.rank or classifier.batch_coupled:
+    raise ValueError(
+      "examination must be of a classifier without batch norm, with a fully connected first layer whose rank is told."
+    )
   x = jnp.asarray(x)
   _checks.check_shape("x", x, (len(x), *classifier.input_shape), "[M, *input_shape]")
   _checks.check_positive("kink", kink)

@@ -45,8 +45,7 @@ class Certificates(NamedTuple):
   """What the values of samples say, without data, of whether they are training samples.
 
   Attributes:
-    tight: how many values of each sample lie at one end of the range [M], that at which it has more; only those of
-      `varying` count. That data reach one end says nothing of the other.
+    tight: how many values of each sample lie at an end of the range [M]; only those of `varying` count.
     dimensions: r of the span; so many tight values any sample can be given.
     varying: how many values those are.
     overshoot: how far each sample is from the range [M], the Euclidean norm over its values.
@@ -55,7 +54,8 @@ class Certificates(NamedTuple):
     contrast: the same where black values may become one grey, and white ones another [M]: near 0 if it can be a picture
       with even areas, made brighter or darker; 0 also where it is not firm, for it is at most the firmness.
     vertex: whether it is tight, firm and in the range, and not the start [M].
-    certified: whether it has contrast, too: it passes for a training sample if nothing else explains it [M].
+    certified: whether it has contrast, too, and would be a vertex by its values at one end alone [M], as data that
+      reach one end of the range need not reach the other: it passes for a training sample if nothing else explains it.
   """
 
   tight: np.ndarray
@@ -180,29 +180,34 @@ def certify(x: ArrayLike, span: InputSpan, start: ArrayLike, criteria: Criteria 
   counted = np.asarray(span.basis, np.float64)[varies]
   own = np.asarray(x, np.float64).reshape(x.shape[0], -1)[:, varies]
   black, white = np.abs(own) < criteria.tight, np.abs(own - 1) < criteria.tight
-  lighter = white.sum(axis=1) > black.sum(axis=1)
-  at_end = np.where(lighter[:, None], white, black)
-  tight, overshoot = at_end.sum(axis=1), np.linalg.norm(np.maximum(0.0, np.maximum(-own, own - 1)), axis=1)
+  tight, overshoot = (black | white).sum(axis=1), np.linalg.norm(np.maximum(0.0, np.maximum(-own, own - 1)), axis=1)
   dimensions, number = span.strengths.size, int(varies.sum())
   away = np.abs(np.asarray(x - start[None])).reshape(x.shape[0], -1).max(axis=1) > _NEAR  # the start may be black
   enough = (tight >= least_tight(dimensions, number, criteria)) & (overshoot <= criteria.overshoot) & away
-  firmness, contrast = np.zeros((2, len(own)))
-  ends, which = np.unique(np.where(at_end, own > 0.5, -1)[enough], axis=0, return_inverse=True)
+  firmness, contrast, one_sided = np.zeros((3, len(own)))
+  ends, which = np.unique(np.where(black | white, own > 0.5, -1)[enough], axis=0, return_inverse=True)
   if len(ends):  # many samples come to one vertex
-    measured = np.array([_firm_and_contrasted(counted, own, criteria.firmness) for own in ends])
-    firmness[enough], contrast[enough] = measured[which.ravel()].T
+    least = least_tight(dimensions, number, criteria)
+    measured = np.array([_held(counted, vertex, least, criteria.firmness) for vertex in ends])
+    firmness[enough], contrast[enough], one_sided[enough] = measured[which.ravel()].T
   vertex = enough & (firmness >= criteria.firmness)
-  certified = vertex & (contrast >= criteria.contrast) & (np.ptp(start) >= criteria.tight)
+  certified = vertex & (contrast >= criteria.contrast) & (one_sided >= criteria.firmness)
+  certified &= np.ptp(start) >= criteria.tight
   return Certificates(tight, dimensions, number, overshoot, firmness, contrast, vertex, certified)
 
 
-def _firm_and_contrasted(basis: np.ndarray, ends: np.ndarray, least: float) -> tuple[float, float]:
-  """Firmness and contrast of a vertex: which of its values [D] are 0, or which 1; the others are -1."""
-  black, white = basis[ends == 0], basis[ends == 1]
-  firmness = _least_singular(np.concatenate([black, white]))
+def _held(basis: np.ndarray, ends: np.ndarray, count: int, least: float) -> tuple[float, float, float]:
+  """Firmness and contrast of a vertex, and its firmness by the values at one end, if there are so many.
+
+  Of its values [D], ``ends``, some are 0, some 1, and the others -1.
+  """
+  parts = [basis[ends == 0], basis[ends == 1]]
+  firmness = _least_singular(np.concatenate(parts))
   if firmness < least:
-    return firmness, 0.0
-  return firmness, _least_singular(np.concatenate([part - part.mean(axis=0) for part in (black, white) if len(part)]))
+    return firmness, 0.0, 0.0
+  contrast = _least_singular(np.concatenate([part - part.mean(axis=0) for part in parts if len(part)]))
+  most = max(parts, key=len)
+  return firmness, contrast, _least_singular(most) if len(most) >= count else 0.0
 
 
 def _least_singular(rows: np.ndarray) -> float:

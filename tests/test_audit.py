@@ -16,14 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
+from trained_networks import drawings, examined, flax_classifier
 
 from experiments.audit import __main__ as audit
-from experiments.audit import data, examples, membership, report, verdict
+from experiments.audit import data, description, examples, membership, report, verdict
 from experiments.harness import flags
 from experiments.harness.flags import UsageError
 import kkt_jax
-from kkt_jax import pretrain
+from kkt_jax import candidates, pretrain
 from kkt_jax.conditions import weight_decay_conditions
+from kkt_jax.first_layer import InputSpan
 from kkt_jax.metrics import Trial
 
 SHAPE = (8, 8, 1)
@@ -54,6 +56,21 @@ def normalised():
 
 def vectors():
   return kkt_jax.Subject.from_linen(Network(), input_shape=(5,), value_range=None)
+
+
+def straight():
+  """A linear classifier with random weights that add up to 0 over classes, and over pixels."""
+  centred = lambda size: jnp.eye(size) - 1 / size
+  start = lambda: centred(64) @ jax.random.normal(jax.random.key(0), (64, 3)) @ centred(3)
+  return kkt_jax.Subject(lambda w, x: x.reshape(len(x), -1) @ w, start, SHAPE, weight_decay=0.01)
+
+
+def probabilities():
+  return dataclasses.replace(straight(), apply_fn=lambda w, x: jax.nn.softmax(x.reshape(len(x), -1) @ w))
+
+
+def dead():
+  return dataclasses.replace(straight(), apply_fn=lambda w, x: jnp.zeros((len(x), 3)) + 0 * w.sum())
 
 
 def broken():
@@ -89,7 +106,7 @@ def classifier(subject):
 def stored(tmp_path_factory):
   """A folder with each subject's parameters, and the data: of blobs for images, of noise for vectors."""
   folder = tmp_path_factory.mktemp("stored")
-  for build in (linen, normalised, vectors):
+  for build in (linen, normalised, vectors, straight):
     examples.store(folder / f"{build.__name__}.safetensors", build().init_fn())
   for name, seed, count in (("train", 0, 5), ("held_out", 1, 10)):
     x, y = images(seed, count)
@@ -140,6 +157,16 @@ def test_what_cannot_be_audited_is_named_and_leaves_no_folder(stored, tmp_path, 
   with pytest.raises(UsageError, match=said) as error:
     audit.run(dataclasses.replace(config(stored), **settings), tmp_path / "new")
   assert "\n" not in str(error.value)
+  assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+  ("build", "said"), [(probabilities, "must return logits; its outputs are in"), (dead, "must tell inputs apart")]
+)
+def test_what_cannot_be_examined_is_a_usage_error(stored, tmp_path, build, said):
+  settings = dataclasses.replace(config(stored, straight), classifier=f"test_audit:{build.__name__}")
+  with pytest.raises(UsageError, match=f"^--classifier=test_audit:{build.__name__}: classifier {said}"):
+    audit.run(settings, tmp_path / "new")
   assert not (tmp_path / "new").exists()
 
 
@@ -389,6 +416,13 @@ def test_scores_tell_members_from_others_and_others_from_nothing(known_members):
 
 
 @pytest.mark.slow
+def test_every_score_has_a_name_in_words():
+  span = InputSpan(jnp.eye(64)[:, :9], jnp.ones(9))
+  scores = candidates.scores(dataclasses.replace(examined(flax_classifier), span=span), drawings(1, 3)[0])
+  assert {"span", "signal", "hinges"} <= set(scores) <= set(membership.SCORES)
+
+
+@pytest.mark.slow
 def test_classifiers_are_not_accused_of_samples_that_they_never_saw(capsys):
   """Twenty classifiers of blobs, and their own data as a control; the odds of one false alarm below .001 are .02."""
   subject, alarms, own = linen(), [], []
@@ -436,13 +470,36 @@ def test_scores_join_the_verdict(known_members):
   assert told.level == "member" and told.answer.startswith("These weights tell whether a given sample was among")
   assert "30 of 30 training samples score above all 60 others by their part in the sum" in str(told)
   assert "by their loss, which needs no theory (AUC 0." in str(told) and beyond.answer in str(told)
-  leak = verdict.of(trial(60), {"means": trial(20)}, 0)
+  leak = verdict.of(trial(60), {"means": trial(20)}, {})
   assert verdict.with_scores(leak, found).answer == leak.answer
   nothing = verdict.with_scores(beyond, found._replace(p_value=0.5))
   assert nothing.level == "open" and "Nor is a given sample told" in str(nothing)
   assert verdict.with_scores(beyond, None) == beyond
   said = verdict.of_candidates(membership.Told({"a": ["loss"]}, 8, 56, 0.281))
   assert said.startswith("Of the 8 samples that were asked about, 1 score above all 56 held-out ones")
+
+
+# Whether the weights obey the equations with their own data.
+
+
+def test_weights_obey_the_equations_with_their_own_data_or_do_not(known_members, monkeypatch):
+  examination, members, others = known_members
+  halves = data.Images(others.x[:30], others.y[:30]), data.Images(others.x[30:], others.y[30:])
+  found = description.residuals(examination, members, halves[0])
+  assert found.own < 0.01 and found.other > 0.3 and found.what == "held-out data" and not found.disobey
+  assert description.residuals(examination, members, None)[1:] == (1.0, "no data")  # inputs without a range
+  kernel = jax.random.normal(jax.random.key(0), (60, 3)) @ (jnp.eye(3) - 1 / 3)
+  random = dataclasses.replace(examination, conditions=weight_decay_conditions(kernel))
+  found = description.residuals(random, *halves)
+  assert found.own > 0.5 and found.disobey
+  assert f"leave {found.own:.2%} of the weights unexplained, with held-out data {found.other:.0%}." in str(found)
+  monkeypatch.setattr(description, "_MOST", 20)
+  assert description.residuals(examination, members, None) is None  # a part of them would explain a part
+
+
+def test_a_low_residual_or_one_far_below_that_of_others_is_no_disobedience():
+  of = lambda own, other: description.Residuals(own, other, "noise").disobey
+  assert [of(0.49, 0.49), of(0.51, 0.9), of(0.51, 0.6), of(0.9, 0.95)] == [False, False, True, True]
 
 
 # The verdict.
@@ -457,49 +514,63 @@ def trial(hits, leading=0, tested=100):
 
 
 def test_the_verdict_says_what_the_numbers_say():
-  assert verdict.of(None, {}, 0).answer.startswith("No verdict without data")
-  yes = verdict.of(trial(60), {"means": trial(20)}, 0)
+  assert verdict.of(None, {}, {}).answer.startswith("No verdict without data")
+  yes = verdict.of(trial(60), {"means": trial(20)}, {})
   assert (yes.level, yes.answer) == ("leak", "These weights reveal individual training samples.")
   # Wilson, by hand: z = 1.96, (.6 + z^2/200 +- z sqrt(.24/100 + z^2/40000)) / (1 + z^2/100) = .502, .691
   assert "Of 100 training samples, 60 (95 %: 50 to 69) could be picked out from 5 real samples" in str(yes)
   assert "by chance 20" in str(yes) and "below one in a billion" in str(yes) and "fewer: means 20." in str(yes)
   # (.6 - .2) / (1 - .2) = .5, and the same of the bounds
   assert "50% of them (95 %: 38% to 61%)" in str(yes)
-  no = verdict.of(trial(22), {"means": trial(20)}, 0)
-  assert no.level == "none" and no.answer.startswith("No evidence") and "no proof" in str(no)
+  no = verdict.of(trial(22), {"means": trial(20)}, {})
+  assert no.level == "none" and no.answer.startswith("No evidence") and "does not show that they reveal none" in str(no)
   # P(at least 31 of 100 at a fifth) = .0061, at least 32 .0031: the first below .005
   assert "32 would have been evidence" in str(no)
 
 
 def test_the_verdict_neither_rounds_to_certainty_nor_hides_what_was_not_tested():
-  every = str(verdict.of(trial(100), {"means": trial(20)}, 0))
+  every = str(verdict.of(trial(100), {"means": trial(20)}, {}))
   assert "below one in a billion" in every and "100% of them (95 %: 95% to 100%)" in every
-  assert str(verdict.of(trial(10, tested=10), {}, 0, remarks=["Only 10."])).endswith("Only 10.")
-  few = verdict.of(trial(1, tested=3), {}, 0, remarks=["The data are too few."])
+  assert str(verdict.of(trial(10, tested=10), {}, {}, remarks=["Only 10."])).endswith("Only 10.")
+  few = verdict.of(trial(1, tested=3), {}, {}, remarks=["The data are too few."])
   assert (few.level, few.answer) == ("open", "No verdict from so few data.") and "too few" in str(few)
 
 
 def test_what_likeness_of_the_class_explains_is_no_single_sample():
-  alike = verdict.of(trial(40), {"means": trial(39)}, 0)
+  alike = verdict.of(trial(40), {"means": trial(39)}, {})
   assert alike.level == "class" and "no more than likeness of the class explains" in alike.answer
   assert "about as many: means 39. So" in str(alike) and "not shown, and not excluded" in str(alike)
-  assert verdict.of(trial(40), {"likeness": trial(20), "means": trial(39)}, 0).level == "class"
-  assert verdict.of(trial(40), {"means": trial(39)}, 3).level == "leak"  # proven
+  assert verdict.of(trial(40), {"likeness": trial(20), "means": trial(39)}, {}).level == "class"
+  assert verdict.of(trial(40), {"means": trial(39)}, {"range": 3}).level == "leak"
   copied = trial(40)
   copied.members[0] = 0.995  # an exact image, where no other real one is
-  assert verdict.of(copied, {"means": trial(39)}, 0).level == "leak"
+  assert verdict.of(copied, {"means": trial(39)}, {}).level == "leak"
 
 
 def test_five_samples_before_all_others_are_evidence_whatever_the_mean():
-  assert verdict.of(trial(22, leading=5), {"means": trial(10)}, 0).level == "leak"  # 2 x .2^5 = .0006
+  assert verdict.of(trial(22, leading=5), {"means": trial(10)}, {}).level == "leak"  # 2 x .2^5 = .0006
 
 
-def test_a_proof_is_contradicted_by_nothing_but_the_data():
-  proven = verdict.of(trial(22), {"means": trial(20)}, 4, 1)
-  assert proven.level == "leak" and "1 of them are not among the training data" in str(proven)
-  assert "That can be luck, the proof cannot." in str(proven) and "No evidence" not in str(proven)
-  assert verdict.of(trial(22), {"means": trial(20)}, 4, 4).level == "none"
-  assert verdict.of(None, {}, 4).answer == "These weights reveal individual training samples."
+def test_certificates_are_contradicted_by_nothing_but_the_data():
+  certified = {"equations": 1, "levels": 0, "range": 3}
+  some = verdict.of(trial(22), {"means": trial(20)}, certified, 1)
+  assert some.level == "leak" and "Among the training data that were given: 3 of 4; the others are false" in str(some)
+  assert "That can be luck; the certificates do not rest on it." in str(some) and "No evidence" not in str(some)
+  assert verdict.of(trial(22), {"means": trial(20)}, certified, 4).level == "none"
+  assert verdict.of(None, {}, certified).answer == "These weights reveal individual training samples."
+
+
+def test_the_verdict_says_by_which_evidence_how_many_are_certified_and_that_this_assumes_something():
+  said = str(verdict.of(None, {}, {"equations": 60, "levels": 38, "range": 0}))
+  assert (
+    "Without any data, the weights certify 98 samples as training samples: 60 by the equations, 38 by whole levels."
+    f" That holds under the assumptions in docs/certificates.md; {verdict.MEASURED_FALSE}."
+  ) in said
+  assert "range of values" not in said and "given:" not in said
+  one = str(verdict.of(None, {}, {"equations": 0, "levels": 0, "range": 1}, 0))
+  assert "certify 1 sample as a training sample: 1 by the range of values." in one
+  assert "Among the training data that were given: 1 of 1." in one
+  assert list(verdict.EVIDENCE) == list(verdict.ASSUMED) == list(kkt_jax.certificates.EVIDENCE)
 
 
 def test_files_and_folders_have_a_digest(tmp_path):
@@ -530,6 +601,20 @@ def test_a_classifier_beyond_the_theory_is_refused_with_a_report_and_can_be_trie
   assert metrics["candidates"]["asked"] == 15 and "Of the 15 samples that were asked about" in metrics["verdict"]
   audit.run(dataclasses.replace(settings, force=True), tmp_path)  # as the verdict suggests, in the same folder
   assert (tmp_path / "generator").exists()
+
+
+def test_weights_that_disobey_with_their_own_data_are_not_rebuilt_and_scores_go_on(stored, tmp_path):
+  subject, weights = straight(), straight().init_fn()
+  for name, seed in (("train", 0), ("held_out", 1)):
+    x = np.random.default_rng(seed).uniform(size=(24, *SHAPE)).astype(np.float32)
+    np.savez(tmp_path / f"{name}.npz", x=x, y=np.argmax(subject.apply_fn(weights, x), axis=1))
+  metrics = audit.run(config(stored, straight, force=False, **with_data(tmp_path)), tmp_path / "run")
+  assert metrics["bounds"]["weight_decay"] < 0.05 and metrics["residuals"]["own"] > 0.5
+  assert metrics["verdict"].startswith(
+    "These weights do not obey the equations of this audit, so no sample was rebuilt"
+  )
+  assert metrics["scores"] and not (tmp_path / "run" / "generator").exists()
+  assert "of the weights unexplained" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def reconstruction(batch_norm=False):
 
 def test_a_flow_fitted_to_few_samples_draws_them_from_fresh_noise():
   examination = reconstruction().examinations[0]
-  chosen = np.array([0, 1, 3, 4])  # two drawings of each of two classes, which lie in the span
+  chosen = np.array([0, 1, 3, 4])  # two drawings of each of two classes
   _, _, x, y = with_weight_decay(0)
   x, y = x[chosen], y[chosen]
   flow = dataclasses.replace(FLOW, width=64, steps=16, batch_size=100)
@@ -116,7 +116,8 @@ def test_several_tables_are_trained_where_nothing_is_proven(monkeypatch):
   np.testing.assert_allclose(tables[0], first, atol=1e-5)
   alone = kkt_jax.reconstruct(classifiers, recipe.with_schedule(match_steps=0), seed=2, examinations=own)
   np.testing.assert_allclose(tables[2], alone.every_sample()[0], atol=1e-5)
-  one = Exact(np.ones((1, *first.shape[1:])), np.zeros(1, int), np.zeros(1, int), np.zeros(1, bool))
+  rest = [np.zeros(1, own) for own in (int, int, bool, int)]
+  one = Exact(np.ones((1, *first.shape[1:])), *rest)
   polished = lambda self, *_, **settings: dataclasses.replace(self, exact=(one,))
   monkeypatch.setattr(kkt_jax.Reconstruction, "polished", polished)
   kkt_jax.reconstruct(classifiers, recipe, examinations=own)

@@ -163,9 +163,9 @@ def test_pairs_show_the_training_image_of_the_class_that_is_most_similar(tmp_pat
     np.testing.assert_array_equal(picture[30 * row : 30 * row + 30], picture[30 * row + 30 : 30 * row + 60])
   np.testing.assert_allclose(picture[183:207:3, 3:27:3], train.x.mean(0)[..., 0], atol=1 / 255)
   np.testing.assert_allclose(picture[3:27:3, 3:27:3], train.x[2, ..., 0], atol=1 / 255)
-  comparison.similar_pairs(tmp_path / "framed.png", generated, train, proven=train.x[2:3], columns=1, rows=3)
+  comparison.similar_pairs(tmp_path / "framed.png", generated, train, certified=train.x[2:3], columns=1, rows=3)
   framed = matplotlib.image.imread(tmp_path / "framed.png")[:, 220:]
-  np.testing.assert_allclose(framed[0, 1], (0.1, 0.65, 0.2, 1.0), atol=1 / 255)  # the first image is proven
+  np.testing.assert_allclose(framed[0, 1], (0.1, 0.65, 0.2, 1.0), atol=1 / 255)  # the first image is certified
   np.testing.assert_array_equal(framed[0, 31], np.ones(4))  # the second is not
 
 
@@ -180,18 +180,40 @@ def test_draws_are_training_images_or_one_another_or_new():
   }
 
 
-def test_what_is_proven_is_counted_beside_the_truth():
+def polished(*claims):
+  """A reconstruction with certified samples: unit, y and to_the_bit of each classifier."""
+  exact = [
+    types.SimpleNamespace(unit=unit, y=y, to_the_bit=np.array(bits, bool), evidence=np.arange(len(y)) % 2)
+    for unit, y, bits in claims
+  ]
+  examinations = [types.SimpleNamespace(span=types.SimpleNamespace(strengths=np.ones(5)), tells_mean=True)] * len(exact)
+  return types.SimpleNamespace(exact=tuple(exact), examinations=examinations)
+
+
+def test_what_is_certified_is_counted_beside_the_truth():
   train = shades(3, 0)
-  span = types.SimpleNamespace(strengths=np.ones(5))
-  bits = np.array([True, False, True])
-  claimed = types.SimpleNamespace(unit=np.concatenate([train.x[:2], 1 - train.x[2:3]]), y=train.y[:3], to_the_bit=bits)
-  nothing = types.SimpleNamespace(unit=train.x[:0], y=train.y[:0], to_the_bit=bits[:0])
-  examinations = [types.SimpleNamespace(span=own, tells_mean=True) for own in (span, None)]
-  made = types.SimpleNamespace(exact=(claimed, nothing), examinations=examinations)
-  counts, images = comparison.exactness(made, train)
-  assert counts[0] == {"proven": 3, "most": 6, "exact": 2, "false": 1, "to_the_bit": 2, "identical": 1}
-  assert counts[1] == dict.fromkeys(counts[0], 0)
+  claimed = np.concatenate([train.x[:2], 1 - train.x[2:3]]), train.y[:3], [True, False, True]
+  counts, images = comparison.exactness(polished(claimed, (train.x[:0], train.y[:0], [])), train)
+  evidence = {"equations": 2, "levels": 1, "range": 0}
+  found = {"certified": 3, "most": 6, "exact": 2, "false": 1, "to_the_bit": 2, "identical": 1}
+  assert counts[0] == found | evidence
+  assert counts[1] == dict.fromkeys(counts[0], 0) | {"most": 6}
   assert len(images) == 3
+  assert comparison.exactness(types.SimpleNamespace(exact=()), train)[0] == []  # not polished
+
+
+@pytest.mark.parametrize("shape", [(30,), (3, 5), (4, 4, 1), (9, 9, 3)])
+def test_certificates_of_every_shape_are_compared_by_value(shape):
+  train = Images(np.random.default_rng(0).integers(0, 256, size=(6, *shape)).astype(np.float32) / 255, np.zeros(6, int))
+  unit = train.x[[0, 1, 2, 3, 4]].copy()
+  at = (slice(1, 4), *[0] * len(shape))
+  unit[at] = np.where(unit[at] > 0.5, unit[at] - [0.019, 0.021, 0.5], unit[at] + [0.019, 0.021, 0.5])
+  (counts,), samples = comparison.exactness(polished((unit, train.y[:5], [True, True, False, False, True])), train)
+  assert (counts["exact"], counts["false"], counts["to_the_bit"], counts["identical"]) == (3, 2, 3, 2)
+  places, differences = comparison.nearest_by_value(samples, train.x)
+  assert places.tolist() == [0, 1, 2, 3, 4]
+  np.testing.assert_allclose(differences, [0, 0.019, 0.021, 0.5, 0], atol=1e-6)
+  assert np.isinf(comparison.nearest_by_value(samples, train.x[:0])[1]).all()
 
 
 # --- images ---

@@ -86,7 +86,7 @@ def test_nobody_is_accused_by_data_that_differ_without_the_weights():
     )
     assert "What would be said otherwise: These weights tell. Much." in str(found) and str(found).count(limit) == 1
     assert verdict.with_limits(own, ["Few."]) == own
-    proven = verdict.with_limits(own, [limit], proven=True)
+    proven = verdict.with_limits(own, [limit], certified=True)
     assert (proven.level, proven.answer, proven.reasons[0]) == (level, own.answer, limit)
   nothing = verdict.Verdict("none", "No evidence.", [])
   assert verdict.with_limits(nothing, [limit]) == nothing

@@ -72,7 +72,7 @@ def train_generator(
     restarts.update(restart * schedule.restart_steps + step, _shown(metrics))
 
   def on_round(t: int, number: int, found: int, most: int) -> None:
-    say(f"polishing, classifier {t + 1}, round {number}: {found} training samples proven, of at most {most}")
+    say(f"polishing, classifier {t + 1}, round {number}: {found} training samples certified, of at most {most}")
 
   matching: list[Progress] = []  # its clock starts when it does
 

@@ -3,7 +3,8 @@
 The owner names a Python function that describes the classifier (`kkt_jax.Subject`) and a file with its parameters. The
 weights are examined: which conditions they obey, and how far they are from every point that obeys them. Then a
 generator is trained so that what it generates obeys them, and ``report.html`` shows what came out. With
-``--train_data`` and ``--held_out_data``, which are compared only then, it says how much of the training data that is.
+``--train_data`` and ``--held_out_data``, which the generator never sees, it says how much of the training data that is;
+whether the weights obey the conditions with these data is measured first, for otherwise nothing is worth rebuilding.
 """
 
 from collections.abc import Mapping
@@ -58,7 +59,8 @@ class Config:
   )
   force: bool = flag(
     False,
-    "Go on even if the classifier does not know its training data, or if its weights are too far from all conditions.",
+    "Go on even if the classifier does not know its training data, or if its weights are too far from all conditions,"
+    " or do not obey them with these data.",
   )
   codes: int = flag(0, "Samples of each class; 0 is what suits the classifier.", lower=0, upper=100_000)
   steps: int = flag(1500, "Training steps.", lower=1)
@@ -105,9 +107,18 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     say(remark)
   say("examining the weights")
   form = None if config.form == "auto" else config.form
-  examination = kkt_jax.examine(classifier, form=form, seed=config.seed)
+  try:
+    examination = kkt_jax.examine(classifier, form=form, seed=config.seed)
+  except ValueError as error:
+    raise UsageError(f"--classifier={config.classifier}: {error}") from error
   recipe = recipe_of(config, examination)
   say(str(examination))
+  obeyed, residuals = examination.bound <= kkt_jax.examination.HOPELESS, None
+  if obeyed and train is not None:
+    residuals = description.residuals(examination, train, held_out)
+  if residuals is not None:
+    say(str(residuals))
+    obeyed = not residuals.disobey
   content = b"".join(
     np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((classifier.params, classifier.initial_params))
   )
@@ -117,7 +128,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     train_generator, examinations=[examination], log_every=config.log_every, save_every=config.save_every
   )
   reconstruction, likeness = None, None
-  if config.force or examination.bound <= kkt_jax.examination.HOPELESS:
+  if config.force or obeyed:
     draw = functools.partial(report.draw, out.path)
     reconstruction = train_from(out, recipe=recipe, seed=config.seed + 1, draw=draw)
     if train is not None and held_out is not None:
@@ -141,6 +152,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     told=told,
     remarks=remarks,
     fit=fit,
+    residuals=residuals,
     command=flags.command_line("python -m experiments.audit", config, workdir),
   )
 

@@ -2,18 +2,24 @@
 
 A slip in the description (the order of pixels or labels, black for white, the range, a mean, padding) makes the
 weights say nothing, which would look as if they revealed nothing. What a correct one has however badly the classifier
-was trained: more than chance or a loss below that of guessing, and no more confidence than it deserves.
+was trained: more than chance or a loss below that of guessing, and no more confidence than it deserves. Then, before
+minutes are spent, whether its weights obey the equations with its own training data at all.
 """
 
 from collections.abc import Iterator, Mapping
 import dataclasses
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import optimize, special, stats  # type: ignore[import-untyped]
 
 from experiments.data import Images
+from experiments.measure.comparison import uniform_noise
+from kkt_jax import diagnostics
 from kkt_jax.classifier import Classifier
+from kkt_jax.examination import Examination
 
 _MOST, _LEAST = 1000, 100  # samples of each kind that are classified
 _VALUES = 5 * 10**6  # of all of them, beyond which there are fewer, and slips are not looked for in what seems right
@@ -23,6 +29,8 @@ _WORSE = 1.2  # times the loss of guessing, above which a classifier cannot have
 _OVERCONFIDENT = 0.15  # confidence minus accuracy on training data
 _UNSURE = 0.2  # confidence above chance, as a share of the accuracy above chance
 _FLAT = 104.0  # margin at which the gradient of the loss is 0 in single precision
+_LEFT, _BESIDE = 0.5, 0.8  # residual of its own data, and that over others', above which weights obey no equations
+_SEARCHES = (100, 1000)  # steps of the search for multipliers; the second where the first leaves too much
 _CAUSES = (
   "Likely causes: the order of pixels or channels, black for white, the range of the inputs, a mean or deviation left"
   " out or applied twice, labels in another order, padding, the epsilon of batch norm, or data that it never saw"
@@ -38,7 +46,7 @@ class Fit:
       same predictions in random order.
     guessing: the loss of equal probabilities, log C.
     refusal: why the audit stops, in one message; empty if it goes on.
-    doubts: why finding nothing would prove nothing, in sentences.
+    doubts: why finding nothing would mean nothing, in sentences.
   """
 
   known: Mapping[str, Mapping[str, float]]
@@ -110,6 +118,58 @@ def check(classifier: Classifier, train: Images | None, held_out: Images | None)
     " nevertheless."
   )
   return dataclasses.replace(fit, refusal=refusal, doubts=(f"T{refusal[1:]}", *doubts))
+
+
+class Residuals(NamedTuple):
+  """What the stationarity conditions leave of the weights, with the best multipliers: squared, relative; 1 is all.
+
+  Attributes:
+    own: with the training data.
+    other: with as many other samples of the same classes; 1 without any.
+    what: what these are.
+  """
+
+  own: float
+  other: float
+  what: str
+
+  @property
+  def disobey(self) -> bool:
+    """Whether the training data explain the weights hardly better than others do."""
+    return self.own > _LEFT and self.own > _BESIDE * self.other
+
+  def __str__(self) -> str:
+    """Both in a sentence."""
+    return (
+      f"With their own training data, the equations leave {self.own:.2%} of the weights unexplained, with {self.what}"
+      f" {self.other:.0%}."
+    )
+
+
+def residuals(examination: Examination, train: Images, held_out: Images | None) -> Residuals | None:
+  """Whether the weights obey the equations with their training data, beside held-out data, or noise without these.
+
+  None if there are more than 1,000 training samples: a part of them explains a part of the weights only, and all are
+  too many at once.
+  """
+  if len(train.y) > _MOST:
+    return None
+  classifier, key = examination.classifier, jax.random.key(0)
+  beside: Images | None = None if classifier.value_range is None else uniform_noise(train, key)
+  what = "no data" if beside is None else "noise"
+  if held_out is not None:
+    counts = [(held_out.y == label, int(np.sum(train.y == label))) for label in np.unique(train.y)]
+    places = np.concatenate([np.flatnonzero(own)[:count] for own, count in counts])
+    beside, what = Images(held_out.x[places], held_out.y[places]), "held-out data"
+  diagnose = lambda images, steps: diagnostics.diagnose(
+    classifier, examination.conditions, classifier.from_unit(images.x), images.y, num_steps=steps
+  )
+  for steps in _SEARCHES:
+    own = diagnose(train, steps).residual
+    found = Residuals(own, 1.0 if beside is None else diagnose(beside, steps).residual, what)
+    if not found.disobey:
+      break
+  return found
 
 
 class _Answers:

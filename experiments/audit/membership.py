@@ -19,6 +19,7 @@ _MOST = 1500  # samples of each kind that are scored together: the cost grows wi
 SCORES = {
   "multipliers": "their part in the sum that the weights are",
   "span": "their distance from the directions in which the training data lie",
+  "signal": "how much of their own signal the weights lack",
   "hinges": "the kinks on which they lie",
   "margin": "the margin that training samples share",
   "loss": "their loss",

@@ -1,6 +1,7 @@
 """What `experiments.audit` says at the end: a verdict in plain words, metrics, pictures, and a page."""
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 import datetime
 import hashlib
 import pathlib
@@ -14,7 +15,7 @@ import numpy as np
 
 from experiments.audit import verdict
 from experiments.audit.data import Named
-from experiments.audit.description import Fit
+from experiments.audit.description import Fit, Residuals
 from experiments.audit.membership import Scored, SCORES, Told
 from experiments.data import Images
 from experiments.harness import pages
@@ -22,9 +23,10 @@ from experiments.harness.progress import Progress
 from experiments.harness.workdir import Workdir
 from experiments.measure import comparison, pictures
 import kkt_jax
-from kkt_jax import diagnostics, metrics
+from kkt_jax import certificates, diagnostics, metrics
 from kkt_jax.classifier import Classifier
 from kkt_jax.conditions import Conditions
+from kkt_jax.criteria import Criteria
 from kkt_jax.examination import Examination
 from kkt_jax.metrics import Trial
 from kkt_jax.reconstruction import Reconstruction
@@ -59,6 +61,7 @@ def write(
   told: Told | None = None,
   remarks: Sequence[str] = (),
   fit: Fit | None = None,
+  residuals: Residuals | None = None,
   command: str = "",
 ) -> dict[str, Any]:
   """Measures, draws, and writes ``report.html`` and ``metrics.json``.
@@ -67,7 +70,8 @@ def write(
     out: the workdir.
     settings: of the run.
     examination: what the classifier's weights say.
-    reconstruction: the trained generator; None if the weights are too far from all conditions for one.
+    reconstruction: the trained generator; None if the weights are too far from all conditions for one, or disobey them
+      with their own data.
     train: the owner's training data in [0, 1], if given.
     held_out: other data of the same kind, if given.
     likeness: a generator that was trained on likeness of the class alone, if data were given.
@@ -75,6 +79,7 @@ def write(
     told: what they tell of samples that were asked about.
     remarks: what limits the comparison.
     fit: how well the classifier knows the data, if any were given.
+    residuals: what the conditions leave with the training data, if these were given and the weights are not too far.
     command: that made this.
 
   Returns:
@@ -84,32 +89,39 @@ def write(
   drawn: dict[str, str] = {}
   trials: dict[str, Trial] = {}
   leaks: list[Leak] = []
-  certificates: list[dict[str, int]] = []
-  proven_samples = False
-  if reconstruction is None:
+  compared: list[dict[str, int]] = []
+  counts = dict.fromkeys(certificates.EVIDENCE, 0)
+  certified_rightly = False
+  if reconstruction is None and residuals is not None and residuals.disobey:
+    answer = verdict.disobedience(residuals)
+  elif reconstruction is None:
     answer = verdict.refusal(examination.bound)
   else:
     sets = {"generated": generated(reconstruction)}
     if likeness is not None:
       sets["class_likeness"] = generated(likeness)
-    proven = np.zeros((0, *examination.classifier.input_shape))
-    if train is not None and comparison.comparable(train):
-      certificates, proven = comparison.exactness(reconstruction, train)
+    for place, kind in enumerate(certificates.EVIDENCE):
+      counts[kind] = sum(int(np.sum(own.evidence == place)) for own in reconstruction.exact)
+    false = None
+    certified = np.zeros((0, *examination.classifier.input_shape))
+    if train is not None:
+      compared, certified = comparison.exactness(reconstruction, train)
+      false = sum(own["false"] for own in compared)
     if train is not None and held_out is not None:
       means = _class_means(sets["generated"])
       trials = {name: comparison.trial(own, train, held_out) for name, own in (sets | {"own_means": means}).items()}
-      leaks = _leaks(sets["generated"], train, held_out, trials["generated"], proven)
-    count, false = sum(len(own.y) for own in reconstruction.exact), sum(own["false"] for own in certificates)
-    proven_samples = count > false
+      leaks = _leaks(sets["generated"], train, held_out, trials["generated"], certified)
+    count = sum(counts.values())
+    certified_rightly = count > (false or 0)
     controls = {title: trials[name] for name, title in _CONTROLS.items() if name in trials}
-    answer = verdict.of(trials.get("generated"), controls, count, false, remarks)
+    answer = verdict.of(trials.get("generated"), controls, counts, false, remarks)
     rows = _measure(reconstruction.classifiers[0], reconstruction.conditions[0], sets, train, held_out)
     drawn = _draw(out.path, sets["generated"], train)
     if count:
       own = reconstruction.exact[0]
-      caption = "What the weights alone prove to be training samples, a row for each class."
-      drawn |= {"proven.png": caption} if _grid(out.path / "proven.png", Images(own.unit, own.y)) else {}
-  answer = verdict.with_limits(verdict.with_scores(answer, scored), remarks, proven=proven_samples)
+      caption = "What the weights alone certify as training samples, a row for each class."
+      drawn |= {"certified.png": caption} if _grid(out.path / "certified.png", Images(own.unit, own.y)) else {}
+  answer = verdict.with_limits(verdict.with_scores(answer, scored), remarks, certified=certified_rightly)
   answer = verdict.with_doubts(answer, () if fit is None else fit.doubts)
   if told is not None:
     answer = answer._replace(reasons=[*answer.reasons, verdict.of_candidates(told)])
@@ -119,13 +131,16 @@ def write(
     "fit": {} if fit is None else {"guessing": fit.guessing, **fit.known},
     "form": examination.form,
     "bounds": dict(examination.bounds),
+    "residuals": None if residuals is None else residuals._asdict(),
     **rows,
     "against_data": against,
     "leaks": [dict(list(own._asdict().items())[:-1]) for own in leaks],
     "scores": {} if scored is None else {name: _plain(curve) for name, curve in scored.curves.items()},
     "scores_p_value": None if scored is None else scored.p_value,
     "candidates": None if told is None else told._asdict(),
-    "certificates": certificates,
+    "certified": counts,
+    "certificates": compared,
+    "criteria": dataclasses.asdict(Criteria()),
     "final_losses": out.last_logged(),
   }
   titled = {_ROWS[name]: row for name, row in rows.items()}
@@ -139,7 +154,14 @@ def write(
     scored=scored,
     score_names=SCORES,
     told=told,
-    findings=[*([] if fit is None else [f"{fit}."]), *str(examination).splitlines()],
+    assumed=[verdict.ASSUMED[kind] for kind, count in counts.items() if count],
+    assumed_by_all=verdict.ASSUMED_BY_ALL,
+    measured_false=verdict.MEASURED_FALSE,
+    findings=[
+      *([] if fit is None else [f"{fit}."]),
+      *str(examination).splitlines(),
+      *([] if residuals is None else [str(residuals)]),
+    ],
     pictures={caption: out.path / name for name, caption in drawn.items()},
     rows=titled,
     settings=settings,
@@ -165,7 +187,7 @@ class Leak(NamedTuple):
   Attributes:
     name: its file, or its place from 0.
     label: its class.
-    how: "proven" or "picked out".
+    how: "certified" or "picked out".
     ratio: how much farther away than this sample the nearest of its group is; infinite for an equal one.
     pictures: PNG: the sample, what came out, and the real image that was not trained on nearest to that; or none.
   """
@@ -177,16 +199,14 @@ class Leak(NamedTuple):
   pictures: Sequence[bytes]
 
 
-def _leaks(samples: Images, train: Named, held_out: Named, trial: Trial, proven: np.ndarray) -> list[Leak]:
-  """The training samples that came out: those that are proven, then those picked out by the greatest ratio."""
+def _leaks(samples: Images, train: Named, held_out: Named, trial: Trial, certified: np.ndarray) -> list[Leak]:
+  """The training samples that came out: those that are certified, then those picked out by the greatest ratio."""
   ratios = {
     int(place): min(float(ratio), _LARGEST_RATIO) for place, ratio in zip(trial.places, trial.ratios, strict=True)
   }
   hits = {int(place) for place in trial.places[trial.hits]}
-  exact: set[int] = set()
-  if len(proven):
-    nearest = np.asarray(metrics.pairwise_ssim(proven.astype(np.float32), train.x))
-    exact = {int(own.argmax()) for own in nearest if own.max() > comparison.EXACT}
+  nearest, differences = comparison.nearest_by_value(certified, train.x)
+  exact = set(nearest[differences < Criteria().same].tolist())
   nth = {place: int(np.sum(train.y[:place] == train.y[place])) for place in hits | exact}  # classes in turn in ties
   order = sorted(nth, key=lambda place: (place not in exact, -ratios.get(place, 0.0), nth[place], place))
   shown = order[:_SHOWN] if comparison.comparable(train) else []
@@ -195,7 +215,7 @@ def _leaks(samples: Images, train: Named, held_out: Named, trial: Trial, proven:
     Leak(
       train.names[place],
       int(train.y[place]),
-      "proven" if place in exact else "picked out",
+      "certified" if place in exact else "picked out",
       ratios.get(place),
       pictures_of.get(place, ()),
     )

@@ -6,11 +6,32 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
+from experiments.audit.description import Residuals
 from experiments.audit.membership import Confounded, Scored, SCORES, SIGNIFICANT, Told
 from experiments.measure.comparison import EXACT
 from kkt_jax.metrics import Trial
 
 _MORE = 0.05  # p-value below which one thing picks out more than another
+MEASURED_FALSE = "docs/certificates.md has the measured rate of false certificates for each kind of data"
+EVIDENCE = {"equations": "by the equations", "levels": "by whole levels", "range": "by the range of values"}
+ASSUMED = {  # in the words of `kkt_jax.certificates`
+  "equations": (
+    "By the equations: a sample's own signal stands in the weights, at its scale. This assumes training to convergence"
+    " with weight decay, no batch norm, and training samples that do not depend on one another."
+  ),
+  "levels": (
+    "By whole levels: all values of a sample lie on the levels of 8-bit images, many more than the subspace can choose."
+    " This assumes values of that many levels."
+  ),
+  "range": (
+    "By the range of values: a sample is a firm vertex of the subspace cut with the range. This assumes values that"
+    " reach the ends of their range, and a subspace that tells a sample from a brighter one."
+  ),
+}
+ASSUMED_BY_ALL = (
+  "All assume a subspace that is that of the training data, and one explanation only: samples that account for one"
+  " another, or that can be put together to others which would pass as well, are not certified."
+)
 
 
 class Verdict(NamedTuple):
@@ -62,12 +83,12 @@ def with_doubts(verdict: Verdict, doubts: Sequence[str]) -> Verdict:
   return Verdict("open", "No verdict: the classifier may not be what its description says.", [*doubts, *said])
 
 
-def with_limits(verdict: Verdict, remarks: Sequence[str], *, proven: bool = False) -> Verdict:
-  """The verdict, which accuses of nothing but what is proven if the data differ without the weights, too."""
+def with_limits(verdict: Verdict, remarks: Sequence[str], *, certified: bool = False) -> Verdict:
+  """The verdict, which accuses of nothing but what is certified if the data differ without the weights, too."""
   confounded = [own for own in remarks if isinstance(own, Confounded)]
   if not confounded or verdict.level not in ("leak", "member", "class"):
     return verdict
-  if proven:
+  if certified:
     return verdict._replace(reasons=[*confounded, *(own for own in verdict.reasons if own not in confounded)])
   said = [own for own in verdict.reasons if own not in confounded]
   answer = "No verdict: the held-out data differ from the training data without the weights, too."
@@ -97,16 +118,36 @@ def refusal(bound: float) -> Verdict:
   )
 
 
+def disobedience(residuals: Residuals) -> Verdict:
+  """If no generator was trained, for not even their own training data explain the weights."""
+  return Verdict(
+    "open",
+    "These weights do not obey the equations of this audit, so no sample was rebuilt, and nothing follows for whether"
+    " others could.",
+    [
+      f"Even with the training data that were given, {residuals.own:.0%} of what the equations ask for is missing"
+      f" ({residuals.what}: {residuals.other:.0%}).",
+      "Adam and other adaptive optimizers, early stopping, another form than was examined (--form), and training data"
+      " that are not all of them are the usual reasons.",
+      "--force tries nevertheless.",
+    ],
+  )
+
+
 def of(
-  own: Trial | None, controls: Mapping[str, Trial], proven: int, false: int = 0, remarks: Sequence[str] = ()
+  own: Trial | None,
+  controls: Mapping[str, Trial],
+  certified: Mapping[str, int],
+  false: int | None = None,
+  remarks: Sequence[str] = (),
 ) -> Verdict:
   """The verdict on what came out.
 
   Args:
     own: the trial of what was generated; None without data to compare with.
     controls: the trials of samples that know classes only, named for a sentence.
-    proven: training samples that the weights prove.
-    false: how many of these are not among the training data.
+    certified: how many samples the weights certify as training samples, by the evidence (`EVIDENCE`).
+    false: how many of these are not among the training data; None if there are none to compare with.
     remarks: what limits the trial.
 
   Returns:
@@ -115,18 +156,19 @@ def of(
   >>> scores = lambda hits: Trial(np.zeros(100, int), np.arange(100.0, 0, -1) - 100 + hits, np.zeros((100, 5)), 1.0,
   ...                             np.arange(100))
   >>> import textwrap
-  >>> print(textwrap.fill(str(of(scores(52), {"class means": scores(20)}, 0)), 100))
+  >>> print(textwrap.fill(str(of(scores(52), {"class means": scores(20)}, {})), 100))
   These weights reveal individual training samples. Of 100 training samples, 52 (95 %: 42 to 62) could
   be picked out from 6 real samples of their class each, because what was generated comes nearest to
   them; by chance 17. 52 of them came nearer than all 500 others. The odds of that by luck are below
   one in a billion. Likeness of the class alone picks out fewer: class means 20. Corrected for
   guessing, 42% of them (95 %: 31% to 54%) are recognised.
   """
-  reasons = [_proof(proven, false)] if proven else []
+  count = sum(certified.values())
+  reasons, right = [_certificates(certified, false)] if count else [], count - (false or 0)
   reveal = "These weights reveal individual training samples."
   if own is None:
     later = "can be said with --train_data and at least as many --held_out_data, which need no new generator."
-    if proven > false:
+    if right:
       return Verdict("leak", reveal, [*reasons, f"How many others {later}"])
     answer = "No verdict without data to compare with."
     what = "Whether what came out is the training data, or only data of their kind,"
@@ -144,7 +186,7 @@ def of(
   explained = any(more_hits(own, trial) >= _MORE for trial in controls.values())
   if own.p_value < SIGNIFICANT:
     reasons.append(f"The odds of that by luck are {odds}.")
-    if explained and proven <= false and not _copies(own):
+    if explained and not right and not _copies(own):
       answer = (
         "What came out resembles the training data more than other data do, but no more than likeness of the class"
         " explains."
@@ -161,14 +203,14 @@ def of(
     )
     reasons.append(f"Corrected for guessing, {share:.0%} of them (95 %: {low:.0%} to {high:.0%}) are recognised.")
     return Verdict("leak", reveal, [*reasons, *remarks])
-  if proven > false:
-    return Verdict("leak", reveal, [*reasons, "That can be luck, the proof cannot.", *remarks])
+  if right:
+    return Verdict("leak", reveal, [*reasons, "That can be luck; the certificates do not rest on it.", *remarks])
   if 2 * chance**tested >= SIGNIFICANT:
     return Verdict("open", "No verdict from so few data.", [*reasons, *remarks])
   least = int(stats.binom.isf(SIGNIFICANT / 2, tested, chance)) + 1
   reasons.append(
     f"As many or more are picked out by luck with probability {own.p_value:.2g}; {min(least, tested)} would have been"
-    " evidence. That is no proof that they reveal none."
+    " evidence. That does not show that they reveal none."
   )
   answer = "No evidence that these weights reveal individual training samples by this method."
   return Verdict("none", answer, [*reasons, *remarks])
@@ -185,8 +227,15 @@ def _copies(own: Trial) -> bool:
   return own.best == 1 and own.others.max() <= EXACT < own.members.max()
 
 
-def _proof(count: int, false: int) -> str:
-  return (
-    f"Without any data, the weights prove {count} samples to be training samples, value by value: far more of their"
-    " values lie at an end of the range than chance or kinship explains."
-  ) + (f" {false} of them are not among the training data that were given." if false else "")
+def _certificates(certified: Mapping[str, int], false: int | None) -> str:
+  count = sum(certified.values())
+  by = ", ".join(f"{number} {EVIDENCE[kind]}" for kind, number in certified.items() if number)
+  what = "1 sample as a training sample" if count == 1 else f"{count} samples as training samples"
+  said = (
+    f"Without any data, the weights certify {what}: {by}. That holds under the assumptions in docs/certificates.md;"
+    f" {MEASURED_FALSE}."
+  )
+  if false is None:
+    return said
+  said += f" Among the training data that were given: {count - false} of {count}"
+  return f"{said}; the others are false, or these are not all training data." if false else f"{said}."

@@ -15,7 +15,9 @@ from experiments.measure import pictures
 from experiments.measure.judge import Judge, usefulness
 import kkt_jax
 from kkt_jax import candidates, metrics, relaxation
+from kkt_jax.certificates import EVIDENCE
 from kkt_jax.classifier import Classifier
+from kkt_jax.criteria import Criteria
 from kkt_jax.exact import most_samples
 
 _TESTED = 100  # real images of each class on which a classifier trained on generated ones is tested
@@ -105,6 +107,24 @@ def similarity(samples: Images, data: Images) -> np.ndarray:
     own, other = (np.resize(indices, count) for indices, count in zip(of_class, most, strict=True))
     best[other] = np.asarray(pairwise(samples.x[own], data.x[other])).max(axis=0)
   return best
+
+
+def nearest_by_value(samples: np.ndarray, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Which of the data is nearest to each sample by its values, and whether the two are the same, whatever their shape.
+
+  Args:
+    samples: [K, ...] in units of the range.
+    data: [N, ...] in the same units.
+
+  Returns:
+    The place of the nearest [K], and the greatest difference of a value from it [K]; infinite without any data.
+  """
+  place, least = np.zeros(len(samples), int), np.full(len(samples), np.inf)
+  for k, sample in enumerate(samples if len(data) else []):
+    greatest = np.abs(data - sample[None]).reshape(len(data), -1).max(axis=1)
+    place[k] = np.argmin(greatest)
+    least[k] = greatest[place[k]]
+  return place, least
 
 
 def tested(train: Images, held_out: Images) -> tuple[int, int]:
@@ -258,7 +278,7 @@ def similar_pairs(
   images: Images,
   train: Images,
   *,
-  proven: np.ndarray | None = None,
+  certified: np.ndarray | None = None,
   columns: int = 2,
   rows: int = 5,
 ) -> None:
@@ -270,7 +290,7 @@ def similar_pairs(
     path: PNG file.
     images: generated images.
     train: training images.
-    proven: images [K, ...] that are framed where they are shown.
+    certified: images [K, ...] that are framed where they are shown.
     columns: images of each class in a row.
     rows: pairs of rows.
   """
@@ -282,8 +302,8 @@ def similar_pairs(
   for row in range(rows):
     own = [np.flatnonzero(shown.y == label)[row * columns : (row + 1) * columns] for label in labels]
     chosen = np.concatenate(own)
-    if proven is not None and len(proven):
-      near = [np.abs(proven - image).max(axis=(1, 2, 3)).min() for image in shown.x[chosen]]
+    if certified is not None and len(certified):
+      near = [np.abs(certified - image).max(axis=(1, 2, 3)).min() for image in shown.x[chosen]]
       framed[len(drawn)] = np.array(near) < _SAME
     drawn += [("generated", shown.x[chosen]), ("nearest training image", train.x[nearest[chosen]])]
   drawn.append(("mean of the training set", train.x.mean(axis=0, keepdims=True)))
@@ -291,31 +311,36 @@ def similar_pairs(
 
 
 def exactness(reconstruction: "kkt_jax.Reconstruction", train: Images) -> tuple[list[dict[str, int]], np.ndarray]:
-  """What the weights prove, beside the truth.
+  """What the weights certify, beside the truth. Samples of any shape are compared by value.
 
   Args:
     reconstruction: polished; otherwise there are no counts.
-    train: training images.
+    train: training data.
 
   Returns:
-    For each classifier the number of ``proven`` training samples, the ``most`` there can be, how many of them are
-    ``exact`` (structural similarity above .99 to a training image of the label), how many are ``false``, how many of
-    them are claimed to be right ``to_the_bit``, and how many of these are ``identical`` to one; and the proven samples
-    [K, ...] in [0, 1].
+    For each classifier the number of ``certified`` samples, how many of them by each kind of evidence
+    (`kkt_jax.certificates.EVIDENCE`), the ``most`` there can be, how many of them are ``exact`` (no value differs by
+    `kkt_jax.criteria.Criteria.same` of the range from a training sample's), how many are ``false``, how many of them
+    are claimed to be right ``to_the_bit``, and how many of these are ``identical`` to one (within a tenth of a level of
+    8 bits); and the certified samples [K, ...] in [0, 1].
   """
   if not reconstruction.exact:  # not polished
     return [], train.x[:0]
-  counts = []
+  counts, certified, criteria = [], [], Criteria()
   for own, examination in zip(reconstruction.exact, reconstruction.examinations, strict=True):
-    images = Images(np.clip(own.unit, 0, 1).astype(np.float32), own.y)
-    near = similarity(train, images) if len(own.y) else np.zeros(0)
-    exact = int(np.sum(near > EXACT))
-    most = most_samples(examination)
-    counts.append({"proven": len(own.y), "most": most, "exact": exact, "false": len(own.y) - exact})
-    known = {np.round(255 * image).astype(np.uint8).tobytes() for image in train.x}
-    bits = [np.round(255 * image).astype(np.uint8).tobytes() in known for image in images.x[own.to_the_bit]]
-    counts[-1] |= {"to_the_bit": len(bits), "identical": sum(bits)}
-  return counts, np.concatenate([np.clip(own.unit, 0, 1) for own in reconstruction.exact])
+    certified.append(np.clip(own.unit, 0, 1))
+    difference = nearest_by_value(certified[-1], train.x)[1]
+    exact = int(np.sum(difference < criteria.same))
+    counts.append(
+      {"certified": len(own.y)}
+      | {kind: int(np.sum(own.evidence == place)) for place, kind in enumerate(EVIDENCE)}
+      | {"most": most_samples(examination), "exact": exact, "false": len(own.y) - exact}
+      | {
+        "to_the_bit": int(own.to_the_bit.sum()),
+        "identical": int(np.sum(difference[own.to_the_bit] < criteria.off_level / criteria.levels)),
+      }
+    )
+  return counts, np.concatenate(certified)
 
 
 def hinges(classifiers: Sequence[Classifier], train: Images, others: Images) -> list[dict[str, float]]:

@@ -95,13 +95,13 @@ def evaluate(
   }
   results["novelty"] = comparison.novelty(samples, data.train)
   results["hinges"] = comparison.hinges(classifiers, data.train, data.held_out)
-  results["certificates"], proven = comparison.exactness(reconstruction, data.train)
+  results["certificates"], certified = comparison.exactness(reconstruction, data.train)
   columns = pictures.COLUMNS // len(labels)
-  comparison.similar_pairs(out.path / picture, samples, data.train, proven=proven, columns=columns)
+  comparison.similar_pairs(out.path / picture, samples, data.train, certified=certified, columns=columns)
   out.finish(results)
   measured = {name: row for name, row in results.items() if isinstance(row, dict) and "eval_accuracy" in row}
   summary = [comparison.table(measured, _SHOWN), _novelty(results["novelty"])]
-  summary += [_proof(own) for own in results["certificates"] if own["most"]]
+  summary += [_certificates(own) for own in results["certificates"] if own["most"]]
   summary += [_membership(own) for own in results["hinges"]]
   return results | {"summary": "\n\n".join(summary), "pictures": [picture]}
 
@@ -122,12 +122,12 @@ def _membership(own: Mapping[str, float]) -> str:
   )
 
 
-def _proof(count: Mapping[str, int]) -> str:
-  """What the weights of a classifier prove, in a sentence."""
+def _certificates(count: Mapping[str, int]) -> str:
+  """What the weights of a classifier certify, in a sentence."""
   return (
-    f"The weights alone prove {count['proven']} of at most {count['most']} training images (framed);"
-    f" {count['exact']} of these are exact, {count['false']} are no training images; {count['to_the_bit']} are proven"
-    f" to the last bit, of which {count['identical']} are identical to one."
+    f"The weights alone certify {count['certified']} of at most {count['most']} training images (framed);"
+    f" {count['exact']} of these are exact, {count['false']} are no training images; {count['to_the_bit']} are claimed"
+    f" to be right to the last bit, of which {count['identical']} are identical to one."
   )
 
 
