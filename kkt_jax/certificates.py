@@ -173,14 +173,16 @@ def gather(
   whole, off = unit[distinct], np.zeros(len(distinct))
   if len(distinct):
     whole, off = vertices.to_levels(unit[distinct], span, start, levels=criteria.levels)
-  grey = np.round(whole.reshape(len(whole), -1) * criteria.levels)
+  grey = np.round(whole.reshape(len(whole), start.size) * criteria.levels)
   inner = [row[(row > 0) & (row < criteria.levels)] for row in grey]
   rich = np.array([len(r) >= criteria.grey_values and len(set(r)) >= criteria.grey_levels for r in inner], bool)
   bits = off < criteria.off_level
   evidence = np.where(told, 0, np.where(bits & rich, 1, np.where(found.certified[distinct], 2, len(EVIDENCE))))
   doubt = np.where(told, misfit, np.where(bits & rich, off, -found.tight[distinct]))
   kept = evidence < len(EVIDENCE)
-  bits &= ~told | (np.abs(whole - unit[distinct]).reshape(len(whole), -1).max(axis=1, initial=0.0) < criteria.same)
+  bits &= ~told | (
+    np.abs(whole - unit[distinct]).reshape(len(whole), start.size).max(axis=1, initial=0.0) < criteria.same
+  )
   whole = np.where(bits.reshape(-1, *[1] * start.ndim), whole, unit[distinct])
   made = Candidates(unit[distinct], found.tight[distinct], evidence, doubt, whole, bits, misfit, duals)[kept]
   return made, np.isin(owner, distinct[kept])

@@ -29,8 +29,8 @@ class FirstLayer:
   """A fully connected first layer: ``gain * (x - start) @ (gain * kernel) + bias``.
 
   Attributes:
-    kernel: W over the gain [D, F], a sum of ``(x_i - start) s_i^T`` over the training data; less what is left of a known
-      start.
+    kernel: W over the gain [D, F], a sum of ``(x_i - start) s_i^T`` over the training data; less what is left of a
+      known start.
     start: what is subtracted from the inputs [D].
     place: of the kernel among the parameters' leaves.
     turned: whether it is stored as [F, D], as PyTorch does.
