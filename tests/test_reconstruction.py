@@ -224,12 +224,12 @@ def test_label_weights_shift_the_classes_of_every_batch():
     begin(dataclasses.replace(tiny(), label_weights={0: 1.0, 1: 1.0, 2: 1.0}))
 
 
-@pytest.mark.parametrize(("proven", "steps"), [(1.0, [4]), (0.9, [4, 7, 10]), (0.0, [4, 10])])
-def test_training_ends_once_all_samples_are_proven(monkeypatch, proven, steps):
+@pytest.mark.parametrize(("certified_share", "steps"), [(1.0, [4]), (0.9, [4, 7, 10]), (0.0, [4, 10])])
+def test_training_ends_once_all_samples_are_certified(monkeypatch, certified, steps):
   """After two fifths of the steps, if polishing then proves every one; where it proves none, it is not asked again."""
   polished = []
   monkeypatch.setattr(Reconstruction, "polished", lambda self, rounds=12, **_: polished.append(self) or self)
-  monkeypatch.setattr(Reconstruction, "proven", proven)
+  monkeypatch.setattr(Reconstruction, "certified_share", certified)
   assert int(run(tiny(steps=10)).state.step) == steps[-1]
   assert [int(own.state.step) for own in polished] == steps
 

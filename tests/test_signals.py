@@ -175,7 +175,7 @@ def test_given_gates_that_are_the_exact_ones_leave_the_gradient_as_it_is():
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda found, x: (dataclasses.replace(found, first=None), x, {}), "examination must be of a classifier with a"),
+    (lambda found, x: (dataclasses.replace(found, first=None), x, {}), "examination must be of a classifier without"),
     (lambda found, x: (found, x[:, :3], {}), "x must have shape"),
     (lambda found, x: (found, x, {"kink": 0.0}), "kink must be positive"),
   ],
