@@ -154,9 +154,16 @@ def _common_scale(scales: np.ndarray, tolerance: float) -> float | None:
 
 
 def gather(
-  examination: Examination, unit: np.ndarray, found: vertices.Certificates, criteria: Criteria
+  examination: Examination,
+  unit: np.ndarray,
+  found: vertices.Certificates,
+  criteria: Criteria,
+  pool: Candidates | None = None,
 ) -> tuple[Candidates, np.ndarray]:
-  """The polished samples for which any evidence speaks, each once, and which samples these are or are copies of [M]."""
+  """The polished samples for which any evidence speaks, each once, and which samples these are or are copies of [M].
+
+  What is in the pool already is left out.
+  """
   assert examination.span is not None
   span, start = examination.span, examination.unit_start
   flat = unit.reshape(len(unit), -1)
@@ -166,6 +173,10 @@ def gather(
   owner = np.empty(len(unit), int)
   owner[order] = order[first_of]
   distinct = np.unique(owner)
+  if pool is not None and len(pool.unit):
+    old = pool.unit.reshape(len(pool.unit), -1) - np.asarray(start, np.float64).reshape(1, -1)
+    both = np.concatenate([old @ np.asarray(span.basis, np.float64), coordinates[distinct]])
+    distinct = distinct[first_alike(both, criteria.same)[len(old) :] >= len(old)]
   misfit, duals = by_equations(examination, unit[distinct], criteria)
   told = misfit < 1
   tried = told | found.vertex[distinct]
@@ -222,7 +233,7 @@ def unambiguous(
   """
   possible = np.ones(len(points.unit), bool)
   if (points.evidence == 0).sum() >= _AGREE:  # then all training samples fulfil the equations more or less
-    possible &= points.misfit < criteria.refuted
+    possible &= (points.misfit < criteria.refuted) | (points.evidence < 2)
   if (points.evidence == 1).sum() >= _AGREE:  # then the data are on levels
     possible &= (points.evidence < 2) | points.to_the_bit
   points_on = np.flatnonzero(possible)

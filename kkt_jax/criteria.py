@@ -16,7 +16,7 @@ class Criteria:
       digits 1e-4, at most .0017; blends with 5 % of another digit .001 to .004.
     affine: equations: what the bias leaves of ``normal . (x - start) = 1``; training digits 1e-4.
     outside: equations: share of a sample outside of the subspace.
-    refuted: levels, range: misfit of the equations from which a sample is none, where others are certified by them.
+    refuted: range: misfit of the equations from which a sample is none, where others are certified by them.
     tight: range: distance from an end of the range, in units of the range, up to which a value is there.
     beyond: range: least share of all values that are at an end beyond the dimension of the subspace.
     overshoot: range: most outside the range that rounding of the subspace explains, the Euclidean norm.

@@ -55,8 +55,8 @@ def find(
   Nothing is tried if there is too little `hope` for the guesses. Later rounds start in turn from random points of the
   span around the guesses' mean, where what is found already has nothing, as long as that brings any, and from means of
   a guess and another, or a sample that is found, of its label. Where samples are certified by the equations, the others
-  lie in fewer dimensions (`kkt_jax.certificates.of_the_others`), and random points are polished there first. It ends
-  when there are as many training samples as the span can hold, or when two rounds in a row brought none.
+  lie in fewer dimensions (`kkt_jax.certificates.of_the_others`), and half of the random points are polished there first.
+  It ends when there are as many training samples as the span can hold, or when two rounds in a row brought none.
 
   Args:
     examination: of the classifier.
@@ -101,7 +101,7 @@ def find(
     x = _right_way(classifier, x, np.asarray(start), typical, criteria.overshoot)
     if not number:
       criteria = certificates.calibrated(examination, x, criteria)
-    more, of = certificates.gather(examination, x, vertices.certify(x, span, start, criteria), criteria)
+    more, of = certificates.gather(examination, x, vertices.certify(x, span, start, criteria), criteria, pool)
     if not number:
       led = of
     pool = more if pool is None else _merged(pool, more, criteria)
@@ -135,13 +135,15 @@ def _random_starts(
   """Random points where the training samples that are not found yet may be."""
   span, start = examination.span, examination.unit_start
   assert span is not None
+  anywhere = vertices.search(key, span, typical, count, known=found.unit)
   others = certificates.of_the_others(examination, pool, np.asarray(start)) if pool is not None else None
   if others is None:
-    return vertices.search(key, span, typical, count, known=found.unit)
+    return anywhere
   fewer, place = others
   basis = np.asarray(fewer.basis, np.float64)
   centre = place + (basis @ (basis.T @ (typical - place).reshape(-1))).reshape(place.shape)
-  return vertices.polish(vertices.search(key, fewer, centre, count), fewer, place)
+  drawn = vertices.search(jax.random.fold_in(key, 0), fewer, centre, count // 2)
+  return jnp.concatenate([anywhere[count // 2 :], vertices.polish(drawn, fewer, place)]) if count > 1 else anywhere
 
 
 def hope(
