@@ -55,7 +55,7 @@ def find(
   Nothing is tried if there is too little `hope` for the guesses. Later rounds start in turn from random points of the
   span around the guesses' mean, where what is found already has nothing, as long as that brings any, and from means of
   a guess and another, or a sample that is found, of its label. Where samples are certified by the equations, the others
-  lie in fewer dimensions (`kkt_jax.certificates.of_the_others`), and half of the random points are polished there first.
+  lie in fewer dimensions (`kkt_jax.certificates.of_the_others`), and half of the random points are polished there.
   It ends when there are as many training samples as the span can hold, or when two rounds in a row brought none.
 
   Args:
