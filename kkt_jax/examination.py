@@ -311,7 +311,7 @@ def _check_outputs(classifier: Classifier, probes: jax.Array) -> None:
   wide = [np.asarray(classifier.predict(probes * factor), np.float64) for factor in (1.0, 30.0, 1000.0)]
   difference = [own[:, 1] - own[:, 0] for own in wide]
   many = all(np.all((own >= 0) & (own <= 1)) and np.allclose(own.sum(axis=1), 1, atol=1e-3) for own in wide)
-  one = classifier.num_classes == 2 and all(np.all((own >= 0) & (own <= 1)) for own in difference)
+  one = classifier.num_classes == 2 and np.ptp(difference) > 0 and all(np.all((d >= 0) & (d <= 1)) for d in difference)
   if many or one:
     raise ValueError(
       f"classifier must return logits; its outputs are in [0, 1]{' and add up to 1' if many else ''} for every input,"

@@ -12,7 +12,7 @@ from experiments.measure.comparison import EXACT
 from kkt_jax.metrics import Trial
 
 _MORE = 0.05  # p-value below which one thing picks out more than another
-MEASURED_FALSE = "docs/certificates.md has the measured rate of false certificates for each kind of data"
+MEASURED_FALSE = "none was false in 39 searches of thirteen kinds of data"
 EVIDENCE = {"equations": "by the equations", "levels": "by whole levels", "range": "by the range of values"}
 ASSUMED = {  # in the words of `kkt_jax.certificates`
   "equations": (
