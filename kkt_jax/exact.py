@@ -104,7 +104,7 @@ def find(
     more, of = certificates.gather(examination, x, vertices.certify(x, span, start, criteria), criteria, pool)
     if not number:
       led = of
-    pool = more if pool is None else _merged(pool, more, criteria)
+    pool = more if pool is None else pool + more
     affine = most > span.strengths.size
     chosen = certificates.unambiguous(pool, np.asarray(start), span, affine=affine, criteria=criteria)[:most]
     brought = len(chosen) > len(found.y)
@@ -118,15 +118,6 @@ def find(
     if len(chosen) == most or idle == _IDLE:
       break
   return found, led
-
-
-def _merged(pool: Candidates, more: Candidates, criteria: Criteria) -> Candidates:
-  """Both, each point once: that with the stronger evidence, then that with less doubt."""
-  both = pool + more
-  order = np.lexsort((both.doubt, both.evidence))
-  flat = both.unit.reshape(len(both.unit), -1)[order].astype(np.float64)
-  first = certificates.first_alike(flat, criteria.same)
-  return both[np.sort(order[np.unique(first)])]
 
 
 def _random_starts(

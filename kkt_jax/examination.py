@@ -163,9 +163,9 @@ class Examination:
     if self.classifier.value_range is not None:
       varying = vertices.varying(self.span)
       least = vertices.least_tight(count, int(varying.sum()))
-      lines += (
-        f" A sample with {least} of {varying.sum()} values at an end of their range can be one of them by no chance."
-      )
+      if least <= varying.sum():
+        lines += f" A sample with {least} of {varying.sum()} values at an end of their range can be one of them by no"
+        lines += " chance."
     return lines
 
   def __str__(self) -> str:
@@ -308,7 +308,7 @@ def _check_outputs(classifier: Classifier, probes: jax.Array) -> None:
       "classifier must tell inputs apart; it gives all random inputs the same logits: its units are dead, or its"
       " weights are 0."
     )
-  wide = [np.asarray(classifier.predict(probes * factor), np.float64) for factor in (1.0, 30.0, 1000.0)]
+  wide = [logits, *(np.asarray(classifier.predict(probes * factor), np.float64) for factor in (30.0, 1000.0))]
   difference = [own[:, 1] - own[:, 0] for own in wide]
   many = all(np.all((own >= 0) & (own <= 1)) and np.allclose(own.sum(axis=1), 1, atol=1e-3) for own in wide)
   one = classifier.num_classes == 2 and np.ptp(difference) > 0 and all(np.all((d >= 0) & (d <= 1)) for d in difference)

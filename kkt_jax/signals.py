@@ -92,8 +92,7 @@ def signals(
     [np.zeros((len(x), 0)), *(np.asarray(r, np.float64).reshape(len(x), -1) for r in roots)], 1
   )
   spread = _spread(examination)
-  at_kink = np.abs(arguments) < kink * spread
-  at_kink &= spread > 0
+  at_kink = np.abs(arguments) < kink * spread  # never where the spread is 0
   most = -(-max(int(at_kink.sum(axis=1).max(initial=0)), 1) // _AT_ONCE) * _AT_ONCE
   places = np.full((len(x), most), arguments.shape[1])
   for row, kinks in zip(places, at_kink, strict=True):
