@@ -17,7 +17,7 @@ import numpy as np
 
 from kkt_jax import _checks, homogeneity, symmetries, vertices
 from kkt_jax._precision import full_precision
-from kkt_jax.classifier import ApplyFn, Classifier, PyTree
+from kkt_jax.classifier import ApplyFn, Classifier, decay_of_tensors, PyTree, WeightDecay
 from kkt_jax.conditions import Conditions, max_margin_conditions, weight_decay_conditions
 from kkt_jax.first_layer import affine_span, FirstLayer, InputSpan, span_above_noise
 from kkt_jax.homogeneity import tensor_names
@@ -295,7 +295,7 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
     span=span,
     roles=jax.tree.unflatten(structure, roles),
     last=last,
-    margin=_margin(classifier, last),
+    margin=_margin(classifier, last, last_kernel),
     probes=probes,
   )
 
@@ -417,7 +417,8 @@ def _choose(
 ) -> tuple[str, str]:
   """The form, and why."""
   if classifier.weight_decay is not None:
-    return "weight_decay", f"their weight decay is known, {classifier.weight_decay:g}"
+    some = " at most" if isinstance(classifier.weight_decay, WeightDecay) else ""
+    return "weight_decay", f"their weight decay is known,{some} {classifier.weight_decay:g}"
   if classifier.batch_coupled:
     return (
       "max_margin",
@@ -445,13 +446,14 @@ def _choose(
   return "max_margin", f"its layers lack the balance that weight decay brings about ({decay:.2g} of it is missing)"
 
 
-def _margin(classifier: Classifier, last: LastLayer | None) -> float | None:
+def _margin(classifier: Classifier, last: LastLayer | None, place: int | None) -> float | None:
   """The typical margin of the training data, if the last layer reveals it."""
-  if last is None:
+  if last is None or place is None:
     return None
   margin = math.nan
   if classifier.weight_decay is not None:
-    margin = typical_margin(last.kernel, weight_decay=classifier.weight_decay)
+    decay = jax.tree.leaves(decay_of_tensors(classifier.weight_decay, classifier.params))[place]
+    margin = typical_margin(last.kernel, weight_decay=decay) if decay else math.nan
   elif last.scale is not None and last.shift is not None:
     margin = collapsed_margin(last.kernel, last.bias, last.scale, last.shift)
   return margin if margin > 0 else None
@@ -506,15 +508,17 @@ def _first_layer(
     noise = around_mean and classifier.initial_params is None and not _rounded(classifier.params)
     usable = around_mean or classifier.initial_params is None
     rank, span = _span(kernel, noise=noise, num_classes=classifier.num_classes) if usable else (0, None)
-    bias, gain = _first_bias(leaves, found, gradients, flat - constant)
-    return start, FirstLayer(kernel / gain, constant, place, turned, gain, bias, rank), span, place, left
+    at, gain = _first_bias(leaves, found, gradients, flat - constant)
+    decays = jax.tree.leaves(decay_of_tensors(classifier.weight_decay or 1.0, classifier.params))
+    bias = None if at is None or decays[at] != decays[place] else np.asarray(leaves[at])
+    return start, FirstLayer(kernel / gain, constant, place, turned, gain, bias, rank, decays[place]), span, place, left
   return None, None, None, None, 1.0
 
 
 def _first_bias(
   leaves: list[jax.Array], found: list[list[np.ndarray]], gradients: list[np.ndarray], offsets: np.ndarray
-) -> tuple[np.ndarray | None, float]:
-  """The bias [F] of the first layer, if it has one, and what the network multiplies its inputs by before; else 1.
+) -> tuple[int | None, float]:
+  """The place of the first layer's bias, if it has one, and what the network multiplies its inputs by before; else 1.
 
   By the kernel a logit's gradient is the outer product of the layer's input with the one by its bias.
   """
@@ -524,7 +528,7 @@ def _first_bias(
       own = np.stack([gradient[place] for gradient in found])
       gain = float(np.vdot(signals, own) / max(np.vdot(own, own), 1e-300))
       if gain > 0 and np.linalg.norm(signals - gain * own) <= _ALIKE * np.linalg.norm(signals):
-        return np.asarray(leaf), gain if abs(gain - 1) > _ALIKE else 1.0
+        return place, gain if abs(gain - 1) > _ALIKE else 1.0
   return None, 1.0
 
 

@@ -35,8 +35,9 @@ class FirstLayer:
     place: of the kernel among the parameters' leaves.
     turned: whether it is stored as [F, D], as PyTorch does.
     gain: what the inputs are multiplied by before the stored kernel, as far as a bias tells; else 1.
-    bias: of the layer [F], if it has one.
+    bias: of the layer [F], if it has one whose weight decay is not known to be another than the kernel's.
     rank: how many directions the kernel holds, the others being rounding errors; 0 if that cannot be told.
+    decay: the kernel's weight decay; 1 if it is unknown.
   """
 
   kernel: np.ndarray
@@ -46,6 +47,7 @@ class FirstLayer:
   gain: float
   bias: np.ndarray | None
   rank: int
+  decay: float
 
   @functools.cached_property
   def factors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -60,7 +62,8 @@ class FirstLayer:
     Every step of gradient descent adds ``sum_i x_i s_i^T`` to the kernel and ``sum_i s_i`` to the bias, with the same
     s_i. So once the same weight decay has shrunk the start of both, ``bias = kernel^T v``, whether training has
     converged or not. That the bias lies in the kernel's row space, F - r equations, is checked: without decay on the
-    bias, or with another step size or start, it does not.
+    bias, or with another step size or start, it does not. Two decays that differ pass this check at convergence: such a
+    bias is left out where they are known, and where they are not, they are taken for equal.
     """
     if self.bias is None or not self.rank:
       return None
@@ -94,7 +97,7 @@ def affine_span(first: FirstLayer) -> tuple[np.ndarray, InputSpan] | None:
 
   >>> inputs = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
   >>> signals = np.array([[1.0, 2.0, -1.0], [0.5, -1.0, 3.0]])
-  >>> layer = FirstLayer(inputs.T @ signals, np.zeros(3), 0, False, 1.0, signals.sum(axis=0), 2)
+  >>> layer = FirstLayer(inputs.T @ signals, np.zeros(3), 0, False, 1.0, signals.sum(axis=0), 2, 1.0)
   >>> origin, span = affine_span(layer)
   >>> print(origin.round(6), np.abs(span.basis[:, 0]).round(3))
   [0.5 0.5 0. ] [0.707 0.707 0.   ]

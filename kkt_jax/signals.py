@@ -116,7 +116,7 @@ def signals(
   inside = signal @ rows.T
   lengths = np.maximum(np.linalg.norm(signal, axis=1), 1e-300)
   distance = np.linalg.norm(signal - inside @ rows, axis=1) / lengths
-  duals = -(inside / s) @ u.T / (len(s) * (classifier.weight_decay or 1.0))
+  duals = -(inside / s) @ u.T / (len(s) * (first.decay or 1.0))
   width = first.kernel.shape[1]
   return Signals(distance, np.sum(duals * offsets, axis=1), duals, at_kink[:, :width].sum(axis=1), unrest)
 
