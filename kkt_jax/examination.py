@@ -594,14 +594,17 @@ def _fitted_alike(num_classes: int) -> int:
 
 
 def _fall(kernel: ArrayLike) -> tuple[int, bool]:
-  """How many singular values stand before their greatest fall to almost nothing, 0 if there is none; is it sharp?"""
+  """How many singular values stand before their greatest fall to almost nothing, 0 if there is none; is it sharp?
+
+  It is if it is deep, or ends in rounding errors, below which nothing can be seen to fall.
+  """
   strengths: np.ndarray = np.linalg.svd(np.asarray(kernel, np.float64), compute_uv=False)
   values = np.maximum(strengths / max(strengths[0], 1e-300), _ROUNDING)
   falls = np.where(values[1:] < _NOTHING, values[:-1] / values[1:], 0.0)
   falls = falls[: int(_FILLED * len(falls))]  # a normalisation takes directions away, which says nothing of data
   at = int(np.argmax(falls)) if len(falls) else 0
   if len(falls) and falls[at] > _FALL:
-    return at + 1, bool(falls[at] > _SHARP)
+    return at + 1, bool(falls[at] > _SHARP or values[at + 1] <= _ROUNDING)
   # Without a sharp fall, what lies below the rounding errors of the training is no direction of the data.
   count = int(np.sum(values > 2 * _ROUNDING))
   return (count if 0 < count < _FILLED * len(values) else 0), False

@@ -114,6 +114,7 @@ def test_a_span_is_recognised_exactly(rank):
     (np.r_[np.ones(8), np.full(8, 1e-5)], 8, True),
     (np.r_[np.geomspace(1, 1e-3, 8), np.full(8, 1e-6)], 8, True),
     (np.r_[np.geomspace(1, 1e-3, 8), np.full(8, 5e-5)], 8, False),  # a fall that may be chance
+    (np.r_[np.geomspace(1, 2e-6, 8), np.full(8, 3e-8)], 8, True),  # it ends in rounding errors
     (np.r_[np.geomspace(1, 3e-7, 12), np.zeros(4)], 12, False),  # down to rounding errors
     (np.r_[np.geomspace(1, 1e-3, 8), np.full(8, 3e-4)], 0, False),  # no fall that is steep
     (np.r_[np.ones(15), 1e-6], 0, False),  # as a normalisation leaves it
