@@ -6,15 +6,14 @@ for, and the residual of random data says how much the equations tell data from 
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
-import optax
 
 from kkt_jax import _checks, losses, relaxation
+from kkt_jax._descent import accelerated, greatest_value
 from kkt_jax._precision import full_precision
 from kkt_jax.classifier import ApplyFn, Classifier, PyTree
 from kkt_jax.conditions import Conditions
@@ -83,31 +82,14 @@ def nonnegative_multipliers(
     differences = jnp.take_along_axis(moved, classes[:, None], axis=1) - moved
     return jnp.where(true_class, 0.0, differences) / x.shape[0]
 
-  def power_iteration(vector: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-    image = transpose(apply(vector))
-    size = jnp.linalg.norm(image)
-    return image / jnp.where(size > 0, size, 1.0), size
-
   ones = jnp.where(true_class, 0.0, 1.0)
-  _, sizes = jax.lax.scan(power_iteration, ones / jnp.linalg.norm(ones), length=30)
-  step_size = 0.9 / jnp.where(sizes[-1] > 0, sizes[-1], 1.0)
+  step_size = 0.9 / greatest_value(lambda mu: transpose(apply(mu)), ones, num_steps=30)
 
-  def fista(
-    carry: tuple[jax.Array, jax.Array, jax.Array], _: None
-  ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
-    mu, ahead, inertia = carry
-    error = jax.tree.map(jnp.subtract, apply(ahead), target)
-    following = jnp.where(true_class, 0.0, jax.nn.relu(ahead - step_size * transpose(error)))
-    # The inertia is dropped when it points uphill (O'Donoghue and Candes 2015), which keeps the descent monotone.
-    uphill = jnp.sum((ahead - following) * (following - mu)) > 0
-    inertia = jnp.where(uphill, 1.0, inertia)
-    next_inertia = 0.5 * (1 + jnp.sqrt(1 + 4 * inertia**2))
-    ahead = following + (inertia - 1) / next_inertia * (following - mu)
-    return (following, ahead, next_inertia), None
+  def descend(mu: jax.Array) -> jax.Array:
+    error = jax.tree.map(jnp.subtract, apply(mu), target)
+    return jnp.where(true_class, 0.0, jax.nn.relu(mu - step_size * transpose(error)))
 
-  start = jnp.zeros_like(ones)
-  (mu, _, _), _ = jax.lax.scan(fista, (start, start, jnp.ones(())), length=num_steps)
-  return mu
+  return accelerated(descend, jnp.zeros_like(ones), num_steps=num_steps)
 
 
 @full_precision
@@ -144,13 +126,12 @@ def free_gates(
   roots = relaxation.pre_activations(classifier.apply_fn, classifier.params, x)
   if not roots:
     return []
-  return _free_gates(classifier.apply_fn, classifier.params, conditions, x, classes, mu, roots, kink, num_steps)
+  return _free_gates(classifier, conditions, x, classes, mu, roots, kink, num_steps)
 
 
-@functools.partial(jax.jit, static_argnames=("apply_fn", "num_steps"))
+@functools.partial(jax.jit, static_argnames="num_steps")
 def _free_gates(
-  apply_fn: ApplyFn,
-  params: PyTree,
+  classifier: Classifier,
   conditions: Conditions,
   x: jax.Array,
   classes: jax.Array,
@@ -164,7 +145,8 @@ def _free_gates(
   target = jax.tree.map(jnp.multiply, conditions.mask, conditions.target)
 
   def error(gates: list[jax.Array]) -> PyTree:
-    sums = losses.stationarity_sum(_with_gates(apply_fn, gates), params, x, classes, mu)
+    function = _with_gates(classifier.apply_fn, gates)
+    sums = losses.stationarity_sum(function, classifier.params, x, classes, mu)
     return jax.tree.map(lambda m, s, t: m * s - t, conditions.mask, sums, target)
 
   def chosen(gates: list[jax.Array]) -> list[jax.Array]:
@@ -186,30 +168,19 @@ def _free_gates(
   ]
   times = lambda a, b: jax.tree.map(jnp.multiply, a, b)
 
-  def slope(gates: list[jax.Array]) -> list[jax.Array]:  # in the gates' units
-    value, pull_back = jax.vjp(error, gates)
-    return times(pull_back(value)[0], unit)
-
-  def power(vector: list[jax.Array], _: None) -> tuple[list[jax.Array], jax.Array]:
+  def squared(vector: list[jax.Array]) -> list[jax.Array]:  # in the gates' units
     change = jax.jvp(error, (start,), (times(vector, unit),))[1]
-    image = times(pull_back(change)[0], unit)
-    size = optax.tree.norm(image)
-    return jax.tree.map(lambda own: own / jnp.where(size > 0, size, 1.0), image), size
+    return times(pull_back(change)[0], unit)
 
   ones = [own.astype(gate.dtype) for own, gate in zip(free, start, strict=True)]
-  _, sizes = jax.lax.scan(power, ones, length=20)
-  step = 0.8 / jnp.where(sizes[-1] > 0, sizes[-1], 1.0)
+  step = 0.8 / greatest_value(squared, ones, num_steps=20)
 
-  def fista(carry: tuple[Any, Any, jax.Array], _: None) -> tuple[tuple[Any, Any, jax.Array], None]:
-    gates, ahead, inertia = carry
-    move = times(slope(ahead), unit)
-    following = chosen([jnp.clip(a - step * m, 0.0, 1.0) for a, m in zip(ahead, move, strict=True)])
-    faster = 0.5 * (1 + jnp.sqrt(1 + 4 * inertia**2))
-    ahead = jax.tree.map(lambda new, old: new + (inertia - 1) / faster * (new - old), following, gates)
-    return (following, ahead, faster), None
+  def descend(gates: list[jax.Array]) -> list[jax.Array]:
+    value, pull_back = jax.vjp(error, gates)
+    moves = times(times(pull_back(value)[0], unit), unit)
+    return chosen([jnp.clip(gate - step * move, 0.0, 1.0) for gate, move in zip(gates, moves, strict=True)])
 
-  (gates, _, _), _ = jax.lax.scan(fista, (start, start, jnp.ones(())), length=num_steps)
-  return gates
+  return accelerated(descend, start, num_steps=num_steps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ import numpy as np
 import optax
 
 from kkt_jax import _checks, relaxation
+from kkt_jax._descent import accelerated, greatest_value
 from kkt_jax._precision import full_precision
 from kkt_jax.classifier import ApplyFn, PyTree
 from kkt_jax.criteria import Criteria
@@ -103,11 +104,11 @@ def signals(
   pixel = np.argmax(np.abs(offsets), axis=1)
   height = first.gain * offsets[np.arange(len(x)), pixel]
   given = (x, classes, places, arguments.astype(np.float32), pixel, height.astype(np.float32))
+  layer, space = _Layer(apply_fn, first.place, first.turned, shapes), jnp.asarray(rows, jnp.float32)
   parts = []
   for begin in range(0, len(x), _AT_ONCE):  # of one size, so that one program does for all
     part = np.resize(np.arange(begin, min(begin + _AT_ONCE, len(x))), _AT_ONCE)
-    where = (apply_fn, first.place, first.turned, shapes)
-    parts.append(_signals(*where, params, jnp.asarray(rows, jnp.float32), *(jnp.asarray(own)[part] for own in given)))
+    parts.append(_signals(layer, params, space, _Sample(*(jnp.asarray(own)[part] for own in given))))
   signal, t = (np.asarray(jnp.concatenate(own)[: len(x)], np.float64) for own in zip(*parts, strict=True))
   relative = np.abs(arguments) / np.where(spread > 0, spread, np.inf)
   at = np.take_along_axis(np.concatenate([relative, np.zeros((len(x), 1))], axis=1), places, axis=1)
@@ -134,51 +135,59 @@ def _spread(examination: Examination) -> np.ndarray:
   return np.concatenate([np.zeros(0), *parts])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+class _Layer(NamedTuple):
+  """A first layer in its network: where its kernel is among the leaves, and the shapes of all gates of a sample."""
+
+  apply_fn: ApplyFn
+  place: int
+  turned: bool
+  shapes: tuple[tuple[int, ...], ...]
+
+
+class _Sample(NamedTuple):
+  """A sample: its class, the places of its free gates [K] and the arguments of all, its greatest input and where."""
+
+  x: jax.Array
+  label: jax.Array
+  places: jax.Array
+  arguments: jax.Array
+  pixel: jax.Array
+  height: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=0)
 @full_precision
-def _signals(
-  apply_fn: ApplyFn,
-  place: int,
-  turned: bool,
-  shapes: tuple[tuple[int, ...], ...],
-  params: PyTree,
-  rows: jax.Array,
-  x: jax.Array,
-  classes: jax.Array,
-  places: jax.Array,
-  arguments: jax.Array,
-  pixel: jax.Array,
-  height: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """Signals [M, F] and the gates at ``places`` [M, K] that bring them nearest to the row space, ``rows`` [r, F]."""
+def _signals(layer: _Layer, params: PyTree, rows: jax.Array, samples: _Sample) -> tuple[jax.Array, jax.Array]:
+  """Signals [M, F] and the free gates [M, K] that bring them nearest to the row space, ``rows`` [r, F]."""
   leaves, structure = jax.tree.flatten(params)
-  free_gates = relaxation.given_gates(apply_fn)
+  place, shapes = layer.place, layer.shapes
+  free_gates = relaxation.given_gates(layer.apply_fn)
   sizes = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
 
-  def of_one(
-    x: jax.Array, index: jax.Array, places: jax.Array, arguments: jax.Array, pixel: jax.Array, height: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
+  def of_one(own: _Sample) -> tuple[jax.Array, jax.Array]:
+    dtype = own.x.dtype
+
     def signal(t: jax.Array) -> jax.Array:
-      open_ = (arguments > 0).astype(x.dtype).at[places].set(t, mode="drop")
-      gates = [g.reshape(1, *own) for g, own in zip(jnp.split(open_, sizes), shapes, strict=True)] if shapes else []
+      open_ = (own.arguments > 0).astype(dtype).at[own.places].set(t, mode="drop")
+      gates = [g.reshape(1, *shape) for g, shape in zip(jnp.split(open_, sizes), shapes, strict=True)] if shapes else []
 
       def loss(row: jax.Array) -> jax.Array:  # the gradient by one row of the kernel is x there times the signal
-        kernel = leaves[place].at[:, pixel].add(row) if turned else leaves[place].at[pixel].add(row)
-        own = jax.tree.unflatten(structure, [*leaves[:place], kernel, *leaves[place + 1 :]])
-        logits = free_gates(own, x[None], gates)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, index[None])[0]
+        at = (slice(None), own.pixel) if layer.turned else own.pixel
+        changed = [*leaves[:place], leaves[place].at[at].add(row), *leaves[place + 1 :]]
+        logits = free_gates(jax.tree.unflatten(structure, changed), own.x[None], gates)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, own.label[None])[0]
 
-      return jax.grad(loss)(jnp.zeros(rows.shape[1], x.dtype)) / height
+      return jax.grad(loss)(jnp.zeros(rows.shape[1], dtype)) / own.height
 
     beyond = lambda vectors: vectors - (vectors @ rows.T) @ rows
-    t = jnp.full(places.shape, 0.5, x.dtype)
+    t = jnp.full(own.places.shape, 0.5, dtype)
     for _ in range(max(len(shapes), 1)):  # linear in the gates of each layer
       now, push = jax.linearize(signal, t)
-      slopes = beyond(jax.vmap(push)(jnp.eye(len(t), dtype=x.dtype)))
+      slopes = beyond(jax.vmap(push)(jnp.eye(len(t), dtype=dtype)))
       t = _bounded(slopes, beyond(now) - t @ slopes, t)
     return signal(t), t
 
-  return jax.vmap(of_one)(x, classes, places, arguments, pixel, height)
+  return jax.vmap(of_one)(samples)
 
 
 def _bounded(rows: jax.Array, offset: jax.Array, t: jax.Array) -> jax.Array:
@@ -187,21 +196,7 @@ def _bounded(rows: jax.Array, offset: jax.Array, t: jax.Array) -> jax.Array:
   lengths = jnp.where(lengths > 1e-6 * jnp.max(lengths), lengths, jnp.inf)
   rows = rows / lengths[:, None]
   gram, linear, most = rows @ rows.T, rows @ offset, jnp.where(jnp.isfinite(lengths), lengths, 0.0)
-  vector = jnp.ones_like(t)
-  for _ in range(12):
-    vector = gram @ vector
-    vector /= jnp.maximum(jnp.linalg.norm(vector), 1e-30)
-  step = 0.9 / jnp.maximum(jnp.vdot(vector, gram @ vector), 1e-30)
+  step = 0.9 / greatest_value(lambda v: gram @ v, jnp.ones_like(t), num_steps=12)
   descend = lambda u: jnp.clip(u - step * (gram @ u + linear), 0.0, most)
-
-  def accelerated(_: int, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    u, ahead, inertia = carry
-    following = descend(ahead)
-    uphill = jnp.vdot(ahead - following, following - u) > 0  # then the inertia is dropped (O'Donoghue and Candes 2015)
-    inertia = jnp.where(uphill, 1.0, inertia)
-    faster = 0.5 * (1 + jnp.sqrt(1 + 4 * inertia**2))
-    return following, following + (inertia - 1) / faster * (following - u), faster
-
-  start = t * most
-  u, _, _ = jax.lax.fori_loop(0, _ITERATIONS, accelerated, (start, start, jnp.ones(())))
+  u = accelerated(descend, t * most, num_steps=_ITERATIONS)
   return jnp.where(jnp.isfinite(lengths), u / lengths, t)
