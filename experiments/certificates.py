@@ -15,7 +15,6 @@ import numpy as np
 from experiments.harness import flags
 from experiments.harness.workdir import Workdir
 
-SAME = 0.02  # greatest difference of a value, in units of the range, of samples that are one
 Data = tuple[np.ndarray, np.ndarray]
 
 
@@ -139,46 +138,26 @@ def train(
   import optax
 
   import kkt_jax
+  from kkt_jax import networks, pretrain
 
-  sizes = [x[0].size, *widths, int(y.max()) + 1]
-  keys = jax.random.split(jax.random.key(seed), len(sizes))
-
-  def apply_fn(params: Any, x: jax.Array) -> jax.Array:
-    *hidden, last = params
-    x = x.reshape(len(x), -1)
-    for layer in hidden:
-      x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
-    return x @ last["kernel"] + last["bias"][None]
-
-  params: Any = [
-    {"kernel": jax.random.normal(key, (into, out)) * (2 / into) ** 0.5, "bias": jnp.zeros(out)}
-    for key, into, out in zip(keys, sizes[:-1], sizes[1:], strict=False)
-  ]
-
-  def loss(params: Any) -> jax.Array:
-    fit = optax.losses.softmax_cross_entropy_with_integer_labels(apply_fn(params, jnp.asarray(x)), jnp.asarray(y))
-    return jnp.mean(fit) + decay / 2 * optax.tree.norm(params, squared=True)
-
-  optimizer = optax.sgd(optax.piecewise_constant_schedule(0.1, {int(0.7 * steps): 0.1}), momentum=0.9)
-
-  def step(_: int, state: Any) -> Any:
-    params, momentum = state
-    updates, momentum = optimizer.update(jax.grad(loss)(params), momentum)
-    return optax.apply_updates(params, updates), momentum
-
-  with jax.default_matmul_precision("highest"):
-    run = jax.jit(lambda state: jax.lax.fori_loop(0, steps, step, state))
-    params, _ = run((params, optimizer.init(params)))
+  module = networks.MLPClassifier(num_classes=int(y.max()) + 1, hidden=widths)
+  params: Any = module.init(jax.random.key(seed), jnp.asarray(x[:1]))["params"]
   value_range = (0.0, 1.0) if x.min() >= 0 and x.max() <= 1 else None
-  return kkt_jax.make_classifier(apply_fn, params, x.shape[1:], weight_decay=decay, value_range=value_range)
+  subject = kkt_jax.Subject.from_linen(module, input_shape=x.shape[1:], value_range=value_range, weight_decay=decay)
+  falling = optax.piecewise_constant_schedule(0.1, {int(0.7 * steps): 0.1})
+  settings: dict[str, Any] = {"num_steps": steps, "learning_rate": falling, "weight_decay": decay, "momentum": 0.9}
+  trained = pretrain.gradient_descent(subject.apply_fn, params, x, y, steps_per_call=1000, **settings)
+  return subject.classifier(trained.params)
 
 
 def count(certified: np.ndarray, x: np.ndarray) -> dict[str, int]:
   """How many certified samples [K, ...] are training samples [N, ...], by value, and how many of these there are."""
-  near = np.array([np.abs(x - row[None]).reshape(len(x), -1).max(axis=1) for row in certified]).reshape(-1, len(x))
-  right = near.min(axis=1, initial=np.inf) < SAME if len(near) else np.zeros(0, bool)
-  found = len(set(near[right].argmin(axis=1).tolist()))
-  return {"certified": len(certified), "false": int((~right).sum()), "found": found}
+  from experiments.measure import comparison
+  from kkt_jax.criteria import Criteria
+
+  place, apart = comparison.nearest_by_value(certified, x)
+  right = apart < Criteria().same
+  return {"certified": len(certified), "false": int((~right).sum()), "found": len(set(place[right].tolist()))}
 
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
