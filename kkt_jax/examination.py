@@ -578,10 +578,10 @@ def _span(kernel: ArrayLike, *, noise: bool = True, num_classes: int = 0) -> tup
   class that open the same gates are fitted alike, and two classes leave two to a dozen directions, whatever the number
   of samples. So there must be more than two for each class before a sharp fall, or above noise, and many more else.
   """
-  rank, sharp = _fall(kernel)
+  basis, strengths, _ = np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
+  rank, sharp = _fall(strengths)
   if rank:
     enough = rank > (_fitted_alike(num_classes) if sharp else _MANY * num_classes)
-    basis, strengths, _ = np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
     found = InputSpan(jnp.asarray(basis[:, :rank], jnp.float32), jnp.asarray(strengths[:rank], jnp.float32))
     return rank, found if enough else None
   span = span_above_noise(kernel) if noise else None
@@ -593,12 +593,11 @@ def _fitted_alike(num_classes: int) -> int:
   return 2 * num_classes + _GROUPS if num_classes else 0
 
 
-def _fall(kernel: ArrayLike) -> tuple[int, bool]:
+def _fall(strengths: np.ndarray) -> tuple[int, bool]:
   """How many singular values stand before their greatest fall to almost nothing, 0 if there is none; is it sharp?
 
   It is if it is deep, or ends in rounding errors, below which nothing can be seen to fall.
   """
-  strengths: np.ndarray = np.linalg.svd(np.asarray(kernel, np.float64), compute_uv=False)
   values = np.maximum(strengths / max(strengths[0], 1e-300), _ROUNDING)
   falls = np.where(values[1:] < _NOTHING, values[:-1] / values[1:], 0.0)
   falls = falls[: int(_FILLED * len(falls))]  # a normalisation takes directions away, which says nothing of data
