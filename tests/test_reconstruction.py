@@ -224,7 +224,7 @@ def test_label_weights_shift_the_classes_of_every_batch():
     begin(dataclasses.replace(tiny(), label_weights={0: 1.0, 1: 1.0, 2: 1.0}))
 
 
-@pytest.mark.parametrize(("certified_share", "steps"), [(1.0, [4]), (0.9, [4, 7, 10]), (0.0, [4, 10])])
+@pytest.mark.parametrize(("certified", "steps"), [(1.0, [4]), (0.9, [4, 7, 10]), (0.0, [4, 10])])
 def test_training_ends_once_all_samples_are_certified(monkeypatch, certified, steps):
   """After two fifths of the steps, if polishing then proves every one; where it proves none, it is not asked again."""
   polished = []
