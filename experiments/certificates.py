@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.harness import flags
-from experiments.harness.workdir import Workdir
+from kkt_jax.cli import flags
+from kkt_jax.cli.workdir import Workdir
 
 Data = tuple[np.ndarray, np.ndarray]
 
@@ -138,7 +138,8 @@ def train(
   import optax
 
   import kkt_jax
-  from kkt_jax import networks, pretrain
+  from kkt_jax import networks
+  from kkt_jax.kkt import pretrain
 
   module = networks.MLPClassifier(num_classes=int(y.max()) + 1, hidden=widths)
   params: Any = module.init(jax.random.key(seed), jnp.asarray(x[:1]))["params"]
@@ -152,10 +153,10 @@ def train(
 
 def count(certified: np.ndarray, x: np.ndarray) -> dict[str, int]:
   """How many certified samples [K, ...] are training samples [N, ...], by value, and how many of these there are."""
-  from experiments.measure import comparison
+  from kkt_jax.audit import matching
   from kkt_jax.criteria import Criteria
 
-  place, apart = comparison.nearest_by_value(certified, x)
+  place, apart = matching.nearest_by_value(certified, x)
   right = apart < Criteria().same
   return {"certified": len(certified), "false": int((~right).sum()), "found": len(set(place[right].tolist()))}
 
@@ -167,11 +168,13 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   for name in names:
     if name not in KINDS:
       raise flags.UsageError(f"--kinds must be among {', '.join(KINDS)}{flags.did_you_mean(name, KINDS)}")
-  from experiments.harness.progress import Progress
   import kkt_jax
+  from kkt_jax.cli.progress import Progress
 
   out = Workdir(workdir, config)
-  schedule = kkt_jax.recipes.Schedule() if config.steps is None else kkt_jax.recipes.Schedule(steps=config.steps)
+  schedule = (
+    kkt_jax.reconstruction.Schedule() if config.steps is None else kkt_jax.reconstruction.Schedule(steps=config.steps)
+  )
   rows: dict[str, dict[str, int]] = {}
   progress = Progress("classifiers", len(names) * config.seeds)
   for number, (name, seed) in enumerate(((name, seed) for name in names for seed in range(config.seeds)), 1):
@@ -182,7 +185,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     made = kkt_jax.reconstruct([classifier], recipe, seed=seed, examinations=[examination])
     exact = made.exact[0] if made.exact else None
     own = count(exact.unit if exact else np.zeros((0, *x.shape[1:])), x) | {"samples": len(x)}
-    kinds = enumerate(kkt_jax.certificates.EVIDENCE)
+    kinds = enumerate(kkt_jax.extraction.EVIDENCE)
     own |= {kind: int(np.sum(exact.evidence == place)) if exact else 0 for place, kind in kinds}
     rows[f"{name} {seed}"] = own
     progress.update(number, f"{name}, seed {seed}: {own['found']} of {len(x)}, {own['false']} false")

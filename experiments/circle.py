@@ -12,8 +12,8 @@ import pathlib
 from typing import Any
 
 from experiments.attack import methods
-from experiments.harness import flags
-from experiments.harness.flags import flag
+from kkt_jax.cli import flags
+from kkt_jax.cli.flags import flag
 
 NUM_POINTS, NUM_CLASSES = 18, 3
 _SHARED = ("seed", "labels", "classifiers", "width", "batch_norm", "weight_decay", "init_scale", "pretrain_steps")
@@ -90,10 +90,10 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   import numpy as np
 
   from experiments.attack import classifiers, plane, points
-  from experiments.attack.train import train_generator
-  from experiments.harness.workdir import Workdir
   from experiments.measure import circle as measure
   import kkt_jax
+  from kkt_jax.cli.training import train_generator
+  from kkt_jax.cli.workdir import Workdir
 
   out = Workdir(workdir, config, tensorboard=config.tensorboard)
   shared = out.path
@@ -119,9 +119,9 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     solve=method.kind != "baseline" and config.method not in methods.BY_DESCENT,
   )
   if config.generator == "network":
-    flow = kkt_jax.flows.Flow(width=256, steps=16, batch_size=NUM_CLASSES * config.codes, lean=0)
+    flow = kkt_jax.generators.Flow(width=256, steps=16, batch_size=NUM_CLASSES * config.codes, lean=0)
     recipe = dataclasses.replace(recipe, flow=flow)
-    steps, joint = min(config.steps, _JOINT_STEPS), kkt_jax.recipes.adam(1e-4, held=0.0)
+    steps, joint = min(config.steps, _JOINT_STEPS), kkt_jax.reconstruction.recipes.adam(1e-4, held=0.0)
     recipe = recipe.with_schedule(match_steps=_MATCH_STEPS, joint_steps=steps, joint=joint, joint_factors={})
   setting = methods.Setting(
     examinations, config.codes, NUM_POINTS // NUM_CLASSES // config.classifiers, deviation=1 / 0.3, hidden=(64,)

@@ -9,30 +9,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from experiments.harness.flags import did_you_mean, UsageError
+from kkt_jax.audit.samples import Images
+from kkt_jax.cli.flags import did_you_mean, UsageError
 
 # Digits that tensorflow-datasets' 60,000 are cut to, per class, so that both sources behave alike.
 _PER_CLASS = 500
 # CelebA's aligned images are this wide and high; the part that shows the face is a centred square of this side.
 _CELEBA_WIDTH, _CELEBA_HEIGHT, _CELEBA_CROP = 178, 218, 148
 _CELEBA_IMAGES, _CELEBA_LIST = "img_align_celeba", "list_attr_celeba.txt"
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-  """Labelled images.
-
-  Attributes:
-    x: [N, H, W, C] in [0, 1], float32.
-    y: labels [N], int32.
-  """
-
-  x: np.ndarray
-  y: np.ndarray
-
-  def digest(self) -> str:
-    """What tells these images from all others, in a few characters."""
-    return hashlib.sha256(self.x.tobytes() + self.y.tobytes()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from experiments.harness import flags
-from experiments.harness.workdir import Workdir
+from kkt_jax.cli import flags
+from kkt_jax.cli.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   import jax.numpy as jnp
 
   from experiments.measure import pictures
-  from kkt_jax import losses
+  from kkt_jax.kkt import losses
 
   out = Workdir(workdir, config)
   low = jnp.exp(-config.alpha)

@@ -11,7 +11,7 @@ import pathlib
 from typing import Any
 
 from experiments import images
-from experiments.harness import flags
+from kkt_jax.cli import flags
 
 _DEFAULTS = {"codes": 250, "pretrain_steps": 8000, "judge_epochs": 30}
 _LFW = {"weight_decay": 0.03, "deviation": 1.0, "attribute": ""}

@@ -12,8 +12,8 @@ import pathlib
 from typing import Any, TYPE_CHECKING
 
 from experiments.attack import methods
-from experiments.harness import flags
-from experiments.harness.flags import flag, UsageError
+from kkt_jax.cli import flags
+from kkt_jax.cli.flags import flag, UsageError
 
 if TYPE_CHECKING:
   from experiments.data import Split
@@ -137,12 +137,12 @@ def run(
   import jax
 
   from experiments.attack import classifiers
-  from experiments.attack.train import train_generator
-  from experiments.harness.progress import say
-  from experiments.harness.workdir import Workdir
   from experiments.measure import images as measure
-  from experiments.measure import pictures
   import kkt_jax
+  from kkt_jax.audit import pictures
+  from kkt_jax.cli.progress import say
+  from kkt_jax.cli.training import train_generator
+  from kkt_jax.cli.workdir import Workdir
 
   out = Workdir(workdir, config, tensorboard=config.tensorboard)
   shared = out.path
@@ -197,7 +197,7 @@ def _between(reconstruction: "kkt_jax.Reconstruction", labels: "Sequence[int]") 
   import jax
   import numpy as np
 
-  from experiments.measure import pictures
+  from kkt_jax.audit import pictures
 
   key = jax.random.key(1)
   first, second = jax.random.normal(key, (2, len(labels), 1, reconstruction.problem.generator.noise_dim))
@@ -214,20 +214,22 @@ def recipe_of(config: Any, examinations: "Sequence[kkt_jax.Examination]", *, dra
   import kkt_jax
 
   table = kkt_jax.generators.table(codes=config.codes, deviation=config.deviation)
-  recipe = dataclasses.replace(kkt_jax.recipes.default(examinations), generator=table)
+  recipe = dataclasses.replace(kkt_jax.reconstruction.recipes.default(examinations), generator=table)
   if config.generator == "network":
     steps = config.steps or recipe.schedule.steps
     joint_steps, tables = min(steps, recipe.schedule.joint_steps), _TABLES if drawings else 1
     recipe = recipe.with_schedule(match_steps=2 * steps, tables=tables, joint_steps=joint_steps)
     batch_size = recipe.generator(examinations).batch_size
-    flow = kkt_jax.flows.Flow(batch_size=batch_size, temperature=_TEMPERATURE, **_FLOW[drawings])
+    flow = kkt_jax.generators.Flow(batch_size=batch_size, temperature=_TEMPERATURE, **_FLOW[drawings])
     recipe = dataclasses.replace(recipe, flow=flow)
   elif config.generator == "paper":
     recipe = dataclasses.replace(recipe, generator=kkt_jax.generators.convolutional())
-    recipe = recipe.with_schedule(theta=kkt_jax.recipes.adam(_PAPER_RATE))
-  recipe = recipe.with_terms(contrast=kkt_jax.terms.Term(0.0, kkt_jax.terms.contrast()))  # for cmi and --weights
+    recipe = recipe.with_schedule(theta=kkt_jax.reconstruction.recipes.adam(_PAPER_RATE))
+  recipe = recipe.with_terms(
+    contrast=kkt_jax.reconstruction.Term(0.0, kkt_jax.reconstruction.terms.contrast())
+  )  # for cmi and --weights
   if drawings:
-    term = kkt_jax.terms.Term(_BINARISATION[config.batch_norm], kkt_jax.terms.binarisation)
+    term = kkt_jax.reconstruction.Term(_BINARISATION[config.batch_norm], kkt_jax.reconstruction.terms.binarisation)
     recipe = recipe.with_terms(binarisation=term)
   setting = methods.Setting(examinations, config.codes, config.samples_per_class, config.deviation)
   return with_flags(methods.recipe_of(methods.IMAGES[config.method], recipe, setting), config)
@@ -240,7 +242,7 @@ def with_flags(recipe: "kkt_jax.Recipe", config: Any) -> "kkt_jax.Recipe":
   if config.steps and recipe.schedule.steps:  # a method without training has none
     recipe = recipe.with_schedule(steps=config.steps)
   if config.learning_rate:
-    recipe = recipe.with_schedule(theta=kkt_jax.recipes.adam(config.learning_rate))
+    recipe = recipe.with_schedule(theta=kkt_jax.reconstruction.recipes.adam(config.learning_rate))
   if config.compute_dtype != "float32":
     recipe = recipe.with_stationarity(compute_dtype=config.compute_dtype)
   return methods.with_weights(recipe, config.weights)

@@ -11,8 +11,8 @@ import functools
 import pathlib
 from typing import Any
 
-from experiments.harness import flags
-from experiments.harness.workdir import Workdir
+from kkt_jax.cli import flags
+from kkt_jax.cli.workdir import Workdir
 
 _TOLERANCE = 1e-3  # single precision, where the ratio of logits that are almost 0 shows rounding errors
 
@@ -38,7 +38,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   import jax.numpy as jnp
 
   from experiments.measure import pictures
-  from kkt_jax import homogeneity
+  from kkt_jax.kkt import homogeneity
 
   out = Workdir(workdir, config)
   keys = iter(jax.random.split(jax.random.key(config.seed), 6))

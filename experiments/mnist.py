@@ -9,7 +9,7 @@ import pathlib
 from typing import Any, TYPE_CHECKING
 
 from experiments import images
-from experiments.harness import flags
+from kkt_jax.cli import flags
 
 if TYPE_CHECKING:
   from experiments.data import Split

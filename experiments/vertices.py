@@ -1,10 +1,10 @@
 """How many digits a first layer gives away exactly, against their number: the wall that no equation but the span's has.
 
 Takes the exact span of N digits, as a converged classifier of them reveals it, and looks for the digits in it by
-polishing (`kkt_jax.vertices`): from other digits, which were not trained on, told by each other where values end, and
-from random points. Every point that is certified is looked up among the N digits. ``vertices.png`` shows the share of
-digits that are vertices at all (by the rank of their black and white pixels), that would be certified, polished from
-themselves, and that are found.
+polishing (`kkt_jax.extraction.vertices`): from other digits, which were not trained on, told by each other where values
+end, and from random points. Every point that is certified is looked up among the N digits. ``vertices.png`` shows the
+share of digits that are vertices at all (by the rank of their black and white pixels), that would be certified,
+polished from themselves, and that are found.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from experiments.harness import flags
-from experiments.harness.workdir import Workdir
+from kkt_jax.cli import flags
+from kkt_jax.cli.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,12 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   import numpy as np
 
   from experiments.data import load_digits, split
-  from experiments.harness.progress import Progress
   from experiments.measure import pictures
-  from experiments.measure.comparison import EXACT
-  from kkt_jax import first_layer, metrics, vertices
+  from kkt_jax import metrics
+  from kkt_jax.analysis import first_layer
+  from kkt_jax.audit.matching import EXACT
+  from kkt_jax.cli.progress import Progress
+  from kkt_jax.extraction import vertices
 
   out = Workdir(workdir, config)
   rows: dict[str, dict[str, Any]] = {}

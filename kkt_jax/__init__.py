@@ -8,63 +8,78 @@ An implementation of *Generator Born from Classifier* (Yu and Wang, NeurIPS 2023
 >>> classifier.num_classes
 3
 
-and then ``kkt_jax.examine(classifier)`` and ``kkt_jax.reconstruct([classifier])``. Modules and names are imported when
-they are first used. The modules, in the order of the method:
+and then ``kkt_jax.examine(classifier)`` and ``kkt_jax.reconstruct([classifier])``. The packages, each of which knows
+only those before it:
 
-- `kkt_jax.classifier`: what the library needs of a classifier.
-- `kkt_jax.subject`: from a flax module, or any function, to a classifier; without its numbers, too.
-- `kkt_jax.weights`: these numbers, read from files without trusting them.
-- `kkt_jax.jacobians`: per-sample parameter Jacobians.
-- `kkt_jax.homogeneity`: the rates Lambda (Eqs. 8-10).
-- `kkt_jax.conditions`: what the weighted gradients must add up to (Eqs. 2a, 4).
-- `kkt_jax.losses`: margins, stationarity and duality (Eqs. 5, 6).
-- `kkt_jax.multipliers`: the KKT multipliers mu.
-- `kkt_jax.priors`: what chooses among the solutions, such as total variation.
-- `kkt_jax.deformations`: new images of the kind of given ones.
-- `kkt_jax.relaxation`: relaxed ReLU gates in a network that somebody else wrote.
-- `kkt_jax.symmetries`: how far a classifier is from every KKT point, from its weights alone.
-- `kkt_jax.first_layer`, `kkt_jax.last_layer`: what single layers reveal: the span and the margin of the data.
-- `kkt_jax.examination`: all that the weights say, in one call.
-- `kkt_jax.networks`, `kkt_jax.generators`: flax modules.
-- `kkt_jax.recipes`, `kkt_jax.terms`: how a generator is trained, as a tree of parts.
-- `kkt_jax.training`, `kkt_jax.reconstruction`: the joint training of theta, eta and alpha.
-- `kkt_jax.certificates`, `kkt_jax.criteria`: which samples are certified to be training samples, and on what grounds;
-  `kkt_jax.signals`, `kkt_jax.vertices`, `kkt_jax.exact`: the equations of one sample, vertices, and the search.
-- `kkt_jax.candidates`: of given samples, which were in the training set.
-- `kkt_jax.parallel`, `kkt_jax.checkpoint`: many devices and processes; saving and resuming.
-- `kkt_jax.pretrain`: gradient descent to the convergence point.
-- `kkt_jax.diagnostics`, `kkt_jax.metrics`: how well conditions are satisfied, and how good samples are.
+- `kkt_jax.classifiers`: the network under attack, from flax, from a function, from files.
+- `kkt_jax.kkt`: the paper's conditions (Eqs. 2 to 10) as pure functions, which need neither flax nor orbax.
+- `kkt_jax.analysis`: what the weights reveal without any data, in one call, `examine`.
+- `kkt_jax.generators`: tables of samples, networks and flows.
+- `kkt_jax.extraction`: certified training samples, and on what grounds.
+- `kkt_jax.membership`: of given samples, which were in the training set.
+- `kkt_jax.reconstruction`: the joint training of theta, eta and alpha, as a recipe of parts.
+- `kkt_jax.metrics`: how good samples and decisions are.
+- `kkt_jax.audit`: a verdict on what a classifier reveals, with its evidence.
+- `kkt_jax.cli`: flags, folders of runs and progress of programs.
+
+Beside them `kkt_jax.priors` (which choose among solutions), `kkt_jax.deformations`, `kkt_jax.networks` (flax modules),
+`kkt_jax.criteria` (thresholds of certificates), `kkt_jax.checkpoint` and `kkt_jax.sharding`. All of them and the names
+below are imported when they are first used, so that flax and orbax are needed by those alone who use them.
 """
 
 import importlib
-import importlib.util
-import pkgutil
 from typing import Any, TYPE_CHECKING
 
 if TYPE_CHECKING:
-  from kkt_jax.classifier import Classifier, make_classifier
-  from kkt_jax.examination import Examination, examine
-  from kkt_jax.recipes import Recipe
-  from kkt_jax.reconstruction import reconstruct, Reconstruction
-  from kkt_jax.subject import from_linen, from_nnx, Subject
-  from kkt_jax.weights import read_weights
+  from kkt_jax import (
+    analysis,
+    audit,
+    checkpoint,
+    classifiers,
+    cli,
+    criteria,
+    deformations,
+    extraction,
+    generators,
+    kkt,
+    membership,
+    metrics,
+    networks,
+    priors,
+    reconstruction,
+    sharding,
+  )
+  from kkt_jax._tree import tensor_names
+  from kkt_jax.analysis import Examination, examine
+  from kkt_jax.classifiers import Classifier, from_linen, from_nnx, make_classifier, read_weights, Subject
+  from kkt_jax.criteria import Criteria
+  from kkt_jax.reconstruction import Recipe, reconstruct, Reconstruction
 
-__all__ = ["Classifier", "Examination", "Recipe", "Reconstruction", "Subject", "examine", "from_linen", "from_nnx"]
-__all__ += ["make_classifier", "read_weights", "reconstruct"]
-_HOMES = {  # by name, for the rest its own name in lower case
-  "Recipe": "recipes",
-  "examine": "examination",
-  "from_linen": "subject",
-  "from_nnx": "subject",
-  "make_classifier": "classifier",
-  "read_weights": "weights",
+_HOMES = {
+  "Classifier": "classifiers",
+  "Criteria": "criteria",
+  "Examination": "analysis",
+  "Recipe": "reconstruction",
+  "Reconstruction": "reconstruction",
+  "Subject": "classifiers",
+  "examine": "analysis",
+  "from_linen": "classifiers",
+  "from_nnx": "classifiers",
+  "make_classifier": "classifiers",
+  "read_weights": "classifiers",
   "reconstruct": "reconstruction",
+  "tensor_names": "_tree",
 }
+_PACKAGES = ["analysis", "audit", "checkpoint", "classifiers", "cli", "criteria", "deformations", "extraction"]
+_PACKAGES += ["generators", "kkt", "membership", "metrics", "networks", "priors", "reconstruction", "sharding"]
+__all__ = ["Classifier", "Criteria", "Examination", "Recipe", "Reconstruction", "Subject", "analysis", "audit"]
+__all__ += ["checkpoint", "classifiers", "cli", "criteria", "deformations", "examine", "extraction", "from_linen"]
+__all__ += ["from_nnx", "generators", "kkt", "make_classifier", "membership", "metrics", "networks", "priors"]
+__all__ += ["read_weights", "reconstruct", "reconstruction", "sharding", "tensor_names"]
 
 
 def __dir__() -> list[str]:
-  modules = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
-  return sorted([*__all__, *modules, "__version__"])
+  return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -75,8 +90,8 @@ def __getattr__(name: str) -> Any:
       return metadata.version("kkt-jax")
     except metadata.PackageNotFoundError:  # a checkout on the path
       return "unknown"
-  if name in __all__:
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, name.lower())}"), name)
-  if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+  if name in _HOMES:
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+  if name in _PACKAGES:
     return importlib.import_module(f"{__name__}.{name}")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
-PyTree = Any
+from kkt_jax._typing import PyTree
 
 
 def concrete(condition: ArrayLike) -> bool | None:

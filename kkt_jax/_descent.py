@@ -1,13 +1,12 @@
 """Least squares under bounds by an accelerated projected gradient method, on trees of arrays."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-PyTree = Any
+from kkt_jax._typing import PyTree
 
 
 def greatest_value(operator: Callable[[PyTree], PyTree], start: PyTree, *, num_steps: int) -> jax.Array:

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kkt_jax import _checks, parallel
-from kkt_jax.classifier import PyTree
+from kkt_jax import _checks
+from kkt_jax import sharding as parallel
+from kkt_jax._typing import PyTree
 
 
 class CheckpointError(RuntimeError):

@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Criteria:
-  """The thresholds of certificates; `kkt_jax.certificates` says what each kind of evidence assumes.
+  """The thresholds of certificates; `kkt_jax.extraction.certificates` says what each kind of evidence assumes.
 
   Attributes:
     kink: equations: a unit whose argument is within so many of its layer's standard deviations is at its kink.

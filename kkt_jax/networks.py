@@ -51,7 +51,7 @@ class MLPClassifier(nn.Module):
 
 
 class MultiplierNetwork(nn.Module):
-  """The network h(x, y, t; eta) of section 4: raw multipliers mu' for `kkt_jax.multipliers.from_network`.
+  """The network h(x, y, t; eta) of section 4: raw multipliers mu' for `kkt_jax.kkt.multipliers.from_network`.
 
   Attributes:
     num_outputs: C, the greatest number of classes of any classifier.

@@ -14,7 +14,7 @@ import numpy as np
 
 from kkt_jax import _checks
 from kkt_jax._precision import full_precision
-from kkt_jax.classifier import PyTree
+from kkt_jax._typing import PyTree
 
 
 def total_variation(x: ArrayLike) -> jax.Array:
@@ -127,7 +127,7 @@ def statistics_distance(statistics: PyTree, stored: PyTree) -> jax.Array:
 
 
 def collapse(features: ArrayLike, of_class: ArrayLike, scale: ArrayLike) -> jax.Array:
-  """How far samples are from the common features of their class (`kkt_jax.last_layer.collapsed_features`).
+  """How far samples are from the common features of their class (`kkt_jax.analysis.last_layer.collapsed_features`).
 
   Args:
     features: of the samples [M, F].

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kkt_jax.classifiers import from_linen
+from kkt_jax.classifiers.relaxation import relaxed
 from kkt_jax.networks import MLPClassifier
-from kkt_jax.relaxation import relaxed
-from kkt_jax.subject import from_linen
 
 
 class ConvClassifier(MLPClassifier):

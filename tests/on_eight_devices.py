@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny_run import problem
 
-from kkt_jax import parallel, training
-from kkt_jax.reconstruction import reconstruct, Reconstruction
+from kkt_jax import sharding as parallel
+from kkt_jax.reconstruction import reconstruct, Reconstruction, training
 
 _COLLECTIVE = re.compile(
   r"= (?P<shapes>.*?) (?P<kind>all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)"

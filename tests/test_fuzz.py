@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from experiments import circle, faces, mnist, novelty
-from experiments.harness import flags
-from kkt_jax import conditions, deformations, homogeneity, losses, multipliers, priors
+from kkt_jax import deformations, priors
 from kkt_jax.checkpoint import Checkpointer, CheckpointError
-from kkt_jax.classifier import make_classifier
+from kkt_jax.classifiers import make_classifier
+from kkt_jax.cli import flags
+from kkt_jax.kkt import conditions, homogeneity, losses, multipliers
 
 any_case = settings(suppress_health_check=list(HealthCheck))
 SHAPES = st.lists(st.integers(0, 3), max_size=4).map(tuple)

@@ -61,7 +61,7 @@ def test_what_trains_sees_no_data_and_measures_nothing(name):
   assert not {m for m in reachable(name) if m.startswith(("experiments.data", "experiments.measure"))}
 
 
-TRAINING = {"kkt_jax.training", "kkt_jax.recipes", "kkt_jax.reconstruction"}
+TRAINING = {"kkt_jax.reconstruction.training", "kkt_jax.reconstruction.recipes", "kkt_jax.reconstruction"}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("experiments.measure")])

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kkt_jax.classifiers import from_linen
 from kkt_jax.networks import MLPClassifier, MultiplierNetwork
-from kkt_jax.subject import from_linen
 
 
 @pytest.mark.parametrize("use_bias", [True, False])

@@ -16,7 +16,7 @@ def test_importing_the_package_imports_nothing_else():
 
 
 def test_names_and_modules_are_there_when_asked_for():
-  assert kkt_jax.make_classifier is kkt_jax.classifier.make_classifier
+  assert kkt_jax.make_classifier is kkt_jax.classifiers.make_classifier
   assert {"Classifier", "classifier", "losses", "read_weights"} <= set(dir(kkt_jax))
   assert not any(name.startswith("_") for name in dir(kkt_jax) if name != "__version__")
   assert all(hasattr(kkt_jax, name) for name in dir(kkt_jax))

@@ -9,22 +9,13 @@ import numpy as np
 import pytest
 
 import kkt_jax
-from kkt_jax import (
-  candidates,
-  deformations,
-  diagnostics,
-  flows,
-  homogeneity,
-  jacobians,
-  losses,
-  pretrain,
-  priors,
-  symmetries,
-  training,
-  vertices,
-)
-from kkt_jax.conditions import weight_decay_conditions
-from kkt_jax.first_layer import InputSpan
+from kkt_jax import deformations, priors
+from kkt_jax.analysis import InputSpan
+from kkt_jax.extraction import vertices
+from kkt_jax.generators import flows
+from kkt_jax.kkt import diagnostics, homogeneity, jacobians, losses, pretrain, symmetries, weight_decay_conditions
+from kkt_jax.membership import candidates
+from kkt_jax.reconstruction import training
 
 X, CLASSES = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32), jnp.arange(6) % 2
 PARAMS = {"w1": jnp.eye(4) + 0.1, "w2": jnp.asarray(np.random.default_rng(1).normal(size=(4, 2)), jnp.float32)}
@@ -36,7 +27,7 @@ def use(classifier, name):
   apply_fn = classifier.apply_fn
   match name:
     case "examine, reconstruct, sample":
-      schedule = kkt_jax.recipes.Schedule(steps=2)
+      schedule = kkt_jax.reconstruction.Schedule(steps=2)
       made = kkt_jax.reconstruct([classifier], kkt_jax.Recipe(schedule=schedule))
       made.sample(jax.random.key(0), CLASSES)
     case "predict":

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.attack.train import train_generator
-from experiments.harness import flags
-from experiments.harness.workdir import Workdir
 import kkt_jax
-from kkt_jax import generators, losses, networks, recipes, terms
-from kkt_jax.conditions import weight_decay_conditions
+from kkt_jax import generators, networks
+from kkt_jax.cli import flags
+from kkt_jax.cli.training import train_generator
+from kkt_jax.cli.workdir import Workdir
+from kkt_jax.kkt import losses, weight_decay_conditions
+from kkt_jax.reconstruction import recipes, terms
 
 _SHAPE = (4,)
 _LABELS = ((0, 1, 2), (3, 4, 5))

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import kkt_jax
-from kkt_jax import networks, pretrain
+from kkt_jax import networks
+from kkt_jax.kkt import pretrain
 
 CLASSES, PIXELS, FLIPPED, WEIGHT_DECAY = 3, 64, 0.25, 0.01
 

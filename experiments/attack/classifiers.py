@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.harness.progress import Progress, say
-from kkt_jax import pretrain
 from kkt_jax.checkpoint import Checkpointer
-from kkt_jax.classifier import Classifier, PyTree, two_logits
+from kkt_jax.classifiers import Classifier, PyTree, Subject, two_logits
+from kkt_jax.cli.progress import Progress, say
+from kkt_jax.kkt import pretrain
 from kkt_jax.networks import MLPClassifier
-from kkt_jax.subject import Subject
 
 _SMALL = 0.05  # of a batch-normalised classifier's later kernels and of its last batch norm's scale
 
@@ -38,7 +37,7 @@ def train(subject: Subject, variables: PyTree, x: np.ndarray, classes: np.ndarra
     variables: where it starts.
     x: inputs [N, *input_shape].
     classes: output indices [N].
-    **settings: of `kkt_jax.pretrain.to_convergence`; one step in a compiled call unless they say otherwise.
+    **settings: of `kkt_jax.kkt.pretrain.to_convergence`; one step in a compiled call unless they say otherwise.
 
   Returns:
     The trained variables, with the statistics that batch norm stores.

@@ -1,8 +1,8 @@
 """The methods that `--method` chooses from, as changes of a recipe: ours, its ablations, and its neighbours'.
 
 Every method attacks the same classifiers and is measured in the same way. Each changes the recipe of ``kkt``, which is
-`kkt_jax.recipes.default` with what is known of the kind of data. `kkt_jax` loads its parts when they are used, so that
-the names of the methods cost nothing.
+`kkt_jax.reconstruction.recipes.default` with what is known of the kind of data. `kkt_jax` loads its parts when they are
+used, so that the names of the methods cost nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +10,8 @@ import dataclasses
 import math
 from typing import Any
 
-from experiments.harness.flags import UsageError
 import kkt_jax
+from kkt_jax.cli.flags import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _table(setting: Setting, *, in_span: bool = False, **changes: Any) -> Any:
 
 
 def _term(weight: float, name: str) -> Any:
-  return kkt_jax.terms.Term(weight, getattr(kkt_jax.terms, name))
+  return kkt_jax.reconstruction.Term(weight, getattr(kkt_jax.reconstruction.terms, name))
 
 
 # --- neighbours ---
@@ -118,8 +118,8 @@ def _term(weight: float, name: str) -> Any:
 
 def _points(recipe: "kkt_jax.Recipe", setting: Setting, *, total_variation: float = 3.0) -> "kkt_jax.Recipe":
   """One free sample for each of twice as many as there are, each with one free multiplier (Haim 2022, Buzaglo 2023)."""
-  adam = kkt_jax.recipes.adam(0.05)
-  least = kkt_jax.terms.Term(5.0, kkt_jax.terms.least_multiplier(0.2))
+  adam = kkt_jax.reconstruction.recipes.adam(0.05)
+  least = kkt_jax.reconstruction.Term(5.0, kkt_jax.reconstruction.terms.least_multiplier(0.2))
   binarisation = recipe.terms["binarisation"].weight if "binarisation" in recipe.terms else 0.0
   changed = _only(
     recipe,
@@ -132,7 +132,7 @@ def _points(recipe: "kkt_jax.Recipe", setting: Setting, *, total_variation: floa
     .with_stationarity(begin=0, ramp=0)
     .with_schedule(theta=adam, eta=adam, restarts=1, restart_steps=0),
     generator=_table(setting, codes=2 * setting.num_samples),
-    multipliers=kkt_jax.recipes.runner_up_multipliers(),
+    multipliers=kkt_jax.reconstruction.recipes.runner_up_multipliers(),
   )
 
 
@@ -145,12 +145,12 @@ def _points_published(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Re
   # Their losses are sums over samples and pixels.
   batch = 2 * setting.num_samples * max(own.classifier.num_classes for own in setting.examinations)
   pixels = batch * math.prod(setting.examinations[0].classifier.input_shape)
-  least = kkt_jax.terms.Term(5.0 * batch, kkt_jax.terms.least_multiplier(0.2032089016))
+  least = kkt_jax.reconstruction.Term(5.0 * batch, kkt_jax.reconstruction.terms.least_multiplier(0.2032089016))
   changed = _weights(
     changed.with_terms(least_multiplier=least), stationarity=1.0, range=float(pixels), binarisation=0.0
   )
   return dataclasses.replace(
-    changed.with_stationarity(measure=kkt_jax.losses.squared_residual, gate_sharpness=39.51743621).with_schedule(
+    changed.with_stationarity(measure=kkt_jax.kkt.losses.squared_residual, gate_sharpness=39.51743621).with_schedule(
       steps=8000, theta=sgd(0.0013623494), eta=sgd(0.4793320031)
     ),
     generator=_table(setting, codes=2 * setting.num_samples, deviation=2e-4),
@@ -207,7 +207,7 @@ def _without(what: str, *names: str) -> Method:
 
 def _without_span(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
   full = recipe.terms["total_variation"].weight / setting.share
-  changed = recipe.with_weights(total_variation=full).with_schedule(theta=kkt_jax.recipes.adam(0.02))
+  changed = recipe.with_weights(total_variation=full).with_schedule(theta=kkt_jax.reconstruction.recipes.adam(0.02))
   return dataclasses.replace(changed, generator=_table(setting))
 
 
@@ -220,10 +220,10 @@ def _least_norm(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
   """Lambda by the least sum of squares over all tensors."""
 
   def conditions(examination: "kkt_jax.Examination") -> Any:
-    classifier, homogeneity = examination.classifier, kkt_jax.homogeneity
+    classifier, homogeneity = examination.classifier, kkt_jax.kkt.homogeneity
     equations = homogeneity.derivative_equations(classifier.apply_fn, classifier.params, examination.probes)
     rates = homogeneity.least_norm(equations, classifier.params)
-    own = kkt_jax.conditions.max_margin_conditions(classifier.params, rates)
+    own = kkt_jax.kkt.max_margin_conditions(classifier.params, rates)
     return recipe.stationarity.conditions(dataclasses.replace(examination, conditions=own))
 
   return recipe.with_stationarity(conditions=conditions)
@@ -232,15 +232,15 @@ def _least_norm(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
 def _relu(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
   import jax  # slow
 
-  scaled = recipe.stationarity.measure is not kkt_jax.losses.cosine_distance
-  own = kkt_jax.recipes.network_multipliers(positive=jax.nn.relu, hidden=setting.hidden, scaled=scaled)
+  scaled = recipe.stationarity.measure is not kkt_jax.kkt.cosine_distance
+  own = kkt_jax.reconstruction.recipes.network_multipliers(positive=jax.nn.relu, hidden=setting.hidden, scaled=scaled)
   return dataclasses.replace(recipe, multipliers=own)
 
 
 def _unsquared(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
   """Eq. 5's norm, which needs multipliers of the right size."""
-  own = kkt_jax.recipes.network_multipliers(hidden=setting.hidden, scaled=True)
-  changed = recipe.with_stationarity(measure=kkt_jax.losses.absolute_residual)
+  own = kkt_jax.reconstruction.recipes.network_multipliers(hidden=setting.hidden, scaled=True)
+  changed = recipe.with_stationarity(measure=kkt_jax.kkt.losses.absolute_residual)
   return dataclasses.replace(changed, multipliers=own)
 
 

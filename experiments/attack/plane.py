@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import optax
 
 from experiments.attack import points
-from kkt_jax import generators, losses, priors, recipes, terms
-from kkt_jax.classifier import Classifier, PyTree
-from kkt_jax.examination import Examination
+from kkt_jax import generators, priors
+from kkt_jax.analysis import Examination
+from kkt_jax.classifiers import Classifier, PyTree
+from kkt_jax.kkt import losses
+from kkt_jax.reconstruction import recipes, terms
 
 _CODE_SIZE, _JITTER, _FINAL_JITTER = 8, 0.1, 0.03
 _BANDWIDTH = 0.3  # of the repulsion, in standard deviations of the data

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize  # type: ignore[import-untyped]
 
-from kkt_jax import first_layer
-from kkt_jax.classifier import Classifier, PyTree
-from kkt_jax.examination import Examination
+from kkt_jax.analysis import Examination, first_layer
+from kkt_jax.classifiers import Classifier, PyTree
 
 _GRID, _REACH = 200, 2.2  # places on a side, and how far it goes, in standard deviations
 _MARGIN = 0.1  # relative deviation from the revealed margin, up to which a place may be a training point

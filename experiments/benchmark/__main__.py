@@ -15,8 +15,8 @@ import pathlib
 from typing import Any, TYPE_CHECKING
 
 from experiments import images, mnist
-from experiments.harness import flags
-from experiments.harness.flags import flag
+from kkt_jax.cli import flags
+from kkt_jax.cli.flags import flag
 
 if TYPE_CHECKING:
   from experiments.benchmark import timing
@@ -52,9 +52,9 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   import jax
 
   from experiments.benchmark import scaling, timing
-  from experiments.harness.progress import say
-  from experiments.harness.workdir import Workdir
   from experiments.measure import pictures
+  from kkt_jax.cli.progress import say
+  from kkt_jax.cli.workdir import Workdir
 
   out = Workdir(workdir, config)
   device, rate = jax.devices()[0].device_kind, timing.matmul_rate(config.repeats)
@@ -157,7 +157,7 @@ def whole_step(*, batch_norm: bool, in_span: bool = False) -> "tuple[timing.Call
 
   from experiments.benchmark import timing
   import kkt_jax
-  from kkt_jax.first_layer import InputSpan
+  from kkt_jax.analysis import InputSpan
 
   settings, examination = _examined(batch_norm)
   if in_span:
@@ -166,7 +166,7 @@ def whole_step(*, batch_norm: bool, in_span: bool = False) -> "tuple[timing.Call
     examination = dataclasses.replace(examination, span=InputSpan(basis, jnp.ones(dimensions)))
   recipe = images.recipe_of(settings, [examination], drawings=True)
   begin = kkt_jax.Reconstruction.begin([examination.classifier], recipe, examinations=[examination])
-  step: Any = kkt_jax.training.make_train_step(begin.problem)
+  step: Any = kkt_jax.reconstruction.training.make_train_step(begin.problem)
   conditions = [recipe.stationarity.conditions(examination)]
   x = jax.random.uniform(jax.random.key(1), (begin.problem.generator.batch_size, 28, 28, 1))
   call = timing.Call(lambda *arguments: step(*arguments, None), begin.state, begin.classifiers, conditions)
@@ -213,7 +213,7 @@ def _stationarity(classifier: "kkt_jax.Classifier", x: Any, y: Any, *, explicit:
   import jax.numpy as jnp
 
   from experiments.benchmark import timing
-  from kkt_jax import conditions, jacobians, losses
+  from kkt_jax.kkt import conditions, jacobians, losses
 
   def residual(x: Any, params: Any, y: Any) -> Any:
     wanted, mu = conditions.weight_decay_conditions(params), jnp.ones((x.shape[0], classifier.num_classes))

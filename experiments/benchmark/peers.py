@@ -18,13 +18,14 @@ import numpy as np
 from experiments import images, mnist
 from experiments.attack import classifiers
 from experiments.benchmark import timing
-from experiments.data import Images, load_digits, split
-from experiments.harness.flags import UsageError
-from experiments.harness.progress import say
-from experiments.harness.workdir import Workdir
+from experiments.data import load_digits, split
 from experiments.measure import comparison
 import kkt_jax
-from kkt_jax import training
+from kkt_jax.audit.samples import Images
+from kkt_jax.cli.flags import UsageError
+from kkt_jax.cli.progress import say
+from kkt_jax.cli.workdir import Workdir
+from kkt_jax.reconstruction import training
 
 
 @dataclasses.dataclass(frozen=True)

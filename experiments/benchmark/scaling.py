@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmark import timing
-from kkt_jax import generators, losses, networks, parallel, recipes, reconstruction, subject, terms, training
-from kkt_jax.classifier import Classifier
-from kkt_jax.conditions import weight_decay_conditions
-from kkt_jax.examination import Examination
+from kkt_jax import generators, networks, reconstruction
+from kkt_jax import sharding as parallel
+from kkt_jax.analysis import Examination
+from kkt_jax.classifiers import Classifier
+from kkt_jax.classifiers import spec as subject
+from kkt_jax.kkt import losses, weight_decay_conditions
+from kkt_jax.reconstruction import recipes, terms, training
 
 _SHAPE = (28, 28, 1)
 _MICROBATCH = 64

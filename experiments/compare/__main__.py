@@ -14,8 +14,8 @@ import statistics
 from typing import Any
 
 from experiments.compare import pool
-from experiments.harness import flags
-from experiments.harness.workdir import Workdir
+from kkt_jax.cli import flags
+from kkt_jax.cli.workdir import Workdir
 
 _FIRST = "means"  # trains nothing, so that its run is the quickest that trains what the others share
 

@@ -14,9 +14,9 @@ import signal
 import time
 from typing import Any
 
-from experiments.harness import flags
-from experiments.harness.progress import Progress
-from experiments.harness.workdir import write_json
+from kkt_jax.cli import flags
+from kkt_jax.cli.progress import Progress
+from kkt_jax.cli.workdir import write_json
 
 _OWN = ("method", "seed", "generator_seed", "shared_dir")  # settings in which runs differ
 _POLL = 2.0  # seconds between looks at what the runs say

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from experiments.compare import metrics
 from experiments.compare.metrics import Metric
 from experiments.compare.pool import Job
-from experiments.harness import pages
-from experiments.harness.workdir import read_log
+from kkt_jax.audit import pages
+from kkt_jax.cli.workdir import read_log
 
 KINDS = {
   "method": "Methods",

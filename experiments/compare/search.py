@@ -23,8 +23,8 @@ from typing import Any, TYPE_CHECKING
 import zlib
 
 from experiments.compare import metrics, pool
-from experiments.harness import flags
-from experiments.harness.workdir import Workdir
+from kkt_jax.cli import flags
+from kkt_jax.cli.workdir import Workdir
 
 if TYPE_CHECKING:
   import optuna

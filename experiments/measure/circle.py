@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
-from experiments.harness.workdir import Workdir
-from experiments.measure import comparison, pictures
+from experiments.measure import pictures
 import kkt_jax
-from kkt_jax import diagnostics, metrics
-from kkt_jax.classifier import Classifier
+from kkt_jax import metrics
+from kkt_jax.audit import matching
+from kkt_jax.classifiers import Classifier
+from kkt_jax.cli.workdir import Workdir
+from kkt_jax.kkt import diagnostics
 
 _RADIUS = 0.15  # what counts as near a training point
 _NUM_SAMPLES, _FITTED = 900, 180
@@ -84,7 +86,7 @@ def evaluate(
   results["final_losses"] = out.last_logged()
   picture = _picture(out.path, data, classifiers, samples, labels, index)
   out.finish(results)
-  return results | {"summary": comparison.table(measured, _SHOWN), "pictures": [picture]}
+  return results | {"summary": matching.table(measured, _SHOWN), "pictures": [picture]}
 
 
 def _own_subset(samples: np.ndarray, labels: np.ndarray, data: Points, t: int) -> dict[str, float]:

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.data import Images, Split
-from experiments.harness.progress import say
-from experiments.harness.workdir import Workdir, write_json
-from experiments.measure import comparison, pictures
+from experiments.data import Split
+from experiments.measure import comparison
 from experiments.measure.judge import soft_labels, train_judge
 import kkt_jax
-from kkt_jax import diagnostics, losses, multipliers
-from kkt_jax.classifier import Classifier, PyTree
-from kkt_jax.conditions import Conditions
+from kkt_jax.audit import matching, pictures
+from kkt_jax.audit.samples import Images
+from kkt_jax.classifiers import Classifier, PyTree
+from kkt_jax.cli.progress import say
+from kkt_jax.cli.workdir import Workdir, write_json
+from kkt_jax.kkt import Conditions, diagnostics, losses, multipliers
 
 _SHOWN = ("eval_accuracy", "ssim_nearest", "ssim_cover", "distinct_nearest", "spread", "label_agreement", "residual")
 _AT_ONCE = 1000  # samples whose gradients are in memory at once
@@ -59,7 +60,7 @@ def evaluate(
   say("comparing with the data: independent judge, similarities, residuals")
   classifiers = reconstruction.classifiers
   labels = sorted({label for classifier in classifiers for label in classifier.labels})
-  comparison.check_classes(vars(data), labels)
+  matching.check_classes(vars(data), labels)
   judge = train_judge(data.evaluation, seed=seed + 2, directory=shared / "judge", epochs=judge_epochs)
   key = jax.random.key(seed + 3)
   teach = None
@@ -95,12 +96,12 @@ def evaluate(
   }
   results["novelty"] = comparison.novelty(samples, data.train)
   results["hinges"] = comparison.hinges(classifiers, data.train, data.held_out)
-  results["certificates"], certified = comparison.exactness(reconstruction, data.train)
+  results["certificates"], certified = matching.exactness(reconstruction, data.train)
   columns = pictures.COLUMNS // len(labels)
-  comparison.similar_pairs(out.path / picture, samples, data.train, certified=certified, columns=columns)
+  matching.similar_pairs(out.path / picture, samples, data.train, certified=certified, columns=columns)
   out.finish(results)
   measured = {name: row for name, row in results.items() if isinstance(row, dict) and "eval_accuracy" in row}
-  summary = [comparison.table(measured, _SHOWN), _novelty(results["novelty"])]
+  summary = [matching.table(measured, _SHOWN), _novelty(results["novelty"])]
   summary += [_certificates(own) for own in results["certificates"] if own["most"]]
   summary += [_membership(own) for own in results["hinges"]]
   return results | {"summary": "\n\n".join(summary), "pictures": [picture]}
@@ -157,8 +158,8 @@ def _controls(
   if path.exists():
     kept: dict[str, Any] = json.loads(path.read_text())
     return kept
-  samples = comparison.controls(data.train, data.held_out, y, key)
-  populations = samples | {"training_data": data.train, "uniform_noise": comparison.uniform_noise(like, key)}
+  samples = matching.controls(data.train, data.held_out, y, key)
+  populations = samples | {"training_data": data.train, "uniform_noise": matching.uniform_noise(like, key)}
   del populations["real_held_out"]  # the conditions are those of other data
   results: dict[str, Any] = {name: measure(images) for name, images in samples.items()}
   for name, images in populations.items():
@@ -208,7 +209,7 @@ def _kkt_metrics(
 
   Returns:
     One number per classifier: the relative squared ``residual``, of all images; and ``residual_per_tensor``,
-    ``margin_spread`` and ``active_multipliers`` as in `kkt_jax.diagnostics.Diagnosis` and ``duality`` (mean distance of
+    ``margin_spread`` and ``active_multipliers`` as in `kkt_jax.kkt.Diagnosis` and ``duality`` (mean distance of
     the margin from that of the training data, in units of it), of the first thousand. Multipliers are the softmax's;
     with batch norm, where none are known, the best non-negative ones.
   """

@@ -11,9 +11,9 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
-from experiments.data import Images
+from kkt_jax.audit.samples import Images
 from kkt_jax.checkpoint import Checkpointer
-from kkt_jax.classifier import Classifier, PyTree
+from kkt_jax.classifiers import Classifier, PyTree
 
 _OPTIMIZER = optax.adam(2e-3)
 _BATCH, _STUDENT_BATCH = 100, 50

@@ -1,17 +1,12 @@
 """The pictures of the experiments, as PNG files."""
 
 from collections.abc import Callable, Mapping, Sequence
-import io
 import pathlib
 from typing import Any
 
 from jax.typing import ArrayLike
 import numpy as np
-from PIL import Image
 
-COLUMNS = 20  # images in a row of a picture
-_CAPTIONS = 220  # pixels at their left
-_FRAME = (0.1, 0.65, 0.2)
 _CLASS_COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#ff9900", "#0099c6", "#dd4477", "#66aa00")
 
 
@@ -80,52 +75,6 @@ def scatter(path: pathlib.Path, panels: Sequence[tuple[str, Any, Any]], label: s
     axes.scatter(x, y, s=18, alpha=0.7)
     axes.set(title=title, xlabel=label)
   figure.savefig(path)
-
-
-def image_rows(
-  path: pathlib.Path,
-  rows: Sequence[tuple[str, ArrayLike]],
-  *,
-  framed: Mapping[int, ArrayLike] | None = None,
-  scale: int = 3,
-) -> None:
-  """Rows of images with a caption at their left, as in Figs. 6 to 8.
-
-  Args:
-    path: PNG file.
-    rows: captions and images [n, H, W, C] in [0, 1], C of 1 or 3; the rows may have different lengths.
-    framed: by the index of a row, which of its images have a frame [n].
-    scale: pixels of the file per pixel of an image.
-  """
-  from matplotlib.figure import Figure
-
-  gap = 2
-  height, width = np.add(np.shape(rows[0][1])[1:3], gap)
-  columns = max(np.shape(images)[0] for _, images in rows)
-  canvas = np.ones((len(rows) * height, columns * width, 3))
-  for row, (_, images) in enumerate(rows):
-    frames = np.resize(np.asarray((framed or {}).get(row, False)), len(np.asarray(images)))
-    for column, (image, frame) in enumerate(zip(np.clip(images, 0, 1), frames, strict=True)):
-      top, left = row * height, column * width
-      if frame:
-        canvas[top : top + height, left : left + width] = _FRAME
-      canvas[top + 1 : top + height - 1, left + 1 : left + width - 1] = image
-  canvas = canvas.repeat(scale, axis=0).repeat(scale, axis=1)
-  size = np.array([canvas.shape[1] + _CAPTIONS, canvas.shape[0]])
-  figure = Figure(figsize=tuple(size / 100), dpi=100)
-  figure.figimage(canvas, xo=_CAPTIONS)
-  for row, (caption, _) in enumerate(rows):
-    middle = 1 - (row + 0.5 - gap / height / 2) / len(rows)
-    figure.text((_CAPTIONS - 8) / size[0], middle, caption, ha="right", va="center", fontsize=8)
-  figure.savefig(path)
-
-
-def png(image: ArrayLike) -> bytes:
-  """The content of a PNG file with one image [H, W, C] in [0, 1], C of 1 or 3, at its own size."""
-  values = np.round(255 * np.clip(np.asarray(image), 0, 1)).astype(np.uint8)
-  content = io.BytesIO()
-  Image.fromarray(values.squeeze(-1) if values.shape[-1] == 1 else values).save(content, "PNG")
-  return content.getvalue()
 
 
 def plane(path: pathlib.Path, panels: Sequence[tuple[str, Any]], *, num_classes: int, limit: float = 2.0) -> None:

@@ -1,1 +1,0 @@
-"""What every experiment needs and that knows nothing of any: flags, the working directory, progress, processes."""

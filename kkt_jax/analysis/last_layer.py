@@ -1,0 +1,123 @@
+"""What the last layer reveals about the data: how sure the classifier was of its training samples."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+import numpy as np
+
+from kkt_jax import _checks
+from kkt_jax._precision import full_precision
+from kkt_jax.kkt import losses
+
+
+def typical_margin(kernel: ArrayLike, *, weight_decay: float, competitors: float | None = None) -> float:
+  """The margin of a typical training sample, from the last layer of a classifier trained with weight decay.
+
+  The stationarity of the last kernel W, multiplied by W, says ``w |W|^2 = mean_i sum_c p_c (Phi_y - Phi_c)`` (without
+  the last bias). Were all training samples equally sure, with equal logits of k competing classes and no probability
+  for the others, the right-hand side would be ``q k / (k + e^q)`` with the margin q. It rises to its peak W(k / e) at
+  q = 1 + W(k / e), with Lambert's W, and falls beyond: of the two solutions the greater one is returned. Beyond the
+  paper, and data-free: multipliers of the right size need samples of the right margin.
+
+  Args:
+    kernel: W [F, C].
+    weight_decay: w, positive.
+    competitors: k, positive. Exact for two classes with 1 and for equal logits with C - 1; C / 2 if None, which is a
+      rule of thumb for classes that are not all alike.
+
+  Returns:
+    q in logits, at least 1 + W(k / e); NaN if there is no solution: the weights are too large for this weight decay
+    (the classifier has not converged, or was trained otherwise), or all 0.
+
+  Raises:
+    ValueError: ``kernel`` is not such a matrix, has fewer than two columns, or ``weight_decay`` is not positive.
+
+  >>> q, w = 5.0, 0.01
+  >>> size = math.sqrt(q / (1 + math.exp(q)) / w / 2)
+  >>> round(typical_margin(jnp.array([[size, -size]]), weight_decay=w), 3)
+  5.0
+  """
+  _checks.check_rank("kernel", kernel, 2, "[F, C]")
+  _checks.check_positive("weight_decay", weight_decay)
+  num_classes = jnp.shape(kernel)[1]
+  if num_classes < 2:
+    raise ValueError(f"kernel must have at least two columns; got shape {jnp.shape(kernel)}.")
+  others = num_classes / 2 if competitors is None else competitors
+  _checks.check_positive("competitors", others)
+  from scipy import optimize, special  # type: ignore[import-untyped]
+
+  wanted = weight_decay * float(jnp.sum(jnp.square(jnp.asarray(kernel))))
+  low = 1 + float(special.lambertw(others / math.e).real)
+
+  def excess(q: float) -> float:
+    return math.log(q) + math.log(others / wanted) - float(np.logaddexp(math.log(others), q))
+
+  if not wanted or excess(low) < 0:
+    return math.nan
+  # q k / (k + e^q) < q k / e^q < wanted as soon as q - log q > log(k / wanted), and log q < q / 2.
+  return optimize.brentq(excess, low, low + 2 * math.log(others / wanted))
+
+
+def collapsed_features(kernel: ArrayLike, scale: ArrayLike, shift: ArrayLike) -> jax.Array:
+  """What the last batch norm gives for every training sample of a class, read off the last layer.
+
+  Late in training all samples of a class have the same features, and the last layer's weights are those features up to
+  a factor and a constant for each unit (neural collapse, Papyan et al. 2020). Batch norm fixes both: over classes of
+  equal size its output before scale and shift has mean 0 and variance 1. So the weights of class c, standardised over
+  the classes of each unit, are that output. Beyond the paper, and data-free.
+
+  Args:
+    kernel: W [F, C] of the last layer, whose inputs are the rectified output of the batch norm.
+    scale: gamma of the batch norm [F].
+    shift: beta of the batch norm [F].
+
+  Returns:
+    The output of the batch norm for each class, before the ReLU [C, F].
+
+  Raises:
+    ValueError: shapes do not fit, or fewer than two classes.
+
+  >>> print(collapsed_features(jnp.array([[2.0, 0.0], [-1.0, 1.0]]), jnp.array([1.0, 5.0]), jnp.array([0.0, 1.0])))
+  [[ 1. -4.]
+   [-1.  6.]]
+  """
+  _checks.check_rank("kernel", kernel, 2, "[F, C]")
+  kernel = jnp.asarray(kernel)
+  if kernel.shape[1] < 2:
+    raise ValueError(f"kernel must have at least two columns; got shape {kernel.shape}.")
+  for name, value in (("scale", scale), ("shift", shift)):
+    _checks.check_shape(name, value, kernel.shape[:1], "[F]")
+  deviation = jnp.std(kernel, axis=1, keepdims=True)
+  standardised = (kernel - jnp.mean(kernel, axis=1, keepdims=True)) / jnp.where(deviation > 0, deviation, 1.0)
+  return standardised.T * jnp.asarray(scale)[None] + jnp.asarray(shift)[None]
+
+
+@full_precision
+def collapsed_margin(kernel: ArrayLike, bias: ArrayLike, scale: ArrayLike, shift: ArrayLike) -> float:
+  """The common margin of the training samples: that of the logits of their `collapsed_features`.
+
+  The scale e^-alpha of Eq. 6 then need not be found by descent.
+
+  Args:
+    kernel: W [F, C] of the last layer.
+    bias: its bias [C].
+    scale: gamma of the batch norm before it [F].
+    shift: beta of that batch norm [F].
+
+  Returns:
+    The median over classes of the margin to the runner-up, in logits; below 0 if the classifier did not collapse.
+
+  Raises:
+    ValueError: shapes do not fit, or fewer than two classes.
+
+  >>> kernel = jnp.array([[2.0, -2.0], [-1.0, 1.0]])  # features (1, 0) and (0, 1): logits (2, -2) and (-1, 1)
+  >>> collapsed_margin(kernel, jnp.zeros(2), jnp.ones(2), jnp.zeros(2))
+  3.0
+  """
+  features = jax.nn.relu(collapsed_features(kernel, scale, shift))
+  num_classes = features.shape[0]
+  _checks.check_shape("bias", bias, (num_classes,), "[C]")
+  logits = features @ jnp.asarray(kernel) + jnp.asarray(bias)[None]
+  return float(jnp.median(losses.runner_up_margin(logits, jnp.arange(num_classes))))

@@ -1,0 +1,349 @@
+"""Whether the classifier, as it is described, knows its training data: the first thing that an audit measures.
+
+A slip in the description (the order of pixels or labels, black for white, the range, a mean, padding) makes the
+weights say nothing, which would look as if they revealed nothing. What a correct one has however badly the classifier
+was trained: more than chance or a loss below that of guessing, and no more confidence than it deserves. Then, before
+minutes are spent, whether its weights obey the equations with its own training data at all.
+"""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import optimize, special, stats  # type: ignore[import-untyped]
+
+from kkt_jax.analysis import Examination
+from kkt_jax.audit.matching import uniform_noise
+from kkt_jax.audit.samples import Images
+from kkt_jax.classifiers import Classifier
+from kkt_jax.kkt import diagnostics
+
+_MOST, _LEAST = 1000, 100  # samples of each kind that are classified
+_VALUES = 5 * 10**6  # of all of them, beyond which there are fewer, and slips are not looked for in what seems right
+_SIGNIFICANT = 0.01  # p-value below which accuracy is no chance
+_FITS, _DOUBTED = 1e-3, 0.05  # p-values below which another description fits better, and may do so
+_WORSE = 1.2  # times the loss of guessing, above which a classifier cannot have been trained on the data
+_OVERCONFIDENT = 0.15  # confidence minus accuracy on training data
+_UNSURE = 0.2  # confidence above chance, as a share of the accuracy above chance
+_FLAT = 104.0  # margin at which the gradient of the loss is 0 in single precision
+_LEFT, _BESIDE = 0.5, 0.8  # residual of its own data, and that over others', above which weights obey no equations
+_SEARCHES = (100, 1000)  # steps of the search for multipliers; the second where the first leaves too much
+_CAUSES = (
+  "Likely causes: the order of pixels or channels, black for white, the range of the inputs, a mean or deviation left"
+  " out or applied twice, labels in another order, padding, the epsilon of batch norm, or data that it never saw"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """How well the classifier knows the data.
+
+  Attributes:
+    known: by "training data" or "held-out data": ``accuracy``, ``loss`` in nats, and ``chance``, the accuracy of the
+      same predictions in random order.
+    guessing: the loss of equal probabilities, log C.
+    refusal: why the audit stops, in one message; empty if it goes on.
+    doubts: why finding nothing would mean nothing, in sentences.
+  """
+
+  known: Mapping[str, Mapping[str, float]]
+  guessing: float
+  refusal: str = ""
+  doubts: tuple[str, ...] = ()
+
+  def __str__(self) -> str:
+    """Accuracy and loss of each set, beside chance."""
+    of_set = lambda own: (
+      f"{own['accuracy']:.1%} have their label ({own['chance']:.1%} by chance), loss {own['loss']:.3g}"
+    )
+    return "; ".join(f"{name}: {of_set(own)}" for name, own in self.known.items()) + f" (guessing {self.guessing:.3g})"
+
+
+def check(classifier: Classifier, train: Images | None, held_out: Images | None) -> Fit | None:
+  """Accuracy and loss on the data, and what follows for the description; None without data.
+
+  The audit stops if on the training data
+
+  - the accuracy is no more than chance (binomial, p at least .01), and the loss not below that of the class shares, or
+  - the loss is more than 1.2 times that of equal probabilities, or
+  - the accuracy is no more than on held-out data (Fisher, p at least .01) and 15 points below the mean confidence,
+    which cross-entropy keeps from exceeding the accuracy on what it was trained on, or
+  - another order of the labels, fitted to each half of the data and tested on the other, or another preprocessing of
+    the inputs halves the errors at least (McNemar), or makes no more of them and tells training from held-out data
+    better by their margins (DeLong), p below .001 after Bonferroni. If the classifier is not too sure, the other must
+    come 95 % of the way from chance to perfection; and both must hold if the given one comes 30 % of it.
+
+  Without training data only the last is asked, of held-out data.
+  """
+  sets = {"training data": train, "held-out data": held_out}
+  answers = {name: _Answers(classifier, _some(images)) for name, images in sets.items() if images is not None}
+  if not answers:
+    return None
+  name, own = next(iter(answers.items()))
+  guessing = float(np.log(classifier.num_classes))
+  fit = Fit({name: of_set.summary() for name, of_set in answers.items()}, guessing)
+  other = answers.get("held-out data") if train is not None else None
+  doubts, wrong = [], train is not None and (own.is_chance() or own.loss > _WORSE * guessing)
+  if train is not None and own.is_overconfident():
+    wrong |= other is not None and not own.is_better_than(other)
+    doubts.append(
+      f"Of the training data {own.accuracy:.0%} have their label, while the classifier is {own.confidence:.0%} sure:"
+      " training leaves that the other way round. Its description may be wrong, or the data are not those of the"
+      " training."
+    )
+  elif own.confidence - own.chance < _UNSURE * (own.accuracy - own.chance):
+    doubts.append(
+      f"Of the {name} {own.accuracy:.0%} have their label, but the classifier is only {own.confidence:.0%} sure of what"
+      " it says: it was hardly trained, or the range of the inputs is wrong."
+    )
+  if own.median_margin > _FLAT:
+    doubts.append(
+      f"The median margin of the {name}, {own.median_margin:.3g} logits, is beyond where cross-entropy has a gradient:"
+      " the range of the inputs may be wrong."
+    )
+  better = own.other_labels()
+  p_value = 0.0 if better else 1.0
+  if not better and (wrong or own.kappa < 0.9 or own.images.x.size <= _VALUES):
+    better, p_value = _other_inputs(classifier, own, other, wrong)
+  if not wrong and p_value >= _FITS:
+    if better:
+      doubts.append(f"The description may be wrong: {better[0].lower()}{better[1:]}")
+    return dataclasses.replace(fit, doubts=tuple(doubts))
+  found = better or "None of the usual slips that were tried explains it."
+  refusal = (
+    f"the classifier, as it is described, does not know its {name}: {fit}. {found} {_CAUSES}. --force audits it"
+    " nevertheless."
+  )
+  return dataclasses.replace(fit, refusal=refusal, doubts=(f"T{refusal[1:]}", *doubts))
+
+
+class Residuals(NamedTuple):
+  """What the stationarity conditions leave of the weights, with the best multipliers: squared, relative; 1 is all.
+
+  Attributes:
+    own: with the training data.
+    other: with as many other samples of the same classes; 1 without any.
+    what: what these are.
+  """
+
+  own: float
+  other: float
+  what: str
+
+  @property
+  def disobey(self) -> bool:
+    """Whether the training data explain the weights hardly better than others do."""
+    return self.own > _LEFT and self.own > _BESIDE * self.other
+
+  def __str__(self) -> str:
+    """Both in a sentence."""
+    return (
+      f"With their own training data, the equations leave {self.own:.2%} of the weights unexplained, with {self.what}"
+      f" {self.other:.0%}."
+    )
+
+
+def residuals(examination: Examination, train: Images, held_out: Images | None) -> Residuals | None:
+  """Whether the weights obey the equations with their training data, beside held-out data, or noise without these.
+
+  None if there are more than 1,000 training samples: a part of them explains a part of the weights only, and all are
+  too many at once.
+  """
+  if len(train.y) > _MOST:
+    return None
+  classifier, key = examination.classifier, jax.random.key(0)
+  beside: Images | None = None if classifier.value_range is None else uniform_noise(train, key)
+  what = "no data" if beside is None else "noise"
+  if held_out is not None:
+    counts = [(held_out.y == label, int(np.sum(train.y == label))) for label in np.unique(train.y)]
+    places = np.concatenate([np.flatnonzero(own)[:count] for own, count in counts])
+    beside, what = Images(held_out.x[places], held_out.y[places]), "held-out data"
+  diagnose = lambda images, steps: diagnostics.diagnose(
+    classifier, examination.conditions, classifier.from_unit(images.x), images.y, num_steps=steps
+  )
+  for steps in _SEARCHES:
+    own = diagnose(train, steps).residual
+    found = Residuals(own, 1.0 if beside is None else diagnose(beside, steps).residual, what)
+    if not found.disobey:
+      break
+  return found
+
+
+class _Answers:
+  """What the classifier says of labelled samples."""
+
+  def __init__(self, classifier: Classifier, images: Images, x: np.ndarray | None = None):
+    """Classifies the samples, or others in their place, ``x`` in the classifier's units."""
+    self.images, self.num_classes = images, classifier.num_classes
+    inputs = classifier.from_unit(images.x) if x is None else jnp.asarray(x, jnp.float32)
+    logits = np.nan_to_num(np.asarray(classifier.predict(inputs), np.float64))
+    logs = special.log_softmax(logits, axis=1)
+    rows, y = np.arange(len(images.y)), images.y
+    self.losses, self.taken = -logs[rows, y], np.argmax(logits, axis=1)
+    self.hits, self.sure = self.taken == y, np.exp(logs.max(axis=1))
+    self.accuracy, self.loss = float(self.hits.mean()), float(self.losses.mean())
+    self.confidence = float(self.sure.mean())
+    deviation = (np.sum(self.sure * (1 - self.sure)) + 0.25) ** 0.5
+    self.excess = float(np.sum(self.sure) - self.hits.sum()) / deviation  # confidence over accuracy, in deviations
+    ordered = np.sort(logits, axis=1)
+    self.median_margin = float(np.median(ordered[:, -1] - ordered[:, -2]))
+    runner_up = np.where(self.taken == y, ordered[:, -2], ordered[:, -1])
+    self.margins = logits[rows, y] - runner_up
+    shares = [np.bincount(own, minlength=self.num_classes) / len(y) for own in (self.taken, y)]
+    self.chance = float(shares[0] @ shares[1])
+    self.kappa = (self.accuracy - self.chance) / max(1 - self.chance, 1e-9)
+    self.gains = -np.log(shares[1][y]) - self.losses  # over a constant answer
+
+  def summary(self) -> dict[str, float]:
+    return {"accuracy": self.accuracy, "loss": self.loss, "chance": self.chance}
+
+  def is_chance(self) -> bool:
+    """Whether neither labels nor probabilities tell more of the data than the shares of the classes do."""
+    above = stats.binomtest(int(self.hits.sum()), len(self.hits), self.chance, alternative="greater").pvalue
+    error = max(self.gains.std() / len(self.gains) ** 0.5, 1e-6)
+    return above >= _SIGNIFICANT and self.kappa < 0.5 and self.gains.mean() < 2 * error
+
+  def is_overconfident(self) -> bool:
+    return self.confidence - self.accuracy > _OVERCONFIDENT and self.excess > 4
+
+  def is_better_than(self, other: "_Answers") -> bool:
+    table = [[int(own.hits.sum()), int((~own.hits).sum())] for own in (self, other)]
+    return bool(stats.fisher_exact(table, alternative="greater").pvalue < _SIGNIFICANT)
+
+  def p_value_of(self, hits: np.ndarray) -> float:
+    """Of other ``hits`` that are more (McNemar); 1 if more than half of the errors are left."""
+    more, fewer = int(np.sum(hits & ~self.hits)), int(np.sum(self.hits & ~hits))
+    if more == 0 or np.sum(~hits) > 0.5 * np.sum(~self.hits):
+      return 1.0
+    return float(stats.binomtest(more, more + fewer, alternative="greater").pvalue)
+
+  def other_labels(self) -> str:
+    """Which order of the classes fits better, in a sentence; empty if none does."""
+    place = np.zeros(len(self.hits), int)
+    for label in np.unique(self.images.y):
+      own = self.images.y == label
+      place[own] = np.arange(own.sum())
+    half, hits = place % 2 == 1, np.zeros(len(self.hits), bool)
+    for fitted in (half, ~half):
+      hits[~fitted] = self._order(fitted)[self.images.y[~fitted]] == self.taken[~fitted]
+    if self.p_value_of(hits) >= _FITS:
+      return ""
+    order, labels = self._order(np.ones(len(self.hits), bool)), np.arange(self.num_classes)
+    changed = [f"{own} for {label}" for label, own in enumerate(order) if own != label]
+    what = "class " + ", ".join(changed[:6]) + (", ..." if len(changed) > 6 else "")
+    shift = int(order[0])
+    if np.array_equal(order, (labels + shift) % self.num_classes) and self.num_classes > 2:
+      what = f"labels shifted by {shift if shift <= self.num_classes / 2 else shift - self.num_classes}"
+    right = np.mean(order[self.images.y] == self.taken)
+    return f"With {what}, {right:.1%} would be right: the labels are in another order."
+
+  def _order(self, some: np.ndarray) -> np.ndarray:
+    """The class that each label stands for so that most of some samples are right."""
+    counts = 1e-3 * np.eye(self.num_classes)
+    np.add.at(counts, (self.images.y[some], self.taken[some]), 1)
+    return np.asarray(optimize.linear_sum_assignment(counts, maximize=True)[1])
+
+
+def _some(images: Images) -> Images:
+  most = int(np.clip(2 * _VALUES // images.x[0].size, _LEAST, _MOST))
+  if len(images.y) <= most:
+    return images
+  places = np.sort(np.random.default_rng(0).choice(len(images.y), most, replace=False))
+  return Images(images.x[places], images.y[places])
+
+
+def _other_inputs(classifier: Classifier, own: _Answers, other: _Answers | None, wrong: bool) -> tuple[str, float]:
+  """Which other preprocessings of the inputs fit better, in a sentence, and a p-value; "" and 1.0 if none does.
+
+  They leave half of the errors at most; or they make no more errors, and margins tell the data better from held-out
+  ones, ``other``, which a correct description does best. See `check`; ``wrong`` if it is refused for other reasons.
+  """
+  together = [own.images.x] if other is None else [own.images.x, other.images.x]
+  tried: dict[str, tuple[_Answers, _Answers | None]] = {}
+  for what, x in _preprocessed(classifier, np.concatenate(together)):
+    split = [x[: len(own.hits)], x[len(own.hits) :]]
+    beside = None if other is None else _Answers(classifier, other.images, split[1])
+    tried[what] = _Answers(classifier, own.images, split[0]), beside
+  p_values: dict[str, float] = {}
+  for what, (of, beside) in tried.items():
+    fewer, farther = own.p_value_of(of.hits), 1.0
+    if other is not None and beside is not None and of.hits.sum() >= own.hits.sum():
+      farther = _p_value_of_areas((own, other), (of, beside))
+    if not wrong and own.excess <= 2:  # what was hardly trained, and is not too sure, may do better on centred inputs
+      fewer, least_kappa = (fewer if own.kappa < 0.3 else max(fewer, farther)), 0.95
+    else:
+      least_kappa = 0.5
+    p_values[what] = min(fewer, farther) if of.kappa >= least_kappa else 1.0
+  least = min(p_values.values(), default=1.0)
+  p_value = min(1.0, 2 * len(tried) * least)
+  if p_value >= _DOUBTED:
+    return "", 1.0
+  fitting = {what: tried[what][0].accuracy for what, p in p_values.items() if 2 * len(tried) * p < _DOUBTED}
+  best = sorted(fitting, key=lambda what: (-fitting[what], p_values[what]))
+  close = [what for what in best if fitting[what] > fitting[best[0]] - 0.03][:3]
+  said = "; or ".join(f"with {what} {fitting[what]:.1%} would be right" for what in close)
+  return f"{said[0].upper()}{said[1:]}{', farther from held-out data' if other is not None else ''}.", p_value
+
+
+def _p_value_of_areas(given: tuple[_Answers, _Answers], changed: tuple[_Answers, _Answers]) -> float:
+  """Whether margins tell one kind of samples from another better than before: paired areas (DeLong et al. 1988)."""
+  parts = []
+  for own, other in (given, changed):
+    ranks = stats.rankdata(np.concatenate([own.margins, other.margins]))
+    above = (ranks[: len(own.hits)] - stats.rankdata(own.margins)) / len(other.hits)
+    below = 1 - (ranks[len(own.hits) :] - stats.rankdata(other.margins)) / len(own.hits)
+    parts.append((above, below))
+  gains = [after - before for before, after in zip(*parts, strict=True)]
+  error = sum(gain.var() / len(gain) for gain in gains) ** 0.5
+  return float(stats.norm.sf(gains[0].mean() / max(error, 1e-9)))
+
+
+def _preprocessed(classifier: Classifier, unit: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+  """The inputs as they would have been after the usual slips, in the classifier's units, each named."""
+  x = np.asarray(classifier.from_unit(unit))
+  if classifier.value_range is None:
+    yield "the sign changed", -x
+  else:
+    yield "black for white", np.asarray(classifier.from_unit(1 - unit))
+    for low, high in {(0, 1), (-1, 1), (0, 255)} - {classifier.value_range}:
+      yield f"inputs from {low} to {high}", low + (high - low) * unit
+    yield "inputs a 255th as great", x / 255
+    yield "inputs halved and raised by a half, as after a second normalisation to -1 to 1", (x + 1) / 2
+  mean, deviation, image = x.mean(), max(x.std(), 1e-6), x.mean(axis=0, keepdims=True)
+  spread = np.maximum(x.std(axis=0, keepdims=True), 1e-6)
+  yield "the mean subtracted", x - mean
+  yield "the mean subtracted and the deviation divided by", (x - mean) / deviation
+  yield "the mean and deviation undone, which the function applies", x * deviation + mean
+  yield "the mean of each value (the mean image) subtracted", x - image
+  yield "the mean of each value (the mean image) added, which the function subtracts", x + image
+  yield "each value less its mean and divided by its deviation", (x - image) / spread
+  shapes = {unit.shape[1:]}
+  if unit.ndim == 2:  # perhaps a flattened image
+    sides = {channels: round((unit.shape[1] / channels) ** 0.5) for channels in (1, 3)}
+    shapes = {(side, side, channels) for channels, side in sides.items() if side * side * channels == unit.shape[1]}
+  for shape in shapes:
+    if len(shape) not in (2, 3):
+      continue
+    images = x.reshape(-1, *shape[:2], shape[2] if len(shape) == 3 else 1)
+    height, width, channels = images.shape[1:]
+    turned = {"rows and columns exchanged": images.swapaxes(1, 2)} if height == width else {}
+    turned |= {"images upside down": images[:, ::-1], "images mirrored": images[:, :, ::-1]}
+    if channels > 1:
+      turned |= {
+        "channels before pixels (channel-first)": images.transpose(0, 3, 1, 2),
+        "pixels before channels (channel-last)": images.reshape(-1, channels, height, width).transpose(0, 2, 3, 1),
+        "the channels in reverse order (RGB, BGR)": images[..., ::-1],
+        "the mean of each channel subtracted and its deviation divided by": (images - images.mean(axis=(0, 1, 2)))
+        / np.maximum(images.std(axis=(0, 1, 2)), 1e-6),
+      }
+    if unit.ndim > 2:
+      for step in (-3, -2, -1, 1, 2, 3):
+        moved = np.roll(images, (step, step), axis=(1, 2))
+        turned[f"images moved by {abs(step)} pixels to the {'lower right' if step > 0 else 'upper left'} (padding)"] = (
+          moved
+        )
+    for what, images in turned.items():
+      yield what, images.reshape(x.shape)

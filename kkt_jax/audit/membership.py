@@ -1,0 +1,131 @@
+"""What real samples tell: which of them were trained on, by scores of single samples, and what a trial can tell."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
+
+from kkt_jax.analysis import Examination
+from kkt_jax.audit import sources
+from kkt_jax.audit.matching import comparable, EXACT, similarity, tested
+from kkt_jax.audit.samples import Images
+from kkt_jax.membership import candidates
+from kkt_jax.metrics import Roc, roc
+
+SIGNIFICANT = 0.01  # p-value below which something is no chance
+_PAIRS = 10**7  # of images that are compared before the training
+_MOST = 1500  # samples of each kind that are scored together: the cost grows with their square
+SCORES = {
+  "multipliers": "their part in the sum that the weights are",
+  "span": "their distance from the directions in which the training data lie",
+  "signal": "how much of their own signal the weights lack",
+  "hinges": "the kinks on which they lie",
+  "margin": "the margin that training samples share",
+  "loss": "their loss",
+}
+
+
+class Confounded(str):
+  """A limit in words under which no difference between training and held-out data is the weights' doing."""
+
+
+class Scored(NamedTuple):
+  """What scores of single samples tell of training samples and others (`kkt_jax.membership.candidates`).
+
+  Attributes:
+    curves: by score, training samples against others.
+    best: the score by which most training samples lie above all others.
+    members: how many training samples were scored.
+    others: how many others.
+    p_value: the odds of as great a difference by chance, in any score.
+  """
+
+  curves: Mapping[str, Roc]
+  best: str
+  members: int
+  others: int
+  p_value: float
+
+
+class Told(NamedTuple):
+  """Which samples that were asked about score above all held-out ones.
+
+  Attributes:
+    marks: in which scores each of these does, by its name.
+    asked: how many were asked about.
+    others: how many were held out.
+    by_chance: how many of them would at most if none was trained on, in the mean.
+  """
+
+  marks: Mapping[str, Sequence[str]]
+  asked: int
+  others: int
+  by_chance: float
+
+
+def score(examination: Examination, train: Images, held_out: Images) -> Scored:
+  """Scores training and held-out samples together, at most 1,500 of each, drawn at random."""
+  own, others = _some(train), _some(held_out)
+  x, y = np.concatenate([own.x, others.x]), np.concatenate([own.y, others.y])
+  found = candidates.scores(examination, examination.classifier.from_unit(x), y)
+  sides = {name: (values[: len(own.y)], values[len(own.y) :]) for name, values in found.items()}
+  curves = {name: roc(*side) for name, side in sides.items()}
+  best = max(curves, key=lambda name: (curves[name].points[0].members, curves[name].auc))
+  p_values = [_p_value(*side, curves[name].points[0].members) for name, side in sides.items()]
+  return Scored(curves, best, len(own.y), len(others.y), min(1.0, len(p_values) * min(p_values)))
+
+
+def suspects(examination: Examination, asked: Images, names: Sequence[str], held_out: Images) -> Told:
+  """Scores samples together with held-out ones; all count as what the classifier takes them for."""
+  others = _some(held_out)
+  found = candidates.scores(examination, examination.classifier.from_unit(np.concatenate([asked.x, others.x])))
+  above = {name: values[: len(asked.x)] > values[len(asked.x) :].max() for name, values in found.items()}
+  marks = {own: [name for name in above if above[name][place]] for place, own in enumerate(names)}
+  by_chance = len(asked.x) * len(above) / (1 + len(others.y))
+  return Told({own: marked for own, marked in marks.items() if marked}, len(asked.x), len(others.y), by_chance)
+
+
+def limits(train: Images, held_out: Images) -> list[str]:
+  """What a trial of these data cannot tell, in words; nothing if it can tell all. See `Confounded`."""
+  count, group = tested(train, held_out)
+  number, said = count * len(np.unique(train.y)), []
+  if number < len(train.y):
+    said.append(
+      f"Only {number} of the {len(train.y)} training samples can be tested, {count} of each class: so many has the"
+      " rarest class of the training data or of those held out."
+    )
+  if 2 * (1 + group) ** -number >= SIGNIFICANT:
+    said.append(f"The data are too few for a verdict: even if all {number} were picked out, that could be luck.")
+  if comparable(train) and len(train.y) * len(held_out.y) <= _PAIRS:
+    near = int(np.sum(similarity(train, held_out) > EXACT))
+    if near:
+      said.append(f"{near} held-out samples are all but equal to a training sample, and cannot be told from it.")
+  counts = np.stack([np.bincount(images.y, minlength=int(train.y.max()) + 1) for images in (train, held_out)])
+  if stats.chi2_contingency(counts).pvalue < SIGNIFICANT:
+    said.append("The classes have other shares in the held-out data, by which scores of samples may differ, too.")
+  apart = sources.p_value(train, held_out)
+  if apart < SIGNIFICANT:
+    said.append(
+      Confounded(
+        f"The held-out data can be told from the training data of their class without any weights (p = {apart:.2g}):"
+        " they differ by themselves, as by their source, compression, brightness or cut, so that nothing that tells"
+        " them apart is evidence of training. Hold out data of the same source, stored in the same way."
+      )
+    )
+  return said
+
+
+def _some(images: Images) -> Images:
+  if len(images.y) <= _MOST:
+    return images
+  places = np.sort(np.random.default_rng(0).choice(len(images.y), _MOST, replace=False))
+  return Images(images.x[places], images.y[places])
+
+
+def _p_value(members: np.ndarray, others: np.ndarray, leading: int) -> float:
+  """Of one score, for exchangeable samples: twice the lesser of two, that of the ranks and that of the leading ones."""
+  ranks = stats.mannwhitneyu(members, others, alternative="greater").pvalue
+  n, m = len(members), len(others)
+  tops = np.arange(leading)  # the greatest of all n + m is a member with odds n / (n + m), and so on
+  return float(min(1.0, 2 * min(ranks, np.prod((n - tops) / (n + m - tops)))))

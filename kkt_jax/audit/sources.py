@@ -1,0 +1,105 @@
+"""Whether two sets of data can be told apart without any classifier's weights.
+
+Scores compare training data with held-out ones; whatever else differs between the two (a pixel's shift, compression,
+brightness), weights can tell, too, without ever having seen a sample.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
+
+from kkt_jax.audit.samples import Images
+
+_MOST, _MOST_VALUES = 1500, 2000  # samples of each kind, and values of a sample, that are compared
+_COMPONENTS, _FOLDS, _RIDGE = 30, 5, 0.1
+_SHUFFLED = 1999
+
+
+def p_value(first: Images, second: Images) -> float:
+  """The odds of so great a difference between two sets of one source, whatever the shares of their classes.
+
+  Thrice the least of three: of a linear classifier of pixels and summaries, cross-validated; of the summary that
+  differs most; and of the mean images. Which sample belongs to which set is shuffled within the classes, 1,999 times,
+  so that the p-value is exact for exchangeable samples.
+  """
+  random = np.random.default_rng(0)
+  parts = [_some(images, random) for images in (first, second)]
+  x, y = np.concatenate([own.x for own in parts]), np.concatenate([own.y for own in parts])
+  member = np.repeat([1.0, 0.0], [len(own.y) for own in parts])
+  members = np.stack([member, *_shuffled(member, y, random)], axis=1)
+  members -= _class_means(members, y)  # constant within a class
+  flat = x.reshape(len(x), -1).astype(np.float64)
+  if flat.shape[1] > _MOST_VALUES:
+    flat = flat[:, np.sort(random.choice(flat.shape[1], _MOST_VALUES, replace=False))]
+  summaries = np.stack([stats.rankdata(own) for own in _summaries(x)], axis=1)
+  values, summaries = _standard(flat, y), _standard(summaries, y)
+  left, sizes, _ = np.linalg.svd(values, full_matrices=False)
+  components = left[:, :_COMPONENTS][:, sizes[:_COMPONENTS] > 1e-6] * len(x) ** 0.5
+  found = [
+    _predicted(np.concatenate([components, summaries], axis=1), members, random),
+    np.abs(summaries.T @ members).max(axis=0),
+    np.square(values.T @ members).sum(axis=0),
+  ]
+  return float(min(1.0, len(found) * min(np.mean(own >= own[0] * (1 - 1e-9)) for own in found)))
+
+
+def _predicted(features: np.ndarray, members: np.ndarray, random: np.random.Generator) -> np.ndarray:
+  """How well each of many memberships [N, T] is predicted by ridge regression, on samples that it was not fitted to."""
+  fold, predicted = random.permutation(len(features)) % _FOLDS, np.zeros_like(members)
+  for own in range(_FOLDS):
+    fitted, tested = features[fold != own], features[fold == own]
+    ridge = _RIDGE * len(fitted) * np.eye(features.shape[1])
+    predicted[fold == own] = tested @ np.linalg.solve(fitted.T @ fitted + ridge, fitted.T @ members[fold != own])
+  lengths = np.linalg.norm(predicted, axis=0) * np.linalg.norm(members, axis=0)
+  return np.asarray(np.sum(predicted * members, axis=0) / np.maximum(lengths, 1e-12))
+
+
+def _summaries(x: np.ndarray) -> Iterator[np.ndarray]:
+  """Numbers that say something of a whole sample."""
+  flat = np.round(x.reshape(len(x), -1).astype(np.float64), 6)
+  yield from (flat.mean(axis=1), flat.std(axis=1), flat.min(axis=1), flat.max(axis=1))
+  yield from (np.mean(flat == flat.min(), axis=1), np.mean(flat == flat.max(), axis=1))
+  yield np.array([len(np.unique(row)) for row in flat])
+  yield np.mean(np.abs(255 * flat - np.round(255 * flat)), axis=1)  # whether it was stored in bytes
+  yield from (np.quantile(flat, share, axis=1) for share in (0.25, 0.5, 0.75))
+  if x.ndim < 3:
+    return
+  images = x.reshape(*x.shape[:3], -1).mean(axis=3)
+  weights = images - images.min()
+  total = np.maximum(weights.sum(axis=(1, 2)), 1e-9)
+  for axis in (1, 2):
+    place = np.arange(images.shape[axis]).reshape((-1, 1) if axis == 1 else (1, -1))
+    yield np.sum(weights * place, axis=(1, 2)) / total
+    for order in (1, 2):
+      yield np.abs(np.diff(images, n=order, axis=axis)).mean(axis=(1, 2))
+
+
+def _shuffled(member: np.ndarray, y: np.ndarray, random: np.random.Generator) -> Iterator[np.ndarray]:
+  classes = [np.flatnonzero(y == label) for label in np.unique(y)]
+  for _ in range(_SHUFFLED):
+    drawn = member.copy()
+    for places in classes:
+      drawn[places] = random.permutation(member[places])
+    yield drawn
+
+
+def _class_means(values: np.ndarray, y: np.ndarray) -> np.ndarray:
+  means = np.zeros_like(values)
+  for label in np.unique(y):
+    means[y == label] = values[y == label].mean(axis=0)
+  return means
+
+
+def _standard(values: np.ndarray, y: np.ndarray) -> np.ndarray:
+  """Values less the means of their class, of unit variance; 0 where they are constant."""
+  values = values - _class_means(values, y)
+  deviations = values.std(axis=0)
+  return values / np.where(deviations > 1e-9, deviations, np.inf)
+
+
+def _some(images: Images, random: np.random.Generator) -> Images:
+  if len(images.y) <= _MOST:
+    return images
+  places = np.sort(random.choice(len(images.y), _MOST, replace=False))
+  return Images(images.x[places], images.y[places])

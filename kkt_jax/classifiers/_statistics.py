@@ -1,0 +1,98 @@
+"""Running statistics of batch norm among other variables, recognised by the names that frameworks give them."""
+
+from collections.abc import Mapping
+import re
+from typing import Any
+
+from kkt_jax._typing import PyTree
+
+COUNTER = "num_batches_tracked"  # of PyTorch, which no function needs
+_KINDS = {"running_mean": "mean", "running_var": "var"}  # PyTorch
+_KINDS |= {"moving_mean": "mean", "moving_variance": "var"}  # Keras
+_KINDS |= {"mean": "mean", "var": "var"}  # flax
+
+
+def _parts(key: Any) -> tuple[str, str]:
+  """The layer and the last part of a name, which a flat tree such as a state_dict joins by dots or slashes."""
+  layer, _, last = re.fullmatch(r"(?:(.*)([./]))?([^./]*)", str(key), re.DOTALL).groups(default="")  # type: ignore[union-attr]
+  return layer, last
+
+
+def split(tree: PyTree, keep: frozenset[str] = frozenset({COUNTER})) -> tuple[dict[Any, Any], dict[Any, Any]]:
+  """The parameters of a tree of nested mappings, and its running statistics and counters.
+
+  A mean and a variance are statistics if both stand in one layer and neither is a mapping.
+
+  >>> split({"0": {"weight": 1.0}, "1": {"weight": 2.0, "running_mean": 3.0, "running_var": 4.0}})
+  ({'0': {'weight': 1.0}, '1': {'weight': 2.0}}, {'1': {'running_mean': 3.0, 'running_var': 4.0}})
+  """
+  names = {_parts(key) for key, value in tree.items() if not isinstance(value, Mapping)}
+  pairs = (("running_mean", "running_var"), ("moving_mean", "moving_variance"), ("mean", "var"))
+  found = {(layer, own) for layer, _ in names for pair in pairs for own in pair if {(layer, p) for p in pair} <= names}
+  found |= {name for name in names if name[1] in keep}
+  params: dict[Any, Any] = {}
+  others: dict[Any, Any] = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      own, rest = split(value, keep)
+      params |= {key: own} if own or not value else {}
+      others |= {key: rest} if rest else {}
+    else:
+      (others if _parts(key) in found else params)[key] = value
+  return params, others
+
+
+def merge(params: PyTree, others: PyTree) -> PyTree:
+  """What `split` took apart."""
+  both = dict(params)
+  for key, value in others.items():
+    both[key] = merge(both.get(key, {}), value) if isinstance(value, Mapping) else value
+  return both
+
+
+def canonical(statistics: PyTree) -> dict[Any, Any]:
+  """Statistics named as in flax, ``{"mean": ..., "var": ...}`` of each layer, without counters.
+
+  Raises:
+    ValueError: a name that is none of a mean or a variance.
+
+  >>> canonical({"bn.running_mean": 1.0, "bn.running_var": 2.0, "bn.num_batches_tracked": 3})
+  {'bn': {'mean': 1.0, 'var': 2.0}}
+  """
+  found: dict[Any, Any] = {}
+  for key, value in statistics.items():
+    layer, last = _parts(key)
+    if isinstance(value, Mapping):
+      found[key] = canonical(value)
+    elif last in _KINDS:
+      (found.setdefault(layer, {}) if layer else found)[_KINDS[last]] = value
+    elif last != COUNTER:
+      raise ValueError(
+        f"batch_stats must hold a mean and a variance of each layer, named {', '.join(map(repr, _KINDS))}; got {key!r}."
+      )
+  return found
+
+
+def names_of(tree: PyTree, before: str = "") -> list[str]:
+  """The names of statistics, as `split` gives them, without counters."""
+  found = []
+  for key, value in tree.items():
+    name = f"{before}{key}"
+    found += names_of(value, f"{name}/") if isinstance(value, Mapping) else [name]
+  return [name for name in found if _parts(name)[1] != COUNTER]
+
+
+def some_names(tree: PyTree) -> str:
+  """The first names of statistics, for messages."""
+  names = names_of(tree)
+  return ", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")
+
+
+def is_variance(key: Any) -> bool:
+  """Whether a name is that of a variance."""
+  return _KINDS.get(_parts(key)[1]) == "var"
+
+
+def is_unbiased(key: Any) -> bool:
+  """Whether a framework that names a variance so divides by n - 1, as PyTorch does."""
+  return _parts(key)[1] == "running_var"

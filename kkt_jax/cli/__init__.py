@@ -1,0 +1,1 @@
+"""Programs: flags, folders of runs, progress."""

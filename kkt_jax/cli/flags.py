@@ -1,0 +1,479 @@
+"""Command lines from frozen dataclasses: every field is a flag, with help in groups and errors of one form.
+
+An experiment is a module with a ``Config``, a function ``run(config, workdir)`` and ``flags.main(Config, run)``. It
+imports what is slow to import inside ``run``, so that a mistyped flag is refused at once; and ``run`` checks all that
+can be wrong before it makes the folder.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+import csv
+import dataclasses
+import difflib
+import math
+import os
+import pathlib
+import re
+import shlex
+import signal
+import sys
+import textwrap
+import time
+from typing import Any, TypeVar
+
+from absl import app, logging
+from absl import flags as absl_flags
+
+from kkt_jax._errors import InputError
+from kkt_jax.cli import processes
+from kkt_jax.cli.progress import Clock, say
+
+ConfigT = TypeVar("ConfigT")
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_LINE, _INDENT = 110, 34  # of the help
+_KEPT_DAYS = 30  # of what was compiled
+_HELP = {"--help", "-h", "--helpshort", "--helpfull"}
+
+
+class UsageError(InputError):
+  """The user asked for something impossible; the message says what to change, and no traceback is shown."""
+
+
+class RunError(RuntimeError):
+  """A run in a process of its own broke off; the message says where to look."""
+
+
+def flag(
+  default: Any,
+  help: str,
+  *,
+  lower: float | None = None,
+  upper: float | None = None,
+  choices: Sequence[str] | None = None,
+  group: str | None = None,
+  type: type | None = None,
+) -> Any:
+  """A field of a config, which is a flag of the command line, too.
+
+  Args:
+    default: its default; None (with ``type``) if it depends on other flags, see `resolve`.
+    help: what it means.
+    lower: least value.
+    upper: greatest value.
+    choices: the only values.
+    group: heading in the help of this field and of those after it, up to the next that has one.
+    type: bool, int, float or str; that of the default if None.
+
+  Returns:
+    A dataclass field.
+  """
+  if default is None and type is None:
+    raise ValueError("a flag without a default needs a type.")
+  metadata = {"help": help, "lower": lower, "upper": upper, "choices": choices, "group": group}
+  return dataclasses.field(default=default, metadata={**metadata, "type": type or default.__class__})
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+  """The end of a message about a name that is not among the known ones.
+
+  >>> did_you_mean("--hiden", ["--hidden", "--seed"]), did_you_mean("x", ["hidden"])
+  ('; did you mean --hidden?', '.')
+  """
+  by_lower_case = {own.lower(): own for own in known}
+  near = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
+  return f"; did you mean {by_lower_case[near[0]]}?" if near else "."
+
+
+def check(config: Any) -> None:
+  """Raises UsageError unless every field has the right type, is finite, and lies in its bounds or choices.
+
+  >>> @dataclasses.dataclass(frozen=True)
+  ... class Config:
+  ...   rate: float = flag(0.1, "Step size.", lower=0)
+  >>> check(Config(rate=-1.0))
+  Traceback (most recent call last):
+  kkt_jax.cli.flags.UsageError: --rate must be at least 0; got -1.0.
+  """
+  for field in dataclasses.fields(config):
+    value, limits = getattr(config, field.name), field.metadata
+    if value is None and field.default is None:
+      continue  # see `resolve`
+    kind, must, end = limits["type"], "", "."
+    if not isinstance(value, (int, float) if kind is float else kind):
+      must = f"be {_KINDS[kind]}"
+    elif limits["choices"] is not None and value not in limits["choices"]:
+      must, end = f"be one of {', '.join(limits['choices'])}", did_you_mean(str(value), limits["choices"])
+    elif kind is float and not math.isfinite(value):
+      must = "be finite"
+    elif kind is int and not -(2**63) <= value < 2**63:
+      must = "be less than 2^63 in size"
+    elif limits["lower"] is not None and value < limits["lower"]:
+      must = f"be at least {limits['lower']}"
+    elif limits["upper"] is not None and value > limits["upper"]:
+      must = f"be at most {limits['upper']}"
+    if must:
+      raise UsageError(f"--{field.name} must {must}; got {value!r}{end}")
+
+
+def resolve(config: ConfigT, *presets: Mapping[str, Any]) -> ConfigT:
+  """Fills every field whose default depends on other flags from the first preset that names it, and checks all.
+
+  Args:
+    config: what the user gave; a value given by hand stays.
+    *presets: values by field name, e.g. of a method, of a data set, and last those of the experiment.
+
+  Returns:
+    A config without fields left open.
+
+  Raises:
+    UsageError: a value is out of its bounds or choices.
+    ValueError: no preset names an open field, or one names a field that is not open by default.
+
+  >>> @dataclasses.dataclass(frozen=True)
+  ... class Config:
+  ...   rate: float = flag(None, "Step size.", type=float)
+  ...   steps: int = flag(None, "Steps.", type=int)
+  >>> resolve(Config(steps=7), {"rate": 0.5}, {"rate": 0.1, "steps": 100})
+  Config(rate=0.5, steps=7)
+  """
+  check(config)
+  open_fields = [field.name for field in dataclasses.fields(config) if field.default is None]  # type: ignore[arg-type]
+  useless = {name for preset in presets for name in preset} - set(open_fields)
+  if useless:
+    raise ValueError(f"presets must name fields whose default is None; got {', '.join(sorted(useless))}.")
+  values = {name: preset[name] for preset in reversed(presets) for name in preset}
+  missing = [name for name in open_fields if getattr(config, name) is None and name not in values]
+  if missing:
+    raise ValueError(f"presets must name every field whose default is None; {', '.join(missing)} missing.")
+  given = {name: value for name in open_fields if (value := getattr(config, name)) is not None}
+  config = dataclasses.replace(config, **values | given)  # type: ignore[type-var]
+  check(config)
+  return config
+
+
+def parse(config_class: type[Any], text: str, *, flag: str = "set") -> dict[str, Any]:
+  """Values of fields from ``name=value,name=value``, each of its field's type.
+
+  Args:
+    config_class: whose fields.
+    text: from the command line; a part whose value has commas stands in double quotes.
+    flag: which flag holds it, for error messages.
+
+  Returns:
+    The values by name.
+
+  Raises:
+    UsageError: there is no such field, or its value cannot be read or is out of bounds.
+
+  >>> @dataclasses.dataclass(frozen=True)
+  ... class Config:
+  ...   rate: float = flag(0.1, "Step size.")
+  ...   fast: bool = flag(False, "Whether to hurry.")
+  >>> parse(Config, "rate=1,fast=true")
+  {'rate': 1.0, 'fast': True}
+  """
+  fields = {field.name: field for field in dataclasses.fields(config_class)}
+  values = {}
+  try:
+    parts = next(csv.reader([text], skipinitialspace=True), [])
+  except csv.Error as error:
+    raise UsageError(f"--{flag} must be name=value, separated by commas; got {text!r}.") from error
+  for part in filter(None, parts):
+    name, equals, value = part.partition("=")
+    if name not in fields:
+      raise UsageError(f"--{flag}: {name} is not a flag of this experiment{did_you_mean(name, fields)}")
+    if not equals:
+      raise UsageError(f"--{flag}: {name} needs a value: {name}={fields[name].default}.")
+    values[name] = _convert(fields[name], value)
+  check(config_class(**values))
+  return values
+
+
+def _convert(field: dataclasses.Field[Any], text: str) -> Any:
+  kind = field.metadata["type"]
+  try:
+    return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+  except (ValueError, KeyError) as error:
+    raise UsageError(f"--{field.name} must be {_KINDS[kind]}; got {text!r}.") from error
+
+
+def command_line(program: str, config: Any, workdir: pathlib.Path) -> str:
+  """A command line that can be pasted, with all that differs from the defaults.
+
+  >>> @dataclasses.dataclass(frozen=True)
+  ... class Config:
+  ...   name: str = flag("", "Name.")
+  ...   force: bool = flag(False, "Whether to go on.")
+  ...   seed: int = flag(0, "Seed.")
+  >>> command_line("python -m this", Config("a b", force=True), pathlib.Path("runs"))
+  "python -m this '--name=a b' --force=true --workdir=runs"
+  """
+  values = {own.name: getattr(config, own.name) for own in dataclasses.fields(config)}
+  given = [(own.name, values[own.name]) for own in dataclasses.fields(config) if values[own.name] != own.default]
+  texts = [f"--{name}={'true' if value is True else value}" for name, value in [*given, ("workdir", workdir)]]
+  return f"{program} {shlex.join(texts)}"
+
+
+def check_folder(path: str | os.PathLike[str], *, flag: str = "workdir") -> pathlib.Path:
+  """A path at which there is, or can be made, a folder to write to; makes nothing. Raises UsageError if it cannot."""
+  if not os.fspath(path):
+    raise UsageError(f"--{flag}=DIR is needed: the folder for everything that the run writes.")
+  folder = pathlib.Path(path)
+  try:
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+  except OSError as error:
+    raise UsageError(f"--{flag}={path} must name a folder; got {error.strerror}.") from error
+  if not existing.is_dir():
+    raise UsageError(f"--{flag}={path} must be a folder; {existing} is none.")
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise UsageError(f"--{flag}={path} must be a folder that you can write to; {existing} is not.")
+  return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class _Folder:
+  workdir: str = flag(
+    "", "Folder for everything that the run writes. An interrupted run goes on when started with it again.", group="Run"
+  )
+  compilation_cache: str = flag(
+    "",
+    "Folder in which later runs find what was compiled; off for none. ~/.cache/kkt_jax, which keeps it for a month, or"
+    " what JAX is told.",
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Jointly:
+  coordinator: str = flag(
+    "",
+    "address:port of the first process, or auto to ask the cluster (SLURM, Open MPI, Cloud TPU).",
+    group="Several processes that train together",
+  )
+  num_processes: int = flag(0, "Their number.", lower=0)
+  process_id: int = flag(-1, "Which of them this is, from 0.", lower=-1)
+
+  def check(self) -> None:
+    number, own = self.num_processes, self.process_id
+    asked = self.coordinator in ("", "auto")
+    if (number, own) != (0, -1) if asked else not 0 <= own < number:
+      raise UsageError(
+        "--coordinator=address:port, --num_processes and --process_id (from 0, less than their number) must be given"
+        f" together, and neither number with --coordinator=auto; got {self.coordinator!r}, {number}, {own}."
+      )
+
+
+def main(
+  config_class: type[ConfigT], run: Callable[[ConfigT, pathlib.Path], Mapping[str, Any]], *, jointly: bool = False
+) -> None:
+  """The program of an experiment: reads the command line, runs, prints the result, exits.
+
+  Beside the fields it takes the flags of absl, such as ``--pdb`` and ``--flagfile``, and of JAX, such as
+  ``--jax_debug_nans``.
+
+  Args:
+    config_class: a frozen dataclass whose fields are made by `flag`.
+    run: ``run(config, workdir) -> metrics``. Of these ``summary`` (text) and ``pictures`` (paths in the workdir) are
+      shown at the end.
+    jointly: whether several processes can run it together; see `kkt_jax.cli.processes`.
+  """
+
+  def parsed(argv: list[str]) -> list[str]:
+    absl_flags.FLAGS.mark_as_parsed()
+    if not _HELP & set(argv):
+      try:
+        _parsed(_classes(config_class, jointly), argv)  # absl wants to know its own before it runs anything
+      except InputError as error:
+        sys.exit(_say_error(error, 2))
+    return argv
+
+  app.run(lambda argv: command(config_class, run, argv, jointly=jointly), flags_parser=parsed)
+
+
+def command(
+  config_class: type[ConfigT],
+  run: Callable[[ConfigT, pathlib.Path], Mapping[str, Any]],
+  argv: Sequence[str],
+  *,
+  jointly: bool = False,
+) -> int:
+  """What `main` does, with a command line that is given.
+
+  Args:
+    config_class: see `main`.
+    run: see `main`.
+    argv: the program's name and its flags.
+    jointly: see `main`.
+
+  Returns:
+    Exit status: 0, 1 if the run failed, 2 if the command line was refused, 130 if the user stopped it.
+  """
+  classes = _classes(config_class, jointly)
+  if _HELP & set(argv):
+    print(_help(classes, sys.modules[run.__module__].__doc__ or "", _own_command(argv[:1])))
+    return 0
+  logging.set_verbosity(logging.WARNING)  # jax and orbax chatter otherwise
+  try:
+    (folder, config, *joint), of_jax = _parsed(classes, argv)
+    workdir = check_folder(folder.workdir)
+    if joint:
+      joint[0].check()
+    _prepare_jax(folder.compilation_cache)
+    _set_jax(of_jax)
+  except InputError as error:
+    return _say_error(error, 2)
+  clock = Clock()
+  from kkt_jax.checkpoint import CheckpointError  # slow to import
+
+  signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends a job saves like Ctrl-C
+  try:
+    if joint and joint[0].coordinator:
+      processes.join(**dataclasses.asdict(joint[0]))
+    with processes.own_folder(workdir, alone=not joint or not joint[0].coordinator) as (own, talks):
+      metrics = run(config, own)
+  except InputError as error:
+    return _say_error(error, 2)
+  except (RunError, CheckpointError, FloatingPointError, OSError) as error:
+    return _say_error(error, 1)
+  except KeyboardInterrupt:
+    print(f"\nstopped. This goes on from what is saved:\n  {_own_command(argv)}", file=sys.stderr)
+    return 130
+  if talks:
+    say(str(clock))
+    if "summary" in metrics:
+      print(metrics["summary"], end="\n\n")
+    for path in (*metrics.get("pictures", ()), "metrics.json"):
+      shown = pathlib.Path(path)
+      print(shown if shown.is_relative_to(workdir) else workdir / shown)
+  return 0
+
+
+def _prepare_jax(folder: str) -> None:
+  """Has JAX, which is not imported yet, keep what it compiles and round nothing; child processes inherit that.
+
+  A user's own settings in the environment stay. For the precision see `kkt_jax._precision`.
+  """
+  own = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kkt_jax"
+  for path in own.glob("jit_*"):  # JAX drops nothing
+    with contextlib.suppress(OSError):  # several runs may begin at once
+      if time.time() - path.stat().st_mtime > _KEPT_DAYS * 86400:
+        path.unlink()
+  if folder == "off":
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+  elif folder:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.abspath(folder)
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(own))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+  os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+
+
+def _set_jax(settings: Mapping[str, str]) -> None:
+  """Flags of JAX, in this process and its children."""
+  if settings:
+    import jax
+  for name, text in settings.items():
+    try:
+      now = getattr(jax.config, name)
+      value = {"true": True, "false": False}[text.lower()] if isinstance(now, bool) else type(now or "")(text)
+      jax.config.update(name, value)
+    except AttributeError as error:
+      raise UsageError(f"--{name} is not a flag of JAX.") from error
+    except (KeyError, ValueError, TypeError) as error:
+      raise UsageError(f"--{name} must be a value that JAX takes; got {text!r}.") from error
+    os.environ[name.upper()] = text
+
+
+def _classes(config_class: type[Any], jointly: bool) -> list[type[Any]]:
+  return [_Folder, config_class, *([_Jointly] if jointly else [])]
+
+
+def _say_error(error: Exception, status: int) -> int:
+  print(f"error: {error}", file=sys.stderr)
+  return status
+
+
+def _own_command(argv: Sequence[str]) -> str:
+  """A command line of this program that can be pasted."""
+  spec = sys.modules["__main__"].__spec__
+  module = ["-m", spec.name.removesuffix(".__main__")] if spec is not None else [argv[0]]
+  python = pathlib.Path(sys.executable)
+  if python.is_relative_to(pathlib.Path.cwd()):
+    python = python.relative_to(pathlib.Path.cwd())
+  return shlex.join([str(python), *module, *argv[1:]])
+
+
+def _parsed(classes: Sequence[type[Any]], argv: Sequence[str]) -> tuple[list[Any], dict[str, str]]:
+  """The config of each class, from one command line, and the flags of JAX by name; those of absl take effect."""
+  values = absl_flags.FlagValues()
+  fields = [field for config_class in classes for field in dataclasses.fields(config_class)]
+  for field in fields:
+    if field.metadata["type"] is bool:
+      absl_flags.DEFINE_bool(field.name, None, "", flag_values=values)
+    else:
+      absl_flags.DEFINE_string(field.name, None, "", flag_values=values)
+  own, of_absl = absl_flags.FLAGS, ("absl.app", "absl.logging")
+  for name in (flag.name for module in of_absl for flag in own.flags_by_module_dict().get(module, ())):
+    if name not in values and f"--{name}" not in _HELP:
+      values[name] = own[name]
+  try:
+    argv = [argv[0], *values.read_flags_from_files(list(argv[1:]), force_gnu=False)]
+    given_to_jax = [found for arg in argv[1:] if (found := re.match(r"--?(no)?(jax_\w+)(=)?", arg))]
+    of_jax = {found[2]: found[3] for found in given_to_jax}
+    for name, equals in of_jax.items():
+      (absl_flags.DEFINE_string if equals else absl_flags.DEFINE_bool)(name, None, "", flag_values=values)
+    surplus = values(argv)[1:]
+  except absl_flags.UnrecognizedFlagError as error:
+    known = [f"--{field.name}" for field in fields]
+    name = f"--{error.flagname}"
+    raise UsageError(f"{name} is not a flag{did_you_mean(name, known)} --help shows them.") from error
+  except absl_flags.IllegalFlagValueError as error:  # of our own only booleans are read here
+    name, value = re.match(r"flag --(\w+)=(.*?): ", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
+    kind = _KINDS[bool if values[name].flag_type() == "bool" else int]
+    raise UsageError(f"--{name} must be {kind}; got {value!r}.") from error
+  except absl_flags.Error as error:
+    raise UsageError(f"{str(error).removeprefix('ERROR:: ')}; every setting must be a flag --name=value.") from error
+  if surplus:
+    raise UsageError(f"every setting must be a flag --name=value; got {surplus[0]!r}.")
+  configs = []
+  for config_class in classes:
+    given = {}
+    for field in dataclasses.fields(config_class):
+      text: Any = values[field.name].value
+      if text is not None:
+        given[field.name] = text if isinstance(text, bool) else _convert(field, text)
+    configs.append(config_class(**given))
+    check(configs[-1])
+  shown = {name: values[name].value for name in of_jax}
+  return configs, {name: str(text).lower() if isinstance(text, bool) else str(text) for name, text in shown.items()}
+
+
+def _help(classes: Sequence[type[Any]], about: str, own_command: str) -> str:
+  """The text of ``--help``: flags with their defaults, in the order of the source, under their groups' headings."""
+  groups: dict[str, list[str]] = {}
+  for config_class in classes:
+    group = "Settings"
+    for field in dataclasses.fields(config_class):
+      group = field.metadata["group"] or group
+      groups.setdefault(group, []).append(_flag_help(field))
+  about = re.sub("``(.*?)``|`(.*?)`", r"\1\2", about.strip())
+  sections = "\n\n".join("\n".join([f"{heading}:", *lines]) for heading, lines in groups.items())
+  return f"{about}\n\n{own_command} --workdir=DIR [--flag=value ...]\n\n{sections}"
+
+
+def _flag_help(field: dataclasses.Field[Any]) -> str:
+  limits, default = field.metadata, field.default
+  shown = str(default).lower() if isinstance(default, bool) else default
+  if default is None or default == "":
+    shown = {bool: "BOOLEAN", int: "INTEGER", float: "NUMBER", str: "TEXT"}[limits["type"]]
+  text = limits["help"]
+  if limits["choices"] is not None:
+    text += f" One of {', '.join(limits['choices'])}."
+  bounds = [f"at least {limits['lower']}"] if limits["lower"] is not None else []
+  bounds += [f"at most {limits['upper']}"] if limits["upper"] is not None else []
+  if bounds and bounds[0] not in ("at least -1", "at least 0", "at least 1") or len(bounds) > 1:
+    text += f" {', '.join(bounds).capitalize()}."
+  name = f"  --{field.name}={shown}"
+  first = f"{name:{_INDENT}}" if len(name) < _INDENT else f"{name}\n{'':{_INDENT}}"
+  lines = textwrap.wrap(text, _LINE - _INDENT, break_long_words=False, break_on_hyphens=False)
+  return first + f"\n{'':{_INDENT}}".join(lines)

@@ -1,0 +1,223 @@
+"""The search for exact training samples: rounds of polishing and certifying (`extraction.vertices`), put together."""
+
+from collections.abc import Callable
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kkt_jax.analysis.examination import Examination
+from kkt_jax.classifiers.classifier import Classifier
+from kkt_jax.criteria import Criteria
+from kkt_jax.extraction import certificates, vertices
+from kkt_jax.extraction.certificates import Candidates
+
+_SIDE = 0.2  # least cosine of a sample with the typical one that tells a sample from its mirror image
+_FEW = 48  # guesses that are polished to see whether there is any hope
+_FEWER = 16  # the same, to see whether there is much
+_IDLE = 2  # rounds without a new training sample after which the search ends
+
+
+class Exact(NamedTuple):
+  """The certified training samples of one classifier; see `kkt_jax.extraction.certificates` for what that assumes.
+
+  Attributes:
+    unit: the samples [K, *input_shape] in units of the range, [0, 1].
+    y: their labels [K], as the classifier labels them.
+    tight: how many of their values are at an end of the range [K]; see `kkt_jax.extraction.vertices.certify`.
+    to_the_bit: which of them have the values of 8-bit images [K]; see `kkt_jax.extraction.vertices.to_levels`.
+    evidence: what certifies each [K], by its place in `kkt_jax.extraction.EVIDENCE`.
+  """
+
+  unit: np.ndarray
+  y: np.ndarray
+  tight: np.ndarray
+  to_the_bit: np.ndarray
+  evidence: np.ndarray
+
+
+def find(
+  examination: Examination,
+  guesses: jax.Array,
+  y: np.ndarray,
+  *,
+  rounds: int,
+  points: int | None = None,
+  num_steps: int = 60,
+  least_hope: float = 0.0,
+  criteria: Criteria | None = None,
+  on_round: Callable[[int, int, int], None] | None = None,
+) -> tuple[Exact, np.ndarray]:
+  """Training samples of one classifier, from guesses and then from random points of the span.
+
+  Nothing is tried if there is too little `hope` for the guesses. Later rounds start in turn from random points of the
+  span around the guesses' mean, where what is found already has nothing, as long as that brings any, and from means of
+  a guess and another, or a sample that is found, of its label. Where samples are certified by the equations, the others
+  lie in fewer dimensions (`kkt_jax.extraction.certificates.of_the_others`), and half of the random points are polished
+  there. It ends when there are as many training samples as the span can hold, or when two rounds in a row brought none.
+
+  Args:
+    examination: of the classifier.
+    guesses: samples [M, *input_shape] in units of the range.
+    y: their labels [M].
+    rounds: at most so many.
+    points: about how many later rounds start from; as many as there are guesses if None.
+    num_steps: of `kkt_jax.extraction.vertices.polish`.
+    least_hope: there must be more `hope` than this.
+    criteria: what certifies a sample; the default `Criteria` if None.
+    on_round: called with (round, number of training samples, most that there can be).
+
+  Returns:
+    The training samples, each once, and which guesses [M] led to one, all if there are no others. None where no span is
+    told or inputs have no range.
+  """
+  classifier, span, start = examination.classifier, examination.span, examination.unit_start
+  criteria = criteria or Criteria()
+  led = np.zeros(len(guesses), bool)
+  nothing = [np.zeros(0, own) for own in (int, int, bool, int)]
+  found = Exact(np.zeros((0, *classifier.input_shape), np.float32), *nothing)
+  if hope(examination, guesses, y, few=_FEWER if least_hope else _FEW, criteria=criteria) <= least_hope:
+    return found, led
+  assert span is not None
+  most, idle, at_random = most_samples(examination), 0, True
+  every = max(len(guesses) // (points or len(guesses)), 1)
+  typical = np.asarray(jnp.mean(guesses, axis=0))
+  pool: Candidates | None = None
+  for number in range(rounds):
+    key = jax.random.key(number)
+    known, known_y = jnp.concatenate([guesses, found.unit]), np.concatenate([y, found.y])
+    drawn = at_random and number % 2 == 1
+    part = slice(number % every, None, every) if number else slice(None)
+    likely = None
+    if drawn:
+      starts = _random_starts(key, examination, pool, found, typical, len(y[part]))
+    else:
+      alike = jnp.log(y[:, None] == known_y[None, :])
+      starts = ((guesses + known[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses)[part]
+      likely = vertices.likely_ends(starts, y[part], known, known_y)
+    x = np.asarray(vertices.polish(starts, span, start, likely=likely, num_steps=num_steps))
+    x = _right_way(classifier, x, np.asarray(start), typical, criteria.overshoot)
+    if not number:
+      criteria = certificates.calibrated(examination, x, criteria)
+    more, of = certificates.gather(examination, x, vertices.certify(x, span, start, criteria), criteria, pool)
+    if not number:
+      led = of
+    pool = more if pool is None else pool + more
+    affine = most > span.strengths.size
+    chosen = certificates.unambiguous(pool, np.asarray(start), span, affine=affine, criteria=criteria)[:most]
+    brought = len(chosen) > len(found.y)
+    idle, at_random = 0 if brought else idle + 1, at_random and (brought or not drawn)
+    own = pool[chosen]
+    found = Exact(own.whole, _read(classifier, own.whole)[0], own.tight, own.to_the_bit, own.evidence)
+    if on_round is not None:
+      on_round(number + 1, len(chosen), most)
+    if len(chosen) == most:
+      led[:] = True  # there are no others, so that every guess was meant for one of these
+    if len(chosen) == most or idle == _IDLE:
+      break
+  return found, led
+
+
+def _random_starts(
+  key: jax.Array, examination: Examination, pool: Candidates | None, found: Exact, typical: np.ndarray, count: int
+) -> jax.Array:
+  """Random points where the training samples that are not found yet may be."""
+  span, start = examination.span, examination.unit_start
+  assert span is not None
+  anywhere = vertices.search(key, span, typical, count, known=found.unit)
+  others = certificates.of_the_others(examination, pool, np.asarray(start)) if pool is not None else None
+  if others is None:
+    return anywhere
+  fewer, place = others
+  basis = np.asarray(fewer.basis, np.float64)
+  centre = place + (basis @ (basis.T @ (typical - place).reshape(-1))).reshape(place.shape)
+  drawn = vertices.search(jax.random.fold_in(key, 0), fewer, centre, count // 2)
+  return jnp.concatenate([anywhere[count // 2 :], vertices.polish(drawn, fewer, place)]) if count > 1 else anywhere
+
+
+def hope(
+  examination: Examination, guesses: jax.Array, y: np.ndarray, *, few: int = _FEW, criteria: Criteria | None = None
+) -> float:
+  """The share of a few guesses that become training samples when they are polished; 0 says that others need no try.
+
+  Args:
+    examination: of the classifier.
+    guesses: samples [M, *input_shape] in units of the range.
+    y: their labels [M].
+    few: how many are tried, about.
+    criteria: what certifies a sample; the default `Criteria` if None.
+
+  Returns:
+    The share, 0 where no span is told or inputs have no range.
+  """
+  span, start, criteria = examination.span, examination.unit_start, criteria or Criteria()
+  if span is None or examination.classifier.value_range is None:
+    return 0.0
+  if not certificates.applicable(examination) and not vertices.promising(guesses, span).any():
+    return 0.0
+  part = slice(None, None, math.ceil(len(guesses) / few))
+  likely = vertices.likely_ends(guesses[part], y[part], guesses, y)
+  polished = np.asarray(vertices.polish(guesses[part], span, start, likely=likely))
+  found = vertices.certify(polished, span, start, criteria)
+  return float(np.mean(certificates.gather(examination, polished, found, criteria)[1]))
+
+
+def places(labels: np.ndarray, led: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Where training samples go in a table.
+
+  Args:
+    labels: of the training samples [K].
+    led: which entries of the table [M], label by label, led to one.
+    y: labels of the entries [M].
+
+  Returns:
+    Labels, codes, and indices of training samples: each of them once, in turn, until as many entries of its label are
+    taken as led to one. A training sample whose label has no entries goes nowhere.
+
+  >>> places(np.array([7, 7, 8]), np.array([False, True, True, True, False]), np.array([7] * 5))
+  (array([7, 7, 7]), array([1, 2, 3]), array([0, 1, 0]))
+  """
+  taken: list[tuple[int, int, int]] = []
+  for label in np.unique(labels):
+    own, entries = np.flatnonzero(labels == label), led[y == label]
+    order = np.argsort(~entries, kind="stable")  # those that led to one first
+    count = min(max(int(entries.sum()), len(own)), len(entries))
+    taken += [(int(label), int(code), int(k)) for code, k in zip(order[:count], np.resize(own, count), strict=True)]
+  rows = np.array(taken, int).reshape(-1, 3)
+  return rows[:, 0], rows[:, 1], rows[:, 2]
+
+
+def most_samples(examination: Examination) -> int:
+  """How many training samples the span can hold: r, and one more if it starts from their mean; 0 if it is not told."""
+  if examination.span is None:
+    return 0
+  return examination.span.strengths.size + examination.tells_mean
+
+
+def _right_way(
+  classifier: Classifier, unit: np.ndarray, start: np.ndarray, typical: np.ndarray, overshoot: float
+) -> np.ndarray:
+  """Each sample, or its mirror image at the start if that is in the range and the more likely.
+
+  Where the start is the middle of the range, the negative of a sample is as much of a vertex as the sample. The more
+  likely is the one on the side of the typical sample, the guesses' mean; where that is on neither, the one of which the
+  classifier is surer.
+  """
+  mirror = 2 * start[None] - unit
+  inside = np.abs(mirror - 0.5).reshape(len(unit), start.size).max(axis=1, initial=0.0) < 0.5 + overshoot
+  offsets, towards = (unit - start[None]).reshape(len(unit), start.size), np.ravel(typical - start)
+  cosine = offsets @ towards / np.maximum(np.linalg.norm(offsets, axis=1) * np.linalg.norm(towards), 1e-12)
+  unsure = _read(classifier, mirror)[1] > _read(classifier, unit)[1]
+  turned = inside & np.where(np.abs(cosine) > _SIDE, cosine < 0, unsure)
+  return np.where(turned.reshape(-1, *[1] * start.ndim), mirror, unit)
+
+
+def _read(classifier: Classifier, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Labels that a classifier gives samples in units of its range, and their margins to the runner-up."""
+  if not len(unit):
+    return np.zeros(0, int), np.zeros(0)
+  logits = np.asarray(classifier.predict(classifier.from_unit(unit)))
+  second, first = np.sort(logits, axis=1)[:, -2:].T
+  return np.asarray(classifier.labels)[np.argmax(logits, axis=1)], first - second

@@ -1,0 +1,46 @@
+"""Conditional generators: tables of samples, networks, flows."""
+
+from kkt_jax.generators.base import (
+  affine_output,
+  all_labels,
+  code_of,
+  CodebookGenerator,
+  ConvGenerator,
+  convolutional,
+  GenerateFn,
+  Generator,
+  GeneratorFactory,
+  MLPGenerator,
+  network,
+  NoiseFn,
+  normal_noise,
+  num_labels,
+  places_of,
+  stratified_noise,
+  table,
+  typical_deviation,
+)
+from kkt_jax.generators.flows import Destination, Flow
+
+__all__ = [
+  "CodebookGenerator",
+  "ConvGenerator",
+  "Destination",
+  "Flow",
+  "GenerateFn",
+  "Generator",
+  "GeneratorFactory",
+  "MLPGenerator",
+  "NoiseFn",
+  "affine_output",
+  "all_labels",
+  "code_of",
+  "convolutional",
+  "network",
+  "normal_noise",
+  "num_labels",
+  "places_of",
+  "stratified_noise",
+  "table",
+  "typical_deviation",
+]

@@ -1,0 +1,293 @@
+"""How well a classifier satisfies its own conditions, when its training data are at hand.
+
+This is the yardstick of every experiment: the residual that the true data reach bounds what any generator can be asked
+for, and the residual of random data says how much the equations tell data from noise.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+import numpy as np
+
+from kkt_jax import _checks
+from kkt_jax._descent import accelerated, greatest_value
+from kkt_jax._precision import full_precision
+from kkt_jax._tree import tensor_names
+from kkt_jax._typing import ApplyFn, PyTree
+from kkt_jax.classifiers import relaxation
+from kkt_jax.classifiers.classifier import Classifier
+from kkt_jax.criteria import Criteria
+from kkt_jax.kkt import losses
+from kkt_jax.kkt.conditions import Conditions
+
+_PROBES = 8  # random combinations that tell how much each gate bears on the errors
+
+
+def _with_gates(apply_fn: ApplyFn, gates: list[jax.Array]) -> ApplyFn:
+  given = relaxation.given_gates(apply_fn)
+  return lambda params, x: given(params, x, gates)
+
+
+@functools.partial(jax.jit, static_argnames=("gradient_fn", "num_steps"))
+@full_precision
+def nonnegative_multipliers(
+  gradient_fn: ApplyFn,
+  params: PyTree,
+  x: ArrayLike,
+  classes: ArrayLike,
+  conditions: Conditions,
+  *,
+  gates: list[jax.Array] | None = None,
+  num_steps: int = 1000,
+) -> jax.Array:
+  """The multipliers mu >= 0 that satisfy the stationarity condition best on given samples.
+
+  Non-negative least squares, ``min |mask (sum - target)|``, by an accelerated projected gradient method (FISTA). The
+  operator from multipliers to the stationarity sum is applied by vector-Jacobian products and its transpose by
+  Jacobian-vector products, so that memory grows neither with M x P nor with C x P, and samples may interact.
+
+  Args:
+    gradient_fn: ``(params, x[M, ...]) -> logits[M, C]``.
+    params: zeta.
+    x: samples [M, ...], floating point.
+    classes: true classes [M].
+    conditions: target and mask, of any weights.
+    gates: of `kkt_jax.classifiers.relaxation.given_gates`; exact ones if None.
+    num_steps: iterations; each costs one backward and one forward-mode pass.
+
+  Returns:
+    mu [M, C], 0 in the column of the true class.
+
+  >>> import jax.numpy as jnp
+  >>> conditions = Conditions(target=jnp.array([[6.0, -6.0]]), mask=jnp.ones((1, 2)))
+  >>> mu = nonnegative_multipliers(
+  ...     lambda w, x: x @ w, jnp.ones((1, 2)), jnp.array([[2.0]]), jnp.array([0]), conditions)
+  >>> [round(float(value), 3) for value in mu[0]]  # 3 * (2 on class 0, -2 on class 1)
+  [0.0, 3.0]
+  """
+  x, classes = jnp.asarray(x), jnp.asarray(classes)
+  function = gradient_fn if gates is None else _with_gates(gradient_fn, gates)
+  logits, pull_back = jax.vjp(lambda p: function(p, x), params)
+  _, push_forward = jax.linearize(lambda p: function(p, x), params)
+  true_class = losses.is_true_class(logits, classes)
+  target = jax.tree.map(jnp.multiply, conditions.mask, conditions.target)
+
+  def apply(mu: jax.Array) -> PyTree:
+    (sums,) = pull_back(losses.cotangent(logits, classes, mu).astype(logits.dtype))
+    return jax.tree.map(jnp.multiply, conditions.mask, sums)
+
+  def transpose(cotangent: PyTree) -> jax.Array:
+    masked = jax.tree.map(jnp.multiply, conditions.mask, cotangent)
+    moved = push_forward(masked)
+    differences = jnp.take_along_axis(moved, classes[:, None], axis=1) - moved
+    return jnp.where(true_class, 0.0, differences) / x.shape[0]
+
+  ones = jnp.where(true_class, 0.0, 1.0)
+  step_size = 0.9 / greatest_value(lambda mu: transpose(apply(mu)), ones, num_steps=30)
+
+  def descend(mu: jax.Array) -> jax.Array:
+    error = jax.tree.map(jnp.subtract, apply(mu), target)
+    return jnp.where(true_class, 0.0, jax.nn.relu(mu - step_size * transpose(error)))
+
+  return accelerated(descend, jnp.zeros_like(ones), num_steps=num_steps)
+
+
+@full_precision
+def free_gates(
+  classifier: Classifier,
+  conditions: Conditions,
+  x: ArrayLike,
+  classes: ArrayLike,
+  mu: ArrayLike,
+  *,
+  kink: float = Criteria().kink,
+  num_steps: int = 300,
+) -> list[jax.Array]:
+  """The gates that satisfy the stationarity condition best: from 0 to 1 at kinks, exact elsewhere.
+
+  At a kink ReLU has no derivative, and a stationary point asks for one from its sub-differential, [0, 1] (Clarke's
+  stationarity, as in Theorem 1). Gradient descent with weight decay drives a sixth of all pairs of sample and unit
+  there, and with exact gates these are nearly all of the residual of the training data. Bounded least squares by an
+  accelerated projected gradient method (FISTA), each gate in units of its share in the sum.
+
+  Args:
+    classifier: the classifier.
+    conditions: its stationarity condition.
+    x: samples [M, *input_shape].
+    classes: true classes [M].
+    mu: multipliers [M, C].
+    kink: up to which a gate's argument is at its kink, in standard deviations of its layer's arguments.
+    num_steps: iterations; each costs two gradients of the stationarity sum.
+
+  Returns:
+    The gates of `kkt_jax.classifiers.relaxation.given_gates`, the share of the slope above each kink.
+  """
+  x, classes, mu = jnp.asarray(x), jnp.asarray(classes), jnp.asarray(mu)
+  roots = relaxation.pre_activations(classifier.apply_fn, classifier.params, x)
+  if not roots:
+    return []
+  return _free_gates(classifier, conditions, x, classes, mu, roots, kink, num_steps)
+
+
+@functools.partial(jax.jit, static_argnames="num_steps")
+def _free_gates(
+  classifier: Classifier,
+  conditions: Conditions,
+  x: jax.Array,
+  classes: jax.Array,
+  mu: jax.Array,
+  roots: list[jax.Array],
+  kink: float,
+  num_steps: int,
+) -> list[jax.Array]:
+  exact = [(root > 0).astype(root.dtype) for root in roots]
+  free = [jnp.abs(root) < kink * jnp.std(root) for root in roots]
+  target = jax.tree.map(jnp.multiply, conditions.mask, conditions.target)
+
+  def error(gates: list[jax.Array]) -> PyTree:
+    function = _with_gates(classifier.apply_fn, gates)
+    sums = losses.stationarity_sum(function, classifier.params, x, classes, mu)
+    return jax.tree.map(lambda m, s, t: m * s - t, conditions.mask, sums, target)
+
+  def chosen(gates: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.where(own, gate, shut) for own, gate, shut in zip(free, gates, exact, strict=True)]
+
+  start = chosen([jnp.full_like(gate, 0.5) for gate in exact])
+  _, pull_back = jax.vjp(error, start)
+
+  def share(key: jax.Array) -> list[jax.Array]:  # the mean square of a random combination of errors by each gate
+    leaves, structure = jax.tree.flatten(target)
+    keys = jax.random.split(key, len(leaves))
+    random = [jax.random.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    return [jnp.square(own) for own in pull_back(jax.tree.unflatten(structure, random))[0]]
+
+  squares = [jnp.mean(own, axis=0) for own in jax.vmap(share)(jax.random.split(jax.random.key(0), _PROBES))]
+  unit = [
+    jnp.where(own, 1 / (jnp.sqrt(s) + 1e-3 * jnp.sqrt(jnp.max(s)) + 1e-30), 0.0)
+    for own, s in zip(free, squares, strict=True)
+  ]
+  times = lambda a, b: jax.tree.map(jnp.multiply, a, b)
+
+  def squared(vector: list[jax.Array]) -> list[jax.Array]:  # in the gates' units
+    change = jax.jvp(error, (start,), (times(vector, unit),))[1]
+    return times(pull_back(change)[0], unit)
+
+  ones = [own.astype(gate.dtype) for own, gate in zip(free, start, strict=True)]
+  step = 0.8 / greatest_value(squared, ones, num_steps=20)
+
+  def descend(gates: list[jax.Array]) -> list[jax.Array]:
+    value, pull_back = jax.vjp(error, gates)
+    moves = times(times(pull_back(value)[0], unit), unit)
+    return chosen([jnp.clip(gate - step * move, 0.0, 1.0) for gate, move in zip(gates, moves, strict=True)])
+
+  return accelerated(descend, start, num_steps=num_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+  """How well a set of samples satisfies one classifier's conditions.
+
+  Attributes:
+    residual: relative squared residual with the given or the best non-negative multipliers and with free gates at kinks
+      (`free_gates`); 0 is perfect, 1 is what no samples at all give.
+    residual_exact_gates: the same with the network's own derivative, where every gate is 0 or 1.
+    residual_per_tensor: the former per parameter tensor, by path.
+    active_multipliers: share of the wrong-class multipliers above 1e-3 of the greatest.
+    median_margin: median of the margin to the runner-up, in logits, of ``predict_fn``.
+    margin_spread: (95th - 5th percentile) / median of that margin; 0 where all samples are equally far.
+    accuracy: share of positive margins.
+  """
+
+  residual: float
+  residual_exact_gates: float
+  residual_per_tensor: dict[str, float]
+  active_multipliers: float
+  median_margin: float
+  margin_spread: float
+  accuracy: float
+
+
+@full_precision
+def diagnose(
+  classifier: Classifier,
+  conditions: Conditions,
+  x: ArrayLike,
+  labels: ArrayLike,
+  *,
+  mu: ArrayLike | None = None,
+  num_steps: int = 1000,
+) -> Diagnosis:
+  """Measures how well samples satisfy a classifier's conditions.
+
+  Args:
+    classifier: the classifier.
+    conditions: its stationarity condition.
+    x: samples [M, *input_shape]: the training data, or a control.
+    labels: their labels [M], among the classifier's ``labels``.
+    mu: multipliers [M, C]; the best non-negative ones (`nonnegative_multipliers`) if None.
+    num_steps: iterations of the search for them.
+
+  Returns:
+    A `Diagnosis`.
+
+  Raises:
+    ValueError: samples or labels that do not fit the classifier.
+
+  >>> import jax.numpy as jnp
+  >>> from kkt_jax.classifiers.classifier import make_classifier
+  >>> w = jnp.array([[1.0, -1.0]])
+  >>> linear = make_classifier(lambda w, x: x @ w, w, (1,), labels=(0, 1))
+  >>> diagnosis = diagnose(linear, Conditions(w, jnp.ones_like(w)), jnp.array([[0.5], [-0.5]]), jnp.array([0, 1]))
+  >>> round(diagnosis.residual, 6), diagnosis.median_margin
+  (0.0, 1.0)
+  """
+  x = jnp.asarray(x)
+  _checks.check_batch("x", x)
+  _checks.check_shape("x", x, (x.shape[0], *classifier.input_shape), "[M, *input_shape]")
+  _checks.check_labels("labels", labels, x.shape[0])
+  classes = classifier.classes_of(labels)
+  solve = functools.partial(nonnegative_multipliers, params=classifier.params, x=x, classes=classes)
+  solve = functools.partial(solve, conditions=conditions, num_steps=num_steps)
+  exact_mu = jnp.asarray(mu) if mu is not None else solve(classifier.gradient_fn)
+  exact, margin = _measured(classifier, conditions, x, classes, exact_mu, None)
+  gates = free_gates(classifier, conditions, x, classes, exact_mu)
+  best_mu = solve(classifier.apply_fn, gates=gates) if mu is None and gates else exact_mu
+  residual, _ = _measured(classifier, conditions, x, classes, best_mu, gates) if gates else (exact, margin)
+  mu = best_mu
+  wrong = np.asarray(mu)[np.arange(mu.shape[1]) != np.asarray(classes)[:, None]]
+  low, median, high = np.percentile(margin, [5, 50, 95])
+  with np.errstate(divide="ignore", invalid="ignore"):  # infinite if the median is 0
+    spread = float((high - low) / np.abs(median))
+  return Diagnosis(
+    residual=float(residual.relative),
+    residual_exact_gates=float(exact.relative),
+    residual_per_tensor={
+      name: float(value)
+      for name, value in zip(
+        tensor_names(classifier.params), jax.tree.leaves(residual.relative_per_tensor), strict=True
+      )
+    },
+    active_multipliers=float(np.mean(wrong > 1e-3 * np.max(wrong))),
+    median_margin=float(median),
+    margin_spread=spread,
+    accuracy=float(np.mean(np.asarray(margin) > 0)),
+  )
+
+
+@jax.jit
+def _measured(
+  classifier: Classifier,
+  conditions: Conditions,
+  x: jax.Array,
+  classes: jax.Array,
+  mu: jax.Array,
+  gates: list[jax.Array] | None,
+) -> tuple[losses.StationarityResidual, jax.Array]:
+  """The residual with multipliers mu and given gates, exact ones if None, and the margins [M] at inference."""
+  function = classifier.gradient_fn if gates is None else _with_gates(classifier.apply_fn, gates)
+  sums = losses.stationarity_sum(function, classifier.params, x, classes, mu)
+  margins = losses.runner_up_margin(classifier.predict_fn(classifier.params, x), classes)
+  return losses.stationarity_residual(conditions, sums), margins

@@ -1,0 +1,203 @@
+"""Given candidates, which of them were in the training set? Scores without any training. Beyond the paper.
+
+All need candidates that were in it and others in one call: a score says little by itself, and much beside those of
+samples that are known not to have been trained on.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+import numpy as np
+import optax
+
+from kkt_jax import _checks
+from kkt_jax._precision import full_precision
+from kkt_jax._typing import PyTree
+from kkt_jax.analysis.examination import Examination
+from kkt_jax.classifiers import relaxation
+from kkt_jax.classifiers.classifier import Classifier
+from kkt_jax.extraction import certificates, signals
+from kkt_jax.kkt import losses
+from kkt_jax.kkt.conditions import Conditions
+
+_RIDGE = 0.1  # of the unexplained share of the target, relative to an atom's own square
+_LEAST_RIDGE = 1e-9
+_NEIGHBOURS = 10  # margins that lie together where a common one is looked for
+
+
+@full_precision
+def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = None) -> dict[str, np.ndarray]:
+  """All scores that the classifier allows, each the higher, the more likely a candidate was trained on.
+
+  Args:
+    examination: of the classifier.
+    x: candidates [M, *input_shape], in the classifier's units; at least two.
+    labels: their labels [M], among the classifier's; what it takes them for if None.
+
+  Returns:
+    By name, each [M]: ``multipliers`` (`multipliers`, on the kernel of a fully connected first layer alone if it has a
+    target, for what is left of the initialisation hides that least); ``span``, minus the share of a candidate outside
+    the span of the training data, where that is told; ``signal``, minus the distance of a candidate's own
+    signal from the row space of the first kernel (`kkt_jax.extraction.signals`), which needs no other sample, where
+    weight decay has made that space; ``hinges`` (`hinge_shares`), where there are gates; ``margin`` (`common_margin`),
+    where training drove all margins to one value; and what needs no theory, ``loss``, minus the cross-entropy.
+  """
+  classifier = examination.classifier
+  x = jnp.asarray(x)
+  logits = classifier.predict(x)
+  labels = jnp.asarray(classifier.labels)[jnp.argmax(logits, axis=1)] if labels is None else labels
+  found = {"multipliers": multipliers(classifier, _of_first_kernel(examination), x, labels)}
+  if examination.span is not None:
+    offsets = classifier.to_unit(x).reshape(len(x), -1) - examination.unit_start.reshape(1, -1)
+    outside = offsets - (offsets @ examination.span.basis) @ examination.span.basis.T
+    lengths = jnp.maximum(jnp.linalg.norm(offsets, axis=1), 1e-12)
+    found["span"] = -np.asarray(jnp.linalg.norm(outside, axis=1) / lengths)
+  if certificates.applicable(examination):
+    found["signal"] = -signals.signals(examination, x, labels).distance
+  if relaxation.gates(classifier.predict_fn, classifier.params, x[:2]):
+    found["hinges"] = hinge_shares(classifier, x)
+  classes = classifier.classes_of(labels)
+  if examination.form == "max_margin":
+    found["margin"] = common_margin(losses.runner_up_margin(logits, classes), examination.margin)
+  return found | {"loss": -np.asarray(optax.losses.softmax_cross_entropy_with_integer_labels(logits, classes))}
+
+
+@full_precision
+def multipliers(
+  classifier: Classifier, conditions: Conditions, x: ArrayLike, labels: ArrayLike, *, chunk_size: int = 32
+) -> np.ndarray:
+  """The part of each candidate in the stored weights, if these are a sum over few of them.
+
+  The target of the stationarity condition is a sum over the training data of ``a_i grad log p(y_i | x_i)``, a_i > 0
+  (with cross-entropy and weight decay all a_i are equal). Other candidates have no part in it. Non-negative least
+  squares over all candidates, with a ridge in proportion to what remains unexplained, because weights that are at no
+  stationary point hold more than that sum. ImpMIA (arXiv 2510.10625) does so with one multiplier for each class.
+
+  Args:
+    classifier: with batch norm its stored statistics are taken for constants.
+    conditions: the stationarity condition.
+    x: candidates [M, *input_shape], in the classifier's units.
+    labels: their labels [M], among the classifier's.
+    chunk_size: candidates whose gradients are in memory at once, twice. All pairs of chunks are gone through.
+
+  Returns:
+    Scores [M]: the multiplier in units in which each candidate's gradient has length 1, times its probability; where
+    that is 0, the slope of the least squares, at most 0.
+
+  Raises:
+    ValueError: shapes that do not fit, or a label that the classifier does not know.
+  """
+  from scipy import linalg, optimize  # type: ignore[import-untyped]
+
+  x = jnp.asarray(x)
+  _checks.check_shape("x", x, (len(x), *classifier.input_shape), "[M, *input_shape]")
+  _checks.check_labels("labels", labels, len(x))
+  _checks.check_at_least("chunk_size", chunk_size, 1)
+  classes = classifier.classes_of(labels)
+  masks = jax.tree.leaves(conditions.mask)
+  kept = [i for i, mask in enumerate(masks) if bool(jnp.any(mask != 0))]
+
+  def flat(tree: PyTree) -> jax.Array:
+    leaves = jax.tree.leaves(tree)
+    return jnp.concatenate([(leaves[i] * masks[i]).reshape(-1) for i in kept])
+
+  @jax.jit
+  @functools.partial(jax.vmap, in_axes=(None, 0, 0))
+  def gradients(params: PyTree, x: jax.Array, index: jax.Array) -> jax.Array:
+    # The logarithm of the odds: the gradient of log p but for its length, which vanishes with the loss.
+    margins = lambda own: losses.margins(classifier.predict_fn(own, x[None]), index[None])[0]
+    return flat(jax.grad(lambda own: -jax.nn.logsumexp(-margins(own)))(params))
+
+  chunks = [slice(begin, begin + chunk_size) for begin in range(0, len(x), chunk_size)]
+  of = lambda chunk: np.asarray(gradients(classifier.params, x[chunk], classes[chunk]), np.float64)
+  target = np.asarray(flat(conditions.target), np.float64)
+  gram, products = np.zeros((len(x), len(x))), np.zeros(len(x))
+  for number, chunk in enumerate(chunks):
+    rows = of(chunk)
+    products[chunk] = rows @ target
+    for other in chunks[number:]:
+      gram[chunk, other] = rows @ (rows if other is chunk else of(other)).T
+      gram[other, chunk] = gram[chunk, other].T
+  size = np.sqrt(np.maximum(np.diag(gram), 1e-30))
+  gram, products, unexplained = gram / np.outer(size, size), products / size, 0.0
+  for _ in range(2):
+    ridge = _LEAST_RIDGE + _RIDGE * unexplained
+    factor = np.linalg.cholesky(gram + ridge * np.eye(len(x)))
+    wanted = linalg.solve_triangular(factor, products, lower=True)
+    parts = optimize.nnls(factor.T, wanted, maxiter=100 * len(x))[0]
+    unexplained = np.clip(1 + parts @ (gram @ parts - 2 * products) / (target @ target), 0.0, 1.0)
+  probability = np.asarray(jax.nn.softmax(classifier.predict(x))[jnp.arange(len(x)), classes])
+  return np.where(parts > 0, parts * probability, np.minimum(products - gram @ parts, 0.0))
+
+
+def common_margin(margins: ArrayLike, margin: float | None = None) -> np.ndarray:
+  """How near each margin comes to the one that all training samples share (Eq. 2b): minus the logarithm of their ratio.
+
+  Args:
+    margins: of candidates to the runner-up [M].
+    margin: the training samples', positive; where the candidates' positive margins are densest if None.
+
+  Returns:
+    Scores [M], at most 0; minus infinity where the margin is not positive.
+
+  >>> common_margin(np.array([5.0, 1.0, 5.0, 5.1, -5.0])).round(2).tolist()
+  [-0.0, -1.61, -0.0, -0.02, -inf]
+  """
+  values = np.asarray(margins, np.float64)
+  logs = np.full(values.shape, -np.inf)
+  logs[values > 0] = np.log(values[values > 0])
+  own = np.sort(logs[values > 0])
+  if margin is None and own.size:
+    reach = min(_NEIGHBOURS, own.size - 1)
+    wide = own[reach:] - own[: own.size - reach]
+    narrowest = int(np.argmin(wide))
+    centre = float(np.median(own[narrowest : narrowest + reach + 1]))
+  else:
+    centre = np.log(margin or 1.0)
+  return -np.abs(logs - centre)
+
+
+def _of_first_kernel(examination: Examination) -> Conditions:
+  """The conditions on a fully connected first layer's kernel alone, left out before or not; all if it has no target."""
+  conditions = examination.conditions
+  mask = jax.tree.map(
+    lambda role, leaf: jnp.full_like(leaf, role == "first kernel"), examination.roles, conditions.target
+  )
+  alone = dataclasses.replace(conditions, mask=mask)
+  targets = zip(jax.tree.leaves(mask), jax.tree.leaves(conditions.target), strict=True)
+  return alone if any(bool(jnp.any(own * target)) for own, target in targets) else conditions
+
+
+@full_precision
+def hinge_shares(classifier: Classifier, x: ArrayLike, *, within: float = 0.001) -> np.ndarray:
+  """The share of all gates whose kink each sample sits on.
+
+  Gradient descent with weight decay comes to rest where ReLU kinks lie exactly on training samples, as a ball does in a
+  valley. So a sample that sits on many more kinks than others do was most likely trained on.
+
+  Args:
+    classifier: any whose gates `kkt_jax.classifiers.relaxation` recognises.
+    x: candidates [M, *input_shape], in the classifier's units; at least two.
+    within: of a kink, in standard deviations of the gate's argument among the candidates; positive.
+
+  Returns:
+    Shares [M] of the gates outside loops and branches that change among the candidates at all.
+
+  Raises:
+    ValueError: shapes that do not fit, a network without gates, or ``within`` not positive.
+  """
+  x = jnp.asarray(x)
+  _checks.check_shape("x", x, (len(x), *classifier.input_shape), "[M, *input_shape]")
+  _checks.check_positive("within", within)
+  _checks.check_at_least("the number of candidates", x.shape[0], 2)
+  roots = relaxation.pre_activations(classifier.predict_fn, classifier.params, x)
+  roots = [root.reshape(x.shape[0], -1) for root in roots if root.shape[:1] == x.shape[:1]]
+  if not roots:
+    raise ValueError("classifier must have gates such as ReLU, with an argument for each sample; it has none.")
+  arguments = np.concatenate([np.asarray(root) for root in roots], axis=1)
+  deviations = arguments.std(axis=0)
+  moving = deviations > 1e-6 * deviations.max()
+  return np.mean(np.abs(arguments[:, moving]) < within * deviations[moving], axis=1)

@@ -1,0 +1,540 @@
+"""The joint training of theta, eta and alpha: one jitted step, and the loop around it.
+
+One classifier is the case T = 1 of T classifiers. All of them share one generator g(noise, y, t; theta) and the
+multipliers h(x, y, t; eta), which take the classifier's index t; each has its own alpha. A step generates M samples for
+each classifier, sums the losses over the classifiers (Eqs. 7, 13) and moves theta, eta and alpha together, as section 4
+of the paper describes it. `kkt_jax.reconstruction.reconstruct` is the door to all of this.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+import optax
+
+from kkt_jax import _checks
+from kkt_jax import sharding as parallel
+from kkt_jax._precision import full_precision
+from kkt_jax._typing import PyTree
+from kkt_jax.classifiers.classifier import Classifier, Evaluation
+from kkt_jax.generators.base import Generator
+from kkt_jax.kkt import losses, multipliers
+from kkt_jax.kkt.conditions import Conditions
+from kkt_jax.reconstruction.recipes import Multipliers, Stationarity
+from kkt_jax.reconstruction.terms import Batch, Term
+
+OnLog = Callable[[int, dict[str, float]], None]
+PullBack = Callable[[jax.Array], tuple[PyTree]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """What a training step is made of; all of it is static.
+
+  Attributes:
+    generator: the generator.
+    multipliers: the multipliers.
+    stationarity: how the equations are measured and when they count.
+    terms: the other terms of the loss by name.
+    optimizer: of the tree ``{"theta": ..., "eta": ..., "alpha": ...}``.
+    classes: the output indices of each classifier's batch, T arrays [M]; see `class_sequence`.
+    num_steps: training steps altogether, through which schedules run.
+    microbatch_size: samples for each classifier that are in memory at once, a divisor of M; all of them if None. It
+      changes memory and time, not the result, and needs samples that do not interact: no batch norm on batch
+      statistics, in generator or classifier, no term of the batch as a whole.
+    mesh: devices over which the samples of every batch, or microbatch, are split (`kkt_jax.sharding`).
+  """
+
+  generator: Generator
+  multipliers: Multipliers
+  stationarity: Stationarity
+  terms: Mapping[str, Term]
+  optimizer: optax.GradientTransformation
+  classes: Sequence[np.ndarray]
+  num_steps: int
+  microbatch_size: int | None = None
+  mesh: Mesh | None = None
+
+
+class TrainState(NamedTuple):
+  """Everything that a bitwise resume needs; a pytree of arrays.
+
+  Attributes:
+    step: steps taken.
+    params: ``{"theta": ..., "eta": {"multipliers": ..., "log_scale": [T]}, "alpha": [T]}``.
+    statistics: the generator's running averages.
+    opt_state: of the optimizer.
+    key: the random key of the next step.
+    origin: what it is trained from, a digest [2, 8] of the classifiers and of the recipe, zeros if nobody
+      says; see `kkt_jax.reconstruction.Reconstruction.load`.
+  """
+
+  step: jax.Array
+  params: PyTree
+  statistics: PyTree
+  opt_state: PyTree
+  key: jax.Array
+  origin: jax.Array
+
+
+class TrainingDiverged(FloatingPointError):
+  """A loss term or the gradient became NaN or infinite; the message names it."""
+
+
+class Saver(Protocol):
+  """What keeps states, such as `kkt_jax.checkpoint.Checkpointer`."""
+
+  def steps(self) -> Sequence[int]:
+    """The steps that are kept."""
+
+  def save(self, step: int, state: PyTree) -> None:
+    """Keeps a state."""
+
+  def restore(self, like: PyTree) -> tuple[int, PyTree] | None:
+    """The newest state that is kept and whole, if there is one."""
+
+
+TrainStep = Callable[
+  [TrainState, Sequence[Classifier], Sequence[Conditions], Any], tuple[TrainState, dict[str, jax.Array]]
+]
+
+
+def class_sequence(
+  classifier: Classifier, num_samples: int, label_weights: Mapping[int, float] | None = None
+) -> np.ndarray:
+  """The classes [num_samples] of a batch, in proportion to the weights of their labels, dealt in turn.
+
+  Rounded by largest remainders, so that a batch has no sampling error in its classes.
+
+  Args:
+    classifier: says which labels there are.
+    num_samples: M.
+    label_weights: relative frequency of each label, not negative; equal if None.
+
+  Raises:
+    ValueError: a label of the classifier has no weight, a weight is negative or not finite, or all are 0.
+
+  >>> from kkt_jax.classifiers.classifier import make_classifier
+  >>> linear = make_classifier(lambda w, x: x @ w, jnp.ones((1, 2)), (1,))
+  >>> class_sequence(linear, 4).tolist(), class_sequence(linear, 4, {0: 3.0, 1: 1.0}).tolist()
+  ([0, 1, 0, 1], [0, 0, 1, 0])
+  """
+  wanted = [1.0 if label_weights is None else label_weights.get(label, math.nan) for label in classifier.labels]
+  if not all(math.isfinite(value) and value >= 0 for value in wanted) or not sum(wanted):
+    raise ValueError(
+      f"label_weights must hold a weight of at least 0 for each label, {classifier.labels}, and one above 0; got"
+      f" {label_weights}."
+    )
+  exact = np.asarray(wanted) / sum(wanted) * num_samples
+  counts = np.floor(exact).astype(int)
+  counts[np.argsort(counts - exact, kind="stable")[: num_samples - counts.sum()]] += 1
+  places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts if count])
+  return np.repeat(np.arange(len(counts)), counts)[np.argsort(places, kind="stable")]
+
+
+@full_precision
+def init_state(
+  key: jax.Array,
+  problem: Problem,
+  classifiers: Sequence[Classifier],
+  conditions: Sequence[Conditions],
+  *,
+  theta: PyTree,
+  statistics: PyTree,
+  eta: PyTree,
+  margins: Sequence[float | None],
+) -> TrainState:
+  """The state at step 0: scaled multipliers make a sum as long as its target, alpha is at a given or the first margin.
+
+  Args:
+    key: typed random key.
+    problem: the problem.
+    classifiers: T classifiers.
+    conditions: the stationarity condition of each.
+    theta: initial parameters of the generator.
+    statistics: its initial running averages.
+    eta: initial parameters of the multipliers.
+    margins: e^-alpha at the start of each classifier, in logits; the median absolute margin of the first samples if
+      None.
+
+  Returns:
+    The `TrainState`.
+
+  Raises:
+    ValueError: microbatches of samples that interact, non-finite parameters, or first samples without any margin.
+  """
+  _checks.check_finite("theta", theta)
+  coupled = jax.tree.leaves(statistics) or any(classifier.batch_coupled for classifier in classifiers)
+  if problem.microbatch_size is not None:
+    _checks.check_at_least("microbatch_size", problem.microbatch_size, 1)
+    if problem.generator.batch_size % problem.microbatch_size:
+      raise ValueError(
+        f"microbatch_size must divide the batch size, {problem.generator.batch_size}; got {problem.microbatch_size}."
+      )
+    if coupled:
+      raise ValueError(
+        "microbatch_size must be None with batch norm on batch statistics, in the generator or in a classifier, whose"
+        f" samples interact; got {problem.microbatch_size}."
+      )
+  _, first_key, key = jax.random.split(key, 3)
+  params = {
+    "theta": theta,
+    "eta": {"multipliers": eta, "log_scale": jnp.zeros(len(classifiers))},
+    "alpha": jnp.zeros(len(classifiers)),
+  }
+
+  @jax.jit
+  def first_batch(
+    params: PyTree, classifiers: Sequence[Classifier], conditions: Sequence[Conditions]
+  ) -> tuple[jax.Array, jax.Array]:
+    """The log-scale and the median absolute margin of each classifier on a first batch."""
+    log_scales, sizes = [], []
+    noise, y = _samples(problem, classifiers, first_key, jnp.zeros(()))
+    few = slice(problem.microbatch_size)  # enough for a start
+    samples, _ = _generate(problem, params, statistics, noise[few], y[few])
+    batches = _batches(problem, params, classifiers, samples, noise[few], y[few])
+    for condition, (batch, pull_back) in zip(conditions, batches, strict=True):
+      sums = _stationarity_sum(batch, pull_back)
+      log_scales.append(multipliers.initial_log_scale(condition, sums))
+      sizes.append(jnp.median(jnp.abs(losses.runner_up_margin(batch.logits, batch.classes))))
+    return jnp.stack(log_scales), jnp.stack(sizes)
+
+  first = [margin for margin in margins if margin is not None]
+  if problem.multipliers.scaled or None in margins:
+    log_scales, sizes = first_batch(params, classifiers, conditions)
+    first = [float(size) if margin is None else margin for margin, size in zip(margins, sizes, strict=True)]
+  if not all(margin > 0 for margin in first):
+    raise ValueError(f"margin must be given: the first samples have none that is positive; got {first}.")
+  if problem.multipliers.scaled:
+    params["eta"]["log_scale"] = log_scales
+  params["alpha"] = -jnp.log(jnp.asarray(first, jnp.float32))
+  return TrainState(
+    jnp.zeros((), jnp.int32), params, statistics, problem.optimizer.init(params), key, jnp.zeros((2, 8), jnp.int32)
+  )
+
+
+def make_train_step(problem: Problem) -> TrainStep:
+  """The jitted ``(state, classifiers, conditions, count) -> (state, metrics)``, which takes ``count`` steps.
+
+  ``count`` is None for a single step, or an integer: then the steps run inside one compiled loop, whatever their
+  number.
+
+  Returns:
+    The step. Its metrics, those of the last step before its update, are every term of the loss [T], ``"total"`` and
+    ``"gradient_norm"`` (scalars), ``"residual"`` (relative squared, or the cosine distance if that is trained; [T]) and
+    ``"margin"`` (e^-alpha, [T]). Samples of a batch interact through the stationarity sum, and through batch norm if a
+    network has it.
+  """
+  active = {name: term for name, term in problem.terms.items() if term.weight}
+
+  def means(
+    part: tuple[jax.Array, jax.Array], params: PyTree, statistics: PyTree, classifiers: Sequence[Classifier]
+  ) -> tuple[list[tuple[PyTree, dict[str, jax.Array]]], PyTree]:
+    """For each classifier the stationarity sum and the other terms of (a part of) a batch."""
+    if problem.mesh is not None:
+      part = parallel.split_samples(part, problem.mesh)
+    samples, statistics = _generate(problem, params, statistics, *part)
+    batches = _batches(problem, params, classifiers, samples, *part)
+    found = []
+    for classifier, (batch, pull_back) in zip(classifiers, batches, strict=True):
+      values = {name: term.function(classifier, batch) for name, term in active.items()}
+      if problem.microbatch_size is not None:
+        whole = [name for name, value in values.items() if jnp.ndim(value) == 0]
+        if whole:
+          raise ValueError(f"microbatch_size must be None with terms of the batch as a whole, {', '.join(whole)}.")
+      sums = _stationarity_sum(batch, pull_back) if problem.stationarity.weight else {}
+      found.append((sums, {name: jnp.mean(value) for name, value in values.items()}))
+    return found, statistics
+
+  def loss_fn(
+    params: PyTree,
+    state: TrainState,
+    key: jax.Array,
+    classifiers: Sequence[Classifier],
+    conditions: Sequence[Conditions],
+  ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
+    progress = _progress(problem, state)
+    samples = _samples(problem, classifiers, key, progress)
+    of_part = lambda part: means(part, params, state.statistics, classifiers)
+    if problem.microbatch_size is not None:
+      mean = optax.microbatching.AccumulationType.MEAN
+      of_part = optax.microbatching.microbatch(jax.checkpoint(of_part), 0, problem.microbatch_size, mean)
+    own, statistics = of_part(samples)
+    values = {name: jnp.stack([found[name] for _, found in own]) for name in active}
+    weights = {name: _weight(term, progress) for name, term in active.items()}
+    metrics = dict(values)
+    if problem.stationarity.weight:
+      pairs = [
+        _stationarity(problem.stationarity, condition, sums, alpha)
+        for condition, (sums, _), alpha in zip(conditions, own, params["alpha"], strict=True)
+      ]
+      values["stationarity"] = jnp.stack([value for value, _ in pairs])
+      weights["stationarity"] = _stationarity_weight(problem.stationarity, progress)
+      metrics |= {"stationarity": values["stationarity"], "residual": jnp.stack([logged for _, logged in pairs])}
+    total = sum((weights[name] * jnp.sum(value) for name, value in values.items()), jnp.zeros(()))
+    metrics |= {"total": total, "margin": jnp.exp(-params["alpha"])}
+    return total, (metrics, statistics)
+
+  @full_precision
+  def one_step(
+    state: TrainState, classifiers: Sequence[Classifier], conditions: Sequence[Conditions]
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    noise_key, _, key = jax.random.split(state.key, 3)
+    gradient, (metrics, statistics) = jax.grad(loss_fn, has_aux=True)(
+      state.params, state, noise_key, classifiers, conditions
+    )
+    metrics["gradient_norm"] = optax.tree.norm(gradient)
+    updates, opt_state = problem.optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, statistics, opt_state, key, state.origin), metrics
+
+  # Without saying so, several processes could each end up with a part of the state.
+  everywhere = None if problem.mesh is None else parallel.replicated(problem.mesh)
+
+  @functools.partial(jax.jit, out_shardings=everywhere)
+  def steps(
+    state: TrainState, classifiers: Sequence[Classifier], conditions: Sequence[Conditions], count: Any
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    if count is None:
+      return one_step(state, classifiers, conditions)
+    shapes = jax.eval_shape(one_step, state, classifiers, conditions)[1]
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.fori_loop(0, count, lambda _, carry: one_step(carry[0], classifiers, conditions), (state, zeros))
+
+  return steps
+
+
+def fit(
+  step: TrainStep,
+  state: TrainState,
+  classifiers: Sequence[Classifier],
+  conditions: Sequence[Conditions],
+  *,
+  num_steps: int,
+  steps_per_call: int = 1,
+  log_every: int = 50,
+  on_log: OnLog | None = None,
+  saver: Saver | None = None,
+  save_every: int = 500,
+  on_save: Callable[[TrainState], None] | None = None,
+  until: Callable[[TrainState], bool] | None = None,
+  looks: Sequence[int] = (),
+) -> TrainState:
+  """Runs steps until ``state.step`` reaches ``num_steps``; a restored state goes on where it was.
+
+  Metrics are read one log interval late, so that the device never waits for them; before a state is saved they are read
+  at once, so that no saved state is one that a NaN has reached. An interruption (Ctrl-C) is passed on after one more
+  save.
+
+  Args:
+    step: from `make_train_step`.
+    state: where to start.
+    classifiers: T classifiers.
+    conditions: the stationarity condition of each.
+    num_steps: step at which to stop.
+    steps_per_call: greatest number of steps in one compiled call.
+    log_every: steps between logged metrics.
+    on_log: called with (step, metrics as floats); metrics of several classifiers have names such as ``"residual/1"``.
+    saver: keeps the state every ``save_every`` steps and at the end.
+    save_every: steps between saved states.
+    on_save: called with every saved state.
+    until: whether a state is good enough, so that the training ends with it; asked at the steps of ``looks``.
+    looks: these steps, from 1.
+
+  Returns:
+    The final state.
+
+  Raises:
+    TrainingDiverged: a NaN or an infinity appeared. States saved before are kept.
+    ValueError: an interval below 1.
+  """
+  for name, value in (("log_every", log_every), ("save_every", save_every), ("steps_per_call", steps_per_call)):
+    _checks.check_at_least(name, value, 1)
+  pending: tuple[int, dict[str, jax.Array]] | None = None
+
+  def flush() -> None:
+    nonlocal pending
+    if pending is not None:
+      (at, metrics), pending = pending, None
+      floats = _floats(metrics)
+      _check_converging(at, floats)
+      if on_log is not None:
+        on_log(at, floats)
+
+  number = int(state.step)
+  done = lambda: until is not None and number > 0 and number in looks and until(state)
+  try:
+    enough = done()
+    while number < num_steps and not enough:
+      ahead = [every - number % every for every in (log_every, save_every)]
+      ahead += [look - number for look in looks if look > number]
+      count = min(steps_per_call, num_steps - number, *ahead)
+      state, metrics = step(state, classifiers, conditions, None if steps_per_call == 1 else jax.device_put(count))
+      number += count
+      if number in looks:
+        _check_converging(number, _floats(metrics))  # nobody is asked about a NaN
+      enough = done()
+      last = enough or number == num_steps
+      saving = saver is not None and (number % save_every == 0 or last)
+      if saving or number % log_every == 0 or last:
+        flush()
+        pending = (number, metrics)
+      if saving:
+        assert saver is not None
+        flush()
+        saver.save(number, state)
+        if on_save is not None:
+          on_save(state)
+  except KeyboardInterrupt:
+    flush()
+    if saver is not None and int(state.step) not in saver.steps() and _is_finite(state.params):
+      saver.save(int(state.step), state)
+    raise
+  flush()
+  return state
+
+
+@full_precision
+def batch_samples(
+  problem: Problem, state: TrainState, classifiers: Sequence[Classifier]
+) -> list[tuple[jax.Array, jax.Array]]:
+  """One step's batch for each classifier, as at inference: samples [M, *input_shape] and their labels [M]."""
+  noise, y = _samples(problem, classifiers, state.key, _progress(problem, state))
+  samples, _ = _generate(problem, state.params, state.statistics, noise, y, train=False)
+  return [(x, y[:, index]) for index, x in enumerate(samples)]
+
+
+def _samples(
+  problem: Problem, classifiers: Sequence[Classifier], key: jax.Array, progress: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Noise [M, T, D] and labels [M, T] of a step's batch; samples first, to be cut into microbatches."""
+  keys = jax.random.split(key, len(classifiers))
+  noise = [problem.generator.noise(own, progress, classes) for own, classes in zip(keys, problem.classes, strict=True)]
+  y = [np.asarray(c.labels)[classes] for c, classes in zip(classifiers, problem.classes, strict=True)]
+  return jnp.stack(noise, axis=1), jnp.asarray(np.stack(y, axis=1))
+
+
+def _generate(
+  problem: Problem,
+  params: PyTree,
+  statistics: PyTree,
+  noise: jax.Array,
+  y: jax.Array,
+  *,
+  train: bool = True,
+) -> tuple[list[jax.Array], PyTree]:
+  """One pass of the generator for all classifiers: from noise [M, T, D] and labels [M, T] to samples for each.
+
+  The new running averages come with it. The classifiers take turns sample by sample, so that a batch whose samples are
+  split among devices stays where it is.
+  """
+  num_samples, num_classifiers, _ = noise.shape
+  t = jnp.tile(jnp.arange(num_classifiers), num_samples)
+  flat = noise.reshape(num_samples * num_classifiers, -1)
+  x, statistics = problem.generator.generate(params["theta"], statistics, flat, y.reshape(-1), t, train)
+  x = x.reshape(num_samples, num_classifiers, *x.shape[1:])
+  return [x[:, index] for index in range(num_classifiers)], statistics
+
+
+def _batches(
+  problem: Problem,
+  params: PyTree,
+  classifiers: Sequence[Classifier],
+  samples: Sequence[jax.Array],
+  noise: jax.Array,
+  y: jax.Array,
+) -> list[tuple[Batch, PullBack]]:
+  """For each classifier what it makes of its samples, with multipliers, and the pull-back from logits to parameters."""
+  batches = []
+  for index, (classifier, x) in enumerate(zip(classifiers, samples, strict=True)):
+    whole, pull_back = _evaluate(classifier, x)
+    labels, alpha = y[:, index], params["alpha"][index]
+    classes = classifier.classes_of(labels)
+    batch = Batch(x, classifier.to_unit(x), labels, classes, noise[:, index], index, alpha, *whole)
+    mu = problem.multipliers.apply(params["eta"]["multipliers"], classifier, batch)
+    if problem.multipliers.scaled:
+      mu = jnp.exp(params["eta"]["log_scale"][index]) * mu
+    batches.append((batch._replace(mu=mu), pull_back))
+  return batches
+
+
+def _evaluate(classifier: Classifier, x: jax.Array) -> tuple[Evaluation, PullBack]:
+  """Logits, statistics and features, in one pass if the classifier can, and the pull-back from logits to parameters."""
+  params = classifier.params
+  if classifier.evaluate_fn is not None:
+    own = classifier.evaluate_fn
+
+    def whole(params: PyTree) -> tuple[jax.Array, Evaluation]:
+      found = own(params, x)
+      return found.logits, found
+
+    _, pull_back, found = jax.vjp(whole, params, has_aux=True)
+    return found, pull_back
+  _, pull_back = jax.vjp(lambda params: classifier.gradient_fn(params, x), params)
+  others = [own and own(params, x) for own in (classifier.statistics_fn, classifier.features_fn)]
+  return Evaluation(classifier.predict_fn(params, x), *others), pull_back
+
+
+def _stationarity_sum(batch: Batch, pull_back: PullBack) -> PyTree:
+  """See `kkt_jax.kkt.stationarity_sum`."""
+  return pull_back(losses.cotangent(batch.logits, batch.classes, batch.mu).astype(batch.logits.dtype))[0]
+
+
+def _stationarity(
+  stationarity: Stationarity, conditions: Conditions, sums: PyTree, alpha: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The stationarity term of one classifier (Eq. 5), and its relative residual for the log."""
+  if stationarity.target_exponent:
+    factor = jnp.exp(alpha * stationarity.target_exponent)
+    conditions = dataclasses.replace(conditions, target=optax.tree.scale(factor, conditions.target))
+  value = stationarity.measure(conditions, sums)
+  logged = value if stationarity.measure is losses.cosine_distance else losses.relative_residual(conditions, sums)
+  return value, logged
+
+
+def _progress(problem: Problem, state: TrainState) -> jax.Array:
+  """How far training has come, from 0 to 1."""
+  return state.step / max(problem.num_steps, 1)
+
+
+def _stationarity_weight(stationarity: Stationarity, progress: jax.Array) -> jax.Array:
+  if stationarity.ramp:
+    share = jnp.clip((progress - stationarity.begin) / stationarity.ramp, 0.0, 1.0)
+  else:
+    share = jnp.where(progress < stationarity.begin, 0.0, 1.0)
+  return stationarity.weight * share
+
+
+def _weight(term: Term, progress: jax.Array) -> jax.Array:
+  return jnp.asarray(term.weight * (1.0 if term.schedule is None else term.schedule(progress)))
+
+
+def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+  """Metrics as floats: [T] becomes one entry for each classifier, named ``name/t`` if there are several."""
+  floats = {}
+  for name, value in metrics.items():
+    if value.ndim == 0 or value.shape == (1,):
+      floats[name] = float(value.reshape(()))
+    else:
+      floats |= {f"{name}/{t}": float(entry) for t, entry in enumerate(value)}
+  return floats
+
+
+def _is_finite(tree: PyTree) -> bool:
+  return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def _check_converging(step: int, metrics: Mapping[str, float]) -> None:
+  broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+  if broken:
+    cause = next((name for name in broken if name not in ("total", "gradient_norm")), broken[0])
+    raise TrainingDiverged(
+      f"{cause} became {metrics[cause]} at or before step {step}. The last checkpoint is from before that; a smaller"
+      f" learning rate or a smaller weight of {cause} is the usual cure."
+    )

@@ -1,0 +1,292 @@
+"""Training samples as vertices of what the span and the range leave: polished, certified, searched and put in place."""
+
+import functools
+import itertools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kkt_jax import generators
+from kkt_jax.analysis import first_layer
+from kkt_jax.analysis.first_layer import InputSpan, span_above_noise
+from kkt_jax.classifiers import make_classifier
+from kkt_jax.criteria import Criteria
+from kkt_jax.extraction import exact, vertices
+
+NUM, SIZE = 12, 80
+
+
+@functools.cache
+def data():
+  """Samples, most of whose values are 0 or 1, their span around their mean, and others of the same kind."""
+  random = np.random.default_rng(0)
+  grey = random.uniform(size=(2, NUM, SIZE))
+  x = np.where(random.uniform(size=grey.shape) < 0.15, grey, grey > 0.6).astype(np.float32)
+  start = x[0].mean(axis=0)
+  _, strengths, rows = np.linalg.svd(x[0] - start, full_matrices=False)
+  return x[0], InputSpan(jnp.asarray(rows[: NUM - 1].T), jnp.asarray(strengths[: NUM - 1])), jnp.asarray(start), x[1]
+
+
+def near(samples, amount=0.25):
+  return jnp.asarray((1 - amount) * samples + amount * np.roll(samples, 1, axis=0))
+
+
+def test_what_is_near_a_training_sample_is_polished_to_it_and_certified():
+  x, span, start, _ = data()
+  polished = vertices.polish(near(x), span, start)
+  np.testing.assert_allclose(polished, x, atol=2e-3)
+  certificates = vertices.certify(polished, span, start)
+  assert certificates.certified.all()
+  assert certificates.dimensions == NUM - 1
+  np.testing.assert_array_equal(certificates.tight, ((x == 0) | (x == 1))[:, first_layer.varying(span)].sum(axis=1))
+  assert certificates.overshoot.max() < 2e-3
+  assert certificates.firmness.min() > 0.2
+
+
+def test_samples_that_came_to_one_vertex_are_certified_as_each_alone():
+  x, span, start, _ = data()
+  mixed = jnp.concatenate(
+    [vertices.polish(near(x[:4], amount), span, start) for amount in (0.1, 0.2)] + [near(x[:2], 0.5)]
+  )
+  together, alone = vertices.certify(mixed, span, start), [vertices.certify(one[None], span, start) for one in mixed]
+  assert together.certified[:8].all() and not together.certified[8:].any()
+  for name in ("firmness", "contrast", "certified"):
+    np.testing.assert_allclose(getattr(together, name), [getattr(own, name)[0] for own in alone], rtol=1e-5)
+
+
+def test_a_point_of_the_span_is_left_where_it_is_pinned_down_by_no_more_than_chance():
+  x, span, start, others = data()
+  inside = start[None] + (others - start[None]) @ span.basis @ span.basis.T
+  certificates = vertices.certify(vertices.polish(inside, span, start), span, start)
+  found = vertices.polish(inside, span, start)[certificates.certified]
+  for sample in np.asarray(found):  # what is certified is a training sample, wherever it came from
+    assert np.abs(x - sample).max(axis=1).min() < 5e-3
+  assert not vertices.certify(inside, span, start).certified.any()
+
+
+@pytest.mark.parametrize(("noise", "least"), [(1e-4, NUM), (3e-3, 0), (0.03, 0)])
+def test_a_span_that_noise_blurs_proves_less_and_nothing_that_is_false(noise, least):
+  x, span, start, others = data()
+  random = np.random.default_rng(1)
+  kernel = (x - start[None]).T @ random.normal(size=(NUM, 100)) + noise * random.normal(size=(SIZE, 100))
+  blurred = span_above_noise(kernel)
+  assert blurred.strengths.size == NUM - 1
+  for guesses in (near(x), others):
+    polished = vertices.polish(guesses, blurred, start)
+    proven = np.asarray(polished)[vertices.certify(polished, blurred, start).certified]
+    assert all(np.abs(x - sample).max(axis=1).min() < 0.02 for sample in proven)
+    assert len(proven) >= (least if guesses is not others else 0)
+
+
+def test_mixtures_of_two_and_what_leaves_the_range_are_not_certified():
+  # A value for each pair of samples, 1 in these two alone: a mixture has most of its values at an end of the range.
+  pairs = list(itertools.combinations(range(NUM), 2))
+  x = np.array([[float(index in pair) for pair in pairs] for index in range(NUM)], np.float32)
+  x *= np.random.default_rng(0).choice([1.0, 0.4], x.shape, p=[0.8, 0.2]).astype(np.float32)
+  start = x.mean(axis=0)
+  _, strengths, rows = np.linalg.svd(x - start, full_matrices=False)
+  span = InputSpan(jnp.asarray(rows[: NUM - 1].T), jnp.asarray(strengths[: NUM - 1]))
+  assert vertices.certify(x, span, start).certified.all()
+  mixture = vertices.certify((x + np.roll(x, 1, axis=0)) / 2, span, start)
+  assert (mixture.tight >= first_layer.least_tight(NUM - 1, len(pairs))).all()
+  assert mixture.firmness.max() < 1e-3
+  assert not mixture.certified.any()
+  beyond = vertices.certify(2 * x - np.roll(x, 1, axis=0), span, start)
+  assert (beyond.overshoot > 0.5).all()
+  assert not beyond.certified.any()
+
+
+def test_a_picture_made_brighter_is_not_certified():
+  x = np.array(data()[0])
+  x[0], x[1], x[1, ::4] = 0.0, 0.7, 0.0  # black, and even areas of black and grey
+  x[1, :20:4] = np.linspace(0.1, 0.6, 5)
+  start = x.mean(axis=0)
+  _, strengths, rows = np.linalg.svd(x - start, full_matrices=False)
+  span = InputSpan(jnp.asarray(rows[: NUM - 1].T), jnp.asarray(strengths[: NUM - 1]))
+  brighter = vertices.certify(x[1:2] / 0.7, span, start)
+  assert brighter.tight[0] > 50 and brighter.overshoot[0] < 1e-5 and brighter.firmness[0] > 0.3
+  assert brighter.vertex.all()
+  assert brighter.contrast[0] < 1e-3 and not brighter.certified.any()
+  # With a black image in the span every other could be brighter than it was.
+  assert not vertices.certify(x[2:], span, start).certified.any()
+
+
+def test_images_of_whole_levels_are_found_to_the_bit_and_nothing_else_is():
+  random = np.random.default_rng(0)
+  x = random.choice([0, 0, 0, 1, 253, 254, 255], size=(NUM, 300)) / 255
+  start = x.mean(axis=0)
+  span = InputSpan(jnp.asarray(np.linalg.svd(x - start, full_matrices=False)[2][: NUM - 1].T), jnp.ones(NUM - 1))
+  white = np.where(x > 0.9, 1.0, np.where(x < 0.01, 0.0, x))  # as polishing leaves them
+  bent = start + (white - start) @ np.asarray(span.basis) @ np.asarray(span.basis).T
+  found, off = vertices.to_levels(bent, span, start)
+  np.testing.assert_allclose(found, x, atol=1e-7)
+  assert off.max() < 0.05
+  mixed, off = vertices.to_levels((x + np.roll(x, 1, axis=0)) / 2, span, start)
+  same = (np.abs(mixed[:, None] - x[None]).max(axis=2) < 1e-6).any(axis=1)
+  assert ((off > Criteria().off_level) | same).all() and not same.all()
+
+
+def test_values_that_always_move_together_count_once(monkeypatch):
+  x, span, start, _ = data()
+  basis = jnp.concatenate([span.basis, span.basis[:1], -2 * span.basis[1:2], 0 * span.basis[:1]]) / 2
+  counted = first_layer.varying(span._replace(basis=basis))
+  np.testing.assert_array_equal(counted[:SIZE], first_layer.varying(span))
+  monkeypatch.setattr(vertices, "_ROWS", 7)
+  np.testing.assert_array_equal(counted, first_layer.varying(span._replace(basis=basis)))  # in blocks
+  assert counted[:2].all() and not counted[SIZE:].any()
+
+
+def test_values_end_where_similar_samples_of_the_label_do():
+  x = np.array([[0.0, 0.9, 0.5], [0.0, 0.9, 0.5]])
+  others = np.array([[0.1, 1.0, 0.5], [0.0, 0.2, 0.9], [1.0, 1.0, 1.0]])
+  black, white = vertices.likely_ends(x, [0, 1], others, [0, 0, 1])
+  np.testing.assert_allclose(black, [[0.95, 0.05, 0.05], [0.05, 0.05, 0.05]], atol=1e-6)
+  np.testing.assert_allclose(white, [[0.05, 0.5, 0.5], [0.95, 0.95, 0.95]], atol=1e-6)
+  many = np.concatenate([np.zeros((8, 3)), np.ones((50, 3))])  # only the nearest are asked
+  np.testing.assert_allclose(vertices.likely_ends(x[:1], [0], many, [0] * 58)[1], 0.05, atol=1e-6)
+  np.testing.assert_allclose(vertices.likely_ends(x[:1], [3], many, [0] * 58), 0.05, atol=1e-6)
+
+
+def test_neighbouring_pixels_are_mixed_and_other_values_are_not():
+  values = jnp.arange(12.0)
+  np.testing.assert_array_equal(vertices._with_neighbours(values, (12,)), values)
+  image = jnp.zeros((3, 4, 1)).at[1, 1, 0].set(1.0)
+  mixed = vertices._with_neighbours(image.reshape(-1), image.shape).reshape(3, 4)
+  np.testing.assert_allclose(mixed[1], [0.09375, 0.5625, 0.09375, 0.0], atol=1e-6)
+  np.testing.assert_allclose(jnp.sum(mixed), 1.0, atol=1e-6)
+
+
+def test_what_similar_samples_say_helps_the_polish():
+  x, span, start, _ = data()
+  far = near(x, 0.45)
+  alone = vertices.certify(vertices.polish(far, span, start), span, start).certified.sum()
+  likely = jnp.stack([jnp.where(x == 0, 0.95, 0.05), jnp.where(x == 1, 0.95, 0.05)])
+  helped = vertices.certify(vertices.polish(far, span, start, likely=likely), span, start).certified.sum()
+  assert helped == NUM
+  assert helped >= alone
+  with pytest.raises(ValueError, match="likely"):
+    vertices.polish(far, span, start, likely=likely[:, :2])
+
+
+def test_the_start_is_no_training_sample_though_it_lies_at_the_ends_of_the_range():
+  x, span, _, _ = data()
+  x = 1 - x  # mostly white
+  black = jnp.zeros(SIZE)  # what a network that subtracts nothing starts from
+  basis = jnp.linalg.qr(jnp.asarray(x).T)[0]
+  certificates = vertices.certify(np.concatenate([x, np.zeros((1, SIZE))]), InputSpan(basis, jnp.ones(NUM)), black)
+  assert certificates.tight[-1] == SIZE
+  assert certificates.vertex.tolist() == [True] * NUM + [False]
+  assert not certificates.certified.any()  # around one value throughout, nothing tells a sample from a brighter one
+
+
+def test_around_black_a_darker_sample_is_no_vertex_and_a_sample_that_may_be_one_is_not_certified():
+  x, *_ = data()
+  basis = jnp.linalg.qr(jnp.asarray(x).T)[0]
+  certificates = vertices.certify(np.concatenate([x, x / 2]), InputSpan(basis, jnp.ones(NUM)), jnp.zeros(SIZE))
+  assert ((x == 0).sum(axis=1) > (x == 1).sum(axis=1)).all()  # a darker one has as many black values
+  assert certificates.tight.min() >= first_layer.least_tight(NUM, SIZE)
+  assert certificates.vertex.tolist() == [True] * NUM + [False] * NUM
+  assert not certificates.certified.any()
+
+
+def test_random_points_find_what_is_not_known_yet():
+  x, span, start, _ = data()
+  points = vertices.search(jax.random.key(0), span, start, 40, known=x[:6])
+  offsets = np.asarray(points) - np.asarray(start)
+  np.testing.assert_allclose(offsets @ (x[:6] - np.asarray(start)).T, 0.0, atol=1e-4)
+  polished = np.asarray(vertices.polish(points, span, start))
+  sure = polished[vertices.certify(polished, span, start).certified]
+  found = np.abs(sure[:, None] - x[None]).max(axis=2).argmin(axis=1)
+  assert len(set(found) - set(range(6))) >= 4
+
+
+def examined(**changes):
+  """What the search asks of an examination of a classifier whose weights are those of the nearest training sample."""
+  x, span, start, _ = data()
+  weights = jnp.asarray((x - x.mean(axis=0)).T)
+  classifier = make_classifier(lambda w, v: v @ w, weights, (SIZE,), value_range=(-1.0, 1.0), labels=range(5, 5 + NUM))
+  own = {"classifier": classifier, "span": span, "unit_start": start, "tells_mean": True}
+  own |= {"share": (NUM - 1) / SIZE, "form": "max_margin", "first": None} | changes
+  return types.SimpleNamespace(**own)
+
+
+@pytest.mark.parametrize("num_steps", [20, 60])
+def test_all_training_samples_are_found_each_once_with_their_labels(num_steps):
+  x, *_ = data()
+  told = []
+  guesses = jnp.concatenate([near(x[:4], 0.1), near(x[:4], 0.05), jnp.full((40, SIZE), 0.5)])
+  tell = lambda *row: told.append(row)
+  found, led = exact.find(examined(), guesses, np.zeros(48, int), rounds=12, num_steps=num_steps, on_round=tell)
+  assert told[0][0] == 1 and told[0][1] >= 4 and told[0][2] == NUM
+  assert told[-1][1] == NUM == len(found.y)
+  assert led.all()  # there are no others
+  order = np.abs(found.unit[:, None] - x[None]).max(axis=2).argmin(axis=1)
+  assert sorted(order) == list(range(NUM))
+  np.testing.assert_allclose(found.unit, x[order], atol=5e-3)
+  assert len(set(found.y)) > NUM // 2 and set(found.y) <= set(range(5, 5 + NUM))
+
+
+def test_one_round_only_polishes_the_guesses():
+  x, *_ = data()
+  found, led = exact.find(
+    examined(), jnp.concatenate([near(x[:3], 0.1), jnp.full((2, SIZE), 0.5)]), np.arange(5), rounds=1
+  )
+  assert 3 <= len(found.y) < NUM
+  assert led[:3].all()
+
+
+def test_where_too_few_guesses_become_training_samples_nothing_is_tried():
+  x, *_ = data()
+  guesses = jnp.concatenate([near(x[:3], 0.1), jnp.full((2, SIZE), 0.5)])
+  hope = exact.hope(examined(), guesses, np.arange(5))
+  assert hope >= 0.6
+  find = lambda least: exact.find(examined(), guesses, np.arange(5), rounds=1, least_hope=least)[0]
+  assert len(find(hope - 0.1).y) >= 3 and not len(find(hope).y)
+
+
+@pytest.mark.parametrize("changes", [{"span": None}, {"classifier": "unbounded"}])
+def test_without_span_or_range_nothing_is_claimed(changes):
+  x, *_ = data()
+  if "classifier" in changes:
+    changes = {"classifier": make_classifier(lambda w, v: v @ w, jnp.ones((SIZE, 2)), (SIZE,), value_range=None)}
+  found, led = exact.find(examined(**changes), near(x), np.zeros(NUM, int), rounds=3)
+  assert not len(found.y) and not led.any()
+
+
+def test_what_cannot_be_pinned_down_is_not_tried():
+  found, led = exact.find(
+    examined(), jnp.full((6, SIZE), 0.5), np.zeros(6, int), rounds=3, on_round=lambda *row: pytest.fail("tried")
+  )
+  assert not len(found.y) and not led.any()
+
+
+def test_a_table_takes_samples_in_units_of_the_range():
+  x, span, start, _ = data()
+  own = [examined(), examined(span=None)]
+  generator = generators.table(codes=3)([own[0]])
+  theta, _ = generator.init(jax.random.key(0))
+  changed = generator.put(theta, 0, np.array([6, 5]), np.array([2, 0]), jnp.asarray(x[:2]))
+  noise = jax.scipy.stats.norm.ppf(jnp.array([2.5, 0.5]) / 3)[:, None]
+  drawn, _ = generator.generate(changed, {}, noise, jnp.array([6, 5]), jnp.zeros(2, int), False)
+  np.testing.assert_allclose(drawn, 2 * x[:2] - 1, atol=1e-4)
+  same = np.ones(changed[0].shape[:2], bool)
+  same[[1, 0], [2, 0]] = False  # the places of labels 6 and 5
+  np.testing.assert_array_equal(changed[0][same], theta[0][same])
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda x, span, start: vertices.polish(x[:, :9], span, start), "start must have shape"),
+    (lambda x, span, start: vertices.polish(x * jnp.nan, span, start), "x must be finite"),
+    (lambda x, span, start: vertices.certify(x, span._replace(basis=span.basis[:9]), start), "span.basis must have"),
+    (lambda x, span, start: vertices.polish(x[0], span, start), "x must be a batch"),
+  ],
+)
+def test_what_does_not_fit_is_refused_by_name(call, message):
+  x, span, start, _ = data()
+  with pytest.raises(ValueError, match=message):
+    call(jnp.asarray(x), span, start)
