@@ -153,7 +153,7 @@ def train(
 
 def count(certified: np.ndarray, x: np.ndarray) -> dict[str, int]:
   """How many certified samples [K, ...] are training samples [N, ...], by value, and how many of these there are."""
-  from kkt_jax.audit import matching
+  from kkt_jax.auditing import matching
   from kkt_jax.criteria import Criteria
 
   place, apart = matching.nearest_by_value(certified, x)

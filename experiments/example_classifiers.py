@@ -1,4 +1,4 @@
-"""Classifiers to try `kkt_jax.audit` on, one of each kind, and a program that trains them on digits.
+"""Classifiers to try `kkt_jax.auditing` on, one of each kind, and a program that trains them on digits.
 
 ``python -m experiments.example_classifiers --network=lenet --workdir=DIR`` trains one as the theory asks (full-batch
 gradient descent; weight decay, or with batch norm loss-scaled steps from small weights), stores its parameters and its
@@ -26,7 +26,7 @@ from experiments.attack import classifiers
 from experiments.data import load_digits, split
 from kkt_jax import Subject
 from kkt_jax._tree import tensor_names
-from kkt_jax.audit.samples import Images
+from kkt_jax.auditing.samples import Samples
 from kkt_jax.classifiers import PyTree, two_logits
 from kkt_jax.cli import flags
 from kkt_jax.cli.flags import flag
@@ -281,7 +281,7 @@ def _with_mean(start: PyTree, x: np.ndarray) -> PyTree:
   return {**start, "mean": jnp.mean(x, axis=0)} if "mean" in start and not np.any(start["mean"]) else start
 
 
-def _features(public: Images, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+def _features(public: Samples, seed: int) -> Callable[[np.ndarray], np.ndarray]:
   """The second hidden layer, of unit variance, of a network that was trained on other digits."""
   subject, spread = function(), lambda x: 2 * x - 1
   habit = _HABITS["adam"]._replace(steps=_PUBLIC_STEPS)

@@ -13,6 +13,7 @@ from typing import Any, TYPE_CHECKING
 
 from experiments.attack import methods
 from kkt_jax.cli import flags
+from kkt_jax.cli import weights as weights_flag
 from kkt_jax.cli.flags import flag, UsageError
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def resolve(config: Any, *presets: Mapping[str, Any]) -> Any:
     raise UsageError(
       f"--microbatch_size must be 0 with --batch_norm, whose samples interact; got {config.microbatch_size}."
     )
-  methods.parse_weights(config.weights)
+  weights_flag.parse_weights(config.weights)
   return config
 
 
@@ -139,7 +140,7 @@ def run(
   from experiments.attack import classifiers
   from experiments.measure import images as measure
   import kkt_jax
-  from kkt_jax.audit import pictures
+  from kkt_jax.auditing import pictures
   from kkt_jax.cli.progress import say
   from kkt_jax.cli.training import train_generator
   from kkt_jax.cli.workdir import Workdir
@@ -197,7 +198,7 @@ def _between(reconstruction: "kkt_jax.Reconstruction", labels: "Sequence[int]") 
   import jax
   import numpy as np
 
-  from kkt_jax.audit import pictures
+  from kkt_jax.auditing import pictures
 
   key = jax.random.key(1)
   first, second = jax.random.normal(key, (2, len(labels), 1, reconstruction.problem.generator.noise_dim))
@@ -245,4 +246,4 @@ def with_flags(recipe: "kkt_jax.Recipe", config: Any) -> "kkt_jax.Recipe":
     recipe = recipe.with_schedule(theta=kkt_jax.reconstruction.recipes.adam(config.learning_rate))
   if config.compute_dtype != "float32":
     recipe = recipe.with_stationarity(compute_dtype=config.compute_dtype)
-  return methods.with_weights(recipe, config.weights)
+  return weights_flag.with_weights(recipe, config.weights)

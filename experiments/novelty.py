@@ -57,9 +57,9 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   from experiments.measure import comparison, pictures
   from experiments.measure.judge import soft_labels, train_judge, usefulness
   from kkt_jax import deformations, metrics
-  from kkt_jax.audit import matching
-  from kkt_jax.audit import pictures as audit_pictures
-  from kkt_jax.audit.samples import Images
+  from kkt_jax.auditing import matching
+  from kkt_jax.auditing import pictures as audit_pictures
+  from kkt_jax.auditing.samples import Samples
   from kkt_jax.cli.progress import Progress
 
   data = mnist.digits(attacked)
@@ -73,18 +73,18 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   sample_key, bend_key = jax.random.split(jax.random.key(config.seed))
   y = np.tile(np.arange(10, dtype=np.int32), config.draws)  # the first of them are some of each class
 
-  def like(real: Images) -> Images:
+  def like(real: Samples) -> Samples:
     """Real images with the labels of the draws, repeated as needed."""
     chosen = np.stack([np.resize(np.flatnonzero(real.y == label), config.draws) for label in range(10)], axis=1)
-    return Images(real.x[chosen.reshape(-1)], y)
+    return Samples(real.x[chosen.reshape(-1)], y)
 
-  def worth(own: Images, *, taught: bool = False) -> float:
+  def worth(own: Samples, *, taught: bool = False) -> float:
     lessons = soft_labels(classifier, float(margin), own.x) if taught else None
     epochs = min(max(_SEEN // len(own.y), 1), _EPOCHS)
     return usefulness(own, data.evaluation, seed=config.seed, epochs=epochs, lessons=lessons)
 
-  def measured(own: Images) -> dict[str, float]:
-    few = Images(own.x[: 10 * _FEW], y[: 10 * _FEW])
+  def measured(own: Samples) -> dict[str, float]:
+    few = Samples(own.x[: 10 * _FEW], y[: 10 * _FEW])
     real, features = (np.asarray(judge.features(images.x)) for images in (data.held_out, own))
     filled = metrics.precision_recall(real, data.held_out.y, features, y, k=5)
     faithful = metrics.faithfulness(few.x, few.y, data.train.x, data.train.y)
@@ -99,8 +99,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
       f"taught, {len(few.y)}": worth(few, taught=True),
     }
 
-  bend = lambda own, size: Images(np.asarray(deformations.warp(bend_key, own.x, size=size)), y)
-  drawn, trained = Images(np.asarray(reconstruction.sample(sample_key, y)), y), like(data.train)
+  bend = lambda own, size: Samples(np.asarray(deformations.warp(bend_key, own.x, size=size)), y)
+  drawn, trained = Samples(np.asarray(reconstruction.sample(sample_key, y)), y), like(data.train)
   sets = {f"draws, {size:g}": bend(drawn, size) for size in sizes}
   picture = [(f"{size:g} pixels", sets[f"draws, {size:g}"].x[: audit_pictures.COLUMNS]) for size in sizes]
   sets |= {f"training digits, {size:g}": bend(trained, size) for size in sizes}

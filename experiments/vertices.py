@@ -42,7 +42,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   from experiments.measure import pictures
   from kkt_jax import metrics
   from kkt_jax.analysis import first_layer
-  from kkt_jax.audit.matching import EXACT
+  from kkt_jax.auditing.matching import EXACT
   from kkt_jax.cli.progress import Progress
   from kkt_jax.extraction import vertices
 

@@ -19,7 +19,7 @@ only those before it:
 - `kkt_jax.membership`: of given samples, which were in the training set.
 - `kkt_jax.reconstruction`: the joint training of theta, eta and alpha, as a recipe of parts.
 - `kkt_jax.metrics`: how good samples and decisions are.
-- `kkt_jax.audit`: a verdict on what a classifier reveals, with its evidence.
+- `kkt_jax.auditing`: a verdict on what a classifier reveals, with its evidence.
 - `kkt_jax.cli`: flags, folders of runs and progress of programs.
 
 Beside them `kkt_jax.priors` (which choose among solutions), `kkt_jax.deformations`, `kkt_jax.networks` (flax modules),
@@ -33,7 +33,7 @@ from typing import Any, TYPE_CHECKING
 if TYPE_CHECKING:
   from kkt_jax import (
     analysis,
-    audit,
+    auditing,
     checkpoint,
     classifiers,
     cli,
@@ -51,17 +51,21 @@ if TYPE_CHECKING:
   )
   from kkt_jax._tree import tensor_names
   from kkt_jax.analysis import Examination, examine
+  from kkt_jax.auditing import audit, AuditReport, Samples
   from kkt_jax.classifiers import Classifier, from_linen, from_nnx, make_classifier, read_weights, Subject
   from kkt_jax.criteria import Criteria
   from kkt_jax.reconstruction import Recipe, reconstruct, Reconstruction
 
 _HOMES = {
+  "AuditReport": "auditing",
   "Classifier": "classifiers",
   "Criteria": "criteria",
   "Examination": "analysis",
   "Recipe": "reconstruction",
   "Reconstruction": "reconstruction",
+  "Samples": "auditing",
   "Subject": "classifiers",
+  "audit": "auditing",
   "examine": "analysis",
   "from_linen": "classifiers",
   "from_nnx": "classifiers",
@@ -70,12 +74,42 @@ _HOMES = {
   "reconstruct": "reconstruction",
   "tensor_names": "_tree",
 }
-_PACKAGES = ["analysis", "audit", "checkpoint", "classifiers", "cli", "criteria", "deformations", "extraction"]
+_PACKAGES = ["analysis", "auditing", "checkpoint", "classifiers", "cli", "criteria", "deformations", "extraction"]
 _PACKAGES += ["generators", "kkt", "membership", "metrics", "networks", "priors", "reconstruction", "sharding"]
-__all__ = ["Classifier", "Criteria", "Examination", "Recipe", "Reconstruction", "Subject", "analysis", "audit"]
-__all__ += ["checkpoint", "classifiers", "cli", "criteria", "deformations", "examine", "extraction", "from_linen"]
-__all__ += ["from_nnx", "generators", "kkt", "make_classifier", "membership", "metrics", "networks", "priors"]
-__all__ += ["read_weights", "reconstruct", "reconstruction", "sharding", "tensor_names"]
+__all__ = [
+  "AuditReport",
+  "Classifier",
+  "Criteria",
+  "Examination",
+  "Recipe",
+  "Reconstruction",
+  "Samples",
+  "Subject",
+  "analysis",
+  "audit",
+  "auditing",
+  "checkpoint",
+  "classifiers",
+  "cli",
+  "criteria",
+  "deformations",
+  "examine",
+  "extraction",
+  "from_linen",
+  "from_nnx",
+  "generators",
+  "kkt",
+  "make_classifier",
+  "membership",
+  "metrics",
+  "networks",
+  "priors",
+  "read_weights",
+  "reconstruct",
+  "reconstruction",
+  "sharding",
+  "tensor_names",
+]
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,6 @@ import math
 from typing import Any
 
 import kkt_jax
-from kkt_jax.cli.flags import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,32 +62,6 @@ def recipe_of(method: Method, recipe: "kkt_jax.Recipe", setting: Setting) -> "kk
   """A method's recipe, made of ours; of the baselines only the blind search knows of polishing, none of a network."""
   without = {"polish_rounds": 0, "match_steps": 0} if method.kind == "baseline" else {}
   return method.change(recipe.with_schedule(**without), setting)
-
-
-def parse_weights(text: str) -> dict[str, float]:
-  """Weights of terms by name.
-
-  >>> parse_weights("stationarity=0, duality=2.5")
-  {'stationarity': 0.0, 'duality': 2.5}
-  """
-  weights = {}
-  for part in filter(None, (part.strip() for part in text.split(","))):
-    name, _, value = part.partition("=")
-    try:
-      weights[name] = float(value)
-    except ValueError as error:
-      raise UsageError(f"--weights must be name=number, separated by commas; got {part!r}.") from error
-    if not 0 <= weights[name] < float("inf"):
-      raise UsageError(f"--weights must be finite and at least 0; got {part!r}.")
-  return weights
-
-
-def with_weights(recipe: "kkt_jax.Recipe", text: str) -> "kkt_jax.Recipe":
-  """The recipe with the weights of the flag ``--weights``."""
-  try:
-    return recipe.with_weights(**parse_weights(text))
-  except ValueError as error:
-    raise UsageError(f"--weights: {error}") from error
 
 
 def _weights(recipe: "kkt_jax.Recipe", **weights: float) -> "kkt_jax.Recipe":
@@ -158,10 +131,7 @@ def _points_published(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Re
 
 
 def _classification(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
-  changed = _only(recipe.with_terms(cross_entropy=_term(1.0, "cross_entropy")), cross_entropy=1.0, total_variation=1.0)
-  if "total_variation" in recipe.terms:  # on images; times the share of all dimensions that the span fills
-    changed = changed.with_weights(total_variation=setting.share).with_schedule(steps=600)
-  return changed
+  return kkt_jax.reconstruction.recipes.classification_only(recipe, setting.examinations)
 
 
 def _inversion(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":

@@ -21,7 +21,7 @@ from experiments.benchmark import timing
 from experiments.data import load_digits, split
 from experiments.measure import comparison
 import kkt_jax
-from kkt_jax.audit.samples import Images
+from kkt_jax.auditing.samples import Samples
 from kkt_jax.cli.flags import UsageError
 from kkt_jax.cli.progress import say
 from kkt_jax.cli.workdir import Workdir
@@ -146,7 +146,7 @@ def compare_steps(extraction: Extraction, steps: Mapping[str, Callable[[], Any]]
   }
 
 
-def curve(run: Iterator[Callable[[], Images]], train: Images, seconds: float) -> list[tuple[float, float]]:
+def curve(run: Iterator[Callable[[], Samples]], train: Samples, seconds: float) -> list[tuple[float, float]]:
   """Pairs of the seconds that a run took so far and its cover then; comparing with the data is not counted.
 
   Args:
@@ -182,7 +182,7 @@ def theirs(classifier: kkt_jax.Classifier, y: np.ndarray, settings: Settings, ev
       loss = extraction.step()
     if not np.isfinite(loss):
       return
-    yield lambda: Images(extraction.samples(), y)
+    yield lambda: Samples(extraction.samples(), y)
 
 
 def ours(classifier: kkt_jax.Classifier, config: Any, every: int) -> Iterator[Any]:
@@ -192,9 +192,14 @@ def ours(classifier: kkt_jax.Classifier, config: Any, every: int) -> Iterator[An
   for number in range(every, begin.recipe.schedule.steps + every, every):
     state = training.fit(step, state, begin.classifiers, conditions, num_steps=number)
     made = dataclasses.replace(begin, state=jax.block_until_ready(state))
-    yield lambda made=made: Images(*map(np.asarray, made.every_sample()))
+    yield lambda made=made: _samples(made)
   polished = made.polished()
-  yield lambda: Images(*map(np.asarray, polished.every_sample()))
+  yield lambda: _samples(polished)
+
+
+def _samples(reconstruction: "kkt_jax.Reconstruction") -> Samples:
+  x, y = map(np.asarray, reconstruction.every_sample())
+  return Samples(x, y)
 
 
 def _begin(classifier: kkt_jax.Classifier, config: Any) -> tuple[kkt_jax.Reconstruction, Any, Any]:

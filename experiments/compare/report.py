@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from experiments.compare import metrics
 from experiments.compare.metrics import Metric
 from experiments.compare.pool import Job
-from kkt_jax.audit import pages
+from kkt_jax.auditing import pages
 from kkt_jax.cli.workdir import read_log
 
 KINDS = {

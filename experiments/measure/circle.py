@@ -12,7 +12,7 @@ import numpy as np
 from experiments.measure import pictures
 import kkt_jax
 from kkt_jax import metrics
-from kkt_jax.audit import matching
+from kkt_jax.auditing import matching
 from kkt_jax.classifiers import Classifier
 from kkt_jax.cli.workdir import Workdir
 from kkt_jax.kkt import diagnostics

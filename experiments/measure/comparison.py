@@ -9,8 +9,8 @@ import numpy as np
 from experiments.data import Split
 from experiments.measure.judge import Judge, usefulness
 from kkt_jax import metrics
-from kkt_jax.audit import matching
-from kkt_jax.audit.samples import Images
+from kkt_jax.auditing import matching
+from kkt_jax.auditing.samples import Samples
 from kkt_jax.classifiers import Classifier, relaxation
 from kkt_jax.membership import candidates
 
@@ -19,7 +19,7 @@ _NEIGHBOURS = 5  # k of precision, recall, density and coverage
 _NEAR = 0.9  # structural similarity from which they are hard to tell apart
 
 
-def retrieval(samples: Images, train: Images, others: Images) -> dict[str, float]:
+def retrieval(samples: Samples, train: Samples, others: Samples) -> dict[str, float]:
   """Do samples know the training data better than other real data of the same kind?
 
   Every training image has a group of its own of other images of its class, all groups of one size, and is retrieved if
@@ -47,7 +47,7 @@ def retrieval(samples: Images, train: Images, others: Images) -> dict[str, float
   }
 
 
-def recovered(images: Images, train: Images) -> dict[str, float]:
+def recovered(images: Samples, train: Samples) -> dict[str, float]:
   """How many training images have a similar one of their class among others; beside real images it says what is near.
 
   Args:
@@ -63,7 +63,7 @@ def recovered(images: Images, train: Images) -> dict[str, float]:
   return {"images": len(images.y), "ssim_cover": float(best.mean())} | above
 
 
-def novelty(samples: Images, train: Images) -> dict[str, float]:
+def novelty(samples: Samples, train: Samples) -> dict[str, float]:
   """Which draws are training images, which are draws of one another, and which are new.
 
   Args:
@@ -82,7 +82,7 @@ def novelty(samples: Images, train: Images) -> dict[str, float]:
   return {name: float(np.mean(share)) for name, share in shares.items()}
 
 
-def measure(judge: Judge, data: Split, images: Images) -> dict[str, float]:
+def measure(judge: Judge, data: Split, images: Samples) -> dict[str, float]:
   """How recognisable, near, diverse and rightly labelled images are; see `kkt_jax.metrics`."""
   real = metrics.within_class_distance(judge.features(data.held_out.x), data.held_out.y)
   return {
@@ -95,7 +95,7 @@ def measure(judge: Judge, data: Split, images: Images) -> dict[str, float]:
 def measure_further(
   judge: Judge,
   data: Split,
-  images: Images,
+  images: Samples,
   *,
   seed: int,
   epochs: int,
@@ -140,7 +140,7 @@ def _neighbourhoods(
   return {f"{name}_{space}_k{_NEIGHBOURS}": value for name, value in own.items()}
 
 
-def hinges(classifiers: Sequence[Classifier], train: Images, others: Images) -> list[dict[str, float]]:
+def hinges(classifiers: Sequence[Classifier], train: Samples, others: Samples) -> list[dict[str, float]]:
   """Whether the kinks on which images sit tell those that a classifier was trained on from others, for each classifier.
 
   Args:

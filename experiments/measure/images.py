@@ -16,8 +16,8 @@ from experiments.data import Split
 from experiments.measure import comparison
 from experiments.measure.judge import soft_labels, train_judge
 import kkt_jax
-from kkt_jax.audit import matching, pictures
-from kkt_jax.audit.samples import Images
+from kkt_jax.auditing import matching, pictures
+from kkt_jax.auditing.samples import Samples
 from kkt_jax.classifiers import Classifier, PyTree
 from kkt_jax.cli.progress import say
 from kkt_jax.cli.workdir import Workdir, write_json
@@ -67,11 +67,11 @@ def evaluate(
   if len(classifiers) == 1:
     teach = functools.partial(soft_labels, classifiers[0], float(reconstruction.margins[0]))
 
-  def fresh(count: int, labels_of: Callable[..., np.ndarray]) -> Images:
+  def fresh(count: int, labels_of: Callable[..., np.ndarray]) -> Samples:
     y = labels_of(labels, count)
-    return Images(np.asarray(reconstruction.sample(key, y)), y)
+    return Samples(np.asarray(reconstruction.sample(key, y)), y)
 
-  def measure(images: Images) -> dict[str, Any]:
+  def measure(images: Samples) -> dict[str, Any]:
     metrics: dict[str, Any] = comparison.measure(judge, data, images)
     if thorough:  # five times the judge's passes: there are fewer images to learn from
       metrics |= comparison.measure_further(judge, data, images, seed=seed, epochs=5 * judge_epochs, teach=teach)
@@ -82,7 +82,8 @@ def evaluate(
   # Where samples interact, or multipliers are fitted, as many of each as the classifiers were trained on.
   coupled = any(classifier.batch_coupled for classifier in classifiers)
   many = fresh(len(data.train.y) if coupled else population, np.resize)
-  every = Images(*map(np.asarray, (reconstruction.table or reconstruction).every_sample()))
+  x, y = map(np.asarray, (reconstruction.table or reconstruction).every_sample())
+  every = Samples(x, y)
   margins = _true_margins(classifiers, data.train)
   kkt = functools.partial(_kkt_metrics, classifiers, reconstruction.conditions, margins, thorough=thorough)
   results: dict[str, Any] = {
@@ -136,10 +137,10 @@ def _controls(
   path: pathlib.Path,
   data: Split,
   y: np.ndarray,
-  like: Images,
+  like: Samples,
   key: jax.Array,
-  measure: Callable[[Images], dict[str, Any]],
-  kkt: Callable[[Images], dict[str, Any]],
+  measure: Callable[[Samples], dict[str, Any]],
+  kkt: Callable[[Samples], dict[str, Any]],
 ) -> dict[str, Any]:
   """The same metrics of what generated images are compared with; measured once and kept in a file.
 
@@ -170,21 +171,21 @@ def _controls(
   return results
 
 
-def _with_labels(images: Images, y: np.ndarray) -> Images:
+def _with_labels(images: Samples, y: np.ndarray) -> Samples:
   """Images with labels y [S], sorted: those of each class in their order, from the first again after the last."""
   labels, counts = np.unique(y, return_counts=True)
   pairs = zip(labels, counts, strict=True)
   chosen = np.concatenate([np.resize(np.flatnonzero(images.y == label), count) for label, count in pairs])
-  return Images(images.x[chosen], images.y[chosen])
+  return Samples(images.x[chosen], images.y[chosen])
 
 
-def _own(classifier: Classifier, images: Images) -> tuple[jax.Array, jax.Array]:
+def _own(classifier: Classifier, images: Samples) -> tuple[jax.Array, jax.Array]:
   """The images whose label a classifier knows."""
   known = np.isin(images.y, classifier.labels)
   return jnp.asarray(images.x[known]), jnp.asarray(images.y[known])
 
 
-def _true_margins(classifiers: Sequence[Classifier], train: Images) -> list[float]:
+def _true_margins(classifiers: Sequence[Classifier], train: Samples) -> list[float]:
   """The median margin of each classifier's training images, in logits."""
   own = [(classifier, *_own(classifier, train)) for classifier in classifiers]
   return [float(jnp.median(losses.runner_up_margin(c.predict(x), c.classes_of(y)))) for c, x, y in own]
@@ -194,7 +195,7 @@ def _kkt_metrics(
   classifiers: Sequence[Classifier],
   conditions: Sequence[Conditions],
   margins: Sequence[float],
-  images: Images,
+  images: Samples,
   *,
   thorough: bool,
 ) -> dict[str, list[Any]]:

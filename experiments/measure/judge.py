@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
-from kkt_jax.audit.samples import Images
+from kkt_jax.auditing.samples import Samples
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifiers import Classifier, PyTree
 
@@ -57,7 +57,7 @@ class Judge:
     return float(jnp.mean(jnp.argmax(self(x)[0], axis=1) == jnp.asarray(y)))
 
 
-def train_judge(images: Images, *, seed: int, directory: pathlib.Path, epochs: int = 8) -> Judge:
+def train_judge(images: Samples, *, seed: int, directory: pathlib.Path, epochs: int = 8) -> Judge:
   """Trains the judge, or restores the one that was trained on the same images in the same way.
 
   Args:
@@ -78,7 +78,7 @@ def train_judge(images: Images, *, seed: int, directory: pathlib.Path, epochs: i
   return Judge(network, params)
 
 
-def usefulness(images: Images, real: Images, *, seed: int, epochs: int, lessons: np.ndarray | None = None) -> float:
+def usefulness(images: Samples, real: Samples, *, seed: int, epochs: int, lessons: np.ndarray | None = None) -> float:
   """What images are worth as training data: accuracy on real data of a fresh classifier that saw nothing but them.
 
   Args:
@@ -92,7 +92,7 @@ def usefulness(images: Images, real: Images, *, seed: int, epochs: int, lessons:
     The accuracy.
   """
   network = _Network(num_classes=int(real.y.max()) + 1)
-  learned = images if lessons is None else Images(images.x, lessons)
+  learned = images if lessons is None else Samples(images.x, lessons)
   params = _fit(network, learned, seed=seed, epochs=epochs, batch_size=_STUDENT_BATCH)
   return Judge(network, params).accuracy(real.x, real.y)
 
@@ -117,7 +117,7 @@ def _init(network: _Network, key: jax.Array, x: jax.Array) -> PyTree:
   return network.init(key, x)
 
 
-def _fit(network: _Network, images: Images, *, seed: int, epochs: int, batch_size: int) -> PyTree:
+def _fit(network: _Network, images: Samples, *, seed: int, epochs: int, batch_size: int) -> PyTree:
   """Parameters after training with Adam."""
   init_key, order_key = jax.random.split(jax.random.key(seed))
   params = _init(network, init_key, images.x[:1])

@@ -13,11 +13,12 @@ import functools
 import hashlib
 import importlib
 import pathlib
+import re
 import sys
 from typing import Any, TYPE_CHECKING
 
-from experiments.attack import methods
-from kkt_jax.cli import flags
+from kkt_jax._errors import InputError
+from kkt_jax.cli import flags, weights
 from kkt_jax.cli.flags import flag, UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # What has no influence on the generator: a later run in the same folder can differ in it, and need not train again.
 _AFTERWARDS = ("train_data", "held_out_data", "candidates", "force")
+_FLAGS = {"train": "--train_data", "held_out": "--held_out_data", "candidates": "--candidates"}  # by argument
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +81,14 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     raise UsageError("--candidates needs --held_out_data: a score says nothing but beside those of untrained samples.")
   if config.form == "change" and not config.initial_checkpoint:
     raise UsageError("--form=change needs --initial_checkpoint.")
-  methods.parse_weights(config.weights)
+  weights.parse_weights(config.weights)
   import jax
   import numpy as np
 
-  import kkt_jax
-  from kkt_jax.audit import description, membership, report
-  from kkt_jax.audit import files as data
-  from kkt_jax.cli.progress import say
+  from kkt_jax import auditing
+  from kkt_jax.auditing.report import rows_of_classes
+  from kkt_jax.auditing.run import generated
+  from kkt_jax.cli.progress import say_what_is_logged
   from kkt_jax.cli.training import train_generator
   from kkt_jax.cli.workdir import Workdir
 
@@ -94,79 +96,69 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     jax.devices()
   except Exception as error:  # JAX raises several kinds
     raise UsageError(f"JAX has no device to run on ({type(error).__name__}: {error}); see JAX_PLATFORMS.") from error
+  say_what_is_logged()
   classifier = load(config.classifier, config.checkpoint, config.initial_checkpoint)
-  alone = bool(config.candidates)
-  train, held_out, remarks = data.read(config.train_data, config.held_out_data, classifier, alone=alone)
-  asked = data.read_candidates(config.candidates, classifier) if alone else None
-  fit = description.check(classifier, train, held_out)
-  if fit is not None:
-    say(str(fit))
-    if fit.refusal and not config.force:
-      raise UsageError(f"--classifier={config.classifier}: {fit.refusal}")
-    remarks = [*fit.doubts, *remarks]
-  for remark in remarks:
-    say(remark)
-  say("examining the weights")
-  form = None if config.form == "auto" else config.form
+  paths = {"train": config.train_data, "held_out": config.held_out_data, "candidates": config.candidates}
+  data = {
+    name: auditing.read_samples(path, classifier, labelled=name != "candidates", name=_FLAGS[name])
+    for name, path in paths.items()
+    if path
+  }
+  params = jax.tree.leaves((classifier.params, classifier.initial_params))
+  digest_of_params = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in params)).hexdigest()[:16]
+  settings = dataclasses.asdict(config) | {"checkpoint_digest": digest_of_params}
+
+  @functools.cache  # what is refused leaves no folder
+  def out() -> Workdir:
+    return Workdir(workdir, {name: value for name, value in settings.items() if name not in _AFTERWARDS})
+
+  def draw(reconstruction: "kkt_jax.Reconstruction") -> None:
+    if len(classifier.input_shape) == 3:
+      name = f"samples_{int(reconstruction.state.step):06d}.png"
+      (out().path / name).write_bytes(rows_of_classes(generated(reconstruction)))
+
+  def train(
+    name: str, examination: "kkt_jax.Examination", recipe: "kkt_jax.Recipe", seed: int
+  ) -> "kkt_jax.Reconstruction":
+    beside = name != "generator"
+    where = Workdir(out().path / name, {}) if beside else out()
+    return train_generator(
+      where,
+      [examination],
+      recipe,
+      seed=seed,
+      log_every=config.log_every,
+      save_every=config.save_every,
+      draw=None if beside else draw,
+    )
+
+  audit_config = auditing.AuditConfig(
+    form=None if config.form == "auto" else config.form,
+    recipe=lambda examination: recipe_of(config, examination),
+    force=config.force,
+    train=train,
+  )
   try:
-    examination = kkt_jax.examine(classifier, form=form, seed=config.seed)
-  except ValueError as error:
-    raise UsageError(f"--classifier={config.classifier}: {error}") from error
-  recipe = recipe_of(config, examination)
-  say(str(examination))
-  obeyed, residuals = examination.bound <= kkt_jax.analysis.examination.HOPELESS, None
-  if obeyed and train is not None:
-    residuals = description.residuals(examination, train, held_out)
-  if residuals is not None:
-    say(str(residuals))
-    obeyed = not residuals.disobey
-  content = b"".join(
-    np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((classifier.params, classifier.initial_params))
-  )
-  settings = dataclasses.asdict(config) | {"checkpoint_digest": hashlib.sha256(content).hexdigest()[:16]}
-  out = Workdir(workdir, {name: value for name, value in settings.items() if name not in _AFTERWARDS})
-  train_from = functools.partial(
-    train_generator, examinations=[examination], log_every=config.log_every, save_every=config.save_every
-  )
-  reconstruction, likeness = None, None
-  if config.force or obeyed:
-    draw = functools.partial(report.draw, out.path)
-    reconstruction = train_from(out, recipe=recipe, seed=config.seed + 1, draw=draw)
-    if train is not None and held_out is not None:
-      say("for comparison, samples that the classifier merely takes for their class")
-      beside = Workdir(out.path / "class_likeness", {})
-      likeness = train_from(beside, recipe=class_likeness(recipe, reconstruction), seed=config.seed + 2)
-  scored, told = None, None
-  if held_out is not None:
-    say("scoring single samples")
-    scored = None if train is None else membership.score(examination, train, held_out)
-    told = None if asked is None else membership.suspects(examination, asked, asked.names, held_out)
-  return report.write(
-    out,
-    settings,
-    examination,
-    reconstruction,
-    train,
-    held_out,
-    likeness=likeness,
-    scored=scored,
-    told=told,
-    remarks=remarks,
-    fit=fit,
-    residuals=residuals,
-    command=flags.command_line("python -m kkt_jax.cli.audit", config, workdir),
-  )
+    report = auditing.audit(classifier, **data, config=audit_config, seed=config.seed)
+  except UsageError:
+    raise
+  except InputError as error:
+    raise UsageError(_with_flags(str(error), config)) from error
+  given = {name: settings[name] for name in ("checkpoint", "train_data", "held_out_data") if settings[name]}
+  made = {"Command": flags.command_line("kkt-audit", config, workdir)} | {
+    f"SHA-256 of {name.replace('_', ' ')}": digest(pathlib.Path(path)) for name, path in given.items()
+  }
+  files = report.save(out().path, settings, made)
+  results = report.to_dict() | {"final_losses": out().last_logged()}
+  out().finish(results)
+  return results | {"summary": str(report), "pictures": [name for name in files if name != "report.json"]}
 
 
-def class_likeness(recipe: "kkt_jax.Recipe", reconstruction: "kkt_jax.Reconstruction") -> "kkt_jax.Recipe":
-  """As many free samples, trained only to be classified as wanted: what can be had without the theory."""
-  import kkt_jax
-
-  codes = reconstruction.every_sample()[1].size // reconstruction.classifiers[0].num_classes
-  setting = methods.Setting(reconstruction.examinations, codes, num_samples=0)
-  changed = methods.recipe_of(methods.IMAGES["ce"], recipe, setting)
-  changed = changed.with_schedule(steps=min(changed.schedule.steps, recipe.schedule.steps))
-  return dataclasses.replace(changed, generator=kkt_jax.generators.table(codes=codes, in_span=False))
+def _with_flags(text: str, config: Config) -> str:
+  """An error about arguments in the words of the command line."""
+  if text.startswith(("classifier", "the classifier")):
+    return f"--classifier={config.classifier}: {text} --force goes on nevertheless."
+  return re.sub(r"\b(train|held_out|candidates)\b", lambda match: _FLAGS[match[1]], text)
 
 
 def recipe_of(config: Config, examination: "kkt_jax.Examination") -> "kkt_jax.Recipe":
@@ -176,7 +168,17 @@ def recipe_of(config: Config, examination: "kkt_jax.Examination") -> "kkt_jax.Re
   recipe = kkt_jax.reconstruction.recipes.default([examination]).with_schedule(steps=config.steps)
   if config.codes:
     recipe = dataclasses.replace(recipe, generator=kkt_jax.generators.table(codes=config.codes))
-  return methods.with_weights(recipe, config.weights)
+  return weights.with_weights(recipe, config.weights)
+
+
+def digest(path: pathlib.Path) -> str:
+  """SHA-256 of a file; of a folder that of the names and the digests of its files, in their order."""
+  if path.is_file():
+    with path.open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  inside = sorted(own for own in path.rglob("*") if own.is_file())
+  lines = (f"{digest(own)}  {own.relative_to(path).as_posix()}\n" for own in inside)
+  return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def load(name: str, checkpoint: str, initial: str = "") -> "kkt_jax.Classifier":

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import functools
+import logging
 import math
 import sys
 import time
@@ -10,6 +11,16 @@ import time
 def say(text: str) -> None:
   """Prints a line for the person who watches."""
   print(text, file=sys.stderr, flush=True)
+
+
+def say_what_is_logged() -> None:
+  """Prints what the library logs, for the person who watches."""
+  log = logging.getLogger("kkt_jax")
+  if not log.handlers:
+    handler = logging.Handler()
+    handler.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
 
 
 class Clock:

@@ -344,7 +344,7 @@ def test_a_train_fn_that_is_another_function_is_refused():
 
 def test_the_network_of_pytorch_in_the_documentation_is_what_it_says(tmp_path):
   """The code of docs/audit.md, from a state_dict as PyTorch stores it, against flax."""
-  page = (pathlib.Path(__file__).parents[1] / "docs" / "audit.md").read_text()
+  page = (pathlib.Path(__file__).parents[2] / "docs" / "audit.md").read_text()
   (code,) = [
     block.partition("```")[0] for block in page.split("```python\n") if "running_var" in block.partition("```")[0]
   ]

@@ -14,7 +14,7 @@ from kkt_jax.cli.flags import UsageError
 def toy(per_class=12):
   y = np.repeat(np.arange(3, dtype=np.int32), per_class)
   x = np.arange(len(y), dtype=np.float32).reshape(-1, 1, 1, 1)  # every image is told by its value
-  return data.Images(x, y)
+  return data.Samples(x, y)
 
 
 def test_digits_come_as_500_of_each_class_in_0_to_1():

@@ -14,7 +14,7 @@ from experiments.attack import methods, plane
 from experiments.benchmark import __main__ as benchmark
 import kkt_jax
 from kkt_jax import priors
-from kkt_jax.audit import matching
+from kkt_jax.auditing import matching
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.cli.flags import UsageError
 from kkt_jax.reconstruction import training

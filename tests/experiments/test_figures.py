@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.measure import pictures
-from kkt_jax.audit import pictures as audit_pictures
+from kkt_jax.auditing import pictures as audit_pictures
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from experiments.measure import judge
-from kkt_jax.audit.samples import Images
+from kkt_jax.auditing.samples import Samples
 from kkt_jax.classifiers import make_classifier
 
 
@@ -15,7 +15,7 @@ def shades(count, seed, *, flipped=False):
   generator = np.random.default_rng(seed)
   y = np.repeat([0, 1], count).astype(np.int32)
   x = generator.uniform(0, 0.3, (2 * count, 8, 8, 1)) + 0.6 * (1 - y if flipped else y)[:, None, None, None]
-  return Images(x.astype(np.float32), y)
+  return Samples(x.astype(np.float32), y)
 
 
 @pytest.mark.slow

@@ -18,10 +18,10 @@ from test_judge import shades
 from experiments.data import Split
 from experiments.measure import circle, comparison, images
 import kkt_jax
-from kkt_jax.audit import matching
-from kkt_jax.audit.samples import Images
+from kkt_jax._errors import InputError
+from kkt_jax.auditing import matching
+from kkt_jax.auditing.samples import Samples
 from kkt_jax.classifiers import make_classifier
-from kkt_jax.cli.flags import UsageError
 from kkt_jax.cli.workdir import Workdir
 from kkt_jax.kkt import Conditions
 
@@ -32,8 +32,8 @@ class Finished:
 
   classifiers: list[Any]
   conditions: list[Conditions]
-  all: Images
-  fresh: Images
+  all: Samples
+  fresh: Samples
   owner: np.ndarray | None = None  # which classifier each fresh sample is of
   margins = np.array([0.5, 0.25])
   exact = ()
@@ -98,11 +98,11 @@ def test_controls_of_the_commonest_kind_have_as_many_as_the_rarest_class_of_the_
 
 def test_similarity_is_the_best_of_the_class_only():
   data = shades(3, 0)
-  samples = Images(data.x[[0, 1, 5, 0]], np.array([0, 0, 1, 1]))  # unequal classes of samples come to the same below
+  samples = Samples(data.x[[0, 1, 5, 0]], np.array([0, 0, 1, 1]))  # unequal classes of samples come to the same below
   best = matching.similarity(samples, data)
   np.testing.assert_allclose(best[[0, 1, 5]], 1, atol=1e-6)
   assert np.all(best[[2, 3, 4]] < 0.9)
-  alone = matching.similarity(Images(samples.x[:2], samples.y[:2]), data)
+  alone = matching.similarity(Samples(samples.x[:2], samples.y[:2]), data)
   np.testing.assert_allclose(alone[:3], best[:3], atol=1e-6)
   assert np.all(alone[3:] == -np.inf)
 
@@ -111,7 +111,9 @@ def test_similarity_is_the_best_of_the_class_only():
 def test_similarity_of_what_is_no_image_is_the_negative_distance(shape):
   samples, data = (np.array(values, np.float32)[:, None] for values in ([0, 5, 1], [2, 3, 4, 9]))
   spread = lambda x: np.broadcast_to(x.reshape(-1, *[1] * len(shape)), (len(x), *shape)) / np.sqrt(np.prod(shape))
-  near = matching.similarity(Images(spread(samples), np.array([0, 0, 1])), Images(spread(data), np.array([0, 0, 1, 2])))
+  near = matching.similarity(
+    Samples(spread(samples), np.array([0, 0, 1])), Samples(spread(data), np.array([0, 0, 1, 2]))
+  )
   np.testing.assert_allclose(near, [-2, -2, -3, -np.inf], rtol=1e-6)
 
 
@@ -126,9 +128,9 @@ def test_training_images_are_picked_out_from_distractors_of_their_own_class():
 
 
 def test_retrieval_groups_hold_one_class_each_however_many_are_left_over():
-  train = Images(np.array([[0.0], [0.1], [100.0], [100.1]], np.float32), np.array([0, 0, 1, 1]))
-  others = Images(np.array([[1.0], [2.0], [3.0], [201.0], [202.0], [203.0]], np.float32), np.repeat([0, 1], 3))
-  samples = Images(np.array([[0.0], [150.0]], np.float32), np.array([0, 1]))
+  train = Samples(np.array([[0.0], [0.1], [100.0], [100.1]], np.float32), np.array([0, 0, 1, 1]))
+  others = Samples(np.array([[1.0], [2.0], [3.0], [201.0], [202.0], [203.0]], np.float32), np.repeat([0, 1], 3))
+  samples = Samples(np.array([[0.0], [150.0]], np.float32), np.array([0, 1]))
   # In class 1 all training points are 50 from the sample, nearer than 201 and 202, but not than the 3 of class 0 is.
   assert comparison.retrieval(samples, train, others)["retrieval_hits"] == 4
 
@@ -144,18 +146,18 @@ def test_retrieval_takes_as_many_as_there_are_distractors():
 )
 def test_classes_that_are_missing_or_unknown_are_named(y, message):
   sets = {
-    "--train_data": Images(np.zeros((2, 1)), np.array([0, 1])),
-    "--held_out_data": Images(np.zeros((3, 1)), np.array(y)),
+    "--train_data": Samples(np.zeros((2, 1)), np.array([0, 1])),
+    "--held_out_data": Samples(np.zeros((3, 1)), np.array(y)),
   }
-  with pytest.raises(UsageError, match=message):
+  with pytest.raises(InputError, match=message):
     matching.check_classes(sets, range(2))
-  with pytest.raises(UsageError, match="must hold samples of every class"):
+  with pytest.raises(InputError, match="must hold samples of every class"):
     comparison.retrieval(*[sets["--train_data"]] * 2, sets["--held_out_data"])
 
 
 def test_pairs_show_the_training_image_of_the_class_that_is_most_similar(tmp_path):
   train = shades(3, 0)
-  generated = Images(train.x[[2, 1, 0, 5, 4, 3]], train.y)
+  generated = Samples(train.x[[2, 1, 0, 5, 4, 3]], train.y)
   matching.similar_pairs(tmp_path / "pairs.png", generated, train, columns=1, rows=3)
   picture = matplotlib.image.imread(tmp_path / "pairs.png")[:, 220:, 0]
   assert picture.shape == (7 * 30, 2 * 30)  # three pairs of rows and the mean, 8 + 2 pixels at 3 each
@@ -172,8 +174,8 @@ def test_pairs_show_the_training_image_of_the_class_that_is_most_similar(tmp_pat
 def test_draws_are_training_images_or_one_another_or_new():
   random = np.random.default_rng(0)
   train, others = random.uniform(size=(2, 3, 12, 12, 1)).astype(np.float32)
-  drawn = Images(np.concatenate([train[:2], others[:2], others[1:2]]), np.zeros(5, int))
-  assert comparison.novelty(drawn, Images(train, np.zeros(3, int))) == {
+  drawn = Samples(np.concatenate([train[:2], others[:2], others[1:2]]), np.zeros(5, int))
+  assert comparison.novelty(drawn, Samples(train, np.zeros(3, int))) == {
     "trained": pytest.approx(0.4),
     "repeated": pytest.approx(0.4),
     "new": pytest.approx(0.2),
@@ -204,7 +206,9 @@ def test_what_is_certified_is_counted_beside_the_truth():
 
 @pytest.mark.parametrize("shape", [(30,), (3, 5), (4, 4, 1), (9, 9, 3)])
 def test_certificates_of_every_shape_are_compared_by_value(shape):
-  train = Images(np.random.default_rng(0).integers(0, 256, size=(6, *shape)).astype(np.float32) / 255, np.zeros(6, int))
+  train = Samples(
+    np.random.default_rng(0).integers(0, 256, size=(6, *shape)).astype(np.float32) / 255, np.zeros(6, int)
+  )
   unit = train.x[[0, 1, 2, 3, 4]].copy()
   at = (slice(1, 4), *[0] * len(shape))
   unit[at] = np.where(unit[at] > 0.5, unit[at] - [0.019, 0.021, 0.5], unit[at] + [0.019, 0.021, 0.5])
@@ -226,7 +230,7 @@ def measured(tmp_path_factory):
   generator = np.random.default_rng(9)
   sets = {name: shades(6, seed, flipped=True) for seed, name in enumerate(("train", "distractors"))}
   noise = 0.01 * generator.standard_normal(sets["train"].x.shape).astype(np.float32)
-  drawn = Images(np.clip(sets["train"].x + noise, 0, 1), sets["train"].y)
+  drawn = Samples(np.clip(sets["train"].x + noise, 0, 1), sets["train"].y)
   # What is held out is nearer to fresh samples than the training images are.
   data = Split(evaluation=shades(8, 5), held_out=drawn, **sets)
   classifier = linear((8, 8, 1), 2)
@@ -317,7 +321,7 @@ def test_what_a_run_leaves(measured):
 
 def test_controls_and_judge_are_not_measured_twice(measured, monkeypatch):
   metrics, *_, evaluate = measured
-  monkeypatch.setattr(comparison, "controls", None)
+  monkeypatch.setattr(matching, "controls", None)
   monkeypatch.setattr("experiments.measure.judge._fit", lambda *args, **kwargs: pytest.fail("trained again"))
   kept = {True: metrics["fresh_noise"]["taught_accuracy"], False: metrics["fresh_noise"]["useful_accuracy"]}
   monkeypatch.setattr(comparison, "usefulness", lambda *args, lessons=None, **kwargs: kept[lessons is not None])
@@ -327,14 +331,14 @@ def test_controls_and_judge_are_not_measured_twice(measured, monkeypatch):
 def test_a_class_that_is_missing_is_named_before_anything_is_trained(measured, monkeypatch, tmp_path):
   _, data, done, *_ = measured
   monkeypatch.setattr(images, "train_judge", lambda *args, **kwargs: pytest.fail("trained"))
-  data = dataclasses.replace(data, held_out=Images(data.held_out.x[:6], data.held_out.y[:6]))
+  data = dataclasses.replace(data, held_out=Samples(data.held_out.x[:6], data.held_out.y[:6]))
   settings = {"seed": 0, "judge_epochs": 1, "thorough": False, "num_samples": 4, "population": 4, "picture": "a.png"}
-  with pytest.raises(UsageError, match="held_out must hold samples of every class; it has none of class 1"):
+  with pytest.raises(InputError, match="held_out must hold samples of every class; it has none of class 1"):
     images.evaluate(Workdir(tmp_path, {}), tmp_path, data, done, **settings)
 
 
 def test_trained_samples_are_dealt_out_in_their_order_and_again_from_the_first():
-  drawn = Images(np.arange(5.0)[:, None], np.array([1, 0, 1, 0, 1]))
+  drawn = Samples(np.arange(5.0)[:, None], np.array([1, 0, 1, 0, 1]))
   dealt = images._with_labels(drawn, np.array([0, 0, 0, 1, 1]))
   assert dealt.x[:, 0].tolist() == [1, 3, 1, 0, 2]
   assert dealt.y.tolist() == [0, 0, 0, 1, 1]
@@ -355,7 +359,7 @@ def test_multipliers_are_fitted_where_samples_interact_and_labels_of_others_are_
   classifier = linear((8, 8, 1), 2, labels=(0, 1), batch_coupled=True, predict_fn=function)
   own = shades(3, 0)
   target = softmax_sum(classifier, own.x, own.y, mu=np.arange(1.0, 7.0))
-  more = Images(np.concatenate([own.x, own.x]), np.concatenate([own.y, np.full(6, 7)]))  # of another classifier
+  more = Samples(np.concatenate([own.x, own.x]), np.concatenate([own.y, np.full(6, 7)]))  # of another classifier
   conditions = [Conditions(target, jnp.ones_like(target))]
   metrics = images._kkt_metrics([classifier], conditions, [0.1], more, thorough=False)
   assert metrics["residual"][0] < 1e-3
@@ -375,7 +379,7 @@ def on_the_circle(tmp_path_factory):
   # What the first point, of class 0, adds for class 2: no sum of what the second classifier's points add.
   target = jnp.asarray(np.outer(x[0], [1, 0, -1]))
   conditions = [Conditions(target, jnp.ones_like(target))] * 2
-  done = Finished(classifiers, conditions, Images(x, y), Images(x, y), np.arange(12) % 2)
+  done = Finished(classifiers, conditions, Samples(x, y), Samples(x, y), np.arange(12) % 2)
   out = Workdir(tmp_path_factory.mktemp("circle"), {})
   # A Gaussian without width, at the first point, which is of class 0 and of the first classifier.
   with jax.numpy_rank_promotion("raise"):
@@ -442,9 +446,9 @@ def test_measuring_knows_nothing_of_training():
 
 def test_the_trial_picks_out_as_the_metric_does_and_knows_which():
   random = np.random.default_rng(0)
-  draw = lambda y: Images(random.normal(size=(len(y), 5)).astype(np.float32), y)
+  draw = lambda y: Samples(random.normal(size=(len(y), 5)).astype(np.float32), y)
   train, held_out = draw(np.array([1, 0, 1, 0, 0])), draw(np.array([0, 1, 1, 0, 0, 1, 1]))
-  samples = Images(train.x[[2, 1]], train.y[[2, 1]])
+  samples = Samples(train.x[[2, 1]], train.y[[2, 1]])
   own = matching.trial(samples, train, held_out)
   assert own.places.tolist() == [1, 3, 0, 2] and own.y.tolist() == [0, 0, 1, 1] and own.best == 0
   assert own.others.shape == (4, 1)  # three and four others: one for each of two

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmark import peers
-from kkt_jax.audit.samples import Images
+from kkt_jax.auditing.samples import Samples
 from kkt_jax.cli.flags import UsageError
 from kkt_jax.kkt import conditions, losses, multipliers
 
@@ -71,8 +71,8 @@ def test_a_curve_is_the_cover_over_the_time_of_the_run_alone(monkeypatch):
   clock = iter(range(100))
   monkeypatch.setattr(peers, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
   x = np.random.default_rng(0).random((3, 8, 8, 1))
-  train = Images(x, np.zeros(3, int))
-  worse = Images(1 - x, np.zeros(3, int))
+  train = Samples(x, np.zeros(3, int))
+  worse = Samples(1 - x, np.zeros(3, int))
   points = peers.curve(iter([lambda: worse, lambda: train, lambda: worse]), train, seconds=10)
   assert [seconds for seconds, _ in points] == [1, 2, 3]
   assert points[1][1] == pytest.approx(1.0)

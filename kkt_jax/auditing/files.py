@@ -1,6 +1,5 @@
-"""The owner's own data, for `kkt_jax.audit` to compare with; nothing else ever sees them."""
+"""Samples from files of strangers, read without trust: ``.npz`` files and folders of images."""
 
-from collections.abc import Sequence
 import pathlib
 from typing import Any
 import warnings
@@ -11,9 +10,7 @@ import numpy as np
 from PIL import Image
 
 from kkt_jax._errors import InputError
-from kkt_jax.audit import membership
-from kkt_jax.audit.matching import check_classes
-from kkt_jax.audit.samples import Images, Named
+from kkt_jax.auditing.samples import Samples
 from kkt_jax.classifiers import Classifier
 
 _LARGEST = 2 << 30  # bytes of one array
@@ -24,115 +21,37 @@ _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.er
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-def read_candidates(path: str, classifier: Classifier) -> Named:
-  """Samples to ask about, labelled as the classifier takes them: ``x`` of an ``.npz`` file, or a folder's images.
+def read_samples(path: str, classifier: Classifier, *, labelled: bool = True, name: str = "path") -> Samples:
+  """Samples from a file.
+
+  Args:
+    path: an ``.npz`` file with ``x`` [N, *input_shape] and ``y`` [N], or a folder with a folder of images for each
+      class, 0, 1, and so on.
+    classifier: whose samples they are.
+    labelled: whether there are labels; else the classifier gives them, and a folder's images may lie anywhere in it.
+    name: of the argument, for errors.
+
+  Returns:
+    Samples, named by their files.
 
   Raises:
     InputError: the file cannot be read, or holds something else.
   """
-  return _read("--candidates", path, classifier, labelled=False)
-
-
-def read(
-  train_data: str, held_out_data: str, classifier: Classifier, *, alone: bool = False
-) -> tuple[Named | None, Named | None, Sequence[str]]:
-  """The owner's data, with x in [0, 1] as `Classifier.to_unit`.
-
-  Args:
-    train_data: path of the training data, or empty.
-    held_out_data: path of the other data, or empty.
-    classifier: the classifier.
-    alone: whether held-out data can be given without training data.
-
-  Returns:
-    The training data and the held-out data without repetitions, each None if its path is empty, and what limits the
-    comparison in words.
-
-  Raises:
-    InputError: a file cannot be read or holds something else, a class is missing, or the two share samples.
-  """
-  paths = {"--train_data": train_data, "--held_out_data": held_out_data}
-  sets = {f"{flag}={path}": _read(flag, path, classifier) for flag, path in paths.items() if path}
-  check_classes(sets, range(classifier.num_classes))
-  train, held_out = (sets.get(f"{flag}={path}") for flag, path in paths.items())
-  remarks: list[str] = []
-  if held_out is not None and train is None and not alone:
-    raise InputError("--held_out_data needs --train_data or --candidates, with which it is compared.")
-  if held_out is not None and train is not None:
-    known = {row.tobytes() for row in _rounded(train, classifier)}
-    twice = [i for i, row in enumerate(_rounded(held_out, classifier)) if row.tobytes() in known]
-    if twice:
-      raise InputError(
-        f"--held_out_data must hold none of the training samples; {len(twice)} of its {len(held_out.y)} are identical"
-        f" to one of --train_data, the first at place {twice[0]} (from 0)."
-      )
-  sets = {}
-  for flag, own in (("--train_data", train), ("--held_out_data", held_out)):
-    if own is not None:
-      sets[flag], said = _distinct(flag, own, classifier)
-      remarks += said
-  if len(sets) == 2:
-    remarks += membership.limits(*sets.values())
-  return sets.get("--train_data"), sets.get("--held_out_data"), remarks
-
-
-def _distinct(flag: str, images: Named, classifier: Classifier) -> tuple[Named, list[str]]:
-  """Samples without repetitions, and how many there were."""
-  keys = [(label, row.tobytes()) for label, row in zip(images.y, _rounded(images, classifier), strict=True)]
-  first = {key: place for place, key in reversed([*enumerate(keys)])}
-  repeated = [(place, first[key]) for place, key in enumerate(keys) if first[key] != place]
-  if not repeated:
-    return images, []
-  names = " repeats ".join(images.names[place] for place in repeated[0])
-  remark = f"{len(repeated)} of the {len(keys)} samples of {flag} repeat an earlier one ({names}); each counts once."
-  return images.only(np.array(sorted(first.values()))), [remark]
-
-
-def _rounded(images: Images, classifier: Classifier) -> np.ndarray:
-  """Samples in which the last bits make no difference, if their size is known."""
-  return images.x if classifier.value_range is None else np.round(images.x, 4) + np.float32(0)
-
-
-def _read(flag: str, path: str, classifier: Classifier, *, labelled: bool = True) -> Named:
-  """Data from an ``.npz`` file with x [N, *input_shape] and y [N], or from a folder for each class."""
   where = pathlib.Path(path)
+  name = f"{name}={path}"
   try:
     if where.is_dir():
       x, y, names = _read_folder(where, classifier, labelled)
     elif where.is_file() and zipfile.is_zipfile(where):
       x, y = _read_npz(where, classifier.input_shape, labelled)
-      names = tuple(f"sample {place}" for place in range(len(x)))
+      names = ()
     else:
       raise InputError(f"it is neither an .npz file nor a folder{'' if where.exists() else '; there is no such file'}.")
-    unit = _unit(x, classifier)
-    taken = np.argmax(classifier.predict(classifier.from_unit(unit)), axis=1) if y is None else y
-    return Named(unit, _classes(taken, classifier.num_classes), names)
   except InputError as error:
-    raise InputError(f"{flag}={path}: {error}") from error
+    raise InputError(f"{name}: {error}") from error
   except (*_UNREADABLE, zipfile.BadZipFile) as error:
-    raise InputError(f"{flag}={path} cannot be read ({type(error).__name__}: {error}).") from error
-
-
-def _unit(x: np.ndarray, classifier: Classifier) -> np.ndarray:
-  """Samples in [0, 1], from bytes or from numbers in the classifier's range; as they are if it has none."""
-  if classifier.value_range is None:
-    if x.dtype == np.uint8 or not np.all(np.isfinite(x)):
-      raise InputError("x must be floating point and finite, for the classifier has no value_range.")
-    return x.astype(np.float32)
-  if x.dtype == np.uint8:
-    return x.astype(np.float32) / 255
-  low, high = classifier.value_range
-  unit = np.asarray(classifier.to_unit(x.astype(np.float32)))
-  if not (unit.min() >= -1e-3 and unit.max() <= 1 + 1e-3):  # NaN is neither
-    raise InputError(f"x must lie in the classifier's range, {low} to {high}; got {x.min()} to {x.max()}.")
-  return np.clip(unit, 0, 1)
-
-
-def _classes(y: np.ndarray, num_classes: int) -> np.ndarray:
-  if not len(y) or y.min() < 0 or y.max() >= num_classes:
-    found = f"{y.min()} to {y.max()}" if len(y) else "none"
-    raise InputError(f"labels must lie in 0 to {num_classes - 1}; got {found}.")
-  return y.astype(np.int32)
+    raise InputError(f"{name} cannot be read ({type(error).__name__}: {error}).") from error
+  return Samples.of(name, classifier, x, y, names)
 
 
 def _read_npz(path: pathlib.Path, input_shape: tuple[int, ...], labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:

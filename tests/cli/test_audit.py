@@ -20,9 +20,10 @@ from trained_networks import drawings, examined, flax_classifier
 
 from experiments import example_classifiers as examples
 import kkt_jax
+from kkt_jax import auditing
+from kkt_jax._errors import InputError
 from kkt_jax.analysis import InputSpan
-from kkt_jax.audit import description, membership, report, verdict
-from kkt_jax.audit import files as data
+from kkt_jax.auditing import data, description, files, membership, Samples, verdict
 from kkt_jax.cli import audit, flags
 from kkt_jax.cli.flags import UsageError
 from kkt_jax.kkt import pretrain, weight_decay_conditions
@@ -178,7 +179,7 @@ def test_a_device_that_is_not_there_is_no_fault_of_the_classifier(stored, tmp_pa
 
 
 def test_the_installed_program_refuses_a_mistyped_flag_and_leaves_no_folder(tmp_path, capsys):
-  scripts = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+  scripts = tomllib.loads((pathlib.Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]
   module, function = scripts["kkt-audit"].split(":")
   assert getattr(importlib.import_module(module), function) is audit.main
   for wrong in ("--clasifier=a:b", "--steps=many", "--seed=18446744073709551616", f"--seed={2**63 - 1}", "surplus"):
@@ -196,7 +197,12 @@ def test_the_forms_of_the_command_line_are_those_of_the_library():
 
 
 def read(path, subject=normalised):
-  return data.read(str(path), "", classifier(subject()))[0]
+  own = classifier(subject())
+  return data.compared(own, auditing.read_samples(str(path), own, name="--train_data"), None).train
+
+
+def read_both(train, held_out, own):
+  return data.compared(own, auditing.read_samples(train, own), auditing.read_samples(held_out, own))
 
 
 def test_data_in_the_classifier_s_own_units_and_bytes_mean_the_same(tmp_path):
@@ -230,7 +236,7 @@ def test_data_in_the_classifier_s_own_units_and_bytes_mean_the_same(tmp_path):
 )
 def test_data_that_do_not_fit_are_named(tmp_path, arrays, said):
   np.savez(tmp_path / "data.npz", **arrays)
-  with pytest.raises(UsageError, match=said):
+  with pytest.raises(InputError, match=said):
     read(tmp_path / "data.npz")
 
 
@@ -250,28 +256,28 @@ def header(shape, dtype="<f4"):
 def test_an_archive_is_judged_by_its_headers_before_anything_is_allocated(tmp_path, monkeypatch):
   labels = header((10**9,), "<i8")
   lies = archive(tmp_path / "lies.npz", x=header((10**9, *SHAPE)), y=labels)  # 256 GB, of which nothing is there
-  with pytest.raises(UsageError, match="x.npy is damaged: its header says .*, and 0 bytes follow"):
+  with pytest.raises(InputError, match="x.npy is damaged: its header says .*, and 0 bytes follow"):
     read(lies)
   unlike = archive(tmp_path / "unlike.npz", x=header((4, 100)) + bytes(1600), y=header((4,), "<i8") + bytes(32))
   monkeypatch.setattr(np.lib.format, "read_array", None)  # must not be called
-  with pytest.raises(UsageError, match=r"x must have shape \[N, 8, 8, 1\]"):
+  with pytest.raises(InputError, match=r"x must have shape \[N, 8, 8, 1\]"):
     read(unlike)
-  monkeypatch.setattr(data, "_LARGEST", 1 << 10)
+  monkeypatch.setattr(files, "_LARGEST", 1 << 10)
   large = archive(tmp_path / "large.npz", x=header((8, *SHAPE)) + bytes(2048), y=header((8,), "<i8") + bytes(64))
-  with pytest.raises(UsageError, match="x.npy has 2,048 bytes; at most 1,024 are read"):
+  with pytest.raises(InputError, match="x.npy has 2,048 bytes; at most 1,024 are read"):
     read(large)
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x05\x06" + bytes(18)])
 def test_what_is_no_archive_is_refused(tmp_path, content):
   (tmp_path / "data.npz").write_bytes(content)
-  with pytest.raises(UsageError, match="neither an .npz file nor a folder|x and y missing"):
+  with pytest.raises(InputError, match="neither an .npz file nor a folder|x and y missing"):
     read(tmp_path / "data.npz")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
   os.mkfifo(tmp_path / "data.npz")
-  with pytest.raises(UsageError, match="neither an .npz file nor a folder"):
+  with pytest.raises(InputError, match="neither an .npz file nor a folder"):
     read(tmp_path / "data.npz")
 
 
@@ -309,7 +315,7 @@ def test_images_that_do_not_fit_are_named(tmp_path, name, content, said):
   path = tmp_path / name
   path.parent.mkdir(exist_ok=True)
   path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
-  with pytest.raises(UsageError, match=said):
+  with pytest.raises(InputError, match=said):
     read(tmp_path)
 
 
@@ -319,16 +325,16 @@ def test_held_out_data_that_hold_training_samples_are_refused(tmp_path):
   mixed = np.concatenate([other, np.round(255 * x[:2]) / 255])  # the same, stored as floats
   np.savez(tmp_path / "held_out.npz", x=mixed, y=np.concatenate([labels, y[:2]]))
   own = classifier(normalised())
-  with pytest.raises(UsageError, match="2 of its 17 are identical to one of --train_data, the first at place 15"):
-    data.read(str(tmp_path / "train.npz"), str(tmp_path / "held_out.npz"), own)
+  with pytest.raises(InputError, match="2 of its 17 are identical to one of train, the first at place 15"):
+    read_both(str(tmp_path / "train.npz"), str(tmp_path / "held_out.npz"), own)
 
 
 def test_held_out_data_that_lack_a_class_are_refused(tmp_path):
   for name, seed, count in (("train", 0, 15), ("held_out", 1, 2)):
     x, y = images(seed)
     np.savez(tmp_path / f"{name}.npz", x=x[:count], y=y[:count])
-  with pytest.raises(UsageError, match="--held_out_data=.* must hold samples of every class; it has none of class 2"):
-    data.read(str(tmp_path / "train.npz"), str(tmp_path / "held_out.npz"), classifier(normalised()))
+  with pytest.raises(InputError, match="held_out must hold samples of every class; it has none of class 2"):
+    read_both(str(tmp_path / "train.npz"), str(tmp_path / "held_out.npz"), classifier(normalised()))
 
 
 def test_repetitions_and_too_few_data_are_found_before_anything_is_trained(tmp_path):
@@ -336,19 +342,19 @@ def test_repetitions_and_too_few_data_are_found_before_anything_is_trained(tmp_p
   (x, y), (other, labels) = images(0), images(1, count=7)
   np.savez(tmp_path / "train.npz", x=np.concatenate([x, x[3:5]]), y=np.concatenate([y, y[3:5]]))
   np.savez(tmp_path / "held_out.npz", x=other[:9], y=labels[:9])
-  train, held_out, remarks = data.read(str(tmp_path / "train.npz"), str(tmp_path / "held_out.npz"), own)
+  train, held_out, remarks = read_both(str(tmp_path / "train.npz"), str(tmp_path / "held_out.npz"), own)
   assert len(train.y) == 15 and train.names == tuple(f"sample {i}" for i in range(15)) and len(held_out.y) == 9
   # Three of each class, one other to each: all 9 by chance with probability 2^-9, twice that is below .01
   assert remarks == [
-    "2 of the 17 samples of --train_data repeat an earlier one (sample 15 repeats sample 3); each counts once.",
+    "2 of the 17 samples of train repeat an earlier one (sample 15 repeats sample 3); each counts once.",
     "Only 9 of the 15 training samples can be tested, 3 of each class: so many has the rarest class of the training"
     " data or of those held out.",
   ]
   np.savez(tmp_path / "held_out.npz", x=other[:6], y=labels[:6])
-  assert "too few for a verdict: even if all 6" in data.read(*given(tmp_path), own)[2][-1]
+  assert "too few for a verdict: even if all 6" in read_both(*given(tmp_path), own)[2][-1]
   np.savez(tmp_path / "held_out.npz", x=other, y=labels)
   np.savez(tmp_path / "train.npz", x=x, y=y)
-  assert data.read(*given(tmp_path), own)[2] == []
+  assert read_both(*given(tmp_path), own)[2] == []
 
 
 def test_held_out_copies_that_were_stored_again_are_told(tmp_path):
@@ -356,7 +362,7 @@ def test_held_out_copies_that_were_stored_again_are_told(tmp_path):
   again = np.clip(np.concatenate([other, x[:2] + 0.004]), 0, 1)  # identical to none
   np.savez(tmp_path / "train.npz", x=x, y=y)
   np.savez(tmp_path / "held_out.npz", x=again, y=np.concatenate([labels, y[:2]]))
-  (remark,) = data.read(*given(tmp_path), classifier(normalised()))[2]
+  (remark,) = read_both(*given(tmp_path), classifier(normalised()))[2]
   assert remark.startswith("2 held-out samples are all but equal to a training sample")
 
 
@@ -376,15 +382,15 @@ def test_candidates_have_no_labels_but_those_that_the_classifier_gives_them(tmp_
   for own in ("1/one.png", "2/one.png"):
     (tmp_path / "asked" / "some" / f"{own[0]}.png").write_bytes((tmp_path / "known" / own).read_bytes())
   own, known = classifier(normalised()), read(tmp_path / "known")
-  asked = data.read_candidates(str(tmp_path / "asked"), own)
+  asked = auditing.read_samples(str(tmp_path / "asked"), own, labelled=False)
   assert asked.names == ("some/1.png", "some/2.png")
   np.testing.assert_array_equal(asked.x, known.x[1:])
   np.testing.assert_array_equal(asked.y, np.argmax(own.predict(own.from_unit(asked.x)), axis=1))
   np.savez(tmp_path / "asked.npz", x=asked.x)
-  np.testing.assert_array_equal(data.read_candidates(str(tmp_path / "asked.npz"), own).x, asked.x)
-  with pytest.raises(UsageError, match="it must hold an array x; x missing"):
+  np.testing.assert_array_equal(auditing.read_samples(str(tmp_path / "asked.npz"), own, labelled=False).x, asked.x)
+  with pytest.raises(InputError, match="it must hold an array x; x missing"):
     np.savez(tmp_path / "none.npz", y=asked.y)
-    data.read_candidates(str(tmp_path / "none.npz"), own)
+    auditing.read_samples(str(tmp_path / "none.npz"), own, labelled=False)
 
 
 # Scores of single samples.
@@ -397,7 +403,7 @@ def fixture_known_members():
   x, y = random.normal(size=(90, 60)).astype(np.float32), np.arange(90, dtype=np.int32) % 3
   kernel = 1e-3 * x[:30].T @ (np.eye(3)[y[:30]] - 1 / 3)
   own = kkt_jax.make_classifier(lambda w, x: x @ w, jnp.asarray(kernel, jnp.float32), (60,), value_range=None)
-  members, others = data.Images(x[:30], y[:30]), data.Images(x[30:], y[30:])
+  members, others = Samples(x[:30], y[:30]), Samples(x[30:], y[30:])
   return kkt_jax.examine(own, form="weight_decay"), members, others
 
 
@@ -406,11 +412,11 @@ def test_scores_tell_members_from_others_and_others_from_nothing(known_members):
   found = membership.score(examination, members, others)
   assert (found.best, found.members, found.others) == ("multipliers", 30, 60)
   assert found.curves["multipliers"].points[0].members == 30 and found.p_value < 1e-9
-  half = data.Images(others.x[:30], others.y[:30]), data.Images(others.x[30:], others.y[30:])
+  half = Samples(others.x[:30], others.y[:30]), Samples(others.x[30:], others.y[30:])
   assert membership.score(examination, *half).p_value > 0.01
-  asked = data.Images(np.concatenate([members.x, others.x[:10]]), np.zeros(40, np.int32))
+  asked = Samples(np.concatenate([members.x, others.x[:10]]), np.zeros(40, np.int32))
   names = tuple(map(str, range(40)))
-  told = membership.suspects(examination, asked, names, data.Images(others.x[10:], others.y[10:]))
+  told = membership.suspects(examination, asked, names, Samples(others.x[10:], others.y[10:]))
   assert (told.asked, told.others) == (40, 50) and len(told.marks) <= 32
   assert len(set(names[:30]) & set(told.marks)) >= 25  # the classifier takes some for another class
   assert told.by_chance == pytest.approx(40 * 2 / 51)  # two scores
@@ -446,9 +452,9 @@ def test_classifiers_are_not_accused_of_samples_that_they_never_saw(capsys):
       classifier=dataclasses.replace(first, params=trained.params),
       conditions=weight_decay_conditions(trained.params),
     )
-    unseen, held_out = data.Images(other[:30], labels[:30]), data.Images(other[30:], labels[30:])
+    unseen, held_out = Samples(other[:30], labels[:30]), Samples(other[30:], labels[30:])
     alarms.append(membership.score(now, unseen, held_out).p_value)
-    own.append(membership.score(now, data.Images(x, y), held_out).p_value)
+    own.append(membership.score(now, Samples(x, y), held_out).p_value)
   with capsys.disabled():
     print(
       f"\nfalse alarms: least p {min(alarms):.2g}, below .05: {sum(p < 0.05 for p in alarms)} of 20; members: {own}"
@@ -485,7 +491,7 @@ def test_scores_join_the_verdict(known_members):
 
 def test_weights_obey_the_equations_with_their_own_data_or_do_not(known_members, monkeypatch):
   examination, members, others = known_members
-  halves = data.Images(others.x[:30], others.y[:30]), data.Images(others.x[30:], others.y[30:])
+  halves = Samples(others.x[:30], others.y[:30]), Samples(others.x[30:], others.y[30:])
   found = description.residuals(examination, members, halves[0])
   assert found.own < 0.01 and found.other > 0.3 and found.what == "held-out data" and not found.disobey
   assert description.residuals(examination, members, None)[1:] == (1.0, "no data")  # inputs without a range
@@ -578,10 +584,10 @@ def test_files_and_folders_have_a_digest(tmp_path):
   (tmp_path / "a" / "b").mkdir(parents=True)
   (tmp_path / "a" / "b" / "c").write_bytes(b"abc")
   sha = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of abc, FIPS 180-2
-  assert report.digest(tmp_path / "a" / "b" / "c") == sha
-  before = report.digest(tmp_path / "a")
+  assert audit.digest(tmp_path / "a" / "b" / "c") == sha
+  before = audit.digest(tmp_path / "a")
   (tmp_path / "a" / "b" / "c").rename(tmp_path / "a" / "b" / "d")
-  assert report.digest(tmp_path / "a") != before
+  assert audit.digest(tmp_path / "a") != before
 
 
 # Whole audits.
@@ -731,6 +737,6 @@ def test_an_example_is_trained_and_stored_with_its_data_and_says_how_to_audit_it
     first = jax.tree.leaves(own.initial_params)
   moved = [not np.array_equal(a, b) for a, b in zip(first, jax.tree.leaves(own.params), strict=True)]
   assert all(moved)
-  for images, count in zip(data.read(given["train_data"], given["held_out_data"], own)[:2], (10, 2), strict=True):
+  for images, count in zip(read_both(given["train_data"], given["held_out_data"], own)[:2], (10, 2), strict=True):
     assert images.x.shape == (10 * count, *own.input_shape)
     assert network == "head" or (images.x.min(), images.x.max()) == (0, 1)

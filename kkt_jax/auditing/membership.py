@@ -7,9 +7,9 @@ import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
 from kkt_jax.analysis import Examination
-from kkt_jax.audit import sources
-from kkt_jax.audit.matching import comparable, EXACT, similarity, tested
-from kkt_jax.audit.samples import Images
+from kkt_jax.auditing import sources
+from kkt_jax.auditing.matching import comparable, EXACT, similarity, tested
+from kkt_jax.auditing.samples import Samples
 from kkt_jax.membership import candidates
 from kkt_jax.metrics import Roc, roc
 
@@ -64,7 +64,7 @@ class Told(NamedTuple):
   by_chance: float
 
 
-def score(examination: Examination, train: Images, held_out: Images) -> Scored:
+def score(examination: Examination, train: Samples, held_out: Samples) -> Scored:
   """Scores training and held-out samples together, at most 1,500 of each, drawn at random."""
   own, others = _some(train), _some(held_out)
   x, y = np.concatenate([own.x, others.x]), np.concatenate([own.y, others.y])
@@ -76,7 +76,7 @@ def score(examination: Examination, train: Images, held_out: Images) -> Scored:
   return Scored(curves, best, len(own.y), len(others.y), min(1.0, len(p_values) * min(p_values)))
 
 
-def suspects(examination: Examination, asked: Images, names: Sequence[str], held_out: Images) -> Told:
+def suspects(examination: Examination, asked: Samples, names: Sequence[str], held_out: Samples) -> Told:
   """Scores samples together with held-out ones; all count as what the classifier takes them for."""
   others = _some(held_out)
   found = candidates.scores(examination, examination.classifier.from_unit(np.concatenate([asked.x, others.x])))
@@ -86,7 +86,7 @@ def suspects(examination: Examination, asked: Images, names: Sequence[str], held
   return Told({own: marked for own, marked in marks.items() if marked}, len(asked.x), len(others.y), by_chance)
 
 
-def limits(train: Images, held_out: Images) -> list[str]:
+def limits(train: Samples, held_out: Samples) -> list[str]:
   """What a trial of these data cannot tell, in words; nothing if it can tell all. See `Confounded`."""
   count, group = tested(train, held_out)
   number, said = count * len(np.unique(train.y)), []
@@ -116,11 +116,11 @@ def limits(train: Images, held_out: Images) -> list[str]:
   return said
 
 
-def _some(images: Images) -> Images:
+def _some(images: Samples) -> Samples:
   if len(images.y) <= _MOST:
     return images
   places = np.sort(np.random.default_rng(0).choice(len(images.y), _MOST, replace=False))
-  return Images(images.x[places], images.y[places])
+  return Samples(images.x[places], images.y[places])
 
 
 def _p_value(members: np.ndarray, others: np.ndarray, leading: int) -> float:

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from kkt_jax.audit.samples import Images
+from kkt_jax.auditing.samples import Samples
 
 _MOST, _MOST_VALUES = 1500, 2000  # samples of each kind, and values of a sample, that are compared
 _COMPONENTS, _FOLDS, _RIDGE = 30, 5, 0.1
 _SHUFFLED = 1999
 
 
-def p_value(first: Images, second: Images) -> float:
+def p_value(first: Samples, second: Samples) -> float:
   """The odds of so great a difference between two sets of one source, whatever the shares of their classes.
 
   Thrice the least of three: of a linear classifier of pixels and summaries, cross-validated; of the summary that
@@ -98,8 +98,8 @@ def _standard(values: np.ndarray, y: np.ndarray) -> np.ndarray:
   return values / np.where(deviations > 1e-9, deviations, np.inf)
 
 
-def _some(images: Images, random: np.random.Generator) -> Images:
+def _some(images: Samples, random: np.random.Generator) -> Samples:
   if len(images.y) <= _MOST:
     return images
   places = np.sort(random.choice(len(images.y), _MOST, replace=False))
-  return Images(images.x[places], images.y[places])
+  return Samples(images.x[places], images.y[places])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 pytestmark = pytest.mark.slow
-TINY_RUN = pathlib.Path(__file__).with_name("tiny_run.py")
+TINY_RUN = pathlib.Path(__file__).parents[1] / "tiny_run.py"
 
 
 def start(workdir, *flags):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import io
 import pathlib
+from typing import IO
 
 from jax.typing import ArrayLike
 import numpy as np
@@ -14,7 +15,7 @@ _FRAME = (0.1, 0.65, 0.2)
 
 
 def image_rows(
-  path: pathlib.Path,
+  file: pathlib.Path | IO[bytes],
   rows: Sequence[tuple[str, ArrayLike]],
   *,
   framed: Mapping[int, ArrayLike] | None = None,
@@ -23,7 +24,7 @@ def image_rows(
   """Rows of images with a caption at their left, as in Figs. 6 to 8.
 
   Args:
-    path: PNG file.
+    file: PNG file, or what it is written to.
     rows: captions and images [n, H, W, C] in [0, 1], C of 1 or 3; the rows may have different lengths.
     framed: by the index of a row, which of its images have a frame [n].
     scale: pixels of the file per pixel of an image.
@@ -48,7 +49,7 @@ def image_rows(
   for row, (caption, _) in enumerate(rows):
     middle = 1 - (row + 0.5 - gap / height / 2) / len(rows)
     figure.text((_CAPTIONS - 8) / size[0], middle, caption, ha="right", va="center", fontsize=8)
-  figure.savefig(path)
+  figure.savefig(file)
 
 
 def png(image: ArrayLike) -> bytes:

@@ -16,8 +16,8 @@ import numpy as np
 from scipy import optimize, special, stats  # type: ignore[import-untyped]
 
 from kkt_jax.analysis import Examination
-from kkt_jax.audit.matching import uniform_noise
-from kkt_jax.audit.samples import Images
+from kkt_jax.auditing.matching import uniform_noise
+from kkt_jax.auditing.samples import Samples
 from kkt_jax.classifiers import Classifier
 from kkt_jax.kkt import diagnostics
 
@@ -62,7 +62,7 @@ class Fit:
     return "; ".join(f"{name}: {of_set(own)}" for name, own in self.known.items()) + f" (guessing {self.guessing:.3g})"
 
 
-def check(classifier: Classifier, train: Images | None, held_out: Images | None) -> Fit | None:
+def check(classifier: Classifier, train: Samples | None, held_out: Samples | None) -> Fit | None:
   """Accuracy and loss on the data, and what follows for the description; None without data.
 
   The audit stops if on the training data
@@ -113,10 +113,7 @@ def check(classifier: Classifier, train: Images | None, held_out: Images | None)
       doubts.append(f"The description may be wrong: {better[0].lower()}{better[1:]}")
     return dataclasses.replace(fit, doubts=tuple(doubts))
   found = better or "None of the usual slips that were tried explains it."
-  refusal = (
-    f"the classifier, as it is described, does not know its {name}: {fit}. {found} {_CAUSES}. --force audits it"
-    " nevertheless."
-  )
+  refusal = f"the classifier, as it is described, does not know its {name}: {fit}. {found} {_CAUSES}."
   return dataclasses.replace(fit, refusal=refusal, doubts=(f"T{refusal[1:]}", *doubts))
 
 
@@ -146,7 +143,7 @@ class Residuals(NamedTuple):
     )
 
 
-def residuals(examination: Examination, train: Images, held_out: Images | None) -> Residuals | None:
+def residuals(examination: Examination, train: Samples, held_out: Samples | None) -> Residuals | None:
   """Whether the weights obey the equations with their training data, beside held-out data, or noise without these.
 
   None if there are more than 1,000 training samples: a part of them explains a part of the weights only, and all are
@@ -155,12 +152,12 @@ def residuals(examination: Examination, train: Images, held_out: Images | None) 
   if len(train.y) > _MOST:
     return None
   classifier, key = examination.classifier, jax.random.key(0)
-  beside: Images | None = None if classifier.value_range is None else uniform_noise(train, key)
+  beside: Samples | None = None if classifier.value_range is None else uniform_noise(train, key)
   what = "no data" if beside is None else "noise"
   if held_out is not None:
     counts = [(held_out.y == label, int(np.sum(train.y == label))) for label in np.unique(train.y)]
     places = np.concatenate([np.flatnonzero(own)[:count] for own, count in counts])
-    beside, what = Images(held_out.x[places], held_out.y[places]), "held-out data"
+    beside, what = Samples(held_out.x[places], held_out.y[places]), "held-out data"
   diagnose = lambda images, steps: diagnostics.diagnose(
     classifier, examination.conditions, classifier.from_unit(images.x), images.y, num_steps=steps
   )
@@ -175,7 +172,7 @@ def residuals(examination: Examination, train: Images, held_out: Images | None) 
 class _Answers:
   """What the classifier says of labelled samples."""
 
-  def __init__(self, classifier: Classifier, images: Images, x: np.ndarray | None = None):
+  def __init__(self, classifier: Classifier, images: Samples, x: np.ndarray | None = None):
     """Classifies the samples, or others in their place, ``x`` in the classifier's units."""
     self.images, self.num_classes = images, classifier.num_classes
     inputs = classifier.from_unit(images.x) if x is None else jnp.asarray(x, jnp.float32)
@@ -247,12 +244,12 @@ class _Answers:
     return np.asarray(optimize.linear_sum_assignment(counts, maximize=True)[1])
 
 
-def _some(images: Images) -> Images:
+def _some(images: Samples) -> Samples:
   most = int(np.clip(2 * _VALUES // images.x[0].size, _LEAST, _MOST))
   if len(images.y) <= most:
     return images
   places = np.sort(np.random.default_rng(0).choice(len(images.y), most, replace=False))
-  return Images(images.x[places], images.y[places])
+  return Samples(images.x[places], images.y[places])
 
 
 def _other_inputs(classifier: Classifier, own: _Answers, other: _Answers | None, wrong: bool) -> tuple[str, float]:

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 import pathlib
-from typing import Any
+from typing import Any, IO
 
 import jax
 import numpy as np
 
 from kkt_jax import metrics
 from kkt_jax._errors import InputError
-from kkt_jax.audit import pictures
-from kkt_jax.audit.samples import Images
+from kkt_jax.auditing import pictures
+from kkt_jax.auditing.samples import Samples
 from kkt_jax.criteria import Criteria
 from kkt_jax.extraction.certificates import EVIDENCE
 from kkt_jax.extraction.exact import most_samples
@@ -21,7 +21,7 @@ _SAME = 0.1  # greatest difference of a pixel of one image drawn twice
 LEAST_SIDE = 8  # of images that are compared by structural similarity
 
 
-def check_classes(sets: Mapping[str, Images], classes: Sequence[int] | None = None) -> None:
+def check_classes(sets: Mapping[str, Samples], classes: Sequence[int] | None = None) -> None:
   """Refuses sets that do not hold the same classes, before anything expensive is done with them.
 
   Args:
@@ -40,7 +40,7 @@ def check_classes(sets: Mapping[str, Images], classes: Sequence[int] | None = No
       raise InputError(f"{name} must hold the classes {sorted(wanted)} only; it has class {min(found - wanted)}, too.")
 
 
-def controls(train: Images, held_out: Images | None, y: np.ndarray, key: jax.Array) -> dict[str, Images]:
+def controls(train: Samples, held_out: Samples | None, y: np.ndarray, key: jax.Array) -> dict[str, Samples]:
   """What generated samples are compared with.
 
   Args:
@@ -55,32 +55,32 @@ def controls(train: Images, held_out: Images | None, y: np.ndarray, key: jax.Arr
   """
   count = int(np.unique(y, return_counts=True)[1].min())
   means = {label: train.x[train.y == label].mean(axis=0) for label in np.unique(y)}
-  like = Images(np.broadcast_to(train.x.mean(axis=0), (len(y), *train.x.shape[1:])), y)
+  like = Samples(np.broadcast_to(train.x.mean(axis=0), (len(y), *train.x.shape[1:])), y)
   return ({} if held_out is None else {"real_held_out": first_of_each_class(held_out, count)}) | {
     "training_data": first_of_each_class(train, count),
-    "class_means": Images(np.stack([means[label] for label in y]), y),
+    "class_means": Samples(np.stack([means[label] for label in y]), y),
     "dataset_mean": like,
     "uniform_noise": uniform_noise(like, key),
   }
 
 
-def uniform_noise(like: Images, key: jax.Array) -> Images:
+def uniform_noise(like: Samples, key: jax.Array) -> Samples:
   """Uniform noise in [0, 1] with the shapes and labels of other samples."""
-  return Images(np.asarray(jax.random.uniform(key, like.x.shape)), like.y)
+  return Samples(np.asarray(jax.random.uniform(key, like.x.shape)), like.y)
 
 
-def first_of_each_class(images: Images, count: int) -> Images:
+def first_of_each_class(images: Samples, count: int) -> Samples:
   """The first ``count`` samples of each class, or as many as there are, in the order of the classes."""
   indices = np.concatenate([np.flatnonzero(images.y == label)[:count] for label in np.unique(images.y)])
-  return Images(images.x[indices], images.y[indices])
+  return Samples(images.x[indices], images.y[indices])
 
 
-def comparable(images: Images) -> bool:
+def comparable(images: Samples) -> bool:
   """Whether samples are images that are compared by structural similarity."""
   return images.x.ndim == 4 and min(images.x.shape[1:3]) >= LEAST_SIDE
 
 
-def similarity(samples: Images, data: Images) -> np.ndarray:
+def similarity(samples: Samples, data: Samples) -> np.ndarray:
   """How near samples come to each of the data.
 
   Args:
@@ -120,14 +120,14 @@ def nearest_by_value(samples: np.ndarray, data: np.ndarray) -> tuple[np.ndarray,
   return place, least
 
 
-def tested(train: Images, held_out: Images) -> tuple[int, int]:
+def tested(train: Samples, held_out: Samples) -> tuple[int, int]:
   """How many training samples of each class can be tested, and how many others there are to each."""
   fewest, available = (int(np.unique(images.y, return_counts=True)[1].min()) for images in (train, held_out))
   count = min(fewest, available)
   return count, available // count
 
 
-def trial(samples: Images, train: Images, held_out: Images) -> metrics.Trial:
+def trial(samples: Samples, train: Samples, held_out: Samples) -> metrics.Trial:
   """Sets samples the task of picking out training data.
 
   Args:
@@ -139,16 +139,16 @@ def trial(samples: Images, train: Images, held_out: Images) -> metrics.Trial:
     The trial. As many of each class take part as the rarest class of the smaller set has.
   """
   count, group = tested(train, held_out)
-  places = first_of_each_class(Images(np.arange(len(train.y)), train.y), count).x
+  places = first_of_each_class(Samples(np.arange(len(train.y)), train.y), count).x
   others = similarity(samples, first_of_each_class(held_out, group * count)).reshape(-1, group)
-  members = similarity(samples, Images(train.x[places], train.y[places]))
+  members = similarity(samples, Samples(train.x[places], train.y[places]))
   return metrics.Trial(train.y[places], members, others, 1.0 if comparable(train) else 0.0, places)
 
 
 def similar_pairs(
-  path: pathlib.Path,
-  images: Images,
-  train: Images,
+  file: pathlib.Path | IO[bytes],
+  images: Samples,
+  train: Samples,
   *,
   certified: np.ndarray | None = None,
   columns: int = 2,
@@ -159,7 +159,7 @@ def similar_pairs(
   The first images of every class, unselected; a last row shows the mean of the whole training set.
 
   Args:
-    path: PNG file.
+    file: PNG file, or what it is written to.
     images: generated images.
     train: training images.
     certified: images [K, ...] that are framed where they are shown.
@@ -179,10 +179,10 @@ def similar_pairs(
       framed[len(drawn)] = np.array(near) < _SAME
     drawn += [("generated", shown.x[chosen]), ("nearest training image", train.x[nearest[chosen]])]
   drawn.append(("mean of the training set", train.x.mean(axis=0, keepdims=True)))
-  pictures.image_rows(path, drawn, framed=framed)
+  pictures.image_rows(file, drawn, framed=framed)
 
 
-def exactness(reconstruction: Reconstruction, train: Images) -> tuple[list[dict[str, int]], np.ndarray]:
+def exactness(reconstruction: Reconstruction, train: Samples) -> tuple[list[dict[str, int]], np.ndarray]:
   """What the weights certify, beside the truth. Samples of any shape are compared by value.
 
   Args:

@@ -8,9 +8,8 @@ from PIL import Image
 import pytest
 
 import kkt_jax
-from kkt_jax.audit import files as data
-from kkt_jax.audit import membership, sources, verdict
-from kkt_jax.audit.samples import Images
+from kkt_jax.auditing import data, membership, sources, verdict
+from kkt_jax.auditing.samples import Samples
 
 
 def images(seed, count, shares=(1, 1, 1)):
@@ -21,7 +20,7 @@ def images(seed, count, shares=(1, 1, 1)):
     row, column = random.integers(2, 9, 2)
     image[row : row + 2, 2 : 6 + label * 2] = random.uniform(0.5, 1)
     image[2:10, column] = random.uniform(0.5, 1)
-  return Images(np.round(255 * x) / 255, y)
+  return Samples(np.round(255 * x) / 255, y)
 
 
 def compressed(x):
@@ -45,7 +44,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_data_of_another_source_are_told_and_named_as_a_limit(change):
   train, other = images(0, 60), images(1, 240)
-  held_out = Images(CHANGES[change](other.x), other.y)
+  held_out = Samples(CHANGES[change](other.x), other.y)
   assert sources.p_value(train, held_out) < 0.01
   (said,) = (own for own in membership.limits(train, held_out) if isinstance(own, membership.Confounded))
   assert "without any weights (p = 0.00" in said
@@ -61,7 +60,7 @@ def test_data_of_one_source_are_told_no_more_often_than_the_p_value_says(monkeyp
 def test_other_shares_of_the_classes_are_no_difference_within_them_but_a_limit_of_their_own():
   every = images(3, 300)
   kept = (every.y > 0) | (np.arange(300) < 60)
-  other = Images(every.x[kept], every.y[kept])
+  other = Samples(every.x[kept], every.y[kept])
   assert sources.p_value(images(5, 90), other) > 0.01
   said = membership.limits(images(5, 90), other)
   assert said[-1] == "The classes have other shares in the held-out data, by which scores of samples may differ, too."
@@ -72,9 +71,9 @@ def test_vectors_and_constant_values_are_compared_as_well():
   random, y = np.random.default_rng(0), np.arange(80, dtype=np.int32) % 2
   x = random.normal(size=(80, 5)).astype(np.float32)
   x[:, 0] = 1.0
-  first, second = Images(x[:40], y[:40]), Images(x[40:], y[40:])
+  first, second = Samples(x[:40], y[:40]), Samples(x[40:], y[40:])
   assert sources.p_value(first, second) > 0.01
-  assert sources.p_value(first, Images(second.x + 1, second.y)) < 0.01
+  assert sources.p_value(first, Samples(second.x + 1, second.y)) < 0.01
 
 
 def test_nobody_is_accused_by_data_that_differ_without_the_weights():
@@ -93,10 +92,9 @@ def test_nobody_is_accused_by_data_that_differ_without_the_weights():
   assert verdict.with_limits(nothing, [limit]) == nothing
 
 
-def test_the_limit_comes_with_the_data(tmp_path):
+def test_the_limit_comes_with_the_data():
   train, other = images(0, 60), images(1, 240)
-  np.savez(tmp_path / "train.npz", x=train.x, y=train.y)
-  np.savez(tmp_path / "held_out.npz", x=np.roll(other.x, 1, 2), y=other.y)
   own = kkt_jax.make_classifier(lambda w, x: x.reshape(len(x), -1) @ w, jnp.ones((144, 3)), (12, 12, 1))
-  remarks = data.read(str(tmp_path / "train.npz"), str(tmp_path / "held_out.npz"), own)[2]
+  sets = Samples.of("train", own, train.x, train.y), Samples.of("held_out", own, np.roll(other.x, 1, 2), other.y)
+  remarks = data.compared(own, *sets).remarks
   assert any(isinstance(remark, membership.Confounded) for remark in remarks)

@@ -31,7 +31,7 @@ class Open(Config):
 
 
 @dataclasses.dataclass(frozen=True)
-class Named(Config):
+class Samples(Config):
   name: str = flags.flag("", "A name.")
 
 
@@ -198,7 +198,7 @@ def test_settings_in_one_text_have_the_types_of_their_fields():
     "rate": 1.0,
   }
   assert flags.parse(Config, "") == {}
-  assert flags.parse(Named, 'size=4,"name=a=1,b=2"') == {"size": 4, "name": "a=1,b=2"}
+  assert flags.parse(Samples, 'size=4,"name=a=1,b=2"') == {"size": 4, "name": "a=1,b=2"}
 
 
 # The folder.

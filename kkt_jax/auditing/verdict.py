@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from kkt_jax.audit.description import Residuals
-from kkt_jax.audit.matching import EXACT
-from kkt_jax.audit.membership import Confounded, Scored, SCORES, SIGNIFICANT, Told
+from kkt_jax.auditing.description import Residuals
+from kkt_jax.auditing.matching import EXACT
+from kkt_jax.auditing.membership import Confounded, Scored, SCORES, SIGNIFICANT, Told
 from kkt_jax.metrics import Trial
 
 _MORE = 0.05  # p-value below which one thing picks out more than another
@@ -54,7 +54,7 @@ class Verdict(NamedTuple):
 
 
 def with_scores(verdict: Verdict, scored: Scored | None) -> Verdict:
-  """The verdict, with what scores of single samples tell (`kkt_jax.audit.membership.score`), if there are any."""
+  """The verdict, with what scores of single samples tell (`kkt_jax.auditing.membership.score`), if there are any."""
   if scored is None:
     return verdict
   own, naive = scored.curves[scored.best], scored.curves["loss"]
@@ -113,7 +113,7 @@ def refusal(bound: float) -> Verdict:
       f"No data can account for {bound:.0%} of what they would have to be made of: they were not trained to convergence"
       " by gradient descent, with weight decay or from a small initialisation.",
       "An adaptive optimizer, early stopping, and a large initialisation without weight decay are the usual reasons.",
-      "--force tries nevertheless.",
+      "It can be forced to try nevertheless.",
     ],
   )
 
@@ -127,9 +127,9 @@ def disobedience(residuals: Residuals) -> Verdict:
     [
       f"Even with the training data that were given, {residuals.own:.0%} of what the equations ask for is missing"
       f" ({residuals.what}: {residuals.other:.0%}).",
-      "Adam and other adaptive optimizers, early stopping, another form than was examined (--form), and training data"
+      "Adam and other adaptive optimizers, early stopping, another form than was examined (form), and training data"
       " that are not all of them are the usual reasons.",
-      "--force tries nevertheless.",
+      "It can be forced to try nevertheless.",
     ],
   )
 
@@ -167,7 +167,7 @@ def of(
   reasons, right = [_certificates(certified, false)] if count else [], count - (false or 0)
   reveal = "These weights reveal individual training samples."
   if own is None:
-    later = "can be said with --train_data and at least as many --held_out_data, which need no new generator."
+    later = "can be said with training data and at least as many held-out data, which need no new generator."
     if right:
       return Verdict("leak", reveal, [*reasons, f"How many others {later}"])
     answer = "No verdict without data to compare with."

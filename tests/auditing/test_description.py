@@ -10,8 +10,8 @@ import pytest
 
 from experiments import example_classifiers as examples
 import kkt_jax
-from kkt_jax.audit import description, verdict
-from kkt_jax.audit.samples import Images
+from kkt_jax.auditing import description, verdict
+from kkt_jax.auditing.samples import Samples
 from kkt_jax.cli import audit
 from kkt_jax.cli.flags import UsageError
 from kkt_jax.kkt import pretrain
@@ -23,7 +23,7 @@ SHAPE = (SIDE, SIDE, 3)
 def samples(seed, count=15):
   """Colour images of sparse noise in [0, 1] and labels that they do not tell: whoever knows them has seen them."""
   random, y = np.random.default_rng(seed), np.arange(CLASSES * count, dtype=np.int32) % CLASSES
-  return Images((random.random((len(y), *SHAPE)) < 0.3).astype(np.float32), y)
+  return Samples((random.random((len(y), *SHAPE)) < 0.3).astype(np.float32), y)
 
 
 def convolved(w, x, *, padding="SAME"):
@@ -68,7 +68,7 @@ def trained(network, steps=400, shift=0.0, channels_first=False):
 
 def check(network, w, given=lambda x: x, *, relabelled=lambda y: y, value_range=(0.0, 1.0), held_out=True):
   classifier = kkt_jax.make_classifier(lambda w, x: network(w, given(x)), w, SHAPE, value_range=value_range)
-  train, other = (Images(own.x, relabelled(own.y).astype(np.int32)) for own in (samples(0), samples(1)))
+  train, other = (Samples(own.x, relabelled(own.y).astype(np.int32)) for own in (samples(0), samples(1)))
   return description.check(classifier, train, other if held_out else None)
 
 
@@ -142,8 +142,8 @@ def test_a_correct_description_of_a_poor_classifier_is_not_refused(case):
   found = pretrain.gradient_descent(network, w, jnp.asarray(x), jnp.asarray(y), **settings)
   own = kkt_jax.make_classifier(network, found.params, SHAPE, value_range=None)
   other = samples(1, 40)
-  held_out = Images(other.x + 0.4 * (other.y / CLASSES)[:, None, None, None], other.y)
-  fit = description.check(own, Images(x, y), held_out)
+  held_out = Samples(other.x + 0.4 * (other.y / CLASSES)[:, None, None, None], other.y)
+  fit = description.check(own, Samples(x, y), held_out)
   assert fit.known["training data"]["accuracy"] < 0.97, "a poor one"
   assert not fit.refusal
 

@@ -1,0 +1,10 @@
+"""What a classifier's weights reveal of its training data: a verdict in plain words, with its evidence."""
+
+from kkt_jax.auditing.description import Fit, Residuals
+from kkt_jax.auditing.files import read_samples
+from kkt_jax.auditing.report import AuditReport, Leak
+from kkt_jax.auditing.run import audit, AuditConfig
+from kkt_jax.auditing.samples import Samples
+from kkt_jax.auditing.verdict import Verdict
+
+__all__ = ["AuditConfig", "AuditReport", "Fit", "Leak", "Residuals", "Samples", "Verdict", "audit", "read_samples"]

@@ -1,0 +1,255 @@
+"""What an audit found, and how it is shown: in words, as JSON, as a page."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import datetime
+import io
+import json
+import pathlib
+import platform
+import textwrap
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import kkt_jax
+from kkt_jax import metrics
+from kkt_jax.analysis.examination import Examination
+from kkt_jax.auditing import matching, pages, pictures, verdict
+from kkt_jax.auditing.description import Fit, Residuals
+from kkt_jax.auditing.membership import Scored, SCORES, Told
+from kkt_jax.auditing.samples import Samples
+from kkt_jax.auditing.verdict import Verdict
+from kkt_jax.criteria import Criteria
+from kkt_jax.extraction.certificates import EVIDENCE
+from kkt_jax.metrics import Trial
+from kkt_jax.reconstruction.result import Reconstruction
+
+CONTROLS = {
+  "class_likeness": "samples that the classifier merely takes for their class",
+  "own_means": "class means of what came out",
+}
+ROWS = {
+  "generated": "generated from the weights alone",
+  "class_likeness": "likeness of the class alone",
+  "real_held_out": "other real data",
+  "training_data": "training data",
+  "class_means": "mean of the class",
+  "dataset_mean": "mean of all",
+  "uniform_noise": "noise",
+}
+_WORST = 12  # leaks on the terminal
+
+
+class Leak(NamedTuple):
+  """A training sample that came out.
+
+  Attributes:
+    name: its file, or its place from 0.
+    label: its class.
+    how: "certified" or "picked out".
+    ratio: how much farther away than this sample the nearest of its group is; infinite for an equal one.
+    pictures: PNG: the sample, what came out, and the real image that was not trained on nearest to that; or none.
+  """
+
+  name: str
+  label: int
+  how: str
+  ratio: float | None
+  pictures: Sequence[bytes]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditReport:
+  """What the weights of a classifier reveal of its training data.
+
+  Attributes:
+    verdict: in plain words.
+    examination: what the weights say.
+    reconstruction: the trained generator; None if the weights are too far from all conditions for one, or disobey them
+      with their own data.
+    generated: all that it can draw, in [0, 1].
+    train: the training data, if they were given.
+    remarks: what limits the comparison.
+    fit: how well the classifier knows the data, if any were given.
+    residuals: what the conditions leave with the training data, if these were given and the weights are not too far.
+    trials: of what was generated and of its controls (`CONTROLS`), if data were given.
+    leaks: the training samples that came out, the surest first.
+    scored: what scores of single samples tell, if data were given.
+    candidates: what they tell of samples that were asked about.
+    certified: how many samples are certified, by the evidence.
+    compared: these beside the training data, for each classifier; see `kkt_jax.auditing.matching.exactness`.
+    measured: what the classifier and its conditions say of samples and of their controls (`ROWS`).
+  """
+
+  verdict: Verdict
+  examination: Examination
+  reconstruction: Reconstruction | None = None
+  generated: Samples | None = None
+  train: Samples | None = None
+  remarks: Sequence[str] = ()
+  fit: Fit | None = None
+  residuals: Residuals | None = None
+  trials: Mapping[str, Trial] = dataclasses.field(default_factory=dict)
+  leaks: Sequence[Leak] = ()
+  scored: Scored | None = None
+  candidates: Told | None = None
+  certified: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(EVIDENCE, 0))
+  compared: Sequence[Mapping[str, int]] = ()
+  measured: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+
+  @property
+  def members(self) -> list[str]:
+    """Names of the samples that were found to be training samples: those that came out, and candidates that stand out.
+
+    Of the candidates some score above all held-out samples by chance; `candidates` says how many.
+    """
+    shown = [leak.name for leak in self.leaks] if self.verdict.level == "leak" else []
+    return [*shown, *(() if self.candidates is None else self.candidates.marks)]
+
+  def __str__(self) -> str:
+    """The verdict, the worst cases, and the table of what was measured, for a terminal."""
+    text = textwrap.fill(str(self.verdict), 100)
+    if self.verdict.level == "leak" and self.leaks:
+      worst = ", ".join(leak.name for leak in self.leaks[:_WORST])
+      text += f"\n\nThe worst of {len(self.leaks)} cases: {worst}"
+    if self.candidates is not None and self.candidates.marks:
+      text += "\n\nAbove all held-out samples: " + ", ".join(self.candidates.marks)
+    if self.measured:
+      shown = ["agreement", "residual", *(["likeness"] if self.train is not None else [])]
+      text += "\n\n" + matching.table({ROWS[name]: row for name, row in self.measured.items()}, shown)
+    return text
+
+  def to_dict(self) -> dict[str, Any]:
+    """All figures, of types that JSON has."""
+    return {
+      "verdict": str(self.verdict),
+      "level": self.verdict.level,
+      "fit": {} if self.fit is None else {"guessing": self.fit.guessing, **self.fit.known},
+      "form": self.examination.form,
+      "bounds": dict(self.examination.bounds),
+      "residuals": None if self.residuals is None else self.residuals._asdict(),
+      **self.measured,
+      "against_data": self._against(),
+      "leaks": [dict(list(leak._asdict().items())[:-1]) for leak in self.leaks],
+      "scores": {} if self.scored is None else {name: _plain(curve) for name, curve in self.scored.curves.items()},
+      "scores_p_value": None if self.scored is None else self.scored.p_value,
+      "candidates": None if self.candidates is None else self.candidates._asdict(),
+      "certified": dict(self.certified),
+      "certificates": list(self.compared),
+      "criteria": dataclasses.asdict(Criteria()),
+    }
+
+  def to_json(self) -> str:
+    """All figures as JSON."""
+    return json.dumps(self.to_dict(), indent=2) + "\n"
+
+  def pictures(self) -> dict[str, tuple[str, bytes]]:
+    """Captions and PNG files by file name, the first that which says most; none if samples are no images."""
+    drawn: dict[str, tuple[str, bytes]] = {}
+    if self.generated is None or not _are_images(self.generated):
+      return drawn
+    if self.train is not None and matching.comparable(self.generated):
+      content = io.BytesIO()
+      columns = max(pictures.COLUMNS // len(np.unique(self.generated.y)), 1)
+      matching.similar_pairs(content, self.generated, self.train, columns=columns)
+      caption = "Generated in odd rows, the most similar training image below each."
+      drawn["pairs.png"] = (caption, content.getvalue())
+    drawn["samples.png"] = ("What was generated, a row for each class, unselected.", rows_of_classes(self.generated))
+    if self.reconstruction is not None and any(self.certified.values()):
+      exact = self.reconstruction.exact[0]
+      caption = "What the weights alone certify as training samples, a row for each class."
+      drawn["certified.png"] = (caption, rows_of_classes(Samples(exact.unit, exact.y)))
+    return drawn
+
+  def to_html(self, settings: Mapping[str, Any] | None = None, made: Mapping[str, str] | None = None) -> str:
+    """One page with everything in it.
+
+    Args:
+      settings: of the run, shown as a table.
+      made: how the report was made, by whatever name, beside date, program and machine.
+    """
+    return pages.render(
+      pathlib.Path(__file__).with_name("page.html.j2"),
+      title="What these weights reveal of their training data",
+      verdict=self.verdict,
+      remarks=self.remarks,
+      against=self._against(),
+      leaks=self.leaks,
+      scored=self.scored,
+      score_names=SCORES,
+      told=self.candidates,
+      assumed=[verdict.ASSUMED[kind] for kind, count in self.certified.items() if count],
+      assumed_by_all=verdict.ASSUMED_BY_ALL,
+      measured_false=verdict.MEASURED_FALSE,
+      findings=[
+        *([] if self.fit is None else [f"{self.fit}."]),
+        *str(self.examination).splitlines(),
+        *([] if self.residuals is None else [str(self.residuals)]),
+      ],
+      pictures=dict(self.pictures().values()),
+      rows={ROWS[name]: row for name, row in self.measured.items()},
+      settings={} if settings is None else settings,
+      made={
+        "Date": datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
+        "Program": f"kkt_jax {kkt_jax.__version__}, jax {jax.__version__}, Python {platform.python_version()}",
+        "Machine": f"{platform.system()} {platform.machine()}, {jax.devices()[0].device_kind}",
+        **({} if made is None else made),
+      },
+    )
+
+  def save(
+    self,
+    folder: str | pathlib.Path,
+    settings: Mapping[str, Any] | None = None,
+    made: Mapping[str, str] | None = None,
+  ) -> list[str]:
+    """Writes ``report.html``, ``report.json`` and the pictures; returns the names of the files."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = self.pictures()
+    for name, (_, content) in drawn.items():
+      (folder / name).write_bytes(content)
+    (folder / "report.json").write_text(self.to_json(), encoding="utf-8")
+    (folder / "report.html").write_text(self.to_html(settings, made), encoding="utf-8")
+    return ["report.html", "report.json", *drawn]
+
+  def _against(self) -> dict[str, Any]:
+    """The trial in numbers, beside its controls."""
+    if "generated" not in self.trials:
+      return {}
+    own = self.trials["generated"]
+    shuffled = own.shuffled()
+    return {
+      "hits": int(own.hits.sum()),
+      "tested": len(own.y),
+      "chance": own.chance,
+      "leading": own.leading,
+      "others": own.others.size,
+      "p_value": own.p_value,
+      "shuffled_mean": float(shuffled.mean()),
+      "shuffled_most": int(shuffled.max()),
+      **{f"{name}_hits": int(trial.hits.sum()) for name, trial in self.trials.items() if name != "generated"},
+      "p_values_over_controls": {
+        name: verdict.more_hits(own, trial) for name, trial in self.trials.items() if name in CONTROLS
+      },
+      "roc": _plain(metrics.roc(own.members, own.others.ravel())),
+    }
+
+
+def rows_of_classes(samples: Samples) -> bytes:
+  """PNG of the first images of every class, a row each."""
+  content = io.BytesIO()
+  labels = np.unique(samples.y)[: pictures.COLUMNS]
+  rows = [(f"class {label}", samples.x[samples.y == label][: pictures.COLUMNS]) for label in labels]
+  pictures.image_rows(content, rows)
+  return content.getvalue()
+
+
+def _are_images(samples: Samples) -> bool:
+  return samples.x.ndim == 4 and samples.x.shape[3] in (1, 3)
+
+
+def _plain(curve: metrics.Roc) -> dict[str, Any]:
+  return curve._asdict() | {"points": [point._asdict() for point in curve.points]}

@@ -1,0 +1,283 @@
+"""The audit: what a classifier's weights reveal, beside what they need not have caused."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+import numpy as np
+
+from kkt_jax import metrics
+from kkt_jax._errors import InputError
+from kkt_jax.analysis.examination import Examination, examine, HOPELESS
+from kkt_jax.auditing import data, description, matching, membership, pictures, verdict
+from kkt_jax.auditing.report import AuditReport, CONTROLS, Leak, ROWS
+from kkt_jax.auditing.samples import Samples
+from kkt_jax.classifiers.classifier import Classifier
+from kkt_jax.criteria import Criteria
+from kkt_jax.extraction.certificates import EVIDENCE
+from kkt_jax.generators import table
+from kkt_jax.kkt import diagnostics
+from kkt_jax.kkt.conditions import Conditions
+from kkt_jax.metrics import Trial
+from kkt_jax.reconstruction import recipes
+from kkt_jax.reconstruction.recipes import Recipe
+from kkt_jax.reconstruction.result import reconstruct, Reconstruction
+
+_LOG = logging.getLogger(__name__)
+_SHOWN = 8  # leaks in pictures
+_LARGEST_RATIO = 1e3
+Given = Samples | ArrayLike | tuple[ArrayLike, ArrayLike]
+# ``(name, examination, recipe, seed) -> reconstruction``; the name is "generator" or "class_likeness".
+Trainer = Callable[[str, Examination, Recipe, int], Reconstruction]
+
+
+def _train(name: str, examination: Examination, recipe: Recipe, seed: int) -> Reconstruction:
+  return reconstruct([examination.classifier], recipe, seed=seed, examinations=[examination])
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditConfig:
+  """How an audit is done.
+
+  Attributes:
+    form: which conditions the weights obey; see `kkt_jax.examine`.
+    recipe: from an examination to how the generator is trained; `kkt_jax.reconstruction.recipes.default` if None.
+    force: go on even if the classifier does not know its training data, or if its weights are too far from all
+      conditions, or do not obey them with these data.
+    train: trains a generator; it can keep checkpoints and show progress. `kkt_jax.reconstruct` by default.
+  """
+
+  form: str | None = None
+  recipe: Callable[[Examination], Recipe] | None = None
+  force: bool = False
+  train: Trainer = _train
+
+
+def audit(
+  classifier: Classifier,
+  train: Given | None = None,
+  held_out: Given | None = None,
+  *,
+  candidates: Given | None = None,
+  config: AuditConfig = AuditConfig(),  # noqa: B008
+  seed: int = 0,
+) -> AuditReport:
+  """What the weights of a classifier reveal of its training data, in plain words and with the evidence.
+
+  The weights are examined: which conditions they obey, and how far they are from every point that obeys them. Then a
+  generator is trained so that what it generates obeys them. With training data and held-out data, which the generator
+  never sees, the report says how much of the training data that is, and whether members can be told from others by
+  scores of single samples. Progress is logged (`logging`, logger ``kkt_jax``).
+
+  Args:
+    classifier: the classifier.
+    train: its training data: `Samples`, or a pair of ``x`` [N, *input_shape], bytes or in the classifier's units, and
+      integer classes ``y`` [N] from 0.
+    held_out: other data of the same kind, none of them in the training data, without which little can be said.
+    candidates: samples to ask about, each: was it trained on? `Samples` or ``x``; needs ``held_out``.
+    config: how it is done.
+    seed: of everything random.
+
+  Returns:
+    The report.
+
+  Raises:
+    InputError: data that do not fit the classifier or one another, or a classifier that does not know its training
+      data as it is described, unless ``config.force``.
+  """
+  if candidates is not None and held_out is None:
+    raise InputError("candidates needs held_out: a score says nothing but beside those of untrained samples.")
+  given = data.compared(
+    classifier,
+    _samples("train", classifier, train),
+    _samples("held_out", classifier, held_out),
+    alone=candidates is not None,
+  )
+  asked = _samples("candidates", classifier, candidates)
+  fit = description.check(classifier, given.train, given.held_out)
+  remarks = given.remarks
+  if fit is not None:
+    _LOG.info("%s", fit)
+    if fit.refusal and not config.force:
+      raise InputError(fit.refusal)
+    remarks = [*fit.doubts, *remarks]
+  for remark in remarks:
+    _LOG.info("%s", remark)
+  _LOG.info("examining the weights")
+  try:
+    examination = examine(classifier, form=config.form, seed=seed)
+  except ValueError as error:
+    raise InputError(str(error)) from error
+  recipe = recipes.default([examination]) if config.recipe is None else config.recipe(examination)
+  _LOG.info("%s", examination)
+  obeyed, residuals = examination.bound <= HOPELESS, None
+  if obeyed and given.train is not None:
+    residuals = description.residuals(examination, given.train, given.held_out)
+  if residuals is not None:
+    _LOG.info("%s", residuals)
+    obeyed = not residuals.disobey
+  reconstruction = likeness = None
+  if config.force or obeyed:
+    reconstruction = config.train("generator", examination, recipe, seed + 1)
+    if given.train is not None and given.held_out is not None:
+      _LOG.info("for comparison, samples that the classifier merely takes for their class")
+      likeness = config.train("class_likeness", examination, _class_likeness(recipe, reconstruction), seed + 2)
+  scored = told = None
+  if given.held_out is not None:
+    _LOG.info("scoring single samples")
+    scored = None if given.train is None else membership.score(examination, given.train, given.held_out)
+    told = None if asked is None else membership.suspects(examination, asked, asked.names, given.held_out)
+  report = AuditReport(
+    verdict=verdict.refusal(examination.bound),
+    examination=examination,
+    reconstruction=reconstruction,
+    train=given.train,
+    remarks=remarks,
+    fit=fit,
+    residuals=residuals,
+    scored=scored,
+    candidates=told,
+  )
+  return _concluded(report, given.held_out, likeness)
+
+
+def _samples(name: str, classifier: Classifier, given: Given | None) -> Samples | None:
+  if given is None or isinstance(given, Samples):
+    return given
+  x, y = given if isinstance(given, tuple) else (given, None)
+  if y is None and name != "candidates":
+    raise InputError(f"{name} must be Samples or a pair of x and y; got {type(given).__name__}.")
+  return Samples.of(name, classifier, x, y)
+
+
+def _concluded(report: AuditReport, held_out: Samples | None, likeness: Reconstruction | None) -> AuditReport:
+  """The report with what came out, beside the data and the controls, and the verdict."""
+  reconstruction, train, certified_rightly = report.reconstruction, report.train, False
+  if reconstruction is None and report.residuals is not None and report.residuals.disobey:
+    report = dataclasses.replace(report, verdict=verdict.disobedience(report.residuals))
+  elif reconstruction is not None:
+    sets = {"generated": generated(reconstruction)}
+    if likeness is not None:
+      sets["class_likeness"] = generated(likeness)
+    counts = {
+      kind: sum(int(np.sum(own.evidence == place)) for own in reconstruction.exact)
+      for place, kind in enumerate(EVIDENCE)
+    }
+    false: int | None = None
+    compared: list[dict[str, int]] = []
+    trials: dict[str, Trial] = {}
+    leaks: Sequence[Leak] = []
+    if train is not None:
+      compared, certified = matching.exactness(reconstruction, train)
+      false = sum(own["false"] for own in compared)
+      if held_out is not None:
+        means = _class_means(sets["generated"])
+        trials = {name: matching.trial(own, train, held_out) for name, own in (sets | {"own_means": means}).items()}
+        leaks = _leaks(sets["generated"], train, held_out, trials["generated"], certified)
+    certified_rightly = sum(counts.values()) > (false or 0)
+    controls = {title: trials[name] for name, title in CONTROLS.items() if name in trials}
+    report = dataclasses.replace(
+      report,
+      verdict=verdict.of(trials.get("generated"), controls, counts, false, report.remarks),
+      generated=sets["generated"],
+      trials=trials,
+      leaks=leaks,
+      certified=counts,
+      compared=compared,
+      measured=_measure(reconstruction.classifiers[0], reconstruction.conditions[0], sets, train, held_out),
+    )
+  answer = verdict.with_scores(report.verdict, report.scored)
+  answer = verdict.with_limits(answer, report.remarks, certified=certified_rightly)
+  answer = verdict.with_doubts(answer, () if report.fit is None else report.fit.doubts)
+  if report.candidates is not None:
+    answer = answer._replace(reasons=[*answer.reasons, verdict.of_candidates(report.candidates)])
+  return dataclasses.replace(report, verdict=answer)
+
+
+def _class_likeness(recipe: Recipe, reconstruction: Reconstruction) -> Recipe:
+  """As many free samples, trained only to be classified as wanted: what can be had without the theory."""
+  codes = reconstruction.every_sample()[1].size // reconstruction.classifiers[0].num_classes
+  changed = recipes.classification_only(recipe, reconstruction.examinations)
+  changed = changed.with_schedule(steps=min(changed.schedule.steps, recipe.schedule.steps))
+  return dataclasses.replace(changed, generator=table(codes=codes, in_span=False))
+
+
+def generated(reconstruction: Reconstruction) -> Samples:
+  """All that the generator can draw, in [0, 1]; every metric is measured on these."""
+  x, y = reconstruction.every_sample()
+  return Samples(np.asarray(reconstruction.classifiers[0].to_unit(x)), np.asarray(y))
+
+
+def _leaks(samples: Samples, train: Samples, held_out: Samples, trial: Trial, certified: np.ndarray) -> Sequence[Leak]:
+  """The training samples that came out: those that are certified, then those picked out by the greatest ratio."""
+  ratios = {
+    int(place): min(float(ratio), _LARGEST_RATIO) for place, ratio in zip(trial.places, trial.ratios, strict=True)
+  }
+  hits = {int(place) for place in trial.places[trial.hits]}
+  nearest, differences = matching.nearest_by_value(certified, train.x)
+  exact = set(nearest[differences < Criteria().same].tolist())
+  nth = {place: int(np.sum(train.y[:place] == train.y[place])) for place in hits | exact}  # classes in turn in ties
+  order = sorted(nth, key=lambda place: (place not in exact, -ratios.get(place, 0.0), nth[place], place))
+  shown = order[:_SHOWN] if matching.comparable(train) else []
+  pictures_of = dict(zip(shown, _triples(samples, train, held_out, np.array(shown)), strict=True)) if shown else {}
+  return [
+    Leak(
+      train.names[place],
+      int(train.y[place]),
+      "certified" if place in exact else "picked out",
+      ratios.get(place),
+      pictures_of.get(place, ()),
+    )
+    for place in order
+  ]
+
+
+def _triples(samples: Samples, train: Samples, held_out: Samples, places: np.ndarray) -> list[list[bytes]]:
+  """PNG: training images, the samples nearest to them, and the other real images nearest to these."""
+  x, y = train.x[places], train.y[places]
+  own = samples.x[np.asarray(metrics.ssim_nearest_indices(x, y, samples.x, samples.y))]
+  other = held_out.x[np.asarray(metrics.ssim_nearest_indices(own, y, held_out.x, held_out.y))]
+  return [[pictures.png(image) for image in row] for row in zip(x, own, other, strict=True)]
+
+
+def _class_means(samples: Samples) -> Samples:
+  """The mean of every class."""
+  labels = np.unique(samples.y)
+  return Samples(np.stack([samples.x[samples.y == label].mean(axis=0) for label in labels]), labels)
+
+
+def _measure(
+  classifier: Classifier,
+  conditions: Conditions,
+  sets: Mapping[str, Samples],
+  train: Samples | None,
+  held_out: Samples | None,
+) -> dict[str, dict[str, float]]:
+  """What the classifier and its conditions say of samples and of what they are compared with, and the likeness."""
+  key, samples = jax.random.key(0), sets["generated"]
+  if train is None:
+    sets = {**sets, "uniform_noise": matching.uniform_noise(samples, key)}
+  else:
+    sets = {**sets, **matching.controls(train, held_out, samples.y, key)}
+  if classifier.value_range is None:
+    del sets["uniform_noise"]  # there is no range to draw it from
+  rows: dict[str, dict[str, Any]] = {}
+  for name, own in sets.items():
+    _LOG.info("measuring: %s", ROWS[name])
+    x, y = classifier.from_unit(own.x), own.y
+    probabilities = jax.nn.softmax(classifier.predict(x))
+    diagnosis = diagnostics.diagnose(classifier, conditions, x, y, num_steps=100)
+    rows[name] = {
+      "agreement": diagnosis.accuracy,
+      "confidence": float(jnp.mean(probabilities[jnp.arange(len(y)), classifier.classes_of(y)])),
+      "margin": diagnosis.median_margin,
+      "residual": diagnosis.residual,
+      "diversity": metrics.within_class_distance(own.x, y) / own.x[0].size ** 0.5,
+    }
+    if train is not None:
+      rows[name]["likeness"] = float(matching.similarity(own, train).mean())
+  return rows

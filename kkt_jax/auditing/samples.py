@@ -1,0 +1,85 @@
+"""Labelled samples, as an audit takes them."""
+
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+
+from jax.typing import ArrayLike
+import numpy as np
+
+from kkt_jax._errors import InputError
+from kkt_jax.classifiers.classifier import Classifier
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+  """Labelled samples.
+
+  Attributes:
+    x: [N, ...] in [0, 1], float32; in the units of the classifier if it has no range of values.
+    y: classes [N] from 0, int32.
+    names: of the samples, such as those of their files; "sample" and their places from 0 if there are none.
+  """
+
+  x: np.ndarray
+  y: np.ndarray
+  names: tuple[str, ...] = ()
+
+  @classmethod
+  def of(
+    cls,
+    name: str,
+    classifier: Classifier,
+    x: ArrayLike,
+    y: ArrayLike | None = None,
+    names: Sequence[str] = (),
+  ) -> "Samples":
+    """Samples as somebody has them.
+
+    Args:
+      name: of the argument, for errors.
+      classifier: whose samples they are.
+      x: [N, *input_shape]: bytes from 0 to 255, or floating point in the classifier's own units.
+      y: integer classes [N] from 0; what the classifier takes the samples for if None.
+      names: of the samples.
+
+    Raises:
+      InputError: shapes, dtypes or values that do not fit; the message begins with the name.
+    """
+    x, shape = np.asarray(x), classifier.input_shape
+    if x.shape[1:] != shape or x.ndim != len(shape) + 1:
+      wanted = ", ".join(map(str, shape))
+      raise InputError(f"{name}: x must have shape [N, {wanted}]; got {x.shape}.")
+    if not (x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating)):
+      raise InputError(f"{name}: x must be uint8 or floating point; got {x.dtype}.")
+    unit = _unit(name, x, classifier)
+    labels = np.argmax(classifier.predict(classifier.from_unit(unit)), axis=1) if y is None else np.asarray(y)
+    if labels.shape != x.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+      raise InputError(f"{name}: y must be {len(x)} integers; got {labels.dtype} of shape {labels.shape}.")
+    if not len(labels) or labels.min() < 0 or labels.max() >= classifier.num_classes:
+      found = f"{labels.min()} to {labels.max()}" if len(labels) else "none"
+      raise InputError(f"{name}: labels must lie in 0 to {classifier.num_classes - 1}; got {found}.")
+    return cls(unit, labels.astype(np.int32), tuple(names) or tuple(f"sample {place}" for place in range(len(x))))
+
+  def only(self, places: np.ndarray) -> "Samples":
+    """Some of them, by their places."""
+    return Samples(self.x[places], self.y[places], tuple(self.names[place] for place in places if self.names))
+
+  def digest(self) -> str:
+    """What tells these samples from all others, in a few characters."""
+    return hashlib.sha256(self.x.tobytes() + self.y.tobytes()).hexdigest()
+
+
+def _unit(name: str, x: np.ndarray, classifier: Classifier) -> np.ndarray:
+  """Samples in [0, 1], from bytes or from numbers in the classifier's range; as they are if it has none."""
+  if classifier.value_range is None:
+    if x.dtype == np.uint8 or not np.all(np.isfinite(x)):
+      raise InputError(f"{name}: x must be floating point and finite, for the classifier has no value_range.")
+    return x.astype(np.float32)
+  if x.dtype == np.uint8:
+    return x.astype(np.float32) / 255
+  low, high = classifier.value_range
+  unit = np.asarray(classifier.to_unit(x.astype(np.float32)))
+  if x.size and not (unit.min() >= -1e-3 and unit.max() <= 1 + 1e-3):  # NaN is neither
+    raise InputError(f"{name}: x must lie in the classifier's range, {low} to {high}; got {x.min()} to {x.max()}.")
+  return np.clip(unit, 0, 1)
