@@ -156,7 +156,7 @@ def with_data(stored, suffix=""):
 )
 def test_what_cannot_be_audited_is_named_and_leaves_no_folder(stored, tmp_path, settings, said):
   settings = {name: str(stored / "train.npz") if value == "same" else value for name, value in settings.items()}
-  with pytest.raises(UsageError, match=said) as error:
+  with pytest.raises(InputError, match=said) as error:
     audit.run(dataclasses.replace(config(stored), **settings), tmp_path / "new")
   assert "\n" not in str(error.value)
   assert not (tmp_path / "new").exists()
