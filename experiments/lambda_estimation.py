@@ -38,7 +38,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   import jax.numpy as jnp
 
   from experiments.measure import pictures
-  from kkt_jax.kkt import homogeneity
+  from kkt_jax import kkt
 
   out = Workdir(workdir, config)
   keys = iter(jax.random.split(jax.random.key(config.seed), 6))
@@ -57,25 +57,24 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
 
   chosen = (("first/kernel", (0, 0)), ("last/kernel", (0, 0))) if config.higher_order else ()
   x = jax.random.normal(next(keys), (config.num_inputs, 2))
-  equations = homogeneity.derivative_equations(apply_fn, params, x, higher_order=chosen)
+  equations = kkt.derivative_equations(apply_fn, params, x, higher_order=chosen)
   fresh = jax.random.normal(next(keys), (config.num_curves, 2))  # inputs that no equation has seen
   alphas = jnp.linspace(-1.0, 1.0, 41)
-  rules: dict[str, Any] = {**homogeneity.RULES, "last_layer": functools.partial(homogeneity.last_layer, layer="last")}
+  rules: dict[str, Any] = {**kkt.RULES, "last_layer": functools.partial(kkt.last_layer, layer="last")}
 
   metrics: dict[str, Any] = {}
   summary = []
   for rule, solve in rules.items():
     solution = solve(equations, params)
-    error = homogeneity.scaling_error(apply_fn, params, solution.rates, fresh, alphas)
+    error = kkt.scaling_error(apply_fn, params, solution.rates, fresh, alphas)
     metrics |= {f"scaling_error_{rule}": float(error), f"residual_{rule}": float(solution.residual)}
     metrics |= {"rank": int(solution.rank), "null_space_dimension": int(solution.null_space_dimension)}
     summary.append(
       f"{rule}: rank {metrics['rank']}, null space {metrics['null_space_dimension']},"
-      f" residual {float(solution.residual):.1e}, scaling error {float(error):.1e}\n"
-      + homogeneity.groups_table(solution)
+      f" residual {float(solution.residual):.1e}, scaling error {float(error):.1e}\n" + kkt.groups_table(solution)
     )
     if rule == config.rule:
-      scale = functools.partial(homogeneity.scale_params, params, solution.rates)
+      scale = functools.partial(kkt.scale_params, params, solution.rates)
       scaled = jax.vmap(lambda alpha, scale=scale: apply_fn(scale(alpha), fresh)[:, 0])(alphas)
       expected = jnp.exp(alphas)[:, None] * apply_fn(params, fresh)[None, :, 0]
       pictures.scaling_curves(out.path / "fig3.png", alphas, scaled, expected)

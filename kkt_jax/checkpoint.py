@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kkt_jax import _checks
-from kkt_jax import sharding as parallel
+from kkt_jax import _checks, sharding
 from kkt_jax._typing import PyTree
 
 
@@ -63,7 +62,7 @@ class Checkpointer:
       enable_async_checkpointing=False,
       multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}),
     )
-    self._manager = ocp.CheckpointManager(self._directory, options=options) if parallel.is_first_process() else None
+    self._manager = ocp.CheckpointManager(self._directory, options=options) if sharding.is_first_process() else None
 
   def __enter__(self) -> Self:
     return self
@@ -91,7 +90,7 @@ class Checkpointer:
     """
     if self._manager is None:
       return
-    host = jax.tree.map(np.asarray, parallel.to_data(state))
+    host = jax.tree.map(np.asarray, sharding.to_data(state))
     packed = _packed(beside or {})
     notes = {"sha256": _digest(host, packed), "beside": base64.b64encode(packed).decode()}
     items = ocp.args.Composite(state=ocp.args.StandardSave(host), digest=ocp.args.JsonSave(notes))
@@ -117,9 +116,9 @@ class Checkpointer:
     Raises:
       CheckpointError: there are checkpoints, but none is whole and of this structure.
     """
-    step, data, failures = self._newest(parallel.to_data(like))
+    step, data, failures = self._newest(sharding.to_data(like))
     # Whether there is one, and which, every process must know before any takes part in sending it around.
-    step, failed = (int(number) for number in parallel.from_first_process((step, len(failures))))
+    step, failed = (int(number) for number in sharding.from_first_process((step, len(failures))))
     if step < 0 and failed:
       raise CheckpointError(
         f"no checkpoint in {self._directory} can be restored ({'; '.join(failures)}). Delete the directory to start"
@@ -127,7 +126,7 @@ class Checkpointer:
       )
     if step < 0:
       return None
-    return step, parallel.from_data(jax.tree.map(jnp.asarray, parallel.from_first_process(data)), like)
+    return step, sharding.from_data(jax.tree.map(jnp.asarray, sharding.from_first_process(data)), like)
 
   def beside(self, step: int) -> dict[str, np.ndarray]:
     """The small arrays that were saved beside a state that `restore` gave."""
@@ -135,11 +134,11 @@ class Checkpointer:
     if self._manager is not None:
       notes = self._manager.restore(step, args=ocp.args.Composite(digest=ocp.args.JsonRestore()))["digest"]
       packed = base64.b64decode(notes.get("beside", ""))
-    size = int(parallel.from_first_process(len(packed)))
+    size = int(sharding.from_first_process(len(packed)))
     if not size:
       return {}
     own = np.frombuffer(packed, np.uint8) if packed else np.zeros(size, np.uint8)
-    with np.load(io.BytesIO(np.asarray(parallel.from_first_process(own)).tobytes()), allow_pickle=False) as arrays:
+    with np.load(io.BytesIO(np.asarray(sharding.from_first_process(own)).tobytes()), allow_pickle=False) as arrays:
       return dict(arrays)
 
   def _newest(self, like: PyTree) -> tuple[int, PyTree, list[str]]:

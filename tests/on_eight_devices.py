@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_run import problem
 
-from kkt_jax import sharding as parallel
+from kkt_jax import sharding
 from kkt_jax.reconstruction import reconstruct, Reconstruction, training
 
 _COLLECTIVE = re.compile(
@@ -26,13 +26,13 @@ def begin(mesh=None, microbatch_size=None, **settings):
   classifiers = [own.classifier for own in examinations]
   own = Reconstruction.begin(classifiers, recipe, examinations=examinations, microbatch_size=microbatch_size, mesh=mesh)
   parts = (own.state, own.classifiers, own.conditions)
-  return training.make_train_step(own.problem), parts if mesh is None else parallel.replicate(parts, mesh)
+  return training.make_train_step(own.problem), parts if mesh is None else sharding.replicate(parts, mesh)
 
 
 @functools.cache
 def on_mesh(**settings):
   """The compiled step on all devices, and what it takes."""
-  step, parts = begin(parallel.device_mesh(), **settings)
+  step, parts = begin(sharding.device_mesh(), **settings)
   return step.lower(*parts, None).compile(), parts
 
 
@@ -42,15 +42,15 @@ def test_a_step_on_eight_devices_is_the_step_on_one(settings):
   alone, metrics = step(*parts, None)
   step, parts = on_mesh(**settings)
   together, metrics_together = step(*parts, None)
-  chex.assert_trees_all_close(parallel.fetch(together.params), alone.params, rtol=1e-5, atol=1e-6)
-  chex.assert_trees_all_close(parallel.fetch(together.statistics), alone.statistics, rtol=1e-5, atol=1e-6)
-  chex.assert_trees_all_close(parallel.fetch(metrics_together), metrics, rtol=1e-4, atol=1e-6)
+  chex.assert_trees_all_close(sharding.fetch(together.params), alone.params, rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(sharding.fetch(together.statistics), alone.statistics, rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(sharding.fetch(metrics_together), metrics, rtol=1e-4, atol=1e-6)
 
 
 def test_a_reconstruction_with_restarts_comes_back_from_its_devices():
   examinations, recipe = problem(num_classifiers=1, batch_norm=False, steps=4, restarts=2, restart_steps=2)
   classifiers = [own.classifier for own in examinations]
-  state = reconstruct(classifiers, recipe, examinations=examinations, mesh=parallel.device_mesh()).state
+  state = reconstruct(classifiers, recipe, examinations=examinations, mesh=sharding.device_mesh()).state
   assert int(state.step) == 4
   assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(state))
 
@@ -88,15 +88,15 @@ def test_parameters_split_over_a_model_axis_give_the_same_step():
   settings = {"num_classifiers": 1, "batch_norm": False, "batch_size": 41}  # on two copies
   step, parts = begin(**settings)
   alone, _ = step(*parts, None)
-  mesh = parallel.device_mesh(model=4)
+  mesh = sharding.device_mesh(model=4)
   step, (state, classifiers, conditions) = begin(mesh, **settings)
-  split = parallel.split_parameters((classifiers, conditions), mesh)
+  split = sharding.split_parameters((classifiers, conditions), mesh)
   kernel = split[0][0].params["Dense_0"]["kernel"]
   assert kernel.addressable_shards[0].data.shape == (4, 4)  # of (4, 16): a quarter on each device
   together, _ = step(state, *split, None)
-  chex.assert_trees_all_close(parallel.fetch(together.params), alone.params, rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(sharding.fetch(together.params), alone.params, rtol=1e-5, atol=1e-6)
 
 
 def test_a_mesh_that_does_not_fit_is_named():
   with pytest.raises(ValueError, match="model must divide the number of devices, 8; got 3"):
-    parallel.device_mesh(model=3)
+    sharding.device_mesh(model=3)

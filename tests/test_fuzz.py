@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from experiments import circle, faces, mnist, novelty
+import kkt_jax
 from kkt_jax import deformations, priors
 from kkt_jax.checkpoint import Checkpointer, CheckpointError
 from kkt_jax.classifiers import make_classifier
 from kkt_jax.cli import flags
-from kkt_jax.kkt import conditions, homogeneity, losses, multipliers
+from kkt_jax.kkt import conditions, losses, multipliers
 
 any_case = settings(suppress_health_check=list(HealthCheck))
 SHAPES = st.lists(st.integers(0, 3), max_size=4).map(tuple)
@@ -111,7 +112,7 @@ def test_parameter_trees_of_any_kind_have_conditions_or_a_named_fault():
   def attack(params, decay):
     leaves = jax.tree.leaves(params)
     sound = all(np.size(leaf) and np.all(np.isfinite(leaf)) for leaf in leaves)
-    names = homogeneity.tensor_names(params)
+    names = kkt_jax.tensor_names(params)
     assert len(set(names)) == len(names)
     try:
       condition = conditions.weight_decay_conditions(params, weight_decay=decay)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import kkt_jax
-from kkt_jax import deformations, priors
+from kkt_jax import deformations, kkt, priors
 from kkt_jax.analysis import InputSpan
 from kkt_jax.extraction import vertices
 from kkt_jax.generators import flows
-from kkt_jax.kkt import diagnostics, homogeneity, jacobians, losses, pretrain, symmetries, weight_decay_conditions
+from kkt_jax.kkt import diagnostics, jacobians, losses, pretrain, symmetries, weight_decay_conditions
 from kkt_jax.membership import candidates
 from kkt_jax.reconstruction import training
 
@@ -37,9 +37,9 @@ def use(classifier, name):
     case "jacobians":
       jacobians.per_sample_jacobians(apply_fn, PARAMS, X)
     case "equations":
-      homogeneity.derivative_equations(apply_fn, PARAMS, X)
-      homogeneity.parameter_equations(apply_fn, PARAMS, X)
-      homogeneity.scaling_error(apply_fn, PARAMS, jax.tree.map(jnp.ones_like, PARAMS), X, jnp.ones(1))
+      kkt.derivative_equations(apply_fn, PARAMS, X)
+      kkt.parameter_equations(apply_fn, PARAMS, X)
+      kkt.scaling_error(apply_fn, PARAMS, jax.tree.map(jnp.ones_like, PARAMS), X, jnp.ones(1))
     case "symmetries":
       symmetries.scale_invariant(apply_fn, PARAMS, X)
       symmetries.least_residual(apply_fn, PARAMS, CONDITIONS, X)

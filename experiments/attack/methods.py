@@ -190,9 +190,9 @@ def _least_norm(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
   """Lambda by the least sum of squares over all tensors."""
 
   def conditions(examination: "kkt_jax.Examination") -> Any:
-    classifier, homogeneity = examination.classifier, kkt_jax.kkt.homogeneity
-    equations = homogeneity.derivative_equations(classifier.apply_fn, classifier.params, examination.probes)
-    rates = homogeneity.least_norm(equations, classifier.params)
+    classifier, kkt = examination.classifier, kkt_jax.kkt
+    equations = kkt.derivative_equations(classifier.apply_fn, classifier.params, examination.probes)
+    rates = kkt.least_norm(equations, classifier.params)
     own = kkt_jax.kkt.max_margin_conditions(classifier.params, rates)
     return recipe.stationarity.conditions(dataclasses.replace(examination, conditions=own))
 

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmark import timing
-from kkt_jax import generators, networks, reconstruction
-from kkt_jax import sharding as parallel
+from kkt_jax import generators, networks, reconstruction, sharding
 from kkt_jax.analysis import Examination
 from kkt_jax.classifiers import Classifier
 from kkt_jax.classifiers import spec as subject
@@ -78,14 +77,14 @@ def step(size: Size) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     terms={"duality": terms.Term(1.0, terms.duality(delta=0.1))},
     schedule=recipes.Schedule(margin=1.0),
   )
-  mesh = parallel.device_mesh(jax.devices()[: size.devices]) if size.devices > 1 else None
+  mesh = sharding.device_mesh(jax.devices()[: size.devices]) if size.devices > 1 else None
   begin = reconstruction.Reconstruction.begin(
     classifiers, recipe, examinations=list(map(_unexamined, classifiers)), microbatch_size=size.microbatch, mesh=mesh
   )
   one: Any = training.make_train_step(begin.problem)
   arguments = (begin.state, begin.classifiers, begin.conditions)
   call = lambda *arguments: one(*arguments, None)
-  return call, parallel.replicate(arguments, mesh) if mesh else arguments
+  return call, sharding.replicate(arguments, mesh) if mesh else arguments
 
 
 def _unexamined(classifier: Classifier) -> Examination:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
-from kkt_jax import _checks
+from kkt_jax import _checks, kkt
 from kkt_jax._precision import full_precision
 from kkt_jax._tree import tensor_names
 from kkt_jax._typing import ApplyFn, PyTree
@@ -24,7 +24,7 @@ from kkt_jax.analysis import first_layer
 from kkt_jax.analysis.first_layer import affine_span, FirstLayer, InputSpan, span_above_noise
 from kkt_jax.analysis.last_layer import collapsed_features, collapsed_margin, typical_margin
 from kkt_jax.classifiers.classifier import Classifier, decay_of_tensors, WeightDecay
-from kkt_jax.kkt import homogeneity, symmetries
+from kkt_jax.kkt import symmetries
 from kkt_jax.kkt.conditions import Conditions, max_margin_conditions, weight_decay_conditions
 
 FORMS = ("weight_decay", "max_margin", "change")
@@ -100,7 +100,7 @@ class Examination:
   left_out: Mapping[str, float]
   unused: tuple[str, ...]
   free: PyTree
-  rates: homogeneity.RateSolution
+  rates: kkt.RateSolution
   scaling_error: float
   start: jax.Array | None
   first: FirstLayer | None
@@ -253,9 +253,9 @@ def examine(classifier: Classifier, *, form: str | None = None, seed: int = 0) -
   bounded = classifier.value_range is not None
   probes = classifier.from_unit(jax.random.uniform(key, shape)) if bounded else jax.random.normal(key, shape)
   _check_outputs(classifier, probes)
-  rates = homogeneity.balanced(homogeneity.derivative_equations(classifier.apply_fn, params, probes), params)
+  rates = kkt.balanced(kkt.derivative_equations(classifier.apply_fn, params, probes), params)
   alphas = jnp.linspace(-0.5, 0.5, 5)
-  scaling = jax.jit(functools.partial(homogeneity.scaling_error, classifier.apply_fn))
+  scaling = jax.jit(functools.partial(kkt.scaling_error, classifier.apply_fn))
   error = float(scaling(params, rates.rates, probes, alphas))
   free = symmetries.scale_invariant(classifier.apply_fn, params, probes)
   start, layer, span, first, left = _first_layer(classifier, probes)
@@ -344,7 +344,7 @@ def _rounded(params: PyTree) -> bool:
 
 
 def _possible(
-  classifier: Classifier, rates: homogeneity.RateSolution, free: PyTree, unused: Sequence[str], left: float
+  classifier: Classifier, rates: kkt.RateSolution, free: PyTree, unused: Sequence[str], left: float
 ) -> dict[str, Conditions]:
   """The condition of each form; weight decay leaves none on what has no scale of its own, and none bears on the unused.
 
@@ -414,7 +414,7 @@ def _attainable(classifier: Classifier, conditions: Conditions, probes: jax.Arra
 
 def _choose(
   classifier: Classifier,
-  rates: homogeneity.RateSolution,
+  rates: kkt.RateSolution,
   error: float,
   possible: Mapping[str, _Attainable],
   blurred: bool,

@@ -42,8 +42,8 @@ def own_folder(workdir: pathlib.Path, *, alone: bool) -> Iterator[tuple[pathlib.
     alone: whether there are no others.
   """
   if not alone:
-    from kkt_jax import sharding as parallel  # slow
-  if alone or parallel.is_first_process():
+    from kkt_jax import sharding  # slow
+  if alone or sharding.is_first_process():
     yield workdir, True
     return
   with tempfile.TemporaryDirectory() as scratch, open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):

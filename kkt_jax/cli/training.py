@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 import kkt_jax
-from kkt_jax import sharding as parallel
+from kkt_jax import sharding
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifiers import PyTree
 from kkt_jax.cli.progress import Progress, say
@@ -61,7 +61,7 @@ def train_generator(
   restarts = Progress("restarts", schedule.restarts * schedule.restart_steps)
   mesh = None
   if jax.device_count() > 1:
-    mesh = parallel.device_mesh()
+    mesh = sharding.device_mesh()
     say(f"training on {jax.device_count()} devices")
 
   def on_log(step: int, metrics: dict[str, float]) -> None:

@@ -19,7 +19,7 @@ from kkt_jax import _checks
 from kkt_jax._tree import tensor_names
 from kkt_jax._typing import PyTree
 from kkt_jax.classifiers.classifier import decay_of_tensors, DecayLike
-from kkt_jax.kkt.homogeneity import parameter_groups, RateSolution
+from kkt_jax.kkt.rates import parameter_groups, RateSolution
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["target", "mask"], meta_fields=[])
@@ -69,7 +69,7 @@ def max_margin_conditions(
       everywhere, which every generator would satisfy. Values are looked at outside of jit and vmap only.
 
   >>> import jax.numpy as jnp
-  >>> from kkt_jax.kkt.homogeneity import given_rates
+  >>> from kkt_jax.kkt.rates import given_rates
   >>> params = {"first": jnp.array([3.0]), "last": jnp.array([4.0])}
   >>> conditions = max_margin_conditions(params, given_rates({"first": 0.0, "last": 1.0}, params))
   >>> print(conditions.target["first"], conditions.target["last"], conditions.mask["first"])

@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 import numpy as np
 
-from kkt_jax import _checks
-from kkt_jax import sharding as parallel
+from kkt_jax import _checks, sharding
 from kkt_jax._precision import full_precision
 from kkt_jax.analysis.examination import Examination, examine
 from kkt_jax.checkpoint import Checkpointer, CheckpointError, fingerprint
@@ -388,7 +387,7 @@ class Reconstruction:
   def _arguments(self, state: TrainState) -> tuple[TrainState, list[Classifier], list[Conditions]]:
     """Of a training step, where its devices are."""
     arguments = (state, self.classifiers, self._trained_conditions)
-    return arguments if self.mesh is None else parallel.replicate(arguments, self.mesh)
+    return arguments if self.mesh is None else sharding.replicate(arguments, self.mesh)
 
   def _parts(self) -> list[np.ndarray]:
     """Which of `every_sample` belong to each classifier."""
@@ -398,7 +397,7 @@ class Reconstruction:
 
   def _at(self, state: TrainState) -> "Reconstruction":
     """The same with another state; what is compiled is kept."""
-    state = (parallel.fetch(state) if self.mesh is not None else state)._replace(origin=self._origin)
+    state = (sharding.fetch(state) if self.mesh is not None else state)._replace(origin=self._origin)
     made = dataclasses.replace(self, state=state)
     vars(made).update({name: value for name, value in vars(self).items() if name not in vars(made)})
     return made

@@ -18,8 +18,7 @@ from jax.sharding import Mesh
 import numpy as np
 import optax
 
-from kkt_jax import _checks
-from kkt_jax import sharding as parallel
+from kkt_jax import _checks, sharding
 from kkt_jax._precision import full_precision
 from kkt_jax._typing import PyTree
 from kkt_jax.classifiers.classifier import Classifier, Evaluation
@@ -238,7 +237,7 @@ def make_train_step(problem: Problem) -> TrainStep:
   ) -> tuple[list[tuple[PyTree, dict[str, jax.Array]]], PyTree]:
     """For each classifier the stationarity sum and the other terms of (a part of) a batch."""
     if problem.mesh is not None:
-      part = parallel.split_samples(part, problem.mesh)
+      part = sharding.split_samples(part, problem.mesh)
     samples, statistics = _generate(problem, params, statistics, *part)
     batches = _batches(problem, params, classifiers, samples, *part)
     found = []
@@ -295,7 +294,7 @@ def make_train_step(problem: Problem) -> TrainStep:
     return TrainState(state.step + 1, params, statistics, opt_state, key, state.origin), metrics
 
   # Without saying so, several processes could each end up with a part of the state.
-  everywhere = None if problem.mesh is None else parallel.replicated(problem.mesh)
+  everywhere = None if problem.mesh is None else sharding.replicated(problem.mesh)
 
   @functools.partial(jax.jit, out_shardings=everywhere)
   def steps(

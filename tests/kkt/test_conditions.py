@@ -8,9 +8,10 @@ import pytest
 import scipy.optimize
 
 from kkt_jax.kkt.conditions import Conditions, max_margin_conditions, weigh_tensors, weight_decay_conditions
-from kkt_jax.kkt.homogeneity import balanced, derivative_equations, given_rates
+from kkt_jax.kkt.homogeneity import derivative_equations
 from kkt_jax.kkt.losses import duality_loss, runner_up_margin, stationarity_residual, stationarity_sum
 from kkt_jax.kkt.multipliers import from_softmax
+from kkt_jax.kkt.rates import balanced, given_rates
 
 
 def linear(w, x):

@@ -14,20 +14,15 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 
+from kkt_jax import tensor_names
 from kkt_jax.kkt.homogeneity import (
-  balanced,
   derivative_equations,
   DerivativeEquations,
-  given_rates,
-  groups_table,
-  last_layer,
-  least_norm,
   parameter_equations,
-  parameter_groups,
   scale_params,
   scaling_error,
-  tensor_names,
 )
+from kkt_jax.kkt.rates import balanced, given_rates, groups_table, last_layer, least_norm, parameter_groups
 
 ALPHAS = np.linspace(-1.0, 1.0, 5)
 WIDTHS = (2, 5, 4, 3)
