@@ -1,6 +1,7 @@
 """The last stage of the image experiments: looks at the data again, and measures what came out beside its controls."""
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import functools
 import json
 import math
@@ -23,7 +24,16 @@ from kkt_jax.cli.progress import say
 from kkt_jax.cli.workdir import Workdir, write_json
 from kkt_jax.kkt import Conditions, diagnostics, losses, multipliers
 
-_SHOWN = ("eval_accuracy", "ssim_nearest", "ssim_cover", "distinct_nearest", "spread", "label_agreement", "residual")
+_SHOWN = (
+  "eval_accuracy",
+  "ssim_nearest",
+  "ssim_cover",
+  "distinct_nearest",
+  "spread",
+  "label_agreement",
+  "residual",
+  "residual_free",
+)
 _AT_ONCE = 1000  # samples whose gradients are in memory at once
 
 
@@ -98,6 +108,7 @@ def evaluate(
   results["novelty"] = comparison.novelty(samples, data.train)
   results["hinges"] = comparison.hinges(classifiers, data.train, data.held_out)
   results["certificates"], certified = matching.exactness(reconstruction, data.train)
+  results["criteria"] = [dataclasses.asdict(own.criteria) for own in reconstruction.exact]
   columns = pictures.COLUMNS // len(labels)
   matching.similar_pairs(out.path / picture, samples, data.train, certified=certified, columns=columns)
   out.finish(results)
@@ -206,27 +217,29 @@ def _kkt_metrics(
     conditions: the stationarity condition of each.
     margins: median margin of the training images of each.
     images: as many as a classifier was trained on, or of one that is not batch-coupled any number.
-    thorough: whether to return more than the residual.
+    thorough: whether to return more than the residual of more than a thousand images.
 
   Returns:
-    One number per classifier: the relative squared ``residual``, of all images; and ``residual_per_tensor``,
-    ``margin_spread`` and ``active_multipliers`` as in `kkt_jax.kkt.Diagnosis` and ``duality`` (mean distance of
-    the margin from that of the training data, in units of it), of the first thousand. Multipliers are the softmax's;
-    with batch norm, where none are known, the best non-negative ones.
+    One number per classifier: the relative squared ``residual``, of all images, with exact gates; and of the first
+    thousand ``residual_free``, with gates that are free at kinks, ``residual_per_tensor``, ``margin_spread`` and
+    ``active_multipliers`` as in `kkt_jax.kkt.Diagnosis` and ``duality`` (mean distance of the margin from that
+    of the training data, in units of it). Multipliers are the softmax's; with batch norm, where none are known, the
+    best non-negative ones. Gates are free only where there are few images: those of a large population fit anything.
   """
   own: dict[str, list[Any]] = {}
   for classifier, condition, margin in zip(classifiers, conditions, margins, strict=True):
     x, y = _own(classifier, images)
     metrics: dict[str, Any] = {}
-    if thorough or classifier.batch_coupled:
+    if thorough or classifier.batch_coupled or len(y) <= _AT_ONCE:
       few, few_labels = x[:_AT_ONCE], y[:_AT_ONCE]
       alpha = -math.log(max(margin, 1e-6))  # a classifier that errs on its own data has no margin
       softmax, duality = _at_inference(classifier, few, few_labels, alpha)
       mu = None if classifier.batch_coupled else softmax
       diagnosis = diagnostics.diagnose(classifier, condition, few, few_labels, mu=mu, num_steps=200)
-      names = ("residual", "residual_per_tensor", "margin_spread", "active_multipliers")
-      metrics = {name: getattr(diagnosis, name) for name in names} | {"duality": float(duality)}
-    if not classifier.batch_coupled and (len(y) > _AT_ONCE or not thorough):
+      names = ("residual_per_tensor", "margin_spread", "active_multipliers")
+      metrics = {"residual": diagnosis.residual_exact_gates, "residual_free": diagnosis.residual}
+      metrics |= {name: getattr(diagnosis, name) for name in names} | {"duality": float(duality)}
+    if not classifier.batch_coupled and len(y) > _AT_ONCE:
       metrics["residual"] = _residual(classifier, condition, x, y)
     for name, value in metrics.items():
       own.setdefault(name, []).append(value)

@@ -11,7 +11,6 @@ from kkt_jax import metrics
 from kkt_jax._errors import InputError
 from kkt_jax.auditing import pictures
 from kkt_jax.auditing.samples import Samples
-from kkt_jax.criteria import Criteria
 from kkt_jax.extraction.certificates import EVIDENCE
 from kkt_jax.extraction.exact import most_samples
 from kkt_jax.reconstruction.result import Reconstruction
@@ -198,11 +197,11 @@ def exactness(reconstruction: Reconstruction, train: Samples) -> tuple[list[dict
   """
   if not reconstruction.exact:  # not polished
     return [], train.x[:0]
-  counts, certified, criteria = [], [], Criteria()
+  counts, certified = [], []
   for own, examination in zip(reconstruction.exact, reconstruction.examinations, strict=True):
     certified.append(np.clip(own.unit, 0, 1))
     difference = nearest_by_value(certified[-1], train.x)[1]
-    exact = int(np.sum(difference < criteria.same))
+    exact, criteria = int(np.sum(difference < own.criteria.same)), own.criteria
     counts.append(
       {"certified": len(own.y)}
       | {kind: int(np.sum(own.evidence == place)) for place, kind in enumerate(EVIDENCE)}

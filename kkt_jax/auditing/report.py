@@ -21,7 +21,6 @@ from kkt_jax.auditing.description import Fit, Residuals
 from kkt_jax.auditing.membership import Scored, SCORES, Told
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.auditing.verdict import Verdict
-from kkt_jax.criteria import Criteria
 from kkt_jax.extraction.certificates import EVIDENCE
 from kkt_jax.metrics import Trial
 from kkt_jax.reconstruction.result import Reconstruction
@@ -138,7 +137,9 @@ class AuditReport:
       "candidates": None if self.candidates is None else self.candidates._asdict(),
       "certified": dict(self.certified),
       "certificates": list(self.compared),
-      "criteria": dataclasses.asdict(Criteria()),
+      "criteria": [
+        dataclasses.asdict(own.criteria) for own in (self.reconstruction.exact if self.reconstruction else ())
+      ],
     }
 
   def to_json(self) -> str:

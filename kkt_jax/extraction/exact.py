@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ class Exact(NamedTuple):
     tight: how many of their values are at an end of the range [K]; see `kkt_jax.extraction.vertices.certify`.
     to_the_bit: which of them have the values of 8-bit images [K]; see `kkt_jax.extraction.vertices.to_levels`.
     evidence: what certifies each [K], by its place in `kkt_jax.extraction.EVIDENCE`.
+    criteria: by which they are certified, as `kkt_jax.extraction.certificates.calibrated` left them.
   """
 
   unit: np.ndarray
@@ -36,6 +37,7 @@ class Exact(NamedTuple):
   tight: np.ndarray
   to_the_bit: np.ndarray
   evidence: np.ndarray
+  criteria: Criteria = Criteria()
 
 
 def find(
@@ -76,7 +78,7 @@ def find(
   classifier, span, start = examination.classifier, examination.span, examination.unit_start
   criteria = criteria or Criteria()
   led = np.zeros(len(guesses), bool)
-  nothing = [np.zeros(0, own) for own in (int, int, bool, int)]
+  nothing: list[Any] = [*(np.zeros(0, own) for own in (int, int, bool, int)), criteria]
   found = Exact(np.zeros((0, *classifier.input_shape), np.float32), *nothing)
   if hope(examination, guesses, y, few=_FEWER if least_hope else _FEW, criteria=criteria) <= least_hope:
     return found, led
@@ -110,7 +112,7 @@ def find(
     brought = len(chosen) > len(found.y)
     idle, at_random = 0 if brought else idle + 1, at_random and (brought or not drawn)
     own = pool[chosen]
-    found = Exact(own.whole, _read(classifier, own.whole)[0], own.tight, own.to_the_bit, own.evidence)
+    found = Exact(own.whole, _read(classifier, own.whole)[0], own.tight, own.to_the_bit, own.evidence, criteria)
     if on_round is not None:
       on_round(number + 1, len(chosen), most)
     if len(chosen) == most:

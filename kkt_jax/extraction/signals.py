@@ -31,6 +31,7 @@ from kkt_jax._descent import accelerated, greatest_value
 from kkt_jax._precision import full_precision
 from kkt_jax._typing import ApplyFn, PyTree
 from kkt_jax.analysis.examination import Examination
+from kkt_jax.analysis.first_layer import FirstLayer
 from kkt_jax.classifiers import relaxation
 from kkt_jax.criteria import Criteria
 
@@ -49,7 +50,7 @@ class Signals(NamedTuple):
       the sample itself.
     kinks: how many units of the first layer rest on their kink at each sample [M], units without weights not counted.
     unrest: how far from their kink units are whose gate is between 0 and 1, in standard deviations of their layer's
-      arguments, a mean weighed by t (1 - t) [M]; of a training sample near 0, for descent rests exactly there.
+      arguments, a median weighed by t (1 - t) [M]; of a training sample near 0, for descent rests exactly there.
   """
 
   distance: np.ndarray
@@ -114,13 +115,45 @@ def signals(
   relative = np.abs(arguments) / np.where(spread > 0, spread, np.inf)
   at = np.take_along_axis(np.concatenate([relative, np.zeros((len(x), 1))], axis=1), places, axis=1)
   between = np.where(places < arguments.shape[1], t * (1 - t), 0.0)
-  unrest = np.sum(between * at, axis=1) / np.maximum(between.sum(axis=1), 1e-12)
+  order = np.argsort(at, axis=1)
+  below = np.cumsum(np.take_along_axis(between, order, axis=1), axis=1)
+  middle = np.argmax(below >= below[:, -1:] / 2, axis=1)
+  unrest = np.sort(at, axis=1)[np.arange(len(x)), middle]
   inside = signal @ rows.T
   lengths = np.maximum(np.linalg.norm(signal, axis=1), 1e-300)
   distance = np.linalg.norm(signal - inside @ rows, axis=1) / lengths
   duals = -(inside / s) @ u.T / (len(s) * (first.decay or 1.0))
   width = first.kernel.shape[1]
   return Signals(distance, np.sum(duals * offsets, axis=1), duals, at_kink[:, :width].sum(axis=1), unrest)
+
+
+def left_over(first: FirstLayer, x: ArrayLike, duals: ArrayLike) -> np.ndarray:
+  """What a set of samples leaves of the first kernel: whether all K of them are training samples, complete or not.
+
+  Less the outer products ``-x_i s_i^T / (w N)`` of K training samples, a kernel of rank N keeps N - K directions. All
+  is measured in coordinates in which the singular values of the kernel are 1. There ``I - a^T b`` is left, a [K, N] the
+  samples and b [K, N] their signals: a projection on N - K directions if and only if every sample's dual is 1 on itself
+  and 0 on the others of the set. One wrong sample among them leaves one value more.
+
+  Args:
+    first: the first layer.
+    x: the samples [K, ...], K < N, in the classifier's units.
+    duals: their duals [K, D], with the scale 1 (`kkt_jax.extraction.certificates.by_equations`).
+
+  Returns:
+    The singular values [N], falling: N - K of at least 1, the others of training samples near 0.
+
+  >>> kernel = np.diag([3.0, 2.0, 1.0])
+  >>> layer = FirstLayer(kernel, np.zeros(3), 0, False, 1.0, None, 3, 1.0)
+  >>> left_over(layer, np.eye(3)[:2], np.eye(3)[:2]).round(3).tolist()
+  [1.0, 0.0, 0.0]
+  >>> left_over(layer, [[1, 0, 0], [0.5, 0.5, 0]], [[1, 0, 0], [0, 2, 0]]).round(3).tolist()  # the second is a blend
+  [1.0, 0.667, 0.0]
+  """
+  u, s, _ = first.factors
+  offsets = np.asarray(x, np.float64).reshape(len(np.asarray(x)), -1) - first.start
+  a, b = offsets @ u / s, np.asarray(duals, np.float64) @ u * s
+  return np.linalg.svd(np.eye(len(s)) - a.T @ b, compute_uv=False)
 
 
 def _spread(examination: Examination) -> np.ndarray:

@@ -18,6 +18,7 @@ from kkt_jax.analysis.examination import Examination, examine
 from kkt_jax.checkpoint import Checkpointer, CheckpointError, fingerprint
 from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.classifiers.relaxation import computed_in, relaxed
+from kkt_jax.criteria import Criteria
 from kkt_jax.extraction import exact
 from kkt_jax.extraction.exact import Exact
 from kkt_jax.generators.flows import Flow
@@ -210,7 +211,7 @@ class Reconstruction:
     Raises:
       CheckpointError: it cannot be written.
     """
-    proofs = enumerate(own._asdict() for own in self.exact)
+    proofs = enumerate(own._asdict() | {"criteria": dataclasses.astuple(own.criteria)} for own in self.exact)
     arrays = {f"{t}/{name}": np.asarray(value) for t, own in proofs for name, value in own.items()}
     with Checkpointer(folder) as checkpointer:
       checkpointer.save(int(self.state.step), self.state, beside=arrays)
@@ -248,13 +249,15 @@ class Reconstruction:
       if restored is None:
         raise FileNotFoundError(f"folder must hold a saved reconstruction; {os.fspath(folder)} holds none.")
       beside = checkpointer.beside(restored[0])
-    proofs: list[dict[str, np.ndarray]] = [{} for _ in start.examinations] if beside else []
+    proofs: list[dict[str, Any]] = [{} for _ in start.examinations] if beside else []
     for name, array in beside.items():
       t, _, field = name.partition("/")
       proofs[int(t)][field] = array
-    if not all(set(own) == set(Exact._fields) for own in proofs):
+    sizes = {len(own.get("criteria", ())) for own in proofs}
+    if not all(set(own) == set(Exact._fields) for own in proofs) or sizes - {len(dataclasses.fields(Criteria))}:
       raise CheckpointError(f"what is certified in {os.fspath(folder)} was written by another version of kkt_jax.")
-    return dataclasses.replace(start._resumed(restored[1]), exact=tuple(Exact(**own) for own in proofs))
+    proven = tuple(Exact(**{**own, "criteria": Criteria(*own["criteria"].tolist())}) for own in proofs)
+    return dataclasses.replace(start._resumed(restored[1]), exact=proven)
 
   @full_precision
   def continue_training(

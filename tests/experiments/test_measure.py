@@ -293,6 +293,7 @@ def test_the_residual_is_that_of_the_conditions(measured):
     assert metrics[name]["residual"][0] == pytest.approx(np.sum(error**2) / np.sum(target**2), rel=1e-3), name
   for name in ("training_data", "trained_noise"):
     assert metrics[name]["residual"][0] < 1e-10
+    assert metrics[name]["residual_free"] == metrics[name]["residual"]  # it has no gates
   assert metrics["uniform_noise"]["residual"][0] > 0.1
   assert "residual" not in metrics["real_held_out"]
 

@@ -197,3 +197,19 @@ def test_what_does_not_fit_is_named(make, message):
   found, x, settings = make(examined(), HIGH * jnp.asarray(samples()[0]))
   with pytest.raises(ValueError, match=message):
     signals.signals(found, x, **settings)
+
+
+def test_one_wrong_sample_leaves_one_value_more():
+  found, (unit, _) = examined(), samples()
+  others = np.roll(unit, 7, axis=0)
+  half = slice(0, NUM // 2)
+
+  def left(own):
+    x, duals = unit[half].copy(), certificates.by_equations(found, unit[half], Criteria())[1]
+    x[:1], duals[:1] = own, certificates.by_equations(found, own, Criteria())[1]
+    return signals.left_over(found.first, HIGH * x, duals)
+
+  true = left(unit[:1])  # the values of the unknown half, and what is left of the known one
+  assert true.shape == (NUM,) and true[half].min() > 0.99 and true[NUM // 2 :].max() < 0.1
+  for wrong in (0.5 * unit + 0.5 * others, unit + others, 0.95 * unit + 0.05 * others, 0.85 * unit):
+    assert left(wrong[:1])[NUM // 2] > 0.2

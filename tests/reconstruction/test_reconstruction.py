@@ -14,6 +14,7 @@ from trained_networks import examined, flax_classifier, nameless_classifier
 import kkt_jax
 from kkt_jax import examine, generators, networks, reconstruct, Reconstruction
 from kkt_jax.checkpoint import Checkpointer, CheckpointError
+from kkt_jax.criteria import Criteria
 from kkt_jax.extraction import exact
 from kkt_jax.kkt import pretrain, weight_decay_conditions
 from kkt_jax.reconstruction import Recipe, recipes, Schedule, Stationarity, Term, training
@@ -256,10 +257,12 @@ def test_saved_loaded_and_continued_it_is_bitwise_the_same(tmp_path):
 
 def test_what_is_certified_is_saved_and_loaded(tmp_path):
   classifiers, examinations = two()
-  proofs = [exact.Exact(*(np.full((k, 2), n) for n in range(len(exact.Exact._fields)))) for k in (3, 0)]
+  criteria = Criteria(distance=0.0125, levels=15)
+  proofs = [exact.Exact(*(np.full((k, 2), n) for n in range(5)), criteria) for k in (3, 0)]
   dataclasses.replace(begin(), exact=tuple(proofs)).save(tmp_path)
   loaded = Reconstruction.load(tmp_path, classifiers, tiny(), examinations=examinations)
-  chex.assert_trees_all_equal(list(loaded.exact), proofs)
+  assert [own.criteria for own in loaded.exact] == [criteria, criteria]
+  chex.assert_trees_all_equal([own[:-1] for own in loaded.exact], [own[:-1] for own in proofs])
   begin().save(tmp_path)
   assert Reconstruction.load(tmp_path, classifiers, tiny(), examinations=examinations).exact == ()
 
