@@ -102,7 +102,7 @@ def _points(recipe: "kkt_jax.Recipe", setting: Setting, *, total_variation: floa
   )
   return dataclasses.replace(
     changed.with_terms(least_multiplier=least)
-    .with_stationarity(begin=0, ramp=0)
+    .with_stationarity(begin=0, ramp=0, free_gates=False)
     .with_schedule(theta=adam, eta=adam, restarts=1, restart_steps=0),
     generator=_table(setting, codes=2 * setting.num_samples),
     multipliers=kkt_jax.reconstruction.recipes.runner_up_multipliers(),

@@ -22,6 +22,7 @@ from kkt_jax.classifiers.classifier import Classifier
 Result = TypeVar("Result")
 _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}  # primitives that only call
 _OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call")
+_FREE = 4.0  # sharpness times the argument up to which a gate is free, about: there the sigmoid is .02 or .98
 _GUARD = 1e-3  # max(norm, 1e-6) keeps a division finite: a positive constant below this makes no gate
 
 
@@ -58,9 +59,7 @@ def _mixed_jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, An
   return value, gate * above + (1 - gate) * below
 
 
-def relax_gates(
-  apply_fn: Callable[[PyTree, jax.Array], Result], *, sharpness: float
-) -> Callable[[PyTree, jax.Array], Result]:
+def relax_gates(apply_fn: Callable[[PyTree, jax.Array], Result], *, sharpness: float) -> Callable[..., Result]:
   """The same function with a smooth derivative of every gate: the slopes of both sides mixed by ``sigmoid(k x)``.
 
   What it finds, also in functions that are jitted or checkpointed (`jax.checkpoint`, ``nn.remat``) and in the bodies of
@@ -82,8 +81,11 @@ def relax_gates(
     sharpness: k, positive; 20 to 500 are usual.
 
   Returns:
-    A function of the same values. When it is called or traced, it raises a ValueError if ``apply_fn`` has other kinks
-    (``jnp.clip(x, -1, 1)``, ``jnp.maximum(x, y)``) and no gate that could be relaxed.
+    ``(params, x)`` or ``(params, x, free)``, of the same values. ``free`` are logits of gates at their kinks, arrays
+    like `pre_activations` in its order: their mix is ``(1 - b) sigmoid(k x) + b sigmoid(free)`` with
+    ``b = exp(-(k x / 4)^2)``. Gates without an array of their shape are not free. When the function is called or
+    traced, it raises a ValueError if ``apply_fn`` has other kinks (``jnp.clip(x, -1, 1)``, ``jnp.maximum(x, y)``) and
+    no gate that could be relaxed.
 
   Raises:
     ValueError: ``sharpness`` is not positive.
@@ -94,9 +96,17 @@ def relax_gates(
   """
   _checks.check_positive("sharpness", sharpness)
 
-  def with_relaxed_gates(params: PyTree, x: jax.Array) -> Result:
-    smooth = lambda root: jax.nn.sigmoid(sharpness * root)
-    report = _Report(smooth, smooth)
+  def with_relaxed_gates(params: PyTree, x: jax.Array, free: Sequence[jax.Array] = ()) -> Result:
+    following = iter(free)
+
+    def gate(root: jax.Array) -> jax.Array:
+      own, smooth = next(following, None), jax.nn.sigmoid(sharpness * root)
+      if own is None or own.shape != root.shape:
+        return smooth
+      at_kink = jnp.exp(-jnp.square(sharpness / _FREE * root))
+      return smooth + at_kink * (jax.nn.sigmoid(own.astype(root.dtype)) - smooth)
+
+    report = _Report(gate, lambda root: jax.nn.sigmoid(sharpness * root))
     result: Result = _relaxed(apply_fn, params, x, report)
     if report.kinks and not report.gates:
       raise ValueError(
@@ -179,8 +189,8 @@ def computed_in(apply_fn: ApplyFn, dtype: DTypeLike) -> ApplyFn:
   [1.] float32
   """
 
-  def rough(params: PyTree, x: jax.Array) -> jax.Array:
-    return apply_fn(*jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (params, x))).astype(x.dtype)
+  def rough(params: PyTree, x: jax.Array, *free: Any) -> jax.Array:
+    return apply_fn(*jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (params, x)), *free).astype(x.dtype)
 
   return rough
 

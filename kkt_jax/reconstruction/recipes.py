@@ -63,6 +63,8 @@ class Stationarity:
     begin: share of the training after which the term counts.
     ramp: share of the training over which its weight grows from 0 after that.
     gate_sharpness: of the relaxed ReLU gates (`kkt_jax.classifiers.relaxation`); 0 is exact.
+    free_gates: whether each sample of a finite generator has relaxed gates of its own at kinks, learned by theta's
+      optimizer: there a gate of the training data is any number from 0 to 1. As many numbers for a sample as units.
     compute_dtype: of the classifier's gradients, such as ``"bfloat16"``; that of its parameters if None.
     target_exponent: how the target follows alpha, ``e^(alpha target_exponent)`` times what it is, with a gradient: the
       paper's Lambda-bar (Eq. 3) with 2 lambda_max - 1. Only for measures that are not relative.
@@ -74,6 +76,7 @@ class Stationarity:
   begin: float = 0.0
   ramp: float = 0.0
   gate_sharpness: float = 20.0
+  free_gates: bool = False
   compute_dtype: str | None = None
   target_exponent: float = 0.0
 
@@ -81,6 +84,8 @@ class Stationarity:
     for name in ("weight", "begin", "ramp", "gate_sharpness"):
       _checks.check_at_least(name, getattr(self, name), 0)
     _checks.check_finite("weight", self.weight)
+    if self.free_gates and not self.gate_sharpness:
+      raise ValueError("gate_sharpness must be positive with free_gates, which are relaxed; got 0.")
     scale_free = (losses.cosine_distance, losses.relative_residual, losses.mean_relative_residual)
     if self.target_exponent and self.measure in scale_free:
       raise ValueError(
@@ -167,9 +172,10 @@ class Schedule:
       )
 
   def optimizer(self) -> optax.GradientTransformation:
-    """One optimizer for the three groups of unknowns (`optax.partition`)."""
+    """One optimizer for the three groups of unknowns (`optax.partition`); free gates belong to theta."""
     groups = {"theta": self.theta, "eta": self.eta, "alpha": self.alpha}
-    return optax.partition({name: make(self.steps) for name, make in groups.items()}, {name: name for name in groups})
+    labels = lambda params: {name: "theta" if name == "gates" else name for name in params}
+    return optax.partition({name: make(self.steps) for name, make in groups.items()}, labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +268,7 @@ def default(examinations: Sequence[Examination]) -> Recipe:
     common margin and the common features of each class, where the weights reveal them, are priors. A network of
     continuous noise is trained on with 100 times the stationarity and a tenth of the statistics.
   - **Weight decay of known strength**: the multipliers are the classifier's own probabilities, and the sum has a known
-    size.
+    size. Gates are free at kinks, where gradient descent with weight decay leaves a sixth of all units.
   - **Anything else**: free multipliers, one for each sample and class, drawn to the classifier's probabilities in the
     course of the training if the form is weight decay; stationarity is measured by its angle. Twenty samples of each
     class, and at least a fifth more in all than the span has dimensions: there are as many training samples as those.
@@ -301,7 +307,7 @@ def default(examinations: Sequence[Examination]) -> Recipe:
     return Recipe(
       generators.table(),
       softmax_multipliers(),
-      Stationarity(72.0, losses.mean_relative_residual, weighed_conditions, begin),
+      Stationarity(72.0, losses.mean_relative_residual, weighed_conditions, begin, free_gates=True),
       {"duality": Term(14.0, terms.duality(delta=1.0)), **shared},
       schedule,
     )

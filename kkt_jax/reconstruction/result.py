@@ -374,7 +374,8 @@ class Reconstruction:
       samples.append((flow.leaning_on_others(unit, labels, certified), labels))
     steps = self.recipe.schedule.match_steps
     theta = flow.match(match_key, theta, self.examinations, samples, num_steps=steps, on_progress=on_match)
-    params = self.state.params | {"theta": theta}
+    params = {name: own for name, own in self.state.params.items() if name != "gates"}  # those of a table's samples
+    params["theta"] = theta
     opt_state = begin.problem.optimizer.init(params)
     state = TrainState(jnp.zeros((), jnp.int32), params, statistics, opt_state, state_key, begin._origin)
     begin = begin._at(state)

@@ -22,7 +22,8 @@ from kkt_jax import _checks, sharding
 from kkt_jax._precision import full_precision
 from kkt_jax._typing import PyTree
 from kkt_jax.classifiers.classifier import Classifier, Evaluation
-from kkt_jax.generators.base import Generator
+from kkt_jax.classifiers.relaxation import pre_activations
+from kkt_jax.generators.base import code_of, Generator
 from kkt_jax.kkt import losses, multipliers
 from kkt_jax.kkt.conditions import Conditions
 from kkt_jax.reconstruction.recipes import Multipliers, Stationarity
@@ -41,7 +42,7 @@ class Problem:
     multipliers: the multipliers.
     stationarity: how the equations are measured and when they count.
     terms: the other terms of the loss by name.
-    optimizer: of the tree ``{"theta": ..., "eta": ..., "alpha": ...}``.
+    optimizer: of the tree ``{"theta": ..., "eta": ..., "alpha": ...}``, with ``"gates"`` if they are free.
     classes: the output indices of each classifier's batch, T arrays [M]; see `class_sequence`.
     num_steps: training steps altogether, through which schedules run.
     microbatch_size: samples for each classifier that are in memory at once, a divisor of M; all of them if None. It
@@ -66,7 +67,8 @@ class TrainState(NamedTuple):
 
   Attributes:
     step: steps taken.
-    params: ``{"theta": ..., "eta": {"multipliers": ..., "log_scale": [T]}, "alpha": [T]}``.
+    params: ``{"theta": ..., "eta": {"multipliers": ..., "log_scale": [T]}, "alpha": [T]}``; with free gates also
+      ``"gates"``, for each classifier and gate the logits at its kink [C, codes, ...].
     statistics: the generator's running averages.
     opt_state: of the optimizer.
     key: the random key of the next step.
@@ -187,6 +189,8 @@ def init_state(
     "eta": {"multipliers": eta, "log_scale": jnp.zeros(len(classifiers))},
     "alpha": jnp.zeros(len(classifiers)),
   }
+  if problem.stationarity.free_gates and problem.generator.codes:
+    params["gates"] = [_first_gates(classifier, problem.generator.codes) for classifier in classifiers]
 
   @jax.jit
   def first_batch(
@@ -452,9 +456,13 @@ def _batches(
   """For each classifier what it makes of its samples, with multipliers, and the pull-back from logits to parameters."""
   batches = []
   for index, (classifier, x) in enumerate(zip(classifiers, samples, strict=True)):
-    whole, pull_back = _evaluate(classifier, x)
     labels, alpha = y[:, index], params["alpha"][index]
     classes = classifier.classes_of(labels)
+    gates = []
+    if "gates" in params:
+      code = code_of(noise[:, index], problem.generator.codes)
+      gates = [[own[classes, code] for own in params["gates"][index]]]
+    whole, pull_back = _evaluate(classifier, x, *gates)
     batch = Batch(x, classifier.to_unit(x), labels, classes, noise[:, index], index, alpha, *whole)
     mu = problem.multipliers.apply(params["eta"]["multipliers"], classifier, batch)
     if problem.multipliers.scaled:
@@ -463,19 +471,30 @@ def _batches(
   return batches
 
 
-def _evaluate(classifier: Classifier, x: jax.Array) -> tuple[Evaluation, PullBack]:
-  """Logits, statistics and features, in one pass if the classifier can, and the pull-back from logits to parameters."""
+def _first_gates(classifier: Classifier, codes: int) -> list[jax.Array]:
+  """Zeros [C, codes, ...] for each gate: half open at their kinks."""
+  probe = jax.ShapeDtypeStruct((2, *classifier.input_shape), jnp.result_type(float))
+  roots = jax.eval_shape(lambda x: pre_activations(classifier.apply_fn, classifier.params, x), probe)
+  return [jnp.zeros((classifier.num_classes, codes, *root.shape[1:])) for root in roots]
+
+
+def _evaluate(classifier: Classifier, x: jax.Array, *gates: list[jax.Array]) -> tuple[Evaluation, PullBack]:
+  """Logits, statistics and features, in one pass if the classifier can, and the pull-back from logits to parameters.
+
+  Free gates are those of `kkt_jax.classifiers.relaxation.relax_gates`.
+  """
   params = classifier.params
-  if classifier.evaluate_fn is not None:
-    own = classifier.evaluate_fn
+  evaluate_fn: Any = classifier.evaluate_fn
+  gradient_fn: Any = classifier.gradient_fn
+  if evaluate_fn is not None:
 
     def whole(params: PyTree) -> tuple[jax.Array, Evaluation]:
-      found = own(params, x)
+      found = evaluate_fn(params, x, *gates)
       return found.logits, found
 
     _, pull_back, found = jax.vjp(whole, params, has_aux=True)
     return found, pull_back
-  _, pull_back = jax.vjp(lambda params: classifier.gradient_fn(params, x), params)
+  _, pull_back = jax.vjp(lambda params: gradient_fn(params, x, *gates), params)
   others = [own and own(params, x) for own in (classifier.statistics_fn, classifier.features_fn)]
   return Evaluation(classifier.predict_fn(params, x), *others), pull_back
 

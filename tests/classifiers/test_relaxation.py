@@ -153,6 +153,20 @@ def test_a_whole_network_has_the_derivatives_of_one_that_is_written_with_relaxed
   assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), now, exact))) > 1e-2
 
 
+def test_a_free_gate_is_what_it_is_told_at_the_kink_and_the_sign_of_its_argument_far_from_it():
+  free = relax_gates(lambda w, x: nn.relu(w * x), sharpness=SHARPNESS)
+  logits = jnp.array([-1.0, 2.0, 2.0, 2.0])
+  x = jnp.ones(4)
+  slopes = jax.vmap(jax.grad(lambda w, own: free(w, x, [jnp.full(4, own)])[0]))
+  far = 10 / SHARPNESS
+  np.testing.assert_allclose(
+    slopes(jnp.array([0.0, 0.0, far, -far]), logits), [*jax.nn.sigmoid(logits[:2]), 1.0, 0.0], atol=2e-3
+  )
+  for others in ([], [jnp.zeros(3)]):  # of no gate of this shape
+    slope = jax.grad(lambda w, others=others: free(w, x, others)[0])(0.1)
+    assert float(slope) == pytest.approx(float(jax.nn.sigmoid(SHARPNESS * 0.1)), rel=1e-6)
+
+
 def test_gates_have_a_second_derivative():
   smooth = relax_gates(lambda w, x: nn.relu(w * x), sharpness=SHARPNESS)
   second = jax.jit(jax.grad(jax.grad(lambda w: smooth(w, jnp.ones(())))))(0.1)

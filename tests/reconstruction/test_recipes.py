@@ -192,6 +192,7 @@ def test_a_target_that_follows_alpha_would_fool_relative_measures(measure):
     (lambda: Stationarity(1.0, begin=-1), "begin must be at least 0"),
     (lambda: Stationarity(1.0, ramp=-1), "ramp must be at least 0"),
     (lambda: Stationarity(1.0, gate_sharpness=-1), "gate_sharpness must be at least 0"),
+    (lambda: Stationarity(1.0, gate_sharpness=0, free_gates=True), "gate_sharpness must be positive with free_gates"),
     (lambda: Term(-1.0, terms.in_range), "weight must be at least 0"),
     (lambda: Term(float("inf"), terms.in_range), "weight must be finite"),
     (lambda: Schedule(steps=-1), "steps must be at least 0"),
@@ -216,9 +217,11 @@ def test_the_three_groups_of_unknowns_have_optimizers_of_their_own():
     "theta": {"w": jnp.ones(2)},
     "eta": {"multipliers": jnp.ones(2), "log_scale": jnp.ones(1)},
     "alpha": jnp.ones(1),
+    "gates": [[jnp.ones(3)]],
   }
   updates, _ = optimizer.update(params, optimizer.init(params))
   np.testing.assert_allclose(updates["theta"]["w"], -1.0)
+  np.testing.assert_allclose(updates["gates"][0][0], -1.0)
   np.testing.assert_allclose(updates["eta"]["log_scale"], -0.1)
   np.testing.assert_allclose(updates["alpha"], 0.0)
   assert rates == {"theta": 9, "eta": 9}

@@ -267,6 +267,23 @@ def test_what_is_certified_is_saved_and_loaded(tmp_path):
   assert Reconstruction.load(tmp_path, classifiers, tiny(), examinations=examinations).exact == ()
 
 
+@pytest.mark.slow
+def test_free_gates_are_saved_trained_in_parts_and_left_behind_by_a_network(tmp_path):
+  recipe = dataclasses.replace(
+    tiny(steps=2, match_steps=2, joint_steps=1), stationarity=Stationarity(1.0, free_gates=True)
+  )
+  classifiers, examinations = two()
+  made = begin(recipe).continue_training()
+  assert [[own.shape for own in gates] for gates in made.state.params["gates"]] == [[(3, 3, 6)], [(2, 3, 6)]]
+  moved = made.state.params["gates"][1][0]
+  assert 1e-3 < float(jnp.abs(moved).max()) <= 0.11  # two steps of Adam
+  made.save(tmp_path)
+  assert_same(Reconstruction.load(tmp_path, classifiers, recipe, examinations=examinations), made)
+  parts = begin(recipe, microbatch_size=3).continue_training()
+  np.testing.assert_allclose(parts.state.params["gates"][1][0], moved, atol=1e-3)
+  assert set(made.continuous().state.params) == {"theta", "eta", "alpha"}
+
+
 def test_a_saver_of_other_classifiers_is_refused(tmp_path):
   with Checkpointer(tmp_path) as saver:
     run(saver=saver, save_every=3)

@@ -16,8 +16,8 @@ import pytest
 
 from kkt_jax import generators, priors
 from kkt_jax.checkpoint import Checkpointer
-from kkt_jax.classifiers import make_classifier
-from kkt_jax.kkt import losses, multipliers, weight_decay_conditions
+from kkt_jax.classifiers import make_classifier, relaxation
+from kkt_jax.kkt import Conditions, losses, multipliers, weight_decay_conditions
 from kkt_jax.reconstruction import recipes, Term, terms, training
 
 CODES = 4
@@ -222,6 +222,39 @@ def test_stationarity_is_the_given_measure_of_the_mean_over_the_batch(measure):
   cosine = float(jnp.sum(target * sums) / jnp.sqrt(jnp.sum(target**2) * jnp.sum(sums**2)))
   logged = 1 - cosine * abs(cosine) if measure is losses.cosine_distance else relative
   np.testing.assert_allclose(metrics["residual"][0], logged, rtol=1e-4)
+
+
+@pytest.mark.parametrize("free_gates", [False, True])
+def test_gates_at_kinks_are_learned_if_they_are_free(free_gates):
+  """All units rest on their kink at all samples, which are kept; their gates shall be .2 and .9 instead of .5."""
+  params = {"w": jnp.zeros((2, 6)).at[1].set(1.0), "v": jax.random.normal(jax.random.key(0), (6, 3))}
+  apply_fn = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"]
+  network = relaxation.relaxed(make_classifier(apply_fn, params, (2,), value_range=None), 20.0)
+  labels = lambda params: {name: name if name == "gates" else "others" for name in params}
+  own = setup(
+    (network,),
+    generator=fixed_table,
+    stationarity=recipes.Stationarity(1.0, losses.relative_residual, free_gates=free_gates),
+    optimizer=optax.partition({"gates": optax.adam(0.1), "others": optax.set_to_zero()}, labels),
+    margin=1.0,
+  )
+  own.state.params["theta"][0] = own.state.params["theta"][0].at[..., 1].set(-0.5)  # samples start around .5
+  ((x, y),) = training.batch_samples(own.problem, own.state, own.classifiers)
+  given = [jnp.tile(jnp.array([0.2, 0.9]), (len(x), 3))]
+  sums = losses.stationarity_sum(
+    lambda p, x: relaxation.given_gates(apply_fn)(p, x, given),
+    params,
+    x,
+    y,
+    multipliers.from_softmax(jnp.zeros((len(x), 3))),
+  )
+  mask = jax.tree.map(jnp.ones_like, params)
+  residuals = []
+  own = dataclasses.replace(own, conditions=(Conditions(sums, mask),))
+  own.run(100, log_every=1, on_log=lambda step, metrics: residuals.append(metrics["residual"]))
+  assert residuals[0] > 0.05
+  assert (residuals[-1] < 1e-4) == free_gates
+  assert ("gates" in own.state.params) == free_gates
 
 
 def test_the_target_can_follow_alpha():
