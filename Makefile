@@ -1,4 +1,5 @@
-# Everything runs in .venv, which holds exactly the versions in requirements.lock. It needs Python 3.11+ and make.
+# Everything runs in .venv, which holds exactly the versions in requirements.lock, and in requirements-docs.lock once the
+# documentation is built. It needs Python 3.11+ and make.
 # Another interpreter:  make test PYTHON=python3.12        Another number of test processes:  make test WORKERS=4
 
 PYTHON ?= python3
@@ -27,7 +28,7 @@ define CHECK_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-oldest lint format lock lock-oldest clean
+.PHONY: help setup demo check test test-oldest docs lint format lock lock-oldest clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +49,15 @@ test: lint ## everything: what check does, and the tests that train, start proce
 test-oldest: $(OLDEST)/.installed ## the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
 	PYTEST_ADDOPTS="-W default" $(call PYTEST,$(OLDEST))
 
+docs: $(VENV)/.docs build/docs/.library ## the documentation in build/docs/html; runs its notebooks, warnings are errors
+	$(PY) -m sphinx -q -W --keep-going -d build/docs/doctrees docs build/docs/html
+	@echo "The documentation is in build/docs/html/index.html."
+
+# What notebooks gave is kept for as long as neither they nor the library nor the configuration change.
+build/docs/.library: $(shell find kkt_jax docs -name '*.py')
+	rm -rf build/docs
+	@mkdir -p $(@D) && touch $@
+
 lint: setup ## check style, formatting and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -57,17 +67,19 @@ format: setup ## fix style and formatting in place
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-COMPILE := build/lock/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes \
-  --extra test
+COMPILE := build/lock/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes
 
 # One version of a package for every Python and platform, so that what was tested is what everybody gets. setuptools, which
 # builds the project, is locked with the rest. uv finds the versions; it is not needed for anything else.
-lock: ## write requirements.lock anew, with the newest versions
+# Those of the documentation are in a file of their own, so that nobody waits for them who does not build it.
+lock: ## write requirements.lock and requirements-docs.lock anew, with the newest versions
 	$(CHECK_PYTHON)
 	$(PYTHON) -m venv --clear build/lock
 	build/lock/bin/python -m pip install --quiet uv
-	echo setuptools | $(COMPILE) --upgrade --fork-strategy fewest \
+	echo setuptools | $(COMPILE) --extra test --upgrade --fork-strategy fewest \
 	  --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml -
+	$(COMPILE) --extra docs --upgrade --fork-strategy fewest --constraint requirements.lock \
+	  --custom-compile-command "make lock" --output-file requirements-docs.lock pyproject.toml
 	rm -rf build
 
 # What pyproject.toml names at its least version, the rest at its newest; from wheels, but for the one that has none.
@@ -75,13 +87,14 @@ lock-oldest: ## write requirements-oldest.lock anew, with the oldest versions
 	$(CHECK_PYTHON)
 	$(PYTHON) -m venv --clear build/lock
 	build/lock/bin/python -m pip install --quiet uv
-	echo "setuptools>=77" | $(COMPILE) --upgrade --resolution lowest-direct --only-binary :all: --no-binary promise \
+	echo "setuptools>=77" | $(COMPILE) --extra test --upgrade --resolution lowest-direct --only-binary :all: --no-binary promise \
 	  --custom-compile-command "make lock-oldest" --output-file requirements-oldest.lock pyproject.toml -
 	rm -rf build
 
-clean: ## remove both environments, caches and build files (runs/ stays)
+clean: ## remove both environments, caches, build files and the documentation (runs/ stays)
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find kkt_jax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f docs/api/kkt_jax*.rst
+	find kkt_jax experiments tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A new lock file makes a new .venv; a changed pyproject.toml only installs the project again.
 $(VENV)/.locked: requirements.lock
@@ -94,6 +107,11 @@ $(VENV)/.locked: requirements.lock
 $(VENV)/.installed: $(VENV)/.locked pyproject.toml
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(PY) -m pip check
+	@touch $@
+
+$(VENV)/.docs: requirements-docs.lock | $(VENV)/.installed
+	@echo "Installing the packages of requirements-docs.lock into $(VENV): half a minute."
+	$(PY) -m pip install --quiet --require-hashes -r requirements-docs.lock
 	@touch $@
 
 $(OLDEST)/.installed: requirements-oldest.lock pyproject.toml

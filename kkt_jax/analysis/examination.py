@@ -27,8 +27,10 @@ from kkt_jax.classifiers.classifier import Classifier, decay_of_tensors, WeightD
 from kkt_jax.kkt import symmetries
 from kkt_jax.kkt.conditions import Conditions, max_margin_conditions, weight_decay_conditions
 
+#: The stationarity conditions that weights can obey.
 FORMS = ("weight_decay", "max_margin", "change")
-HOPELESS = 0.05  # share of the target that no data can account for, above which an audit is not worth its time
+#: Share of the target that no data can account for, above which an audit is not worth its time.
+HOPELESS = 0.05
 _HOMOGENEOUS = 1e-2  # greatest error of scaling that counts as none
 _PROBES = 24
 _FILLED = 0.9  # greatest share of a layer's directions that data may fill for their span to be recognised

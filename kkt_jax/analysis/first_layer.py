@@ -184,13 +184,13 @@ def noise_floor(strengths: ArrayLike, shape: tuple[int, int]) -> NoiseFloor | No
   The rank is the least r for which the greatest of the others is below that edge. They pass for noise if their
   quantiles are those of the law, to 2 % of the edge.
 
-  | case                                                       | result                              |
-  |------------------------------------------------------------|-------------------------------------|
-  | weights that stay near their start: an edge above 1 % of   | None: most directions of the data   |
-  | the greatest value, as with PyTorch's initialisation       | would be below it                   |
-  | more than 90 % of the directions filled                    | None                                |
-  | weight decay: what follows falls off, or is rounding       | None: it is no noise                |
-  | zeros                                                      | None                                |
+  There is none where
+
+  - weights stay near their start (an edge above 1 % of the greatest value, as with PyTorch's initialisation): most
+    directions of the data would be below it,
+  - more than 90 % of the directions are filled,
+  - what follows falls off or is rounding, as with weight decay: it is no noise,
+  - all values are 0.
 
   Args:
     strengths: all singular values of the matrix [min(D, F)], falling.

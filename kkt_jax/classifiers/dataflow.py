@@ -17,14 +17,16 @@ def bias_tensors(apply_fn: Callable[[PyTree, jax.Array], Any], params: PyTree, x
 
   What counts is where a tensor, or a value computed from parameters alone, first meets a value that depends on ``x``.
 
-  | tensor                                                        | bias                                        |
-  |---------------------------------------------------------------|---------------------------------------------|
-  | bias of a layer, shift of a normalisation, position embedding | yes                                         |
-  | kernel, scale of a normalisation, gain and direction of a     | no                                          |
-  |   weight normalisation                                        |                                             |
-  | added in one place, multiplied in another (tied)              | no                                          |
-  | anything else meets the data (maximum, gather, concatenate)   | no                                          |
-  | meets no data, or is not used                                 | no                                          |
+  =============================================================  ====
+  tensor                                                         bias
+  =============================================================  ====
+  bias of a layer, shift of a normalisation, position embedding  yes
+  kernel, scale of a normalisation                               no
+  gain and direction of a weight normalisation                   no
+  added in one place, multiplied in another (tied)               no
+  anything else meets the data (maximum, gather, concatenate)    no
+  meets no data, or is not used                                  no
+  =============================================================  ====
 
   Args:
     apply_fn: ``(params, x[M, ...]) -> logits[M, C]``; jit, checkpoint, custom derivatives, scan, while and cond may be

@@ -65,13 +65,15 @@ def relax_gates(apply_fn: Callable[[PyTree, jax.Array], Result], *, sharpness: f
   What it finds, also in functions that are jitted or checkpointed (`jax.checkpoint`, ``nn.remat``) and in the bodies of
   `jax.lax.scan`, ``while_loop`` and ``cond``:
 
-  | gate                      | written as                                                        |
-  |---------------------------|-------------------------------------------------------------------|
-  | ReLU                      | ``jax.nn.relu``, ``jnp.maximum(x, 0)``, ``jnp.clip(x, 0)``,       |
-  |                           | ``jnp.where(x > 0, x, 0)``, ``x * (x > 0)``                       |
-  | leaky and parametric ReLU | ``jax.nn.leaky_relu``, ``nn.PReLU``, ``jnp.maximum(x, 0.1 * x)``  |
-  | ReLU6, both kinks         | ``jax.nn.relu6``, ``jnp.clip(x, 0, 6)``                           |
-  | negative part             | ``jnp.minimum(x, 0)``                                             |
+  =========================  ================================================================
+  gate                       written as
+  =========================  ================================================================
+  ReLU                       ``jax.nn.relu``, ``jnp.maximum(x, 0)``, ``jnp.clip(x, 0)``,
+                             ``jnp.where(x > 0, x, 0)``, ``x * (x > 0)``
+  leaky and parametric ReLU  ``jax.nn.leaky_relu``, ``nn.PReLU``, ``jnp.maximum(x, 0.1 * x)``
+  ReLU6, both kinks          ``jax.nn.relu6``, ``jnp.clip(x, 0, 6)``
+  negative part              ``jnp.minimum(x, 0)``
+  =========================  ================================================================
 
   Left as they are: smooth functions (GELU, softplus, ELU), pooling, functions with a custom derivative unless they are
   a mere ReLU, and guards of a variance or a norm such as ``max(mean(x^2) - mean(x)^2, 0)``.

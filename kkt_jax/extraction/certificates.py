@@ -1,13 +1,17 @@
 """Which samples are certified to be training samples, by what evidence, under which assumptions. No data are seen.
 
-| evidence  | what is checked of a sample                        | what must hold besides                             |
-|-----------|----------------------------------------------------|----------------------------------------------------|
-| equations | its own signal stands in the weights, at its scale | weight decay, trained to convergence, no batch     |
-|           | (`signals`)                                | norm, samples that do not depend on one another |
-| levels    | all its values lie on the levels of 8-bit images,  | values of that many levels                         |
-|           | many more than the subspace can choose             |                                                    |
-| range     | it is a firm vertex of the subspace cut with the   | values that reach the ends of their range, and a   |
-|           | range of values (`vertices`)               | subspace that tells a sample from a brighter one |
+=========  ==================================================  ================================================
+evidence   what is checked of a sample                         what must hold besides
+=========  ==================================================  ================================================
+equations  its own signal stands in the weights, at its scale  weight decay, trained to convergence, no batch
+           (`kkt_jax.extraction.signals`)                                 norm, samples that do not depend on one
+           another
+levels     all its values lie on the levels of 8-bit images,   values of that many levels
+           many more than the subspace can choose
+range      it is a firm vertex of the subspace cut with the    values that reach the ends of their range, and a
+           range of values (`kkt_jax.extraction.vertices`)                subspace that tells a sample from a brighter
+           one
+=========  ==================================================  ================================================
 
 All need a subspace that is that of the data (`kkt_jax.analysis.examination`) and one explanation only: samples that
 account for one another, or that can be put together to others which would pass as well, are *ambiguous*, and none of
@@ -26,7 +30,8 @@ from kkt_jax.analysis.first_layer import InputSpan
 from kkt_jax.criteria import Criteria
 from kkt_jax.extraction import signals, vertices
 
-EVIDENCE = ("equations", "levels", "range")  # the strongest first
+#: The kinds of evidence, the strongest first.
+EVIDENCE = ("equations", "levels", "range")
 _AGREE = 5  # samples that agree on a scale, or say of all others that they fulfil the equations, or are on levels
 _SPREAD = 5.0  # so many times the greatest difference of a value are two samples apart that are one
 _OF_HALVES, _OF_DISTANCE = 0.5, 7.0  # of their distance that is allowed, and of that the scale may be off

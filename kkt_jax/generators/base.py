@@ -51,6 +51,7 @@ class Generator(NamedTuple):
   put: Callable[[PyTree, int, np.ndarray, np.ndarray, jax.Array], PyTree] | None = None
 
 
+#: Makes a generator for classifiers that have been examined.
 GeneratorFactory = Callable[[Sequence[Examination]], Generator]
 
 

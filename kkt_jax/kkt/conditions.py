@@ -59,7 +59,7 @@ def max_margin_conditions(
     solution: Lambda.
     alpha: the paper's alpha; the factor is left out if None.
     num_samples: the paper's N, at least 1.
-    groups: the group of every parameter, -1, 0 (target) or 1 (left out); `parameter_groups(solution)` if None.
+    groups: the group of every parameter, -1, 0 (target) or 1 (left out); ``parameter_groups(solution)`` if None.
 
   Returns:
     `Conditions`.

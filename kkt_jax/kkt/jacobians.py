@@ -24,7 +24,7 @@ def per_sample_jacobians(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, chu
       and speed, not the result.
 
   Returns:
-    A pytree like ``params`` with leaves [M, C, *leaf.shape].
+    A pytree like ``params`` with leaves ``[M, C, *leaf.shape]``.
 
   Raises:
     ValueError: ``x`` is no batch of floats, ``chunk_size`` is below 1, or the samples interact (batch norm on batch

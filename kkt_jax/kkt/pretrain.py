@@ -30,7 +30,7 @@ class PretrainResult:
   Attributes:
     params: zeta, in the dtype in which they were given.
     log_loss: natural logarithm of the mean cross-entropy (it may underflow float32 itself).
-    relative_gradient: |gradient| / |zeta| of the objective; 0 at a stationary point.
+    relative_gradient: ``|gradient| / |zeta|`` of the objective; 0 at a stationary point.
     margins: margin to the runner-up of every training sample [N], in logits, of ``apply_fn``.
     num_steps: steps taken.
     stop_reason: which rule stopped it: ``"num_steps"``, ``"target_loss"`` or ``"gradient_tolerance"``.
@@ -85,9 +85,9 @@ def gradient_descent(
 ) -> PretrainResult:
   """Minimises the mean cross-entropy plus ``weight_decay / 2 |zeta|^2`` by full-batch gradient descent.
 
-  Loss-scaled steps follow the gradient of the *logarithm* of the loss, divided by |zeta|. They walk the same path as
-  small plain steps, but reach in thousands of steps margins for which plain steps need millions; too large late steps
-  leave the KKT point again, so let the learning rate fall.
+  Loss-scaled steps follow the gradient of the *logarithm* of the loss, divided by ``|zeta|``. They walk the same path
+  as small plain steps, but reach in thousands of steps margins for which plain steps need millions; too large late
+  steps leave the KKT point again, so let the learning rate fall.
 
   Args:
     apply_fn: ``(params, x[N, ...]) -> logits[N, C]``; with batch norm the one on batch statistics.
@@ -100,10 +100,10 @@ def gradient_descent(
     momentum: heavy-ball momentum in [0, 1). It changes the path: use it with weight decay, where only the end counts.
     loss_scaled: take loss-scaled steps. Not with weight decay, whose stationary point they would not reach.
     target_loss: stop once the mean cross-entropy is at most this.
-    gradient_tolerance: stop once |gradient| / |zeta| of the objective is at most this.
+    gradient_tolerance: stop once ``|gradient| / |zeta|`` of the objective is at most this.
     double_precision: train in float64; the result is cast back.
-    steps_per_call: steps in one compiled call, between which the stopping rules are looked at. 1 avoids `lax.scan`, in
-      which convolutions run at half speed on a CPU.
+    steps_per_call: steps in one compiled call, between which the stopping rules are looked at. 1 avoids
+      ``lax.scan``, in which convolutions run at half speed on a CPU.
     on_progress: called with (step, log_loss) after every call.
 
   Returns:

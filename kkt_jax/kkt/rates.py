@@ -33,7 +33,7 @@ class RateSolution:
 
   Attributes:
     rates: the diagonal of Lambda, a pytree shaped like the parameters.
-    residual: |A rates - values| / |values| of the equations; a quasi-homogeneous network reaches rounding error.
+    residual: ``|A rates - values| / |values|`` of the equations; a quasi-homogeneous network reaches rounding error.
     rank: rank of the system.
     null_space_dimension: unknowns minus rank, the dimension of the family of exact solutions.
     target_rate: lambda_max of the group of parameters that the rule aims at; see `parameter_groups`.
@@ -56,15 +56,17 @@ def balanced(equations: DerivativeEquations, params: PyTree, *, rcond: float | N
   It describes trained classifiers best (BUILD_NOTES.md, "Lambda"). The target group is every tensor with that greatest
   rate; faster biases are left out of the conditions.
 
-  | network                       | rates                                                                           |
-  |-------------------------------|---------------------------------------------------------------------------------|
-  | L layers                      | 1/L on every kernel; a bias has the sum of the rates up to its layer            |
-  | batch norm after every layer  | 1/2 on the last scale and shift and on the last kernel, 0 before them           |
-  | branches that are added up    | 1/2 on each, however many they are, and 1/2 on the last kernel                  |
-  | biases of 0                   | as any other bias                                                               |
-  | tensor without influence      | 0, `RateSolution.undetermined`                                                  |
-  | linear last layer, else GELU  | 1 on the last layer, 0 before; null space of dimension 0 is the sign of it      |
-  | no solution                   | the least squares; the residual says so                                         |
+  ============================  ==========================================================================
+  network                       rates
+  ============================  ==========================================================================
+  L layers                      1/L on every kernel; a bias has the sum of the rates up to its layer
+  batch norm after every layer  1/2 on the last scale and shift and on the last kernel, 0 before them
+  branches that are added up    1/2 on each, however many they are, and 1/2 on the last kernel
+  biases of 0                   as any other bias
+  tensor without influence      0, `RateSolution.undetermined`
+  linear last layer, else GELU  1 on the last layer, 0 before; null space of dimension 0 is the sign of it
+  no solution                   the least squares; the residual says so
+  ============================  ==========================================================================
 
   Args:
     equations: the system, from `derivative_equations` or `parameter_equations`.
@@ -190,11 +192,13 @@ def given_rates(rates: PyTree, params: PyTree, *, target_rate: ArrayLike | None 
 def parameter_groups(solution: RateSolution, *, tolerance: float = 1e-3) -> PyTree:
   """Sorts the parameters by their rate (the text below Eq. 2), as integers shaped like the parameters.
 
-  | group | rate                  | condition                                             |
-  |-------|-----------------------|-------------------------------------------------------|
-  | -1    | slower than the target| Z_2 of the paper: the stationarity sum is 0           |
-  | 0     | the target rate       | Z_1 of the paper: the stationarity sum is Lambda-bar zeta |
-  | 1     | faster, a bias mostly | none, left out                                        |
+  =====  ======================  =========================================================
+  group  rate                    condition
+  =====  ======================  =========================================================
+  -1     slower than the target  Z_2 of the paper: the stationarity sum is 0
+  0      the target rate         Z_1 of the paper: the stationarity sum is Lambda-bar zeta
+  1      faster, a bias mostly   none, left out
+  =====  ======================  =========================================================
 
   Args:
     solution: Lambda and its target rate.

@@ -17,7 +17,7 @@ products with the target and with one another are
 - ``<d_k, d'_l> = -C_kl^2``: both scale the entry from unit k to unit l, which is what makes a square C special,
 
 and with p the products and G the Gram matrix of all directions, ``p' G^-1 p`` is the squared length of what the target
-has in them. `_units` finds the coefficients (here 1 and -1) by trying, `_along_units` adds up p and G.
+has in them. ``_units`` finds the coefficients (here 1 and -1) by trying, ``_along_units`` adds up p and G.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -3,11 +3,11 @@
 None of these functions is seen by the training. Each figure means something only beside its controls: the same figure
 for the true data, other real data, the mean image and noise.
 
-- `similarity`: images against images, pixel by pixel or window by window.
-- `distances`: points against points within a radius, and the spread within a class.
-- `distributions`: a set of features against another, neither taken apart into pairs.
-- `memorisation`: does a generator know its training set better than other data of the same kind?
-- `membership`: how well any score tells members of a training set from others.
+- ``similarity``: images against images, pixel by pixel or window by window.
+- ``distances``: points against points within a radius, and the spread within a class.
+- ``distributions``: a set of features against another, neither taken apart into pairs.
+- ``memorisation``: does a generator know its training set better than other data of the same kind?
+- ``membership``: how well any score tells members of a training set from others.
 """
 
 from kkt_jax.metrics.distances import pairwise_distance, precision_coverage, within_class_distance
