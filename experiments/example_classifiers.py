@@ -255,7 +255,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   given["checkpoint"] = out.path / "weights.safetensors"
   store(given["checkpoint"], train(config, subject, start, *scaled(data.train)))
   given |= {f"{name}_data": out.path / f"{name}.npz" for name in own} | {"workdir": out.path / "audit"}
-  command = shlex.join(["python", "-m", "experiments.audit", *(f"--{name}={value}" for name, value in given.items())])
+  command = shlex.join(["kkt-audit", *(f"--{name}={value}" for name, value in given.items())])
   metrics = {"summary": f"This audits it:\n  {command}"}
   out.finish(metrics)
   return metrics

@@ -6,7 +6,7 @@ was trained: more than chance or a loss below that of guessing, and no more conf
 minutes are spent, whether its weights obey the equations with its own training data at all.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import dataclasses
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 from scipy import optimize, special, stats  # type: ignore[import-untyped]
 
 from kkt_jax.analysis import Examination
+from kkt_jax.auditing import neighbours
 from kkt_jax.auditing.matching import uniform_noise
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.classifiers import Classifier
@@ -29,6 +30,7 @@ _WORSE = 1.2  # times the loss of guessing, above which a classifier cannot have
 _OVERCONFIDENT = 0.15  # confidence minus accuracy on training data
 _UNSURE = 0.2  # confidence above chance, as a share of the accuracy above chance
 _FLAT = 104.0  # margin at which the gradient of the loss is 0 in single precision
+_HELD = 0.05  # correlation of a kernel with its start, up to which nothing of it is held
 _LEFT, _BESIDE = 0.5, 0.8  # residual of its own data, and that over others', above which weights obey no equations
 _SEARCHES = (100, 1000)  # steps of the search for multipliers; the second where the first leaves too much
 _CAUSES = (
@@ -74,7 +76,9 @@ def check(classifier: Classifier, train: Samples | None, held_out: Samples | Non
   - another order of the labels, fitted to each half of the data and tested on the other, or another preprocessing of
     the inputs halves the errors at least (McNemar), or makes no more of them and tells training from held-out data
     better by their margins (DeLong), p below .001 after Bonferroni. If the classifier is not too sure, the other must
-    come 95 % of the way from chance to perfection; and both must hold if the given one comes 30 % of it.
+    come 95 % of the way from chance to perfection; and both must hold if the given one comes 30 % of it; or
+  - with other inputs the weights are 20 times as near to what up to 1,000 training samples would make of them
+    (`kkt_jax.auditing.neighbours`); from 5 times on it is a doubt.
 
   Without training data only the last is asked, of held-out data.
   """
@@ -99,22 +103,69 @@ def check(classifier: Classifier, train: Samples | None, held_out: Samples | Non
       f"Of the {name} {own.accuracy:.0%} have their label, but the classifier is only {own.confidence:.0%} sure of what"
       " it says: it was hardly trained, or the range of the inputs is wrong."
     )
-  if own.median_margin > _FLAT:
+  labels = own.other_labels()
+  near = neighbours.Neighbour()
+  if train is not None and not labels and len(train.y) <= _MOST:
+    near = neighbours.nearest(classifier, train.x, train.y)
+  if own.median_margin > _FLAT and not near.confirmed:
     doubts.append(
       f"The median margin of the {name}, {own.median_margin:.3g} logits, is beyond where cross-entropy has a gradient:"
       " the range of the inputs may be wrong."
     )
-  better = own.other_labels()
-  p_value = 0.0 if better else 1.0
+  better, p_value = labels, 0.0 if labels else 1.0
   if not better and (wrong or own.kappa < 0.9 or own.images.x.size <= _VALUES):
     better, p_value = _other_inputs(classifier, own, other, wrong)
-  if not wrong and p_value >= _FITS:
+  better = str(near) or better
+  known = not wrong and p_value >= _FITS
+  if known and near.ratio < neighbours.REFUSED:
+    if train is not None and not better:
+      x = np.asarray(classifier.from_unit(train.x))
+      better = neighbours.between_norms(classifier, x) or (
+        neighbours.other_decay(classifier, x, train.y) if len(train.y) <= _MOST else ""
+      )
     if better:
       doubts.append(f"The description may be wrong: {better[0].lower()}{better[1:]}")
     return dataclasses.replace(fit, doubts=tuple(doubts))
   found = better or "None of the usual slips that were tried explains it."
-  refusal = f"the classifier, as it is described, does not know its {name}: {fit}. {found} {_CAUSES}."
+  fails = f"was hardly trained on the {name} in this form" if known else f"does not know its {name}"
+  refusal = f"the classifier, as it is described, {fails}: {fit}. {found} {_CAUSES}."
   return dataclasses.replace(fit, refusal=refusal, doubts=(f"T{refusal[1:]}", *doubts))
+
+
+def check_start(classifier: Classifier, train: Samples | None) -> str:
+  """Why training cannot have started from ``classifier.initial_params``, in a sentence; "" if it can.
+
+  What is left of a start stands in some kernel, of which random other weights hold one part in the root of its size;
+  and training data fit the weights that were trained on them better than the start. That another start of the same
+  origin, such as an earlier or later state of the same training, was given cannot be told.
+  """
+  if classifier.initial_params is None:
+    return ""
+  pairs = zip(
+    *(map(np.asarray, jax.tree.leaves(own)) for own in (classifier.initial_params, classifier.params)), strict=True
+  )
+  kernels = [(a.ravel() - a.mean(), b.ravel() - b.mean()) for a, b in pairs if a.ndim > 1]
+  lengths = [(np.linalg.norm(a) * np.linalg.norm(b), a.size) for a, b in kernels]
+  held = [
+    (a @ b) / length > max(_HELD, 5 / size**0.5)
+    for (a, b), (length, size) in zip(kernels, lengths, strict=True)
+    if length > 0
+  ]
+  if held and not any(held):
+    return (
+      "the weights hold nothing of this start: in no kernel do they correlate with it. Either training started"
+      " elsewhere, or so much weight decay has shrunk it that it tells nothing: then leave it out."
+    )
+  if train is None:
+    return ""
+  first = dataclasses.replace(classifier, params=classifier.initial_params, apply_fn=classifier.predict_fn)
+  before, after = (_Answers(own, _some(train)).loss for own in (first, classifier))
+  if before < after:
+    return (
+      f"the training data fit the start better (loss {before:.3g}) than the weights that were trained on them"
+      f" ({after:.3g}). Were --checkpoint and --initial_checkpoint exchanged?"
+    )
+  return ""
 
 
 class Residuals(NamedTuple):
@@ -260,7 +311,7 @@ def _other_inputs(classifier: Classifier, own: _Answers, other: _Answers | None,
   """
   together = [own.images.x] if other is None else [own.images.x, other.images.x]
   tried: dict[str, tuple[_Answers, _Answers | None]] = {}
-  for what, x in _preprocessed(classifier, np.concatenate(together)):
+  for what, x in neighbours.preprocessed(classifier, np.concatenate(together)):
     split = [x[: len(own.hits)], x[len(own.hits) :]]
     beside = None if other is None else _Answers(classifier, other.images, split[1])
     tried[what] = _Answers(classifier, own.images, split[0]), beside
@@ -296,51 +347,3 @@ def _p_value_of_areas(given: tuple[_Answers, _Answers], changed: tuple[_Answers,
   gains = [after - before for before, after in zip(*parts, strict=True)]
   error = sum(gain.var() / len(gain) for gain in gains) ** 0.5
   return float(stats.norm.sf(gains[0].mean() / max(error, 1e-9)))
-
-
-def _preprocessed(classifier: Classifier, unit: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-  """The inputs as they would have been after the usual slips, in the classifier's units, each named."""
-  x = np.asarray(classifier.from_unit(unit))
-  if classifier.value_range is None:
-    yield "the sign changed", -x
-  else:
-    yield "black for white", np.asarray(classifier.from_unit(1 - unit))
-    for low, high in {(0, 1), (-1, 1), (0, 255)} - {classifier.value_range}:
-      yield f"inputs from {low} to {high}", low + (high - low) * unit
-    yield "inputs a 255th as great", x / 255
-    yield "inputs halved and raised by a half, as after a second normalisation to -1 to 1", (x + 1) / 2
-  mean, deviation, image = x.mean(), max(x.std(), 1e-6), x.mean(axis=0, keepdims=True)
-  spread = np.maximum(x.std(axis=0, keepdims=True), 1e-6)
-  yield "the mean subtracted", x - mean
-  yield "the mean subtracted and the deviation divided by", (x - mean) / deviation
-  yield "the mean and deviation undone, which the function applies", x * deviation + mean
-  yield "the mean of each value (the mean image) subtracted", x - image
-  yield "the mean of each value (the mean image) added, which the function subtracts", x + image
-  yield "each value less its mean and divided by its deviation", (x - image) / spread
-  shapes = {unit.shape[1:]}
-  if unit.ndim == 2:  # perhaps a flattened image
-    sides = {channels: round((unit.shape[1] / channels) ** 0.5) for channels in (1, 3)}
-    shapes = {(side, side, channels) for channels, side in sides.items() if side * side * channels == unit.shape[1]}
-  for shape in shapes:
-    if len(shape) not in (2, 3):
-      continue
-    images = x.reshape(-1, *shape[:2], shape[2] if len(shape) == 3 else 1)
-    height, width, channels = images.shape[1:]
-    turned = {"rows and columns exchanged": images.swapaxes(1, 2)} if height == width else {}
-    turned |= {"images upside down": images[:, ::-1], "images mirrored": images[:, :, ::-1]}
-    if channels > 1:
-      turned |= {
-        "channels before pixels (channel-first)": images.transpose(0, 3, 1, 2),
-        "pixels before channels (channel-last)": images.reshape(-1, channels, height, width).transpose(0, 2, 3, 1),
-        "the channels in reverse order (RGB, BGR)": images[..., ::-1],
-        "the mean of each channel subtracted and its deviation divided by": (images - images.mean(axis=(0, 1, 2)))
-        / np.maximum(images.std(axis=(0, 1, 2)), 1e-6),
-      }
-    if unit.ndim > 2:
-      for step in (-3, -2, -1, 1, 2, 3):
-        moved = np.roll(images, (step, step), axis=(1, 2))
-        turned[f"images moved by {abs(step)} pixels to the {'lower right' if step > 0 else 'upper left'} (padding)"] = (
-          moved
-        )
-    for what, images in turned.items():
-      yield what, images.reshape(x.shape)

@@ -46,8 +46,8 @@ class AuditConfig:
   Attributes:
     form: which conditions the weights obey; see `kkt_jax.examine`.
     recipe: from an examination to how the generator is trained; `kkt_jax.reconstruction.recipes.default` if None.
-    force: go on even if the classifier does not know its training data, or if its weights are too far from all
-      conditions, or do not obey them with these data.
+    force: go on even if the classifier does not know its training data, cannot have started from its initial
+      parameters, or if its weights are too far from all conditions, or do not obey them with these data.
     train: trains a generator; it can keep checkpoints and show progress. `kkt_jax.reconstruct` by default.
   """
 
@@ -98,6 +98,9 @@ def audit(
     alone=candidates is not None,
   )
   asked = _samples("candidates", classifier, candidates)
+  wrong_start = description.check_start(classifier, given.train)
+  if wrong_start and not config.force:
+    raise InputError(f"initial_params: {wrong_start}")
   fit = description.check(classifier, given.train, given.held_out)
   remarks = given.remarks
   if fit is not None:

@@ -10,6 +10,8 @@ import numpy as np
 from kkt_jax._errors import InputError
 from kkt_jax.classifiers.classifier import Classifier
 
+_FAINT = 16  # greatest byte up to which bytes have fewer bits than eight
+
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
@@ -76,9 +78,14 @@ def _unit(name: str, x: np.ndarray, classifier: Classifier) -> np.ndarray:
     if x.dtype == np.uint8 or not np.all(np.isfinite(x)):
       raise InputError(f"{name}: x must be floating point and finite, for the classifier has no value_range.")
     return x.astype(np.float32)
+  low, high = classifier.value_range
+  if x.size and (x.dtype == np.uint8 or (low, high) == (0, 255)) and 0 < x.max() <= _FAINT:
+    raise InputError(
+      f"{name}: x holds nothing above {x.max():.3g}, and 255 stands for the greatest value: it is stored in another"
+      " range."
+    )
   if x.dtype == np.uint8:
     return x.astype(np.float32) / 255
-  low, high = classifier.value_range
   unit = np.asarray(classifier.to_unit(x.astype(np.float32)))
   if x.size and not (unit.min() >= -1e-3 and unit.max() <= 1 + 1e-3):  # NaN is neither
     raise InputError(f"{name}: x must lie in the classifier's range, {low} to {high}; got {x.min()} to {x.max()}.")

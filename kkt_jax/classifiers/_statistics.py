@@ -7,9 +7,11 @@ from typing import Any
 from kkt_jax._typing import PyTree
 
 COUNTER = "num_batches_tracked"  # of PyTorch, which no function needs
-_KINDS = {"running_mean": "mean", "running_var": "var"}  # PyTorch
-_KINDS |= {"moving_mean": "mean", "moving_variance": "var"}  # Keras
-_KINDS |= {"mean": "mean", "var": "var"}  # flax
+_BEFORE = ("running_", "moving_", "", "ema_", "stored_", "batch_", "population_", "global_", "bn_")
+_PAIRS = [(f"{before}mean", f"{before}{var}") for before in _BEFORE for var in ("var", "variance")]
+_PAIRS += [("mean_ema", "var_ema"), ("running_avg", "running_var"), ("moving_avg", "moving_var")]
+_USUAL = ("running_mean", "running_var", "moving_mean", "moving_variance", "mean", "var")  # PyTorch, Keras, flax
+_KINDS = {name: kind for pair in _PAIRS for name, kind in zip(pair, ("mean", "var"), strict=True)}
 
 
 def _parts(key: Any) -> tuple[str, str]:
@@ -27,8 +29,7 @@ def split(tree: PyTree, keep: frozenset[str] = frozenset({COUNTER})) -> tuple[di
   ({'0': {'weight': 1.0}, '1': {'weight': 2.0}}, {'1': {'running_mean': 3.0, 'running_var': 4.0}})
   """
   names = {_parts(key) for key, value in tree.items() if not isinstance(value, Mapping)}
-  pairs = (("running_mean", "running_var"), ("moving_mean", "moving_variance"), ("mean", "var"))
-  found = {(layer, own) for layer, _ in names for pair in pairs for own in pair if {(layer, p) for p in pair} <= names}
+  found = {(layer, own) for layer, _ in names for pair in _PAIRS for own in pair if {(layer, p) for p in pair} <= names}
   found |= {name for name in names if name[1] in keep}
   params: dict[Any, Any] = {}
   others: dict[Any, Any] = {}
@@ -68,7 +69,8 @@ def canonical(statistics: PyTree) -> dict[Any, Any]:
       (found.setdefault(layer, {}) if layer else found)[_KINDS[last]] = value
     elif last != COUNTER:
       raise ValueError(
-        f"batch_stats must hold a mean and a variance of each layer, named {', '.join(map(repr, _KINDS))}; got {key!r}."
+        f"batch_stats must hold a mean and a variance of each layer, as {', '.join(map(repr, _USUAL))} are; got"
+        f" {key!r}."
       )
   return found
 

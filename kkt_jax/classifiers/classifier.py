@@ -84,17 +84,17 @@ def decay_of_tensors(weight_decay: DecayLike, params: PyTree) -> PyTree:
     found: list[Any] = list(weight_decay.strengths)
   elif callable(weight_decay):
     found = [weight_decay(name) for name in names]
-  elif not isinstance(weight_decay, Mapping | Sequence) and jnp.ndim(weight_decay) == 0:
+  elif _is_number(weight_decay):
     _checks.check_positive("weight_decay", weight_decay)
     found = [weight_decay] * len(names)
   elif alike == structure:
     found = jax.tree.leaves(weight_decay)
   else:
     found = []
-  if len(found) != len(names) or any(jnp.ndim(own) for own in found):
+  if len(found) != len(names) or not all(map(_is_number, found)):
     raise ValueError(
       "weight_decay must be a number, a tree of numbers like params, or a function of the names of tensors, such as"
-      f" {names[0]!r}; got {weight_decay!r}."
+      f" {names[0]!r}; got {next((own for own in found if not _is_number(own)), weight_decay)!r}."
     )
   for name, own in zip(names, found, strict=True):
     if _checks.concrete((own >= 0) & (own < np.inf)) is False:
@@ -102,6 +102,13 @@ def decay_of_tensors(weight_decay: DecayLike, params: PyTree) -> PyTree:
   if all(_checks.concrete(own > 0) is False for own in found):
     raise ValueError(f"weight_decay must be positive and finite, at least of one tensor; got {weight_decay!r}.")
   return jax.tree.unflatten(structure, found)
+
+
+def _is_number(value: Any) -> bool:
+  """Whether it is a real number, which strings, None and truth values are not."""
+  if isinstance(value, bool | str | Mapping | Sequence | None):
+    return False
+  return jnp.ndim(value) == 0
 
 
 @functools.partial(
@@ -183,7 +190,12 @@ class Classifier:
 
   @full_precision
   def predict(self, x: jax.Array) -> jax.Array:
-    """Logits [M, C] of inputs [M, *input_shape] at inference."""
+    """Logits [M, C] of inputs [M, *input_shape] at inference.
+
+    Raises:
+      ValueError: integers beyond ``value_range``, as bytes are for inputs up to 1.
+    """
+    self._check_range(x)
     return jax.jit(self.predict_fn)(self.params, x)
 
   def classes_of(self, labels: ArrayLike) -> jax.Array:
@@ -206,7 +218,12 @@ class Classifier:
     return jnp.asarray(classes)
 
   def to_unit(self, x: ArrayLike) -> jax.Array:
-    """Inputs mapped from ``value_range`` to [0, 1]; unchanged if there is none."""
+    """Inputs mapped from ``value_range`` to [0, 1]; unchanged if there is none.
+
+    Raises:
+      ValueError: integers beyond ``value_range``, as bytes are for inputs up to 1.
+    """
+    self._check_range(x)
     low, high = self.value_range or (0.0, 1.0)
     x = _floating(x)
     return x if (low, high) == (0, 1) else (x - low) / (high - low)
@@ -216,6 +233,17 @@ class Classifier:
     low, high = self.value_range or (0.0, 1.0)
     unit = _floating(unit)
     return unit if (low, high) == (0, 1) else low + (high - low) * unit
+
+  def _check_range(self, x: ArrayLike) -> None:
+    """Raises ValueError for integers out of range: floats may leave it, but bytes were meant to be divided by 255."""
+    if self.value_range is None or jnp.issubdtype(jnp.result_type(x), jnp.floating) or not np.size(x):
+      return
+    least, greatest = jnp.min(x), jnp.max(x)
+    if _checks.concrete((least >= self.value_range[0]) & (greatest <= self.value_range[1])) is False:
+      raise ValueError(
+        f"x must be floating point, or integers within value_range, {self.value_range}; got {least} to {greatest} of"
+        f" {jnp.result_type(x)}. Bytes are to be divided by 255 first."
+      )
 
 
 def _floating(x: ArrayLike) -> jax.Array:

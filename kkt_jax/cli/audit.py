@@ -61,8 +61,8 @@ class Config:
   )
   force: bool = flag(
     False,
-    "Go on even if the classifier does not know its training data, or if its weights are too far from all conditions,"
-    " or do not obey them with these data.",
+    "Go on even if the classifier does not know its training data, cannot have started where it is said, or if its"
+    " weights are too far from all conditions, or do not obey them with these data.",
   )
   codes: int = flag(0, "Samples of each class; 0 is what suits the classifier.", lower=0, upper=100_000)
   steps: int = flag(1500, "Training steps.", lower=1)
@@ -158,6 +158,8 @@ def _with_flags(text: str, config: Config) -> str:
   """An error about arguments in the words of the command line."""
   if text.startswith(("classifier", "the classifier")):
     return f"--classifier={config.classifier}: {text} --force goes on nevertheless."
+  if text.startswith("initial_params"):
+    return f"--initial_checkpoint={config.initial_checkpoint}: {text} --force goes on nevertheless."
   return re.sub(r"\b(train|held_out|candidates)\b", lambda match: _FLAGS[match[1]], text)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import example_classifiers as examples
 import kkt_jax
-from kkt_jax.auditing import description, verdict
+from kkt_jax.auditing import description, neighbours, verdict
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.cli import audit
 from kkt_jax.cli.flags import UsageError
@@ -85,7 +85,12 @@ SLIPS = {
     "class 1 for 0, 0 for 1",
   ),
   "range": (connected, {}, {"given": lambda x: x / 255}, "inputs from 0 to 255"),
-  "mean": (connected, {}, {"given": lambda x: x - 1}, "Likely causes: .*a mean or deviation left out or applied twice"),
+  "mean": (
+    connected,
+    {},
+    {"given": lambda x: x - 1},
+    "inputs raised by 1 .*Likely causes: .*a mean or deviation left out",
+  ),
   "padding": (convolved, {}, {"padding": ((1, 1), (1, 1))}, "Likely causes: .*padding"),
   "epsilon": (normalised, {}, {"epsilon": 1e-2}, "Likely causes: .*epsilon"),
 }
@@ -114,9 +119,105 @@ def test_without_held_out_data_a_slip_is_found_all_the_same_and_without_training
   assert description.check(own(invert), None, None) is None
 
 
-def test_inputs_far_beyond_their_range_are_a_doubt():
-  (doubt,) = check(connected, trained(connected), lambda x: 255 * x).doubts
+@pytest.mark.parametrize(
+  ("given", "said"),
+  [
+    (lambda x: x - 0.4, "inputs .*raised by 0.4 "),
+    (lambda x: x + 0.2, "inputs .*lowered by 0.2 "),
+    (lambda x: (x - 0.1307) / 0.3081, r"inputs multiplied by 0.3\d? and raised by 0.13 "),
+    (lambda x: 2 * x - 1, "inputs halved and raised by a half"),
+    (lambda x: 255 * x, "inputs a 255th as great"),
+  ],
+)
+def test_a_slip_that_accuracy_does_not_see_is_refused_by_the_gradient_and_named_with_its_size(given, said):
+  classifier = kkt_jax.make_classifier(lambda w, x: connected(w, given(x)), trained(connected), SHAPE)
+  assert np.mean(np.argmax(classifier.predict(samples(0).x), axis=1) == samples(0).y) > 0.6
+  assert re.search(said, str(neighbours.nearest(classifier, samples(0).x, samples(0).y)))
+  assert re.search(said, check(connected, trained(connected), given).refusal)
+
+
+def test_inputs_far_beyond_their_range_are_a_doubt_without_training_data():
+  classifier = kkt_jax.make_classifier(lambda w, x: connected(w, 2000 * x), trained(connected), SHAPE)
+  (doubt,) = description.check(classifier, None, samples(1)).doubts
   assert "beyond where cross-entropy has a gradient: the range of the inputs may be wrong" in doubt
+
+
+def test_a_weight_decay_of_another_name_is_a_doubt_if_training_has_converged():
+  random, images = np.random.default_rng(0), samples(0)
+  w = {"first": random.normal(size=(108, 40)) / 108**0.5, "shift": np.zeros(40)}
+  w |= {"last": random.normal(size=(40, CLASSES)) / 40**0.5, "bias": np.zeros(CLASSES)}
+  w = jax.tree.map(lambda own: jnp.asarray(own, jnp.float32), w)
+  settings = {"num_steps": 2000, "learning_rate": 0.1, "weight_decay": 0.01, "steps_per_call": 500}
+  w = pretrain.gradient_descent(connected, w, jnp.asarray(images.x), jnp.asarray(images.y), **settings).params
+  own = lambda decay: kkt_jax.make_classifier(connected, w, SHAPE, weight_decay=decay)
+  assert not description.check(own(0.01), images, None).doubts and not description.check(own(None), images, None).doubts
+  for decay in (0.005, lambda name: 0.02 if name in ("first", "last") else 0.0):
+    (doubt,) = description.check(own(decay), images, None).doubts
+    (times,) = re.findall("where ([0-9.]+) times the weight_decay that was described", doubt)
+    assert float(times) == pytest.approx(2 if decay == 0.005 else 0.5, rel=0.1)
+
+
+def batch_normalised(given, epsilon=1e-5):
+  """A subject of two batch norms, and its variables, whose statistics are those of the training data for no slip."""
+
+  def network(variables, x, train, epsilon=epsilon):
+    h, stored, averages = given(x).reshape(len(x), -1) @ variables["first"], variables["batch_stats"], {}
+    for name, kernel in (("one", "second"), ("two", "last")):
+      own = {"mean": h.mean(0), "var": h.var(0)} if train else stored[name]
+      averages[name] = own
+      h = jax.nn.relu((h - own["mean"][None]) / jnp.sqrt(own["var"] + epsilon)[None]) @ variables[kernel]
+    return h, averages
+
+  split = lambda variables: {**variables["params"], "batch_stats": variables["batch_stats"]}
+  random = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+  params = {"first": 0.003 * draw(108, 30), "second": draw(30, 20), "last": draw(20, CLASSES)}
+  zeros = {name: {"mean": jnp.zeros(size), "var": jnp.ones(size)} for name, size in (("one", 30), ("two", 20))}
+  variables = {"params": params, "batch_stats": zeros}
+  plain = lambda x: network({**params, "batch_stats": zeros}, x, True, 1e-5)[1]
+  if given(1.0) == 1.0:
+    variables["batch_stats"] = plain(jnp.asarray(samples(0).x))
+  subject = kkt_jax.Subject(
+    lambda v, x: network(split(v), x, False)[0],
+    lambda: variables,
+    SHAPE,
+    train_fn=lambda v, x: network(split(v), x, True),
+  )
+  return subject, variables
+
+
+@pytest.mark.parametrize(
+  ("given", "said"),
+  [(lambda x: x, ""), (lambda x: x + 0.2, "inputs lowered by 0.2 "), (lambda x: 0.5 * x, "inputs multiplied by 2 ")],
+)
+def test_stored_statistics_tell_a_slip_before_batch_norm(given, said):
+  _, variables = batch_normalised(lambda x: x)
+  classifier = batch_normalised(given)[0].classifier(variables)
+  found = neighbours.nearest(classifier, samples(0).x, samples(0).y)
+  assert found.confirmed == (not said) and re.search(said, str(found)) and bool(str(found)) == bool(said)
+
+
+def test_stored_statistics_tell_a_wrong_epsilon_if_they_are_exact():
+  x = samples(0).x
+  subject, variables = batch_normalised(lambda x: x)
+  assert not neighbours.between_norms(subject.classifier(variables), x)
+  wrong = batch_normalised(lambda x: x, epsilon=1e-3)[0].classifier(variables)
+  assert re.match(
+    "The stored statistics of one are .* those of two are not: .* epsilon", neighbours.between_norms(wrong, x)
+  )
+
+
+def test_a_start_that_the_weights_hold_nothing_of_or_that_fits_better_is_refused():
+  w, random = trained(connected), np.random.default_rng(9)
+  by = lambda params, initial: kkt_jax.make_classifier(connected, params, SHAPE, initial_params=initial)
+  near = jax.tree.map(lambda own: own + 0.1 * random.normal(size=own.shape).astype(np.float32) * jnp.std(own), w)
+  other = jax.tree.map(lambda own: jnp.asarray(random.normal(size=own.shape), jnp.float32), w)
+  worse = {**w, "last": 0.3 * w["last"]}
+  train = samples(0)
+  assert description.check_start(by(w, None), train) == description.check_start(by(w, worse), train) == ""
+  assert description.check_start(by(w, near), None) == ""
+  assert "the weights hold nothing of this start" in description.check_start(by(w, other), None)
+  assert "exchanged?" in description.check_start(by(worse, w), train)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +272,10 @@ def fixture_settings(tmp_path):
 
 def test_the_audit_stops_before_anything_is_examined_or_trained(tmp_path, settings, monkeypatch):
   monkeypatch.setattr(kkt_jax, "examine", None)
-  with pytest.raises(UsageError, match="^--classifier=test_description:inverted: .* With black for white 100.0%"):
+  with pytest.raises(
+    UsageError,
+    match="^--classifier=test_description:inverted: .* With black for white the weights are more than 10,000",
+  ):
     audit.run(audit.Config(**settings), tmp_path / "new")
   assert not (tmp_path / "new").exists()
 

@@ -184,3 +184,15 @@ def test_a_start_must_be_of_the_same_network_and_another_than_the_end():
     make({"w": jnp.zeros((2, 4))})
   with pytest.raises(ValueError, match="initial_params"):
     make({"w": jnp.full((2, 3), jnp.nan)})
+
+
+def test_bytes_are_not_taken_for_inputs_up_to_1():
+  own = make_classifier(lambda w, x: x @ w, jnp.ones((2, 3)), (2,))
+  for function in (own.predict, own.to_unit):
+    with pytest.raises(
+      ValueError, match=r"^x must be floating point, .* got 3 to 255 of uint8. Bytes are to be divided"
+    ):
+      function(np.array([[3, 255]], np.uint8))
+  np.testing.assert_array_equal(own.to_unit(np.array([[0, 1]])), [[0.0, 1.0]])
+  wide = make_classifier(lambda w, x: x @ w, jnp.ones((2, 3)), (2,), value_range=(0, 255))
+  np.testing.assert_array_equal(wide.to_unit(np.array([[0, 255]], np.uint8)), [[0.0, 1.0]])

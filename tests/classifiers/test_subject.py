@@ -246,7 +246,9 @@ def torch_subject(variables, input_shape=(2,), **own):
 
 
 @pytest.mark.parametrize(
-  ("names", "unbiased"), [(PYTORCH, True), (KERAS, False), (("mean", "var"), False)], ids=["PyTorch", "Keras", "flax"]
+  ("names", "unbiased"),
+  [(PYTORCH, True), (KERAS, False), (("mean", "var"), False), (("ema_mean", "ema_variance"), False)],
+  ids=["PyTorch", "Keras", "flax", "own names"],
 )
 def test_running_statistics_among_parameters_are_recognised_by_their_names(names, unbiased, caplog):
   variables, x = state_dict(names, counter=True), inputs(6, 2)

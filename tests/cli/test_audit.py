@@ -229,6 +229,7 @@ def test_data_in_the_classifier_s_own_units_and_bytes_mean_the_same(tmp_path):
     ({"x": np.full((3, *SHAPE), 2.0), "y": np.arange(3)}, "x must lie in the classifier's range, 0.0 to 1.0; got 2.0"),
     ({"x": np.full((3, *SHAPE), np.nan), "y": np.arange(3)}, "x must lie in the classifier's range"),
     ({"x": np.zeros((2, *SHAPE), np.uint16), "y": np.zeros(2, int)}, "x must be uint8 or floating point"),
+    ({"x": np.ones((2, *SHAPE), np.uint8), "y": np.zeros(2, int)}, "x holds nothing above 1, and 255 stands for"),
     ({"x": np.zeros((2, *SHAPE), np.float32)}, "y missing"),
     ({"x": np.zeros((2, *SHAPE), np.float32), "y": np.array(["a", "b"])}, "y integers"),
     ({"x": np.array([{}, {}]), "y": np.zeros(2, int)}, "x.npy is damaged"),  # would have to be unpickled

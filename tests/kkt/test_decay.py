@@ -155,6 +155,10 @@ def test_a_strength_for_each_tensor_is_a_tree_or_a_function_of_names():
     (lambda name: -1.0, "or 0 where there is none; got -1.0 for 'first/bias'"),
     (lambda name: 0.0, "at least of one tensor"),
     (0.0, "^weight_decay must be positive and finite; got 0.0"),
+    (True, "^weight_decay must be a number, .* got True"),
+    ("0.01", "^weight_decay must be a number, .* got '0.01'"),
+    (lambda name: None, "^weight_decay must be a number, .* got None"),
+    (lambda name: "0.01", "^weight_decay must be a number, .* got '0.01'"),
   ],
 )
 def test_what_is_no_weight_decay_is_named(weight_decay, said):
