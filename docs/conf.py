@@ -1,7 +1,10 @@
 """Configuration of the documentation site, which `make docs` builds."""
 
+import functools
+import importlib
 import inspect
 import pathlib
+import pkgutil
 import re
 
 from docutils import nodes
@@ -34,8 +37,9 @@ napoleon_custom_sections = ["Returns"]  # free text here: what stands before its
 nitpicky = True
 # Names of other projects, which need the network to be looked up, and a type variable.
 nitpick_ignore_regex = [
-  (r"py:.*", r"(jax|numpy|optax|flax|orbax|collections|os|pathlib)\..*"),
-  (r"py:class", r"kkt_jax\.relaxation\.Result"),
+  (r"py:.*", r"(jax|numpy|optax|flax|orbax|collections|os|pathlib)\..*|logging"),
+  (r"py:class", r"kkt_jax\.(classifiers\.relaxation\.Result|cli\.flags\.ConfigT)"),
+  (r"py:exc", "InputError"),  # a ValueError; its class is private
 ]
 
 myst_heading_anchors = 3
@@ -55,12 +59,51 @@ _TYPES = {
 }
 
 
-# autosummary writes a page for every module that the index names; those of modules that are gone stay behind.
-_API = pathlib.Path(__file__).parent / "api"
-_LISTED = (_API / "index.md").read_text().split()
-for _page in _API.glob("kkt_jax*.rst"):
-  if _page.stem not in _LISTED:
+_MODULES = {
+  module.name: importlib.import_module(module.name)
+  for module in pkgutil.walk_packages(kkt_jax.__path__, "kkt_jax.")
+  if not any(part.startswith("_") for part in module.name.split("."))
+}
+# The face of a package: what its `__all__` names, some of which is imported when it is first used.
+_FACES = {name: {own: getattr(module, own) for own in getattr(module, "__all__", ())} for name, module in _MODULES.items()}
+for _name, _face in _FACES.items():
+  vars(_MODULES[_name]).update(_face)
+
+
+def _home(package: str, name: str, own) -> str:
+  """The module that defines a name of a package's face; of data, which do not know theirs, the one that assigns it."""
+  home = getattr(own, "__module__", None)
+  if home in _MODULES:
+    return home
+  assigns = re.compile(rf"^{name}\b.* = ", re.MULTILINE)
+  within = [module for module in _MODULES if module.startswith(f"{package}.")]
+  return next((module for module in within if assigns.search(inspect.getsource(_MODULES[module]))), package)
+
+
+# Names under which an object is known, for that under which it is described: by the face, and data by their module.
+_DESCRIBED: dict[str, str] = {}
+for _package, _face in _FACES.items():
+  for _name, _own in _face.items():
+    _names_of = f"{_home(_package, _name, _own)}.{_name}", f"{_package}.{_name}"
+    _known, _described = _names_of if getattr(_own, "__name__", None) == _name else _names_of[::-1]
+    if _known != _described:
+      _DESCRIBED[_known] = _described
+_DESCRIBED |= {
+  f"kkt_jax.{name}": _DESCRIBED.get(f"{own.__module__}.{name}", f"{own.__module__}.{name}")
+  for name, own in ((name, getattr(kkt_jax, name)) for name in kkt_jax.__all__)
+  if not inspect.ismodule(own)
+}
+
+# autosummary writes a page for every module; those of modules that are gone stay behind.
+for _page in (pathlib.Path(__file__).parent / "api").glob("kkt_jax*.rst"):
+  if _page.stem not in _MODULES:
     _page.unlink()
+_faces: dict[str, list[str]] = {}
+for _known, _described in _DESCRIBED.items():
+  _module, _, _name = _known.rpartition(".")
+  if _module.startswith(f"{_described.rpartition('.')[0]}."):
+    _faces.setdefault(_module, []).append(_name)
+autosummary_context = {"faces": _faces}
 
 
 def _known_types(app, what, name, obj, options, signature, returned):
@@ -86,20 +129,33 @@ def _skip_fields(app, what, name, obj, skip, options):
   return True if default or (getattr(obj, "__doc__", None) or "").startswith("Alias for field") else None
 
 
+@functools.lru_cache(maxsize=1)
+def _names(env):
+  """Every name of everything that has a description, with its entry."""
+  objects = env.domains.python_domain.objects
+  others = {
+    known + full.removeprefix(described): entry
+    for known, described in _DESCRIBED.items()
+    for full, entry in objects.items()
+    if full == described or full.startswith(f"{described}.")
+  }
+  return objects | others
+
+
 def _find(env, name, *, anything):
   """The one object that a name means: in full, without the package, or without the module.
 
   Unless it may be anything, a single word is a function or a class: `loss` and `multipliers` are mostly other things.
   """
-  objects = env.domains.python_domain.objects
+  names = _names(env)
   anything = anything or "." in name
   name = name.removeprefix("kkt_jax.")
-  if anything and f"kkt_jax.{name}" in objects:
-    return f"kkt_jax.{name}", objects[f"kkt_jax.{name}"]
-  named = {full: entry for full, entry in objects.items() if full.endswith(f".{name}")}
-  by_itself = {full: entry for full, entry in named.items() if entry.objtype in ("function", "class")}
+  if anything and f"kkt_jax.{name}" in names:
+    return f"kkt_jax.{name}", names[f"kkt_jax.{name}"]
+  named = {(entry.docname, entry.node_id): (full, entry) for full, entry in names.items() if full.endswith(f".{name}")}
+  by_itself = {place: own for place, own in named.items() if own[1].objtype in ("function", "class")}
   found = named if anything and len(named) == 1 else by_itself
-  return next(iter(found.items())) if len(found) == 1 else None
+  return next(iter(found.values())) if len(found) == 1 else None
 
 
 def _reference(app, docname, node, name, *, anything):
@@ -111,7 +167,9 @@ def _reference(app, docname, node, name, *, anything):
 
 
 def _resolve_short_name(app, env, node, contnode):
-  return _reference(app, node["refdoc"], contnode, node["reftarget"], anything=True)
+  """A name in a docstring: one of its own module, or one that `_find` finds."""
+  refer = functools.partial(_reference, app, node["refdoc"], contnode, anything=True)
+  return refer(f"{node.get('py:module')}.{node['reftarget']}") or refer(node["reftarget"])
 
 
 def _link_code(app, doctree, docname):

@@ -1,4 +1,4 @@
-"""Every public module has its page on the documentation site, and every page is reachable from the index."""
+"""Every package and module has its page on the documentation site, and every page is reachable from the index."""
 
 import pathlib
 import pkgutil
@@ -18,10 +18,20 @@ def entries(page):
   return {found for line in lines for found in PAGES if pathlib.PurePosixPath(found).match(f"{folder / line}")}
 
 
-def test_every_public_module_has_its_api_page():
-  public = {f"kkt_jax.{module.name}" for module in pkgutil.iter_modules(kkt_jax.__path__) if module.name[0] != "_"}
-  listed = re.findall(r"^   (kkt_jax\.\w+)$", (DOCS / "api/index.md").read_text(), re.MULTILINE)
-  assert sorted(listed) == sorted(public)
+def listed(block):
+  """The names in the summaries of the API's index, of the blocks that have an option or have it not."""
+  text = (DOCS / "api/index.md").read_text()
+  summaries = re.findall(r"^.. autosummary::\n(.*?)(?=\n\n\.\.|^```)", text, re.DOTALL | re.MULTILINE)
+  return sorted(name for summary in summaries if block(summary) for name in re.findall(r"^   (kkt_jax\.\w+)$", summary, re.M))
+
+
+def test_every_package_and_module_has_its_api_page_and_every_top_level_name_its_line():
+  public = {module.name: module.ispkg for module in pkgutil.iter_modules(kkt_jax.__path__) if module.name[0] != "_"}
+  of = lambda *templates: listed(lambda summary: any(f":template: {name}" in summary for name in templates))
+  assert of("package.rst") == sorted(f"kkt_jax.{name}" for name, is_package in public.items() if is_package)
+  assert of("module.rst") == sorted(f"kkt_jax.{name}" for name, is_package in public.items() if not is_package)
+  names = sorted(f"kkt_jax.{name}" for name in kkt_jax.__all__ if name not in public)
+  assert listed(lambda summary: ":toctree:" not in summary) == names
 
 
 def test_every_page_is_reachable_from_the_index():
