@@ -22,7 +22,9 @@ def listed(block):
   """The names in the summaries of the API's index, of the blocks that have an option or have it not."""
   text = (DOCS / "api/index.md").read_text()
   summaries = re.findall(r"^.. autosummary::\n(.*?)(?=\n\n\.\.|^```)", text, re.DOTALL | re.MULTILINE)
-  return sorted(name for summary in summaries if block(summary) for name in re.findall(r"^   (kkt_jax\.\w+)$", summary, re.M))
+  return sorted(
+    name for summary in summaries if block(summary) for name in re.findall(r"^   (kkt_jax\.\w+)$", summary, re.M)
+  )
 
 
 def test_every_package_and_module_has_its_api_page_and_every_top_level_name_its_line():

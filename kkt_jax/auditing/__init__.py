@@ -1,4 +1,4 @@
-"""What a classifier's weights reveal of its training data: a verdict in plain words, with its evidence."""
+"""What a classifier's weights reveal of its training data: reconstruction, membership, and the evidence."""
 
 from kkt_jax.auditing.description import Fit, Residuals
 from kkt_jax.auditing.files import read_samples

@@ -58,9 +58,7 @@ class Fit:
 
   def __str__(self) -> str:
     """Accuracy and loss of each set, beside chance."""
-    of_set = lambda own: (
-      f"{own['accuracy']:.1%} have their label ({own['chance']:.1%} by chance), loss {own['loss']:.3g}"
-    )
+    of_set = lambda own: f"accuracy {own['accuracy']:.1%} ({own['chance']:.1%} by chance), loss {own['loss']:.3g}"
     return "; ".join(f"{name}: {of_set(own)}" for name, own in self.known.items()) + f" (guessing {self.guessing:.3g})"
 
 
@@ -94,14 +92,13 @@ def check(classifier: Classifier, train: Samples | None, held_out: Samples | Non
   if train is not None and own.is_overconfident():
     wrong |= other is not None and not own.is_better_than(other)
     doubts.append(
-      f"Of the training data {own.accuracy:.0%} have their label, while the classifier is {own.confidence:.0%} sure:"
-      " training leaves that the other way round. Its description may be wrong, or the data are not those of the"
-      " training."
+      f"The accuracy on the training data is {own.accuracy:.0%}, the mean confidence {own.confidence:.0%}: no"
+      " training leaves it so. The description may be wrong, or the data are not those of the training."
     )
   elif own.confidence - own.chance < _UNSURE * (own.accuracy - own.chance):
     doubts.append(
-      f"Of the {name} {own.accuracy:.0%} have their label, but the classifier is only {own.confidence:.0%} sure of what"
-      " it says: it was hardly trained, or the range of the inputs is wrong."
+      f"The accuracy on the {name} is {own.accuracy:.0%}, but the mean confidence only {own.confidence:.0%}: the"
+      " classifier was hardly trained, or the range of the inputs is wrong."
     )
   labels = own.other_labels()
   near = neighbours.Neighbour()
@@ -189,8 +186,8 @@ class Residuals(NamedTuple):
   def __str__(self) -> str:
     """Both in a sentence."""
     return (
-      f"With their own training data, the equations leave {self.own:.2%} of the weights unexplained, with {self.what}"
-      f" {self.other:.0%}."
+      f"With the training data, the stationarity conditions leave {self.own:.2%} of the weights unexplained, with"
+      f" {self.what} {self.other:.0%}."
     )
 
 

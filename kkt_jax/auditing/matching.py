@@ -1,4 +1,4 @@
-"""Samples against the data: their controls, how near they come, and whether they know the training data."""
+"""Reconstructed samples against the data: similarity, controls, and identification of training samples."""
 
 from collections.abc import Mapping, Sequence
 import pathlib
@@ -127,7 +127,7 @@ def tested(train: Samples, held_out: Samples) -> tuple[int, int]:
 
 
 def trial(samples: Samples, train: Samples, held_out: Samples) -> metrics.Trial:
-  """Sets samples the task of picking out training data.
+  """Lets samples identify training data among real samples of their class.
 
   Args:
     samples: all that was generated.
@@ -182,7 +182,7 @@ def similar_pairs(
 
 
 def exactness(reconstruction: Reconstruction, train: Samples) -> tuple[list[dict[str, int]], np.ndarray]:
-  """What the weights certify, beside the truth. Samples of any shape are compared by value.
+  """Certified samples against the training data. Samples of any shape are compared by value.
 
   Args:
     reconstruction: polished; otherwise there are no counts.

@@ -1,4 +1,4 @@
-"""What real samples tell: which of them were trained on, by scores of single samples, and what a trial can tell."""
+"""Membership inference by scores of single samples, and the limits of a comparison of members with non-members."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -17,28 +17,28 @@ SIGNIFICANT = 0.01  # p-value below which something is no chance
 _PAIRS = 10**7  # of images that are compared before the training
 _MOST = 1500  # samples of each kind that are scored together: the cost grows with their square
 SCORES = {
-  "multipliers": "their part in the sum that the weights are",
-  "span": "their distance from the directions in which the training data lie",
-  "signal": "how much of their own signal the weights lack",
-  "hinges": "the kinks on which they lie",
-  "margin": "the margin that training samples share",
+  "multipliers": "their multiplier in the stationarity sum",
+  "span": "their distance from the subspace of the training data",
+  "signal": "how much of their back-propagated signal the weights lack",
+  "hinges": "the activation boundaries on which they lie",
+  "margin": "their distance from the margin that members share",
   "loss": "their loss",
 }
 
 
 class Confounded(str):
-  """A limit in words under which no difference between training and held-out data is the weights' doing."""
+  """A limit in words under which no difference between members and non-members is evidence of training."""
 
 
 class Scored(NamedTuple):
-  """What scores of single samples tell of training samples and others (`kkt_jax.membership.candidates`).
+  """Scores of members and non-members (`kkt_jax.membership.candidates`).
 
   Attributes:
-    curves: by score, training samples against others.
-    best: the score by which most training samples lie above all others.
+    curves: by score, members against non-members.
+    best: the score by which most members lie above all non-members.
     members: how many training samples were scored.
-    others: how many others.
-    p_value: the odds of as great a difference by chance, in any score.
+    others: how many held-out samples.
+    p_value: of as great a difference by chance, in any score.
   """
 
   curves: Mapping[str, Roc]
@@ -49,13 +49,13 @@ class Scored(NamedTuple):
 
 
 class Told(NamedTuple):
-  """Which samples that were asked about score above all held-out ones.
+  """Which candidates score above all held-out samples.
 
   Attributes:
     marks: in which scores each of these does, by its name.
-    asked: how many were asked about.
-    others: how many were held out.
-    by_chance: how many of them would at most if none was trained on, in the mean.
+    asked: how many candidates there were.
+    others: how many held-out samples.
+    by_chance: how many candidates would at most if none were members, in the mean.
   """
 
   marks: Mapping[str, Sequence[str]]
@@ -87,7 +87,7 @@ def suspects(examination: Examination, asked: Samples, names: Sequence[str], hel
 
 
 def limits(train: Samples, held_out: Samples) -> list[str]:
-  """What a trial of these data cannot tell, in words; nothing if it can tell all. See `Confounded`."""
+  """What limits a comparison of these data, in words; nothing if nothing does. See `Confounded`."""
   count, group = tested(train, held_out)
   number, said = count * len(np.unique(train.y)), []
   if number < len(train.y):
@@ -96,21 +96,21 @@ def limits(train: Samples, held_out: Samples) -> list[str]:
       " rarest class of the training data or of those held out."
     )
   if 2 * (1 + group) ** -number >= SIGNIFICANT:
-    said.append(f"The data are too few for a verdict: even if all {number} were picked out, that could be luck.")
+    said.append(f"The data are too few for a verdict: even if all {number} were identified, that could be chance.")
   if comparable(train) and len(train.y) * len(held_out.y) <= _PAIRS:
     near = int(np.sum(similarity(train, held_out) > EXACT))
     if near:
-      said.append(f"{near} held-out samples are all but equal to a training sample, and cannot be told from it.")
+      said.append(f"{near} held-out samples are all but equal to a training sample, and indistinguishable from it.")
   counts = np.stack([np.bincount(images.y, minlength=int(train.y.max()) + 1) for images in (train, held_out)])
   if stats.chi2_contingency(counts).pvalue < SIGNIFICANT:
-    said.append("The classes have other shares in the held-out data, by which scores of samples may differ, too.")
+    said.append("The classes have other proportions in the held-out data, by which scores may differ, too.")
   apart = sources.p_value(train, held_out)
   if apart < SIGNIFICANT:
     said.append(
       Confounded(
-        f"The held-out data can be told from the training data of their class without any weights (p = {apart:.2g}):"
-        " they differ by themselves, as by their source, compression, brightness or cut, so that nothing that tells"
-        " them apart is evidence of training. Hold out data of the same source, stored in the same way."
+        f"The held-out data are distinguishable from the training data of their class without any weights"
+        f" (p = {apart:.2g}): they differ by themselves, in source, compression, brightness or cropping, so that no"
+        " difference of scores is evidence of training. Hold out data of the same source, stored in the same way."
       )
     )
   return said

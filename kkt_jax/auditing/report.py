@@ -1,4 +1,4 @@
-"""What an audit found, and how it is shown: in words, as JSON, as a page."""
+"""The result of an audit, in words, as JSON, as a page."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -25,31 +25,33 @@ from kkt_jax.extraction.certificates import EVIDENCE
 from kkt_jax.metrics import Trial
 from kkt_jax.reconstruction.result import Reconstruction
 
+#: Controls of the reconstructed samples, which know classes only, by their names in `AuditReport.trials`.
 CONTROLS = {
-  "class_likeness": "samples that the classifier merely takes for their class",
-  "own_means": "class means of what came out",
+  "class_likeness": "samples trained for classification only",
+  "own_means": "class means of the reconstructed samples",
 }
+#: What is measured of samples (`AuditReport.measured`), and what they are.
 ROWS = {
-  "generated": "generated from the weights alone",
-  "class_likeness": "likeness of the class alone",
-  "real_held_out": "other real data",
+  "generated": "reconstructed samples",
+  "class_likeness": "class-level baseline",
+  "real_held_out": "held-out data",
   "training_data": "training data",
-  "class_means": "mean of the class",
-  "dataset_mean": "mean of all",
-  "uniform_noise": "noise",
+  "class_means": "class means of the training data",
+  "dataset_mean": "mean of the training data",
+  "uniform_noise": "uniform noise",
 }
 _WORST = 12  # leaks on the terminal
 
 
 class Leak(NamedTuple):
-  """A training sample that came out.
+  """A training sample that was reconstructed well enough to be recognised.
 
   Attributes:
     name: its file, or its place from 0.
     label: its class.
-    how: "certified" or "picked out".
+    how: "certified" or "identified" (among real samples of its class).
     ratio: how much farther away than this sample the nearest of its group is; infinite for an equal one.
-    pictures: PNG: the sample, what came out, and the real image that was not trained on nearest to that; or none.
+    pictures: PNG: the sample, the reconstructed one, and the held-out image nearest to that; or none.
   """
 
   name: str
@@ -64,25 +66,27 @@ class AuditReport:
   """What the weights of a classifier reveal of its training data.
 
   Attributes:
-    verdict: in plain words.
-    examination: what the weights say.
-    reconstruction: the trained generator; None if the weights are too far from all conditions for one, or disobey them
+    verdict: in words.
+    answers: the verdict's two parts: ``"Reconstruction"``, and ``"Membership inference"`` if there are scores.
+    examination: what the weights reveal without any data.
+    reconstruction: the trained generator; None if the weights are too far from all conditions, or do not satisfy them
       with their own data.
     generated: all that it can draw, in [0, 1].
     train: the training data, if they were given.
     remarks: what limits the comparison.
-    fit: how well the classifier knows the data, if any were given.
+    fit: accuracy and loss of the classifier on the data, if any were given.
     residuals: what the conditions leave with the training data, if these were given and the weights are not too far.
-    trials: of what was generated and of its controls (`CONTROLS`), if data were given.
-    leaks: the training samples that came out, the surest first.
-    scored: what scores of single samples tell, if data were given.
-    candidates: what they tell of samples that were asked about.
+    trials: identification by the reconstructed samples and by their controls (`CONTROLS`), if data were given.
+    leaks: the training samples that were certified or identified, the surest first.
+    scored: membership inference by scores of single samples, if data were given.
+    candidates: the same scores of candidates.
     certified: how many samples are certified, by the evidence.
-    compared: these beside the training data, for each classifier; see `kkt_jax.auditing.matching.exactness`.
+    compared: these against the training data, for each classifier; see `kkt_jax.auditing.matching.exactness`.
     measured: what the classifier and its conditions say of samples and of their controls (`ROWS`).
   """
 
   verdict: Verdict
+  answers: Mapping[str, Verdict] = dataclasses.field(default_factory=dict)
   examination: Examination
   reconstruction: Reconstruction | None = None
   generated: Samples | None = None
@@ -100,21 +104,21 @@ class AuditReport:
 
   @property
   def members(self) -> list[str]:
-    """Names of the samples that were found to be training samples: those that came out, and candidates that stand out.
+    """Names of inferred members: certified or identified training samples, and candidates above all held-out samples.
 
-    Of the candidates some score above all held-out samples by chance; `candidates` says how many.
+    Of the candidates some score so high by chance; `candidates` says how many.
     """
     shown = [leak.name for leak in self.leaks] if self.verdict.level == "leak" else []
     return [*shown, *(() if self.candidates is None else self.candidates.marks)]
 
   def __str__(self) -> str:
-    """The verdict, the worst cases, and the table of what was measured, for a terminal."""
+    """The verdict, the worst cases, and a table of metrics, for a terminal."""
     text = textwrap.fill(str(self.verdict), 100)
     if self.verdict.level == "leak" and self.leaks:
       worst = ", ".join(leak.name for leak in self.leaks[:_WORST])
       text += f"\n\nThe worst of {len(self.leaks)} cases: {worst}"
     if self.candidates is not None and self.candidates.marks:
-      text += "\n\nAbove all held-out samples: " + ", ".join(self.candidates.marks)
+      text += "\n\nCandidates above all held-out samples: " + ", ".join(self.candidates.marks)
     if self.measured:
       shown = ["agreement", "residual", *(["likeness"] if self.train is not None else [])]
       text += "\n\n" + matching.table({ROWS[name]: row for name, row in self.measured.items()}, shown)
@@ -125,6 +129,7 @@ class AuditReport:
     return {
       "verdict": str(self.verdict),
       "level": self.verdict.level,
+      "answers": {name: own._asdict() for name, own in self.answers.items()},
       "fit": {} if self.fit is None else {"guessing": self.fit.guessing, **self.fit.known},
       "form": self.examination.form,
       "bounds": dict(self.examination.bounds),
@@ -155,12 +160,12 @@ class AuditReport:
       content = io.BytesIO()
       columns = max(pictures.COLUMNS // len(np.unique(self.generated.y)), 1)
       matching.similar_pairs(content, self.generated, self.train, columns=columns)
-      caption = "Generated in odd rows, the most similar training image below each."
+      caption = "Reconstructed samples in odd rows, the most similar training image below each."
       drawn["pairs.png"] = (caption, content.getvalue())
-    drawn["samples.png"] = ("What was generated, a row for each class, unselected.", rows_of_classes(self.generated))
+    drawn["samples.png"] = ("Reconstructed samples, a row for each class, unselected.", rows_of_classes(self.generated))
     if self.reconstruction is not None and any(self.certified.values()):
       exact = self.reconstruction.exact[0]
-      caption = "What the weights alone certify as training samples, a row for each class."
+      caption = "Samples that the weights alone certify as training samples, a row for each class."
       drawn["certified.png"] = (caption, rows_of_classes(Samples(exact.unit, exact.y)))
     return drawn
 
@@ -175,6 +180,7 @@ class AuditReport:
       pathlib.Path(__file__).with_name("page.html.j2"),
       title="What these weights reveal of their training data",
       verdict=self.verdict,
+      answers=self.answers,
       remarks=self.remarks,
       against=self._against(),
       leaks=self.leaks,
@@ -217,7 +223,7 @@ class AuditReport:
     return ["report.html", "report.json", *drawn]
 
   def _against(self) -> dict[str, Any]:
-    """The trial in numbers, beside its controls."""
+    """Identification in numbers, with its controls."""
     if "generated" not in self.trials:
       return {}
     own = self.trials["generated"]

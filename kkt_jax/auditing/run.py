@@ -1,4 +1,4 @@
-"""The audit: what a classifier's weights reveal, beside what they need not have caused."""
+"""The audit: reconstruction and membership inference from a classifier's weights, with controls."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -66,19 +66,19 @@ def audit(
   config: AuditConfig = AuditConfig(),  # noqa: B008
   seed: int = 0,
 ) -> AuditReport:
-  """What the weights of a classifier reveal of its training data, in plain words and with the evidence.
+  """What the weights of a classifier reveal of its training data: a verdict with its evidence.
 
-  The weights are examined: which conditions they obey, and how far they are from every point that obeys them. Then a
-  generator is trained so that what it generates obeys them. With training data and held-out data, which the generator
-  never sees, the report says how much of the training data that is, and whether members can be told from others by
-  scores of single samples. Progress is logged (`logging`, logger ``kkt_jax``).
+  The weights are examined: which conditions they satisfy, and how far they are from every KKT point. Then a generator
+  is trained so that its samples satisfy the conditions (reconstruction). With training data and held-out data, which
+  the generator never sees, the report says how many training samples were reconstructed, and whether membership can be
+  inferred by scores of single samples. Progress is logged (`logging`, logger ``kkt_jax``).
 
   Args:
     classifier: the classifier.
     train: its training data: `Samples`, or a pair of ``x`` [N, *input_shape], bytes or in the classifier's units, and
       integer classes ``y`` [N] from 0.
-    held_out: other data of the same kind, none of them in the training data, without which little can be said.
-    candidates: samples to ask about, each: was it trained on? `Samples` or ``x``; needs ``held_out``.
+    held_out: non-members: other data of the same source, none of them in the training data.
+    candidates: samples whose membership is to be inferred: `Samples` or ``x``; needs ``held_out``.
     config: how it is done.
     seed: of everything random.
 
@@ -86,11 +86,11 @@ def audit(
     The report.
 
   Raises:
-    InputError: data that do not fit the classifier or one another, or a classifier that does not know its training
-      data as it is described, unless ``config.force``.
+    InputError: (a `ValueError`) data that do not fit the classifier or one another, or a classifier that does not know
+      its training data as it is described, unless ``config.force``.
   """
   if candidates is not None and held_out is None:
-    raise InputError("candidates needs held_out: a score says nothing but beside those of untrained samples.")
+    raise InputError("candidates needs held_out: a score means nothing without those of non-members.")
   given = data.compared(
     classifier,
     _samples("train", classifier, train),
@@ -127,11 +127,11 @@ def audit(
   if config.force or obeyed:
     reconstruction = config.train("generator", examination, recipe, seed + 1)
     if given.train is not None and given.held_out is not None:
-      _LOG.info("for comparison, samples that the classifier merely takes for their class")
+      _LOG.info("training the class-level baseline: samples for classification only")
       likeness = config.train("class_likeness", examination, _class_likeness(recipe, reconstruction), seed + 2)
   scored = told = None
   if given.held_out is not None:
-    _LOG.info("scoring single samples")
+    _LOG.info("scoring single samples for membership inference")
     scored = None if given.train is None else membership.score(examination, given.train, given.held_out)
     told = None if asked is None else membership.suspects(examination, asked, asked.names, given.held_out)
   report = AuditReport(
@@ -158,7 +158,7 @@ def _samples(name: str, classifier: Classifier, given: Given | None) -> Samples 
 
 
 def _concluded(report: AuditReport, held_out: Samples | None, likeness: Reconstruction | None) -> AuditReport:
-  """The report with what came out, beside the data and the controls, and the verdict."""
+  """The report with the reconstructed samples, the data and the controls compared, and the verdict."""
   reconstruction, train, certified_rightly = report.reconstruction, report.train, False
   if reconstruction is None and report.residuals is not None and report.residuals.disobey:
     report = dataclasses.replace(report, verdict=verdict.disobedience(report.residuals))
@@ -193,16 +193,22 @@ def _concluded(report: AuditReport, held_out: Samples | None, likeness: Reconstr
       compared=compared,
       measured=_measure(reconstruction.classifiers[0], reconstruction.conditions[0], sets, train, held_out),
     )
-  answer = verdict.with_scores(report.verdict, report.scored)
-  answer = verdict.with_limits(answer, report.remarks, certified=certified_rightly)
-  answer = verdict.with_doubts(answer, () if report.fit is None else report.fit.doubts)
+
+  def limited(answer: verdict.Verdict, *, certified: bool = False) -> verdict.Verdict:
+    answer = verdict.with_limits(answer, report.remarks, certified=certified)
+    return verdict.with_doubts(answer, () if report.fit is None else report.fit.doubts)
+
+  answers = {"Reconstruction": limited(report.verdict, certified=certified_rightly)}
+  if report.scored is not None:
+    answers["Membership inference"] = limited(verdict.of_scores(report.scored))
+  answer = limited(verdict.with_scores(report.verdict, report.scored), certified=certified_rightly)
   if report.candidates is not None:
     answer = answer._replace(reasons=[*answer.reasons, verdict.of_candidates(report.candidates)])
-  return dataclasses.replace(report, verdict=answer)
+  return dataclasses.replace(report, verdict=answer, answers=answers)
 
 
 def _class_likeness(recipe: Recipe, reconstruction: Reconstruction) -> Recipe:
-  """As many free samples, trained only to be classified as wanted: what can be had without the theory."""
+  """The class-level baseline: as many free samples, trained for classification only."""
   codes = reconstruction.every_sample()[1].size // reconstruction.classifiers[0].num_classes
   changed = recipes.classification_only(recipe, reconstruction.examinations)
   changed = changed.with_schedule(steps=min(changed.schedule.steps, recipe.schedule.steps))
@@ -216,7 +222,7 @@ def generated(reconstruction: Reconstruction) -> Samples:
 
 
 def _leaks(samples: Samples, train: Samples, held_out: Samples, trial: Trial, certified: np.ndarray) -> Sequence[Leak]:
-  """The training samples that came out: those that are certified, then those picked out by the greatest ratio."""
+  """The training samples that are certified, then those identified by the greatest ratio."""
   ratios = {
     int(place): min(float(ratio), _LARGEST_RATIO) for place, ratio in zip(trial.places, trial.ratios, strict=True)
   }
@@ -231,7 +237,7 @@ def _leaks(samples: Samples, train: Samples, held_out: Samples, trial: Trial, ce
     Leak(
       train.names[place],
       int(train.y[place]),
-      "certified" if place in exact else "picked out",
+      "certified" if place in exact else "identified",
       ratios.get(place),
       pictures_of.get(place, ()),
     )
@@ -260,7 +266,7 @@ def _measure(
   train: Samples | None,
   held_out: Samples | None,
 ) -> dict[str, dict[str, float]]:
-  """What the classifier and its conditions say of samples and of what they are compared with, and the likeness."""
+  """Metrics of the reconstructed samples and of their controls."""
   key, samples = jax.random.key(0), sets["generated"]
   if train is None:
     sets = {**sets, "uniform_noise": matching.uniform_noise(samples, key)}

@@ -63,7 +63,7 @@ def test_other_shares_of_the_classes_are_no_difference_within_them_but_a_limit_o
   other = Samples(every.x[kept], every.y[kept])
   assert sources.p_value(images(5, 90), other) > 0.01
   said = membership.limits(images(5, 90), other)
-  assert said[-1] == "The classes have other shares in the held-out data, by which scores of samples may differ, too."
+  assert said[-1] == "The classes have other proportions in the held-out data, by which scores may differ, too."
   assert not any(isinstance(own, membership.Confounded) for own in said)
 
 
@@ -84,7 +84,10 @@ def test_nobody_is_accused_by_data_that_differ_without_the_weights():
     assert (found.level, found.reasons[0]) == ("open", limit) and found.answer.startswith(
       "No verdict: the held-out data"
     )
-    assert "What would be said otherwise: These weights tell. Much." in str(found) and str(found).count(limit) == 1
+    assert (
+      "Without this limit the verdict would be: These weights tell. Much." in str(found)
+      and str(found).count(limit) == 1
+    )
     assert verdict.with_limits(own, ["Few."]) == own
     proven = verdict.with_limits(own, [limit], certified=True)
     assert (proven.level, proven.answer, proven.reasons[0]) == (level, own.answer, limit)

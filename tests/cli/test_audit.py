@@ -475,16 +475,33 @@ def test_scores_join_the_verdict(known_members):
   found = membership.score(examination, members, others)
   beyond = verdict.refusal(0.3)
   told = verdict.with_scores(beyond, found)
-  assert told.level == "member" and told.answer.startswith("These weights tell whether a given sample was among")
-  assert "30 of 30 training samples score above all 60 others by their part in the sum" in str(told)
-  assert "by their loss, which needs no theory (AUC 0." in str(told) and beyond.answer in str(told)
+  assert told.level == "member" and told.answer.startswith("Membership can be inferred: members and non-members")
+  assert "30 of 30 members score above all 60 non-members by their multiplier in the stationarity sum" in str(told)
+  assert "by their loss, the baseline (AUC 0." in str(told) and f"Reconstruction: {beyond.answer}" in str(told)
   leak = verdict.of(trial(60), {"means": trial(20)}, {})
-  assert verdict.with_scores(leak, found).answer == leak.answer
+  both = verdict.with_scores(leak, found)
+  assert both.answer == leak.answer and str(verdict.of_scores(found)) in str(both)
   nothing = verdict.with_scores(beyond, found._replace(p_value=0.5))
-  assert nothing.level == "open" and "Nor is a given sample told" in str(nothing)
+  assert nothing.level == "open" and "No evidence that membership can be inferred" in str(nothing)
+  assert "chance explains that (p = 0.5)." in str(nothing)
   assert verdict.with_scores(beyond, None) == beyond
   said = verdict.of_candidates(membership.Told({"a": ["loss"]}, 8, 56, 0.281))
-  assert said.startswith("Of the 8 samples that were asked about, 1 score above all 56 held-out ones")
+  assert said.startswith("Of the 8 candidates, 1 score above all 56 held-out samples")
+
+
+def test_a_report_made_in_python_has_a_section_for_each_answer(known_members, tmp_path):
+  examination, members, others = known_members
+  scored = membership.score(examination, members, others)
+  answers = {"Reconstruction": verdict.refusal(0.3), "Membership inference": verdict.of_scores(scored)}
+  both = verdict.with_scores(answers["Reconstruction"], scored)
+  report = auditing.AuditReport(verdict=both, answers=answers, examination=examination, scored=scored)
+  assert report.save(tmp_path) == ["report.html", "report.json"]
+  page = (tmp_path / "report.html").read_text()
+  for question, own in answers.items():
+    section = page.split(f"<h2>{question}</h2>")[1].split("<h2>")[0]
+    assert f"<b>{own.answer}</b> {' '.join(own.reasons)}" in section
+  stored = json.loads((tmp_path / "report.json").read_text())["answers"]
+  assert [own["level"] for own in stored.values()] == ["open", "member"]
 
 
 # Whether the weights obey the equations with their own data.
@@ -526,12 +543,12 @@ def test_the_verdict_says_what_the_numbers_say():
   yes = verdict.of(trial(60), {"means": trial(20)}, {})
   assert (yes.level, yes.answer) == ("leak", "These weights reveal individual training samples.")
   # Wilson, by hand: z = 1.96, (.6 + z^2/200 +- z sqrt(.24/100 + z^2/40000)) / (1 + z^2/100) = .502, .691
-  assert "Of 100 training samples, 60 (95 %: 50 to 69) could be picked out from 5 real samples" in str(yes)
+  assert "Of 100 members, 60 (95 %: 50 to 69) were identified among 5 real samples" in str(yes)
   assert "by chance 20" in str(yes) and "below one in a billion" in str(yes) and "fewer: means 20." in str(yes)
   # (.6 - .2) / (1 - .2) = .5, and the same of the bounds
   assert "50% of them (95 %: 38% to 61%)" in str(yes)
   no = verdict.of(trial(22), {"means": trial(20)}, {})
-  assert no.level == "none" and no.answer.startswith("No evidence") and "does not show that they reveal none" in str(no)
+  assert no.level == "none" and no.answer.startswith("No evidence") and "the weights reveal nothing" in str(no)
   # P(at least 31 of 100 at a fifth) = .0061, at least 32 .0031: the first below .005
   assert "32 would have been evidence" in str(no)
 
@@ -544,9 +561,9 @@ def test_the_verdict_neither_rounds_to_certainty_nor_hides_what_was_not_tested()
   assert (few.level, few.answer) == ("open", "No verdict from so few data.") and "too few" in str(few)
 
 
-def test_what_likeness_of_the_class_explains_is_no_single_sample():
+def test_what_a_class_level_baseline_explains_is_no_single_sample():
   alike = verdict.of(trial(40), {"means": trial(39)}, {})
-  assert alike.level == "class" and "no more than likeness of the class explains" in alike.answer
+  assert alike.level == "class" and "no more of them than a class-level baseline does" in alike.answer
   assert "about as many: means 39. So" in str(alike) and "not shown, and not excluded" in str(alike)
   assert verdict.of(trial(40), {"likeness": trial(20), "means": trial(39)}, {}).level == "class"
   assert verdict.of(trial(40), {"means": trial(39)}, {"range": 3}).level == "leak"
@@ -563,7 +580,7 @@ def test_certificates_are_contradicted_by_nothing_but_the_data():
   certified = {"equations": 1, "levels": 0, "range": 3}
   some = verdict.of(trial(22), {"means": trial(20)}, certified, 1)
   assert some.level == "leak" and "Among the training data that were given: 3 of 4; the others are false" in str(some)
-  assert "That can be luck; the certificates do not rest on it." in str(some) and "No evidence" not in str(some)
+  assert "That can be chance; the certificates do not rest on it." in str(some) and "No evidence" not in str(some)
   assert verdict.of(trial(22), {"means": trial(20)}, certified, 4).level == "none"
   assert verdict.of(None, {}, certified).answer == "These weights reveal individual training samples."
 
@@ -571,7 +588,7 @@ def test_certificates_are_contradicted_by_nothing_but_the_data():
 def test_the_verdict_says_by_which_evidence_how_many_are_certified_and_that_this_assumes_something():
   said = str(verdict.of(None, {}, {"equations": 60, "levels": 38, "range": 0}))
   assert (
-    "Without any data, the weights certify 98 samples as training samples: 60 by the equations, 38 by whole levels."
+    "Without any data, the weights certify 98 samples as training samples: 60 by the equations, 38 by 8-bit levels."
     f" That holds under the assumptions in docs/certificates.md; {verdict.MEASURED_FALSE}."
   ) in said
   assert "range of values" not in said and "given:" not in said
@@ -606,7 +623,7 @@ def test_a_classifier_beyond_the_theory_is_refused_with_a_report_and_can_be_trie
   assert "<li>2,723 parameters, 3 classes, no batch norm.</li>" in page  # 64 x 40 + 40 + 40 x 3 + 3
   given = {"candidates": str(stored / "train.npz"), "held_out_data": str(stored / "held_out.npz")}
   metrics = audit.run(dataclasses.replace(settings, **given), tmp_path)  # is answered, all the same
-  assert metrics["candidates"]["asked"] == 15 and "Of the 15 samples that were asked about" in metrics["verdict"]
+  assert metrics["candidates"]["asked"] == 15 and "Of the 15 candidates" in metrics["verdict"]
   audit.run(dataclasses.replace(settings, force=True), tmp_path)  # as the verdict suggests, in the same folder
   assert (tmp_path / "generator").exists()
 
@@ -619,7 +636,7 @@ def test_weights_that_disobey_with_their_own_data_are_not_rebuilt_and_scores_go_
   metrics = audit.run(config(stored, straight, force=False, **with_data(tmp_path)), tmp_path / "run")
   assert metrics["bounds"]["weight_decay"] < 0.05 and metrics["residuals"]["own"] > 0.5
   assert metrics["verdict"].startswith(
-    "These weights do not obey the equations of this audit, so no sample was rebuilt"
+    "These weights do not satisfy the stationarity conditions: reconstruction was not attempted"
   )
   assert metrics["scores"] and not (tmp_path / "run" / "generator").exists()
   assert "of the weights unexplained" in (tmp_path / "run" / "report.html").read_text()
