@@ -42,7 +42,7 @@ nitpick_ignore_regex = [
   (r"py:exc", "InputError"),  # a ValueError; its class is private
 ]
 
-myst_heading_anchors = 3
+myst_heading_anchors = 4
 myst_enable_extensions = ["dollarmath"]
 nb_execution_mode = "cache"
 nb_execution_timeout = 600  # for a cell
@@ -65,7 +65,9 @@ _MODULES = {
   if not any(part.startswith("_") for part in module.name.split("."))
 }
 # The face of a package: what its `__all__` names, some of which is imported when it is first used.
-_FACES = {name: {own: getattr(module, own) for own in getattr(module, "__all__", ())} for name, module in _MODULES.items()}
+_FACES = {
+  name: {own: getattr(module, own) for own in getattr(module, "__all__", ())} for name, module in _MODULES.items()
+}
 for _name, _face in _FACES.items():
   vars(_MODULES[_name]).update(_face)
 
@@ -98,12 +100,25 @@ _DESCRIBED |= {
 for _page in (pathlib.Path(__file__).parent / "api").glob("kkt_jax*.rst"):
   if _page.stem not in _MODULES:
     _page.unlink()
-_faces: dict[str, list[str]] = {}
-for _known, _described in _DESCRIBED.items():
-  _module, _, _name = _known.rpartition(".")
-  if _module.startswith(f"{_described.rpartition('.')[0]}."):
-    _faces.setdefault(_module, []).append(_name)
-autosummary_context = {"faces": _faces}
+autosummary_context = {
+  # Names of a package's face with what they are, and names of a module that the face of its package describes.
+  "faces": {
+    package: [
+      (name, "class" if inspect.isclass(own) else "function")
+      for name, own in face.items()
+      if getattr(own, "__name__", None) == name
+    ]
+    for package, face in _FACES.items()
+  },
+  "elsewhere": {
+    module: [
+      known.rpartition(".")[2]
+      for known, described in _DESCRIBED.items()
+      if known.rpartition(".")[0] == module and module.startswith(f"{described.rpartition('.')[0]}.")
+    ]
+    for module in _MODULES
+  },
+}
 
 
 def _known_types(app, what, name, obj, options, signature, returned):
