@@ -2,9 +2,9 @@
 
 The owner names a Python function that describes the classifier (`kkt_jax.Subject`) and a file with its parameters. The
 weights are examined: which conditions they obey, and how far they are from every point that obeys them. Then a
-generator is trained so that what it generates obeys them, and ``report.html`` shows what came out. With
+generator is trained so that its samples satisfy them, and ``report.html`` shows what was reconstructed. With
 ``--train_data`` and ``--held_out_data``, which the generator never sees, it says how much of the training data that is;
-whether the weights obey the conditions with these data is measured first, for otherwise nothing is worth rebuilding.
+whether the weights obey the conditions with these data is measured first; if not, no generator is trained.
 """
 
 from collections.abc import Mapping
@@ -44,14 +44,14 @@ class Config:
   )
   train_data: str = flag(
     "",
-    "The training data, to say how much of them came out: an .npz file with x and y, or a folder with a folder of"
+    "The training data, to say how many were reconstructed: an .npz file with x and y, or a folder with a folder of"
     " images for each class, 0, 1, and so on.",
     group="For its owner",
   )
-  held_out_data: str = flag("", "Other data of the same kind, without which little can be said.")
+  held_out_data: str = flag("", "Non-members: other data of the same source, without which little can be said.")
   candidates: str = flag(
     "",
-    "Samples to ask about, each: was it trained on? As --train_data, without labels; needs --held_out_data.",
+    "Samples whose membership is to be inferred. As --train_data, without labels; needs --held_out_data.",
   )
   form: str = flag(
     "auto",
