@@ -68,15 +68,6 @@ def curves(path: pathlib.Path, x: Sequence[float], y: Mapping[str, Sequence[floa
   figure.savefig(path)
 
 
-def scatter(path: pathlib.Path, panels: Sequence[tuple[str, Any, Any]], label: str) -> None:
-  """Points in panels side by side: title, horizontal and vertical values of each; one horizontal label."""
-  figure, grid = _figure((3.4 * len(panels), 3.2), columns=len(panels))
-  for axes, (title, x, y) in zip(grid, panels, strict=True):
-    axes.scatter(x, y, s=18, alpha=0.7)
-    axes.set(title=title, xlabel=label)
-  figure.savefig(path)
-
-
 def plane(path: pathlib.Path, panels: Sequence[tuple[str, Any]], *, num_classes: int, limit: float = 2.0) -> None:
   """Panels of the plane side by side, as in Figs. 4 and 5.
 

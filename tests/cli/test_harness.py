@@ -242,7 +242,7 @@ def test_a_damaged_config_is_named(tmp_path, content):
 
 def test_a_folder_in_use_is_refused(tmp_path):
   # The lock belongs to a process: another one must hold it.
-  program = f"from experiments.harness import workdir; w = workdir.Workdir({str(tmp_path)!r}, {{}}); print(); input()"
+  program = f"from kkt_jax.cli import workdir; w = workdir.Workdir({str(tmp_path)!r}, {{}}); print(); input()"
   with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
     other.stdout.readline()
     with pytest.raises(flags.UsageError, match="in use by another run"):

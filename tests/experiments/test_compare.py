@@ -1,16 +1,12 @@
-"""Comparison and search: every run is made once, metrics reach the report, and what is wrong is named."""
+"""Comparison: every run is made once, metrics reach the report, and what is wrong is named."""
 
 import dataclasses
 import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
-from experiments import circle, mnist
 from experiments.compare import __main__ as compare
-from experiments.compare import metrics, pool, search
+from experiments.compare import metrics, pool
 from kkt_jax.cli import flags
 
 TINY = "width=8,pretrain_steps=40,restarts=1,restart_steps=20,steps=40,log_every=20,save_every=20,codes=4"
@@ -100,118 +96,8 @@ def test_methods_are_chosen_by_group_or_by_name():
     chosen("kkt,no_spam")
 
 
-@pytest.mark.parametrize("module", [compare, search])
 @pytest.mark.parametrize("wrong", [{"set": "depth=3"}, {"set": "codes=0"}, {"experiment": "cifar"}])
-def test_a_refused_command_leaves_no_folder(tmp_path, module, wrong):
+def test_a_refused_command_leaves_no_folder(tmp_path, wrong):
   with pytest.raises(flags.UsageError):
-    module.run(module.Config(**wrong), tmp_path / "new")
+    compare.run(compare.Config(**wrong), tmp_path / "new")
   assert not (tmp_path / "new").exists()
-
-
-# The search.
-
-
-def searched(settings):
-  """Results of a run: the smaller the learning rate, the better, in all that is known and in truth."""
-  rate = settings.get("learning_rate", 1.0)
-  own = {"precision": 1 - rate, "coverage": 0.5, "residual": [rate], "margin_spread": [rate]}
-  return {"generated": own, "final_losses": {"statistics": rate}}
-
-
-def test_a_search_ranks_by_a_score_without_data_and_says_what_it_is_worth(tmp_path, fake_runs):
-  fake_runs(searched)
-  results = search.run(search.Config(experiment="circle", runs=5), tmp_path)
-  rates = [row["settings"]["learning_rate"] for row in results["runs"]]
-  assert rates == sorted(rates) and len(set(rates)) == 5
-  assert results["rank_correlations"] == {"precision": -1.0, "coverage": None}
-  assert results["diverged"] == 0
-  assert (tmp_path / "search.md").read_text().startswith("| score | codes | method | learning_rate |")
-  assert (tmp_path / "search.png").stat().st_size > 0
-  again = search.run(search.Config(experiment="circle", runs=5), tmp_path)
-  assert again == results
-  assert len(list((tmp_path / "runs").iterdir())) == 6  # and the first, which trains the classifier
-
-
-def test_runs_that_diverge_count_and_have_no_score(tmp_path, fake_runs):
-  fake_runs(searched, failing=("relu",))
-  config = search.Config(experiment="circle", runs=12, storage=str(tmp_path / "journal"))
-  results = search.run(config, tmp_path)
-  assert {row["settings"]["method"] for row in results["runs"]} == {"kkt"}
-  assert results["diverged"] == 12 - len(results["runs"]) > 0
-
-
-def test_what_was_interrupted_is_replaced(tmp_path, fake_runs, monkeypatch):
-  fake_runs(searched)
-  undisturbed, tell = pool.run_all, []
-
-  def interrupted(jobs, **settings):
-    if isinstance(jobs, list):
-      return undisturbed(jobs, **settings)  # of the classifier
-    tell.append(next(jobs).workdir.name)
-    raise KeyboardInterrupt
-
-  config = search.Config(experiment="circle", runs=3, storage=str(tmp_path / "journal"))
-  monkeypatch.setattr(pool, "run_all", interrupted)
-  with pytest.raises(KeyboardInterrupt):
-    search.run(config, tmp_path)
-  monkeypatch.setattr(pool, "run_all", undisturbed)
-  assert len(search.run(config, tmp_path)["runs"]) == 3
-  assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["001", "002", "003", "classifier"]
-  assert tell == ["000"]
-
-
-def test_settings_depend_on_the_seed_and_their_number_whoever_draws_them(tmp_path):
-  def drawn(seed, storage, workdir, count):
-    study = search.open_study(search.Config(seed=seed, storage=storage), workdir)
-    return [search.suggest(study.ask(), "mnist") for _ in range(count)]
-
-  own = drawn(0, "", tmp_path, 4)
-  shared = str(tmp_path / "journal")
-  assert drawn(0, shared, tmp_path, 2) + drawn(0, shared, tmp_path, 2) == own
-  assert drawn(1, shared, tmp_path, 4) != own
-  assert len({str(settings) for settings in own}) == 4
-
-
-def test_settings_are_drawn_within_their_bounds_and_can_be_run(tmp_path):
-  for experiment, module in (("mnist", mnist), ("circle", circle)):
-    study = search.open_study(search.Config(experiment=experiment, storage=str(tmp_path / "journal")), tmp_path)
-    for _ in range(10):
-      flags.check(module.Config(**search.suggest(study.ask(), experiment)))
-
-
-def test_rank_correlation_tells_a_good_score_from_an_empty_one():
-  rows = lambda values: [
-    {"score": score, "true": {"cover": value}} for score, value in zip((1, 2, 3), values, strict=True)
-  ]
-  assert search.rank_correlations(rows([0.9, 0.5, 0.1]))["cover"] == pytest.approx(-1.0)
-  # ranks 1, 2, 3 against 2, 1, 3 (rising): 1 - 6 x (1 + 1 + 0) / (3 x 8) = 0.5
-  assert search.rank_correlations(rows([0.5, 0.1, 0.9]))["cover"] == pytest.approx(0.5)
-
-
-_WORKER = """
-import pathlib, sys, time
-sys.path.insert(0, {tests!r})
-from test_compare import leave, searched
-from experiments.compare import pool, search
-
-def run_all(jobs, *, on_end=lambda job: None, **_):
-  for job in jobs:
-    leave(job, searched(job.settings))
-    time.sleep(0.2)
-    on_end(job)
-
-pool.run_all = run_all
-search.run(search.Config(experiment="circle", runs=8, storage={storage!r}), pathlib.Path({workdir!r}))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_work_on_one_study(tmp_path):
-  names = {"tests": str(pathlib.Path(__file__).parent), "storage": f"sqlite:///{tmp_path / 'study.db'}"}
-  programs = [_WORKER.format(workdir=str(tmp_path / own), **names) for own in ("one", "two")]
-  workers = [subprocess.Popen([sys.executable, "-c", program]) for program in programs]
-  assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-  runs = [[path.name for path in (tmp_path / own / "runs").glob("0*")] for own in ("one", "two")]
-  assert all(runs) and not set(runs[0]) & set(runs[1])  # both worked, on settings of their own
-  results = [json.loads((tmp_path / own / "metrics.json").read_text()) for own in ("one", "two")]
-  assert 8 <= max(len(result["runs"]) for result in results) <= 9  # at most one too many
