@@ -75,7 +75,7 @@ def test_a_run_that_diverges_is_noted_and_the_others_go_on(tmp_path, job):
   [
     ("broken", 0, r"broken_0 broke off \(KeyError: 'lost'\); see its log\.txt"),
     ("killed", 0, r"killed_0 was killed, perhaps for want of memory \(seed 0 at work\)"),
-    ("well", -1, r"well_-1 broke off \(.*UsageError: --seed must be at least 0; got -1\.\)"),
+    ("well", -1, r"well_-1 broke off \(.*UsageError: --seed must be a non-negative integer; got -1\.\)"),
   ],
 )
 def test_a_run_that_breaks_off_stops_the_others_and_is_done_again(tmp_path, job, ends, seed, message):
