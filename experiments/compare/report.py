@@ -268,7 +268,7 @@ def document(rows: Sequence[Row], kind: str, methods: Mapping[str, Any], jobs: S
     legend = "\n".join(f"- **{_plain(metric.title)}**: {_plain(metric.explanation)}" for metric in columns)
     parts += [f"## {group}", markdown(measured, columns, legend=False), legend]
   parts += ["## What was compared"]
-  parts += [f"- **{_plain(method.title)}**: {_plain(method.explanation)}" for method in methods.values()]
+  parts += [f"- **{_plain(own.title)}**: {_plain(own.explanation)}" for own in methods.values() if own.explanation]
   for job in jobs:
     if (outcome := job.outcome()) and outcome["error"]:
       run = "{method}, classifier {seed}, run {generator_seed}".format_map(job.settings)
