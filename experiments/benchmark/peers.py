@@ -7,6 +7,7 @@ of their equations. Both sides attack the same weights with as many samples, on 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import importlib
 import pathlib
 import time
@@ -29,7 +30,7 @@ from kkt_jax.reconstruction import training
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Of one of their runs; `PUBLISHED` are those of Buzaglo et al. for 50 images of each class, as in `methods`.
+  """Of one of their runs; the defaults are those of Buzaglo et al. for 50 images of each class, as in `methods`.
 
   Attributes:
     optimizer: ``"SGD"``, with momentum .9, or ``"Adam"``.
@@ -53,11 +54,9 @@ class Settings:
 
 
 _FASTER = 10  # times, in which this library is claimed to reach the best cover of theirs
-PUBLISHED = Settings()
 # Chosen by the cover after a thousand steps: the published step sizes do not stay finite on these weights.
-SGD = Settings("SGD", 0.3, 1e-4, deviation=0.1, first=0.1, least=0.01, penalty=500.0)
-ADAM = Settings("Adam", 0.01, 1e-3, deviation=0.1, first=0.1, least=0.01, penalty=500.0)
-THEIRS = {"published": PUBLISHED, "SGD": SGD, "Adam": ADAM}
+_CHOSEN = functools.partial(Settings, deviation=0.1, first=0.1, least=0.01, penalty=500.0)
+THEIRS = {"published": Settings(), "SGD": _CHOSEN("SGD", 0.3, 1e-4), "Adam": _CHOSEN("Adam", 0.01, 1e-3)}
 
 
 def require_torch() -> Any:
@@ -232,7 +231,7 @@ def run(config: Any, workdir: pathlib.Path) -> Mapping[str, Any]:
   same = dataclasses.replace(settings, method="points_published")
   own = {"their loss, this library": same, "this library": settings}
   calls = {name: timing.Call(*steps.training_step(_begin(classifier, config))) for name, config in own.items()}
-  extraction = Extraction(classifier, y.tolist(), ADAM)
+  extraction = Extraction(classifier, y.tolist(), THEIRS["Adam"])
   metrics = curves | compare_steps(extraction, calls, config.repeats)
   rate = _matmul_rate(torch, extraction.device, config.repeats)
   lines = [

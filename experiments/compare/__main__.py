@@ -60,8 +60,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   command = lambda folder: shlex.join(["python", "-m", "experiments.compare", *given, f"--workdir={folder}"])
   kind = "circle" if config.experiment == "circle" else "images"
   rows, columns = report.rows_of(kind, chosen, jobs), report.headline(kind)
-  every_job = [job for own in jobs.values() for job in own]
-  (out.path / "report.md").write_text(report.document(rows, kind, chosen, every_job, command(workdir)) + "\n")
+  (out.path / "report.md").write_text(report.document(rows, kind, chosen, jobs, command(workdir)) + "\n")
   if config.results:
     group = config.methods if config.methods in ("ablations", "all") else ""
     title = " ".join(filter(None, (config.experiment, group, config.set)))

@@ -16,14 +16,8 @@ from experiments.compare.pool import Job
 
 HEADLINES = {
   "images": (
-    "eval_accuracy",
-    "ssim_cover",
-    "coverage_features_k5",
-    "distinct_nearest",
-    "useful_accuracy",
-    "retrieval_top1",
-    "residual",
-    "minutes",
+    *("eval_accuracy", "ssim_cover", "coverage_features_k5", "distinct_nearest"),
+    *("useful_accuracy", "retrieval_top1", "residual", "minutes"),
   ),
   "circle": ("precision", "coverage", "median_distance", "residual", "minutes", "gigabytes"),
 }
@@ -34,11 +28,9 @@ HOW_TO_READ = (
   " number is worth. “(2 of 3)”: only 2 of 3 runs gave a number; “-”: none did; an empty cell was not measured."
 )
 _ABOUT = (
-  "Each method was given the weights of classifiers, nothing else, and had to generate their training data again. All"
-  " is measured on fresh samples. Look at the controls, above all at other real data: what is nearer to the training"
-  " data than these was revealed by the weights. The settings of this library's method were found by looking at such"
-  " numbers, on other data of the same kind (digits) or on the same data (faces, circle). Pictures and losses of a run"
-  " are in `runs/METHOD/seed_CLASSIFIER_RUN`."
+  "Each method was given the weights of classifiers, nothing else. What is nearer to the training data than other real"
+  " data are was revealed by the weights. The settings of this library's method were found by looking at such numbers,"
+  " on other data of the same kind (digits) or on the same (faces, circle). `runs/METHOD/seed_CLASSIFIER_RUN` has more."
 )
 _CONTROLS = {
   "training_data": "training data",
@@ -248,14 +240,14 @@ def _plain(text: str) -> str:
   return escaped.replace("&", "&amp;").replace("<", "&lt;")
 
 
-def document(rows: Sequence[Row], kind: str, methods: Mapping[str, Any], jobs: Sequence[Job], command: str) -> str:
+def document(rows: Sequence[Row], kind: str, methods: Mapping[str, Any], jobs: Mapping[str, Any], command: str) -> str:
   """The whole report: the metrics that say most, all of them by group, what the methods are, and what failed.
 
   Args:
     rows: what is compared, see `rows_of`.
     kind: ``"images"`` or ``"circle"``.
     methods: `experiments.attack.methods.Method` by name.
-    jobs: all runs.
+    jobs: all runs of each, see `Job`.
     command: that makes it.
 
   Returns:
@@ -269,7 +261,7 @@ def document(rows: Sequence[Row], kind: str, methods: Mapping[str, Any], jobs: S
     parts += [f"## {group}", markdown(measured, columns, legend=False), legend]
   parts += ["## What was compared"]
   parts += [f"- **{_plain(own.title)}**: {_plain(own.explanation)}" for own in methods.values() if own.explanation]
-  for job in jobs:
+  for job in itertools.chain(*jobs.values()):
     if (outcome := job.outcome()) and outcome["error"]:
       run = "{method}, classifier {seed}, run {generator_seed}".format_map(job.settings)
       parts.append(f"Failed: {run}: {_plain(outcome['error'])}")
@@ -278,8 +270,8 @@ def document(rows: Sequence[Row], kind: str, methods: Mapping[str, Any], jobs: S
 
 def headline(kind: str) -> list[Metric]:
   """The metrics that say most, in their order."""
-  by_name = {metric.name: metric for metric in metrics(kind)}
-  return [by_name[name] for name in HEADLINES[kind]]
+  order = HEADLINES[kind]
+  return sorted((own for own in metrics(kind) if own.name in order), key=lambda own: order.index(own.name))
 
 
 def insert(path: pathlib.Path, name: str, text: str) -> None:

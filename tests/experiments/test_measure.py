@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from test_judge import shades
 
+from experiments import mnist
 from experiments.data import Split
 from experiments.measure import circle, comparison, images
 import kkt_jax
@@ -239,9 +240,9 @@ def measured(tmp_path_factory):
 
   def evaluate():
     out = Workdir(folder / "run", {})
-    settings = {"seed": 0, "judge_epochs": 20, "thorough": True, "num_samples": 12, "population": 30}
+    config = mnist.Config(seed=0, judge_epochs=20, thorough=True, population=30)
     with jax.numpy_rank_promotion("raise"):  # as in the tests, so that nothing is compiled twice
-      return images.evaluate(out, folder, data, done, **settings, picture="fig6.png")
+      return images.evaluate(out, folder, data, done, config, num_samples=12, picture="fig6.png")
 
   return evaluate(), data, done, folder, evaluate
 
@@ -333,9 +334,9 @@ def test_a_class_that_is_missing_is_named_before_anything_is_trained(measured, m
   _, data, done, *_ = measured
   monkeypatch.setattr(images, "train_judge", lambda *args, **kwargs: pytest.fail("trained"))
   data = dataclasses.replace(data, held_out=Samples(data.held_out.x[:6], data.held_out.y[:6]))
-  settings = {"seed": 0, "judge_epochs": 1, "thorough": False, "num_samples": 4, "population": 4, "picture": "a.png"}
+  config = mnist.Config(seed=0, judge_epochs=1, population=4)
   with pytest.raises(InputError, match="held_out must hold samples of every class; it has none of class 1"):
-    images.evaluate(Workdir(tmp_path, {}), tmp_path, data, done, **settings)
+    images.evaluate(Workdir(tmp_path, {}), tmp_path, data, done, config, num_samples=4, picture="a.png")
 
 
 def test_trained_samples_are_dealt_out_in_their_order_and_again_from_the_first():
