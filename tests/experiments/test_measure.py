@@ -24,6 +24,7 @@ from kkt_jax.auditing import matching
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.classifiers import make_classifier
 from kkt_jax.cli.workdir import Workdir
+from kkt_jax.criteria import Criteria
 from kkt_jax.kkt import Conditions
 
 
@@ -186,7 +187,9 @@ def test_draws_are_training_images_or_one_another_or_new():
 def polished(*claims):
   """A reconstruction with certified samples: unit, y and to_the_bit of each classifier."""
   exact = [
-    types.SimpleNamespace(unit=unit, y=y, to_the_bit=np.array(bits, bool), evidence=np.arange(len(y)) % 2)
+    types.SimpleNamespace(
+      unit=unit, y=y, to_the_bit=np.array(bits, bool), evidence=np.arange(len(y)) % 2, criteria=Criteria()
+    )
     for unit, y, bits in claims
   ]
   examinations = [types.SimpleNamespace(span=types.SimpleNamespace(strengths=np.ones(5)), tells_mean=True)] * len(exact)
