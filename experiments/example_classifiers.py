@@ -190,9 +190,6 @@ _TRAINING: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-_PUBLIC_STEPS = 1000  # of the network that is fine-tuned, or gives features
-
-
 class _Habit(NamedTuple):
   """How people train: the optimizer, samples in a step (0: all), steps (0: those of the theory)."""
 
@@ -212,6 +209,7 @@ _HABITS: Mapping[str, _Habit] = {
   "decay": _Habit(_sgd(0.1, 1e-3), 0, 10_000),
   "finetune": _Habit(_sgd(0.01, 5e-4, 0.9), 32, 300),
 }
+_PUBLIC = _HABITS["adam"]._replace(steps=1000)  # of the network that is fine-tuned, or gives features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,8 +246,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   given: dict[str, Any] = {"classifier": f"experiments.example_classifiers:{config.network}"}
   start = subject.init_fn()
   if config.training == "finetune":
-    public = _HABITS["adam"]._replace(steps=_PUBLIC_STEPS)
-    start = _as_people_do(subject, start, *scaled(data.evaluation), public, config.seed)
+    start = _as_people_do(subject, start, *scaled(data.evaluation), _PUBLIC, config.seed)
     given["initial_checkpoint"] = out.path / "initial.safetensors"
     store(given["initial_checkpoint"], start)
   given["checkpoint"] = out.path / "weights.safetensors"
@@ -284,8 +281,7 @@ def _with_mean(start: PyTree, x: np.ndarray) -> PyTree:
 def _features(public: Samples, seed: int) -> Callable[[np.ndarray], np.ndarray]:
   """The second hidden layer, of unit variance, of a network that was trained on other digits."""
   subject, spread = function(), lambda x: 2 * x - 1
-  habit = _HABITS["adam"]._replace(steps=_PUBLIC_STEPS)
-  layers = _as_people_do(subject, subject.init_fn(), spread(public.x), public.y, habit, seed)["layers"]
+  layers = _as_people_do(subject, subject.init_fn(), spread(public.x), public.y, _PUBLIC, seed)["layers"]
 
   def hidden(x: np.ndarray) -> np.ndarray:
     h = spread(x).reshape(len(x), -1)

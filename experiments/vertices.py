@@ -72,12 +72,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     rows[str(size)] = row
     progress.update(done, f"{size} digits")
   curves = ("vertices", "certifiable", "found_others", "found_random")
-  pictures.curves(
-    out.path / "vertices.png",
-    sizes,
-    {name: [row[name] for row in rows.values()] for name in curves},
-    "number of digits",
-  )
+  shares = {name: [row[name] for row in rows.values()] for name in curves}
+  pictures.curves(out.path / "vertices.png", sizes, shares, "number of digits")
   lines = [f"{'digits':>8}" + "".join(f"{name:>16}" for name in row)]
   lines += [f"{size:>8}" + "".join(f"{value:16.3g}" for value in row.values()) for size, row in rows.items()]
   results = {"sizes": rows, "summary": "\n".join(lines), "pictures": ["vertices.png"]}

@@ -14,6 +14,7 @@ import numpy as np
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifiers import Classifier, PyTree, Subject, two_logits
 from kkt_jax.cli.progress import Progress, say
+from kkt_jax.cli.workdir import Workdir
 from kkt_jax.kkt import pretrain
 from kkt_jax.networks import MLPClassifier
 
@@ -148,3 +149,11 @@ def of_the_plane(config: Any, x: np.ndarray, y: np.ndarray, folder: pathlib.Path
   settings = {"num_steps": config.pretrain_steps, "last_share": 0.025, "steps_per_call": 1000}
   settings |= {"learning_rate": 0.02 if config.batch_norm else 0.05, "weight_decay": weight_decay}
   return subject.classifier(_kept(folder, variables, lambda: train(subject, variables, x, y, **settings)))
+
+
+def shared_folder(out: Workdir, config: Any, names: Sequence[str], **settings: Any) -> pathlib.Path:
+  """The folder of what runs that agree in some settings share, the named ones of their config and more."""
+  if not config.shared_dir:
+    return out.path
+  settings |= {name: getattr(config, name) for name in names}
+  return Workdir(config.shared_dir, settings, flag="shared_dir", alone=False).path

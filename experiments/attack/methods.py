@@ -7,6 +7,7 @@ used, so that the names of the methods cost nothing.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import inspect
 import math
 from typing import Any
 
@@ -37,8 +38,15 @@ class Setting:
     return sum(own.share for own in self.examinations) / len(self.examinations)
 
 
-_WITHOUT = "This library's method with one piece taken away."
 Change = Callable[["kkt_jax.Recipe", Setting], "kkt_jax.Recipe"]
+
+
+def _ours(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  """A conditional generator, as by Yu and Wang (2023), with everything else that the weights reveal.
+
+  Its samples satisfy the conditions that gradient descent left in the weights.
+  """
+  return recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +55,18 @@ class Method:
 
   Attributes:
     title: its name for people.
-    explanation: what it does, for someone who has not read the paper.
     kind: ``"method"``, ``"baseline"`` or ``"ablation"``.
     change: what it makes of the recipe.
   """
 
   title: str
-  explanation: str
   kind: str
-  change: Change = lambda recipe, setting: recipe
+  change: Change = _ours
+
+  @property
+  def explanation(self) -> str:
+    """What it does, for someone who has not read the paper; empty where the title says it."""
+    return " ".join((inspect.getdoc(self.change) or "").split())
 
 
 def recipe_of(method: Method, recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
@@ -90,15 +101,16 @@ def _term(weight: float, name: str) -> Any:
 
 
 def _points(recipe: "kkt_jax.Recipe", setting: Setting, *, total_variation: float = 3.0) -> "kkt_jax.Recipe":
-  """One free sample for each of twice as many as there are, each with one free multiplier (Haim 2022, Buzaglo 2023)."""
+  """One free sample for each unknown one, twice as many as there are (Haim et al. 2022, Buzaglo et al. 2023).
+
+  Each has its own multiplier; stationarity with relaxed gates, no multiplier below a least one; angle of the residual,
+  Adam and total variation as in our method.
+  """
   adam = kkt_jax.reconstruction.recipes.adam(0.05)
   least = kkt_jax.reconstruction.Term(5.0, kkt_jax.reconstruction.terms.least_multiplier(0.2))
   binarisation = recipe.terms["binarisation"].weight if "binarisation" in recipe.terms else 0.0
   changed = _only(
-    recipe,
-    stationarity=recipe.stationarity.weight,
-    binarisation=binarisation,
-    total_variation=total_variation,
+    recipe, stationarity=recipe.stationarity.weight, binarisation=binarisation, total_variation=total_variation
   )
   return dataclasses.replace(
     changed.with_terms(least_multiplier=least)
@@ -110,7 +122,10 @@ def _points(recipe: "kkt_jax.Recipe", setting: Setting, *, total_variation: floa
 
 
 def _points_published(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
-  """The same with the settings of decoreco's second multi-class run, 50 images of each class of CIFAR-10."""
+  """Free samples with the settings of decoreco's second multi-class run, 50 images of each class of CIFAR-10.
+
+  Published step sizes, momentum, gates and norm; 8,000 of 50,000 steps.
+  """
   import optax  # slow
 
   sgd = lambda rate: lambda num_steps: optax.sgd(rate, momentum=0.9)
@@ -131,11 +146,15 @@ def _points_published(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Re
 
 
 def _classification(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  """The same generator, trained only to be classified as wanted; images with total variation."""
   return kkt_jax.reconstruction.recipes.classification_only(recipe, setting.examinations)
 
 
 def _inversion(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
-  """DeepInversion (Yin et al. 2020)."""
+  """Free samples that are classified as wanted and reproduce the stored batch-norm statistics (Yin et al. 2020).
+
+  Images with total variation and small squares.
+  """
   statistics = recipe.terms["statistics"].weight if "statistics" in recipe.terms else 0.0
   changed = recipe.with_terms(cross_entropy=_term(1.0, "cross_entropy"))
   if "range" in recipe.terms:
@@ -145,22 +164,27 @@ def _inversion(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
 
 
 def _contrastive(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
-  """CMI (Fang et al. 2021), with deformed views, without its learned head and its student."""
+  """DeepInversion whose samples differ from one another in the classifier's features (CMI, Fang et al. 2021).
+
+  Views are smooth deformations, and neither a head on the features nor a student is learned.
+  """
   return _weights(_inversion(recipe, setting), contrast=0.8)
 
 
 def _start_only(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  """The mean training image, which the classifier stores, for every sample: what can be had without any training."""
   changed = recipe.with_schedule(steps=0, restarts=1, restart_steps=0)
   return dataclasses.replace(changed, generator=_table(setting, codes=1, deviation=0.0))
 
 
 def _blind(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  """Random points of the first layer's span, polished until most of their pixels are black or white; no training."""
   changed = recipe.with_schedule(steps=0, restarts=1, restart_steps=0, polish_rounds=12)
   return dataclasses.replace(changed, generator=_table(setting, in_span=True))
 
 
 def _moments(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
-  """Gaussian points of the mean and covariance that the first batch norm stores."""
+  """Gaussian points of the mean and covariance that the first batch norm stores: what can be had without training."""
   from experiments.attack import plane  # slow
 
   changed = recipe.with_schedule(steps=0, restarts=1, restart_steps=0)
@@ -170,20 +194,16 @@ def _moments(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
 # --- ablations ---
 
 
-def _without(what: str, *names: str) -> Method:
-  change = lambda recipe, setting: _weights(recipe, **dict.fromkeys(names, 0.0))
-  return Method(f"without {what}", _WITHOUT, "ablation", change)
+def _without(what: str, *names: str, **schedule: int) -> Method:
+  """This library's method without some terms of the loss, or with another schedule."""
+  change = lambda recipe, setting: _weights(recipe.with_schedule(**schedule), **dict.fromkeys(names, 0.0))
+  return Method(f"without {what}", "ablation", change)
 
 
 def _without_span(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
   full = recipe.terms["total_variation"].weight / setting.share
   changed = recipe.with_weights(total_variation=full).with_schedule(theta=kkt_jax.reconstruction.recipes.adam(0.02))
   return dataclasses.replace(changed, generator=_table(setting))
-
-
-def _literal(title: str, change: Change) -> Method:
-  explanation = "This library's method with one choice of the paper put back, to the letter."
-  return Method(title, explanation, "ablation", change)
 
 
 def _least_norm(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
@@ -200,6 +220,7 @@ def _least_norm(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
 
 
 def _relu(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  """The paper's ReLU for what keeps multipliers from being negative."""
   import jax  # slow
 
   scaled = recipe.stationarity.measure is not kkt_jax.kkt.cosine_distance
@@ -221,104 +242,46 @@ def _target_scale(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe
 
 
 def _paper(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
+  """Lambda of least norm, ReLU multipliers, unsquared norm, learned scale, and of the priors only total variation.
+
+  In the first layer's span, or of the stored moments.
+  """
   changed = _relu(_least_norm(_unsquared(recipe, setting), setting), setting)
   changed = changed.with_stationarity(target_exponent=1.0)  # of least norm the last bias has the greatest rate, 1
   return _weights(changed, statistics=0.0, class_features=0.0, binarisation=0.0, repulsion=0.0)
 
 
-_POINTS = (
-  "One free sample for each unknown one, twice as many as there are, each with its own multiplier (Haim et al. 2022,"
-  " Buzaglo et al. 2023): stationarity with relaxed gates, no multiplier below a least one; {}."
-)
 _BOTH: Mapping[str, Method] = {
-  "kkt": Method(
-    "this library",
-    "A conditional generator whose samples satisfy the conditions that gradient descent left in the weights (Yu and"
-    " Wang 2023), with everything else that the weights reveal.",
-    "method",
-  ),
-  "points": Method(
-    "free samples, our settings",
-    _POINTS.format("angle of the residual, Adam and total variation as in our method"),
-    "baseline",
-    _points,
-  ),
-  "points_published": Method(
-    "free samples, published settings",
-    _POINTS.format("published step sizes, momentum, gates and norm; 8,000 of 50,000 steps"),
-    "baseline",
-    _points_published,
-  ),
-  "ce": Method(
-    "classification only",
-    "The same generator, trained only to be classified as wanted; images with total variation.",
-    "baseline",
-    _classification,
-  ),
-  "inversion": Method(
-    "DeepInversion",
-    "Free samples that are classified as wanted and reproduce the stored batch-norm statistics; images with total"
-    " variation and small squares (Yin et al. 2020).",
-    "baseline",
-    _inversion,
-  ),
+  "kkt": Method("this library", "method"),
+  "points": Method("free samples, our settings", "baseline", _points),
+  "points_published": Method("free samples, published settings", "baseline", _points_published),
+  "ce": Method("classification only", "baseline", _classification),
+  "inversion": Method("DeepInversion", "baseline", _inversion),
   "no_stationarity": _without("stationarity", "stationarity"),
   "no_duality": _without("duality", "duality"),
   "no_statistics": _without("batch-norm statistics", "statistics"),
-  "least_norm": _literal("Lambda of least norm", _least_norm),
-  "relu": _literal("ReLU multipliers", _relu),
-  "unsquared": _literal("unsquared norm", _unsquared),
-  "target_scale": _literal("learned scale of the target", _target_scale),
-  "paper": Method(
-    "the paper to the letter",
-    "Lambda of least norm, ReLU multipliers, unsquared norm, learned scale, and of the priors only total variation; in"
-    " the first layer's span, or of the stored moments.",
-    "ablation",
-    _paper,
-  ),
+  "least_norm": Method("Lambda of least norm", "ablation", _least_norm),
+  "relu": Method("ReLU multipliers", "ablation", _relu),
+  "unsquared": Method("unsquared norm", "ablation", _unsquared),
+  "target_scale": Method("learned scale of the target", "ablation", _target_scale),
+  "paper": Method("the paper to the letter", "ablation", _paper),
 }
 IMAGES: Mapping[str, Method] = {
   **_BOTH,
-  "cmi": Method(
-    "contrastive inversion",
-    "DeepInversion whose samples differ from one another in the classifier's features (CMI, Fang et al. 2021); views"
-    " are smooth deformations, and neither a head on the features nor a student is learned.",
-    "baseline",
-    _contrastive,
-  ),
-  "means": Method(
-    "mean image",
-    "The mean training image, which the classifier stores, for every sample: what can be had without any training.",
-    "baseline",
-    _start_only,
-  ),
-  "blind": Method(
-    "blind search",
-    "Random points of the first layer's span, polished until most of their pixels are black or white: no equation but"
-    " that of the span, and no training.",
-    "baseline",
-    _blind,
-  ),
-  "no_polish": Method(
-    "without polishing", _WITHOUT, "ablation", lambda recipe, setting: recipe.with_schedule(polish_rounds=0)
-  ),
+  "cmi": Method("contrastive inversion", "baseline", _contrastive),
+  "means": Method("mean image", "baseline", _start_only),
+  "blind": Method("blind search", "baseline", _blind),
+  "no_polish": _without("polishing", polish_rounds=0),
   "no_class_features": _without("class features", "class_features"),
   "no_binarisation": _without("black and white", "binarisation"),
   "no_total_variation": _without("total variation", "total_variation"),
-  "no_span": Method("without the first layer's span", _WITHOUT, "ablation", _without_span),
+  "no_span": Method("without the first layer's span", "ablation", _without_span),
 }
 BY_DESCENT = ("no_solved", "paper")  # and the baselines: methods of the circle that do not solve for the points first
 CIRCLE: Mapping[str, Method] = {
   **_BOTH,
-  "means": Method(
-    "stored moments",
-    "Gaussian points of the mean and covariance that the first batch norm stores: what can be had without training.",
-    "baseline",
-    _moments,
-  ),
-  "no_solved": Method("without solved points", _WITHOUT, "ablation"),
+  "means": Method("stored moments", "baseline", _moments),
+  "no_solved": _without("solved points"),
   "no_repulsion": _without("repulsion", "repulsion"),
-  "no_restarts": Method(
-    "without restarts", _WITHOUT, "ablation", lambda recipe, setting: recipe.with_schedule(restarts=1)
-  ),
+  "no_restarts": _without("restarts", restarts=1),
 }

@@ -40,27 +40,16 @@ def gaussian_generator(examinations: Sequence[Examination]) -> generators.Genera
   return generators.Generator(lambda key: ({}, {}), generate, generators.normal_noise(2), 2, 180)
 
 
-def recipe(
-  examinations: Sequence[Examination],
-  *,
-  codes: int,
-  steps: int,
-  restarts: int,
-  restart_steps: int,
-  learning_rate: float,
-  solve: bool = True,
-) -> recipes.Recipe:
+def recipe(examinations: Sequence[Examination], config: Any, *, solve: bool = True) -> recipes.Recipe:
   """The recipe for classifiers with batch norm, or with weight decay of known strength.
 
   Args:
     examinations: of the classifiers.
-    codes: learned codes of each class; each is used once in every step.
-    steps: training steps altogether.
-    restarts: generators that are started; one where the points are solved for.
-    restart_steps: steps of each before the choice.
-    learning_rate: peak of generator and multipliers.
+    config: of `experiments.circle`: ``codes``, ``steps``, ``restarts`` (one where the points are solved for),
+      ``restart_steps`` and ``learning_rate``, of generator and multipliers.
     solve: whether to solve for the points first.
   """
+  steps = config.steps
   coupled = examinations[0].classifier.batch_coupled
   means, factors = _moments(examinations)
   size = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(factors), axis=2)))  # a coordinate's standard deviation
@@ -70,16 +59,16 @@ def recipe(
       sample_shape=(2,),
       num_labels=generators.num_labels(examinations),
       num_classifiers=len(examinations),
-      codebook_size=codes,
+      codebook_size=config.codes,
       jitter=_FINAL_JITTER,
       output=generators.affine_output(means, factors, bound=2.5),
     )
 
-  begin = restart_steps / steps
+  begin = config.restart_steps / steps
   noise = generators.stratified_noise(
     1 + _CODE_SIZE, size=lambda progress: jnp.where(progress < begin, _JITTER / _FINAL_JITTER, 1.0)
   )
-  cosine = optax.schedules.cosine_decay_schedule(learning_rate, max(steps, 1), alpha=0.02)
+  cosine = optax.schedules.cosine_decay_schedule(config.learning_rate, max(steps, 1), alpha=0.02)
   # e^-alpha waits until most samples are on their side; moving early, it follows the misplaced ones. Without batch norm
   # it starts near its place.
   hold, pace = steps // 5, 1.0 if coupled else 0.01
@@ -96,10 +85,7 @@ def recipe(
   if coupled:
     multipliers = recipes.network_multipliers(hidden=(64,))
     stationarity = recipes.Stationarity(1.0, losses.cosine_distance, gate_sharpness=0.0, **ramp)
-    own |= {
-      "duality": terms.Term(3.0, terms.duality(delta=0.01)),
-      "statistics": terms.Term(100.0, terms.statistics),
-    }
+    own |= {"duality": terms.Term(3.0, terms.duality(delta=0.01)), "statistics": terms.Term(100.0, terms.statistics)}
   else:
     multipliers = recipes.softmax_multipliers()
     # Solved points lie on hinges, where the gates are averages of both sides; no gate of a single sample says that.
@@ -107,7 +93,7 @@ def recipe(
     stationarity = recipes.Stationarity(weight, losses.relative_residual, **ramp)
     own["duality"] = terms.Term(10.0, terms.duality(delta=1.0))
   return recipes.Recipe(
-    generator=generators.network(module, noise=noise, noise_dim=1 + _CODE_SIZE, batch_size=3 * codes),
+    generator=generators.network(module, noise=noise, noise_dim=1 + _CODE_SIZE, batch_size=3 * config.codes),
     multipliers=multipliers,
     stationarity=stationarity,
     terms=own,
@@ -116,8 +102,8 @@ def recipe(
       theta=lambda num_steps: optax.adam(cosine),
       eta=lambda num_steps: optax.adam(cosine),
       alpha=lambda num_steps: optax.adam(lambda step: jnp.where(step < hold, 0.0, pace * cosine(step))),
-      restarts=1 if "solved" in own else restarts,
-      restart_steps=restart_steps if steps else 0,
+      restarts=1 if "solved" in own else config.restarts,
+      restart_steps=config.restart_steps if steps else 0,
       steps_per_call=20,
     ),
   )

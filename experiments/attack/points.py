@@ -80,14 +80,9 @@ def _from_statistics(classifier: Classifier, margin: float) -> tuple[np.ndarray,
   x, atoms = places.astype(np.float64), []
   stored_statistics: Any = classifier.statistics
   for index in range(2):
-    layer, norm, stored = (
-      {name: np.asarray(value, np.float64) for name, value in tree[f"{kind}_{index}"].items()}
-      for kind, tree in (
-        ("Dense", classifier.params),
-        ("BatchNorm", classifier.params),
-        ("BatchNorm", stored_statistics),
-      )
-    )
+    trees = [classifier.params[f"{kind}_{index}"] for kind in ("Dense", "BatchNorm")]
+    trees.append(stored_statistics[f"BatchNorm_{index}"])
+    layer, norm, stored = ({name: np.asarray(own, np.float64) for name, own in tree.items()} for tree in trees)
     x = (x @ layer["kernel"] + layer["bias"] - stored["mean"]) / np.sqrt(stored["var"] + 1e-5)
     atoms += [x, np.square(x) - stored["var"] / (stored["var"] + 1e-5)]  # both are 0 in the mean
     x = np.maximum(x * norm["scale"] + norm["bias"], 0.0)

@@ -8,19 +8,14 @@ rate of matrix products all of it reaches. Then how a step grows with each of it
 (`experiments.benchmark.peers`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
-import functools
+import math
 import pathlib
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
-from experiments import images, mnist
 from kkt_jax.cli import flags
 from kkt_jax.cli.flags import flag
-
-if TYPE_CHECKING:
-  from experiments.benchmark import timing
-  import kkt_jax
 
 # Greatest ratios to a plain training step that are claimed.
 _MOST: Mapping[str, Mapping[str, float]] = {
@@ -51,8 +46,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     return peers.run(config, workdir)
   import jax
 
-  from experiments.benchmark import scaling, timing
-  from experiments.measure import pictures
+  from experiments.benchmark import scaling, steps, timing
   from kkt_jax.cli.progress import say
   from kkt_jax.cli.workdir import Workdir
 
@@ -72,14 +66,14 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
 
   for width, classes in ((256, 10), (256, 100), (config.wide, 10)):
     name = f"width {width}, {classes} classes"
-    classifier, x, y = problem(config, (width, width), classes)
-    compare(name, "stationarity", _stationarity(classifier, x, y), _plain_step(classifier, x, y))
+    classifier, x, y = steps.problem(config.samples, (width, width), classes)
+    compare(name, "stationarity", steps.stationarity(classifier, x, y), steps.plain_step(classifier, x, y))
     if config.jacobians and (width, classes) == (256, 10):
-      jacobians = _stationarity(classifier, x, y, explicit=True)
+      jacobians = steps.stationarity(classifier, x, y, explicit=True)
       rows[f"{name}: stationarity, explicit Jacobians"] = timing.measure(jacobians, min(config.repeats, 3))
   for kind, batch_norm in (("batch norm", True), ("weight decay", False)):
     for in_span in (False, True):
-      whole, plain = whole_step(batch_norm=batch_norm, in_span=in_span)
+      whole, plain = steps.whole_step(batch_norm=batch_norm, in_span=in_span)
       compare(f"mnist, {kind}", "whole step in a span" if in_span else "whole step", whole, plain)
   base, many = (rows[f"width 256, {count} classes: stationarity"] for count in (10, 100))
   growth = {"time": many.milliseconds / base.milliseconds, "memory": many.megabytes / base.megabytes}
@@ -106,9 +100,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     metrics["scaling"] = scaling.measure(sizes, repeats=min(config.repeats, 5), rate=rate)
     lines += ["", scaling.table(metrics["scaling"])]
   lines += ["", *(failures or ["Every ratio is within what is claimed."])]
-  pictures.bars(out.path / "times.png", {name: row.milliseconds for name, row in rows.items()}, "milliseconds a call")
-  metrics |= {"summary": "\n".join(lines), "pictures": [str(out.path / "times.png")]}
-  out.log(0, {name: row.milliseconds for name, row in rows.items()})
+  metrics["summary"] = "\n".join(lines)
   out.finish(metrics)
   return metrics
 
@@ -119,110 +111,12 @@ def missed(ratios: Mapping[str, Mapping[str, Any]]) -> list[str]:
   >>> missed({"mnist: whole step": {"time": (2.0, 1.9, 2.1), "operations": 2.6}})
   ['MISSED: mnist: whole step over a plain step, operations 2.60; claimed is at most 2.5.']
   """
-  values = {name: {"time": own["time"][0], "operations": own["operations"]} for name, own in ratios.items()}
   return [
-    f"MISSED: {name} over a plain step, {what} {values[name][what]:.2f}; claimed is at most {most}."
-    for name in values
-    for what, most in _MOST.get(name.split(": ")[-1], {}).items()
-    if not values[name][what] <= most
+    f"MISSED: {name} over a plain step, {what} {value:.2f}; claimed is at most {most}."
+    for name, own in ratios.items()
+    for what, value in (("time", own["time"][0]), ("operations", own["operations"]))
+    if not value <= (most := _MOST.get(name.split(": ")[-1], {}).get(what, math.inf))
   ]
-
-
-def problem(config: Config, hidden: Sequence[int], num_classes: int) -> "tuple[kkt_jax.Classifier, Any, Any]":
-  """The MNIST classifier with random weights, random samples and classes: times do not depend on their values."""
-  import jax
-  import jax.numpy as jnp
-
-  import kkt_jax
-
-  module = kkt_jax.networks.MLPClassifier(num_classes=num_classes, hidden=hidden)
-  key = jax.random.key(0)
-  x = jax.random.uniform(key, (config.samples, 28, 28, 1))
-  classifier = kkt_jax.from_linen(module, module.init(key, x), input_shape=(28, 28, 1), weight_decay=0.02)
-  return classifier, x, jnp.arange(config.samples) % num_classes
-
-
-def whole_step(*, batch_norm: bool, in_span: bool = False) -> "tuple[timing.Call, timing.Call]":
-  """A step of the table's training in `experiments.mnist`, and a plain step of its classifier on as many samples.
-
-  The classifier has random weights. What a step costs does not depend on their values, but on what they reveal: of
-  trained weights the span of the data is known, and samples lie in it.
-
-  Args:
-    batch_norm: whether the classifier has batch norm; weight decay if not.
-    in_span: with a random span of as many dimensions as that of the run's digits; without, samples are free.
-  """
-  import jax
-  import jax.numpy as jnp
-
-  from experiments.benchmark import timing
-  import kkt_jax
-  from kkt_jax.analysis import InputSpan
-
-  settings, examination = _examined(batch_norm)
-  if in_span:
-    dimensions = 10 * settings.samples_per_class - 1  # one less, as their mean is subtracted
-    basis = jnp.linalg.qr(jax.random.normal(jax.random.key(1), (784, dimensions)))[0]
-    examination = dataclasses.replace(examination, span=InputSpan(basis, jnp.ones(dimensions)))
-  recipe = images.recipe_of(settings, [examination], drawings=True)
-  begin = kkt_jax.Reconstruction.begin([examination.classifier], recipe, examinations=[examination])
-  step: Any = kkt_jax.reconstruction.training.make_train_step(begin.problem)
-  conditions = [recipe.stationarity.conditions(examination)]
-  x = jax.random.uniform(jax.random.key(1), (begin.problem.generator.batch_size, 28, 28, 1))
-  call = timing.Call(lambda *arguments: step(*arguments, None), begin.state, begin.classifiers, conditions)
-  return call, _plain_step(examination.classifier, x, jnp.arange(len(x)) % 10)
-
-
-@functools.cache
-def _examined(batch_norm: bool) -> "tuple[mnist.Config, kkt_jax.Examination]":
-  """The settings of `experiments.mnist`, and what its classifier says with random weights."""
-  import jax
-  import jax.numpy as jnp
-
-  import kkt_jax
-
-  settings = images.resolve(mnist.Config(batch_norm=batch_norm), mnist.DEFAULTS)
-  hidden = (settings.width, settings.second_width)
-  module = kkt_jax.networks.MLPClassifier(num_classes=10, hidden=hidden, batch_norm=batch_norm)
-  variables = module.init(jax.random.key(0), jnp.zeros((2, 28, 28, 1)))
-  decay = None if batch_norm else settings.weight_decay
-  return settings, kkt_jax.examine(kkt_jax.from_linen(module, variables, input_shape=(28, 28, 1), weight_decay=decay))
-
-
-def _plain_step(classifier: "kkt_jax.Classifier", x: Any, y: Any) -> "timing.Call":
-  """One step of gradient descent on the cross-entropy: what any training of this classifier costs."""
-  import jax
-  import jax.numpy as jnp
-  import optax
-
-  from experiments.benchmark import timing
-
-  def step(params: Any, x: Any, y: Any) -> Any:
-    def loss(params: Any) -> Any:
-      logits = classifier.apply_fn(params, x)
-      return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, y))
-
-    return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
-
-  return timing.Call(step, classifier.params, x, y)
-
-
-def _stationarity(classifier: "kkt_jax.Classifier", x: Any, y: Any, *, explicit: bool = False) -> "timing.Call":
-  """The relative residual with multipliers 1 and its gradient by the samples, by one product or explicit Jacobians."""
-  import jax
-  import jax.numpy as jnp
-
-  from experiments.benchmark import timing
-  from kkt_jax.kkt import conditions, jacobians, losses
-
-  def residual(x: Any, params: Any, y: Any) -> Any:
-    wanted, mu = conditions.weight_decay_conditions(params), jnp.ones((x.shape[0], classifier.num_classes))
-    if explicit:
-      own = jacobians.per_sample_jacobians(classifier.apply_fn, params, x)
-      return losses.relative_residual(wanted, losses.stationarity_sum_from_jacobians(own, y, mu))
-    return losses.relative_residual(wanted, losses.stationarity_sum(classifier.apply_fn, params, x, y, mu))
-
-  return timing.Call(jax.value_and_grad(residual), x, classifier.params, y)
 
 
 if __name__ == "__main__":

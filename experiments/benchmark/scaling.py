@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmark import timing
+from experiments.benchmark import steps, timing
 from kkt_jax import generators, networks, reconstruction, sharding
 from kkt_jax.analysis import Examination
 from kkt_jax.classifiers import Classifier
 from kkt_jax.classifiers import spec as subject
 from kkt_jax.kkt import losses, weight_decay_conditions
-from kkt_jax.reconstruction import recipes, terms, training
+from kkt_jax.reconstruction import recipes, terms
 
 _SHAPE = (28, 28, 1)
 _MICROBATCH = 64
@@ -81,10 +81,8 @@ def step(size: Size) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   begin = reconstruction.Reconstruction.begin(
     classifiers, recipe, examinations=list(map(_unexamined, classifiers)), microbatch_size=size.microbatch, mesh=mesh
   )
-  one: Any = training.make_train_step(begin.problem)
-  arguments = (begin.state, begin.classifiers, begin.conditions)
-  call = lambda *arguments: one(*arguments, None)
-  return call, sharding.replicate(arguments, mesh) if mesh else arguments
+  call, *arguments = steps.training_step(begin)
+  return call, sharding.replicate(tuple(arguments), mesh) if mesh else tuple(arguments)
 
 
 def _unexamined(classifier: Classifier) -> Examination:

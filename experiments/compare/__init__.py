@@ -1,1 +1,1 @@
-"""Methods against one another on the same classifiers, and a search for settings; they only start experiments."""
+"""Methods against one another on the same classifiers; it only starts experiments."""

@@ -1,6 +1,6 @@
-"""Methods against one another on the same classifiers: every metric beside its controls, over several seeds, one page.
+"""Methods against one another on the same classifiers: every metric beside its controls, over several seeds.
 
-Runs every method on several classifiers, several times on each, and writes report.html and report.md. Several runs go
+Runs every method on several classifiers, several times on each, and writes report.md. Several runs go
 side by side, each on one thread; what is interrupted goes on with the same command, and what is done stays. For the
 100 digits of the README: --set=samples_per_class=10,codes=25.
 """
@@ -13,7 +13,7 @@ import shlex
 import statistics
 from typing import Any
 
-from experiments.compare import pool
+from experiments.compare import pool, report
 from kkt_jax.cli import flags
 from kkt_jax.cli.workdir import Workdir
 
@@ -47,8 +47,6 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   chosen = choose_methods(config)
   if config.results:
     flags.check_folder(pathlib.Path(config.results).absolute().parent, flag="results")
-  from experiments.compare import report  # slow
-
   same = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("processes", "results")}
   out = Workdir(workdir, same)
   jobs = {name: _jobs(config, settings, name, workdir) for name in chosen}
@@ -60,19 +58,19 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   pool.run_all([job for own in in_turn for job in own if job], processes=config.processes, what="runs")
   given = [f"--{name}={value}" for name, value in same.items() if value != getattr(Config(), name)]
   command = lambda folder: shlex.join(["python", "-m", "experiments.compare", *given, f"--workdir={folder}"])
-  made = report.build(config.experiment, chosen, jobs, command(workdir))
-  (out.path / "report.html").write_text(report.html(made), encoding="utf-8")
-  (out.path / "report.md").write_text(report.markdown(made) + "\n", encoding="utf-8")
+  kind = "circle" if config.experiment == "circle" else "images"
+  rows, columns = report.rows_of(kind, chosen, jobs), report.headline(kind)
+  (out.path / "report.md").write_text(report.document(rows, kind, chosen, jobs, command(workdir)) + "\n")
   if config.results:
     group = config.methods if config.methods in ("ablations", "all") else ""
     title = " ".join(filter(None, (config.experiment, group, config.set)))
-    report.insert(pathlib.Path(config.results), title, f"{report.markdown(made)}\n\n`{command('DIR')}`")
+    report.insert(pathlib.Path(config.results), title, f"{report.markdown(rows, columns)}\n\n`{command('DIR')}`")
   means = {
-    row.name: {name: statistics.fmean(row.values[name]) for name in made.headline if row.values.get(name)}
-    for row in made.rows
+    row.name: {own.name: statistics.fmean(row.values[own.name]) for own in columns if row.values.get(own.name)}
+    for row in rows
   }
   out.finish(means)
-  return means | {"summary": report.markdown(made, legend=False), "pictures": ["report.html", "report.md"]}
+  return means | {"summary": report.markdown(rows, columns, legend=False), "pictures": ["report.md"]}
 
 
 def choose_methods(config: Config) -> dict[str, Any]:

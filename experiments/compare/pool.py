@@ -1,10 +1,9 @@
 """Many runs of experiments side by side, each in its own process; what is done already is not done again."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 import concurrent.futures
 import dataclasses
 import importlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -39,7 +38,7 @@ class Job:
   def outcome(self) -> dict[str, Any] | None:
     """What `run_all` noted when the run ended: None before that.
 
-    These are ``seconds`` (None if it was interrupted), ``peak_memory`` (bytes), ``error`` and ``pictures``.
+    These are ``seconds`` (None if it was interrupted), ``peak_memory`` (bytes) and ``error``.
     """
     path = self.workdir / "done.json"
     return json.loads(path.read_text()) if path.exists() else None
@@ -69,50 +68,33 @@ def fixed_settings(module: str, text: str) -> dict[str, Any]:
   return settings
 
 
-def run_all(
-  jobs: Iterable[Job],
-  *,
-  processes: int,
-  what: str,
-  total: int | None = None,
-  on_end: Callable[[Job], None] = lambda job: None,
-) -> None:
+def run_all(jobs: Iterable[Job], *, processes: int, what: str) -> None:
   """Runs every job that has not ended yet. A run that diverges is noted, and the others go on.
 
   Args:
-    jobs: the runs; each is taken when there is a process for it.
+    jobs: the runs.
     processes: how many at a time, each on one thread; 0 is one for each core.
     what: what is going on, a word or two, for the progress line.
-    total: how many are left, for the progress line; if None they are counted, and so all taken, first.
-    on_end: called with every job that ends.
 
   Raises:
     RunError: a run broke off; its ``log.txt`` says why. The same command goes on with the others.
   """
-  waiting: Iterator[Job] = (job for job in jobs if job.outcome() is None)
-  if total is None:
-    left = list(waiting)
-    waiting, total = iter(left), len(left)
-  progress, ended, processes = Progress(what, total), 0, processes or os.cpu_count() or 1
+  left = [job for job in jobs if job.outcome() is None]
+  progress = Progress(what, len(left))
   # Threads that wait for a process each: a ProcessPoolExecutor can overlook that one of its processes was killed.
-  executor = concurrent.futures.ThreadPoolExecutor(processes)
-  pending: dict[concurrent.futures.Future[None], Job] = {}
-  try:
-    while True:
-      for job in itertools.islice(waiting, processes - len(pending)):
-        pending[executor.submit(_run_in_process, job)] = job
-      if not pending:
-        return
-      for future in concurrent.futures.wait(pending, _POLL, concurrent.futures.FIRST_COMPLETED).done:
-        future.result()
-        on_end(pending.pop(future))
-        ended += 1
-      progress.update(ended, _last_words(pending.values()))
-  finally:
-    while concurrent.futures.wait(pending, 0.1).not_done:
-      for child in multiprocessing.active_children():
-        child.terminate()
-    executor.shutdown()
+  with concurrent.futures.ThreadPoolExecutor(processes or os.cpu_count()) as executor:
+    pending = {executor.submit(_run_in_process, job): job for job in left}
+    try:
+      while pending:
+        for future in concurrent.futures.wait(pending, _POLL, concurrent.futures.FIRST_COMPLETED).done:
+          del pending[future]
+          future.result()
+        progress.update(len(left) - len(pending), _last_words(pending.values()))
+    finally:
+      while [future for future in pending if not (future.cancel() or future.done())]:
+        for child in multiprocessing.active_children():
+          child.terminate()
+        time.sleep(0.1)
 
 
 def _run_in_process(job: Job) -> None:
@@ -132,13 +114,13 @@ def _run(job: Job) -> None:
   }
   job.workdir.mkdir(parents=True, exist_ok=True)
   resumed = (job.workdir / "config.json").exists()
-  began, error, pictures = time.monotonic(), "", []
+  began, error = time.monotonic(), ""
   with (job.workdir / "log.txt").open("a") as log:
     for own in (1, 2):
       os.dup2(log.fileno(), own)
   module = importlib.import_module(job.module)
   try:
-    pictures = module.run(module.Config(**job.settings), job.workdir).get("pictures", [])
+    module.run(module.Config(**job.settings), job.workdir)
   except FloatingPointError as failure:
     error = f"{type(failure).__name__}: {failure}"
   outcome = {
@@ -146,7 +128,6 @@ def _run(job: Job) -> None:
     "seconds": None if resumed else time.monotonic() - began,
     "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # kilobytes on Linux
     "error": error,
-    "pictures": list(pictures),
   }
   write_json(job.workdir / "done.json", outcome)
 

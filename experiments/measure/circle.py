@@ -73,18 +73,16 @@ def evaluate(
       ("gaussian_of_the_stored_moments", gaussian[:_FITTED], labels[:_FITTED]),
     ):
       diagnosis = diagnostics.diagnose(classifier, condition, points, point_labels)
-      results[name].setdefault("residual", []).append(diagnosis.residual)
-      results[name].setdefault("margin_spread", []).append(diagnosis.margin_spread)
-      results[name].setdefault("median_margin", []).append(diagnosis.median_margin)
+      for metric in ("residual", "margin_spread", "median_margin"):
+        results[name].setdefault(metric, []).append(getattr(diagnosis, metric))
   measured = dict(results)
   if len(classifiers) > 1:
-    results["per_classifier"] = [
-      _own_subset(samples[index == t], labels[index == t], data, t) for t in range(len(classifiers))
-    ]
+    subsets = (index == t for t in range(len(classifiers)))
+    results["per_classifier"] = [_own_subset(samples[own], labels[own], data, t) for t, own in enumerate(subsets)]
   results["exp_minus_alpha"] = np.asarray(reconstruction.margins).tolist()
   results["true_median_margin"] = results["training_data"]["median_margin"]
   results["final_losses"] = out.last_logged()
-  picture = _picture(out.path, data, classifiers, samples, labels, index)
+  picture = _picture(out.path, data, classifiers, (samples, labels, index))
   out.finish(results)
   return results | {"summary": matching.table(measured, _SHOWN), "pictures": [picture]}
 
@@ -97,16 +95,9 @@ def _own_subset(samples: np.ndarray, labels: np.ndarray, data: Points, t: int) -
   return {"nearest_in_own_subset": float(parts[t][nearest].mean()), **own}
 
 
-def _picture(
-  folder: pathlib.Path,
-  data: Points,
-  classifiers: Sequence[Classifier],
-  samples: np.ndarray,
-  labels: np.ndarray,
-  index: np.ndarray,
-) -> str:
-  """Draws Fig. 4 or Fig. 5; returns the name of the file."""
-  x, y, parts = data
+def _picture(folder: pathlib.Path, data: Points, classifiers: Sequence[Classifier], drawn: Sequence[np.ndarray]) -> str:
+  """Draws Fig. 4 or Fig. 5 with samples, their labels and their classifiers; returns the name of the file."""
+  (x, y, parts), (samples, labels, index) = data, drawn
   panels: list[tuple[str, Any]] = []
   for t, (classifier, part) in enumerate(zip(classifiers, parts, strict=True)):
     of = f" of classifier {t + 1}" if len(classifiers) > 1 else ""

@@ -34,6 +34,19 @@ _SHOWN = (
   "residual",
   "residual_free",
 )
+_NOVELTY = (
+  "Of fresh draws {trained:.0%} are nearly a training image, {repeated:.0%} nearly another draw, {new:.0%} nearly"
+  " neither (structural similarity above .9)."
+)
+_MEMBERSHIP = (
+  "The median training image sits on {train:.2%} of the kinks of its ReLUs, another real image on {others:.2%}; this"
+  " tells them apart with an AUC of {auc:.3f}."
+)
+_CERTIFICATES = (
+  "The weights alone certify {certified} of at most {most} training images (framed); {exact} of these are exact,"
+  " {false} are no training images; {to_the_bit} are claimed to be right to the last bit, of which {identical} are"
+  " identical to one."
+)
 _AT_ONCE = 1000  # samples whose gradients are in memory at once
 
 
@@ -42,12 +55,9 @@ def evaluate(
   shared: pathlib.Path,
   data: Split,
   reconstruction: "kkt_jax.Reconstruction",
+  config: Any,
   *,
-  seed: int,
-  judge_epochs: int,
-  thorough: bool,
   num_samples: int,
-  population: int,
   picture: str,
 ) -> Mapping[str, Any]:
   """Draws the picture and measures every metric beside its controls.
@@ -57,11 +67,10 @@ def evaluate(
     shared: folder of the judge and of the controls, which other runs on the same data can share.
     data: training images, images for the judge, held-out images, distractors.
     reconstruction: the attacked classifiers, their conditions, and the trained generator.
-    seed: of the judge and of the samples.
-    judge_epochs: passes over the data of the judge's training.
-    thorough: whether to measure what takes longer, too.
+    config: of `experiments.images`: ``seed`` (of the judge and of the samples), ``judge_epochs`` (passes over the data
+      of the judge's training), ``thorough`` (whether to measure what takes longer, too) and ``population`` (fresh
+      samples of which the residual is measured).
     num_samples: samples of each kind, the same number of each class.
-    population: fresh samples of which the residual is measured.
     picture: file name of the picture.
 
   Returns:
@@ -71,11 +80,10 @@ def evaluate(
   classifiers = reconstruction.classifiers
   labels = sorted({label for classifier in classifiers for label in classifier.labels})
   matching.check_classes(vars(data), labels)
-  judge = train_judge(data.evaluation, seed=seed + 2, directory=shared / "judge", epochs=judge_epochs)
-  key = jax.random.key(seed + 3)
-  teach = None
-  if len(classifiers) == 1:
-    teach = functools.partial(soft_labels, classifiers[0], float(reconstruction.margins[0]))
+  judge = train_judge(data.evaluation, seed=config.seed + 2, directory=shared / "judge", epochs=config.judge_epochs)
+  key = jax.random.key(config.seed + 3)
+  only = len(classifiers) == 1
+  teach = functools.partial(soft_labels, classifiers[0], float(reconstruction.margins[0])) if only else None
 
   def fresh(count: int, labels_of: Callable[..., np.ndarray]) -> Samples:
     y = labels_of(labels, count)
@@ -83,19 +91,21 @@ def evaluate(
 
   def measure(images: Samples) -> dict[str, Any]:
     metrics: dict[str, Any] = comparison.measure(judge, data, images)
-    if thorough:  # five times the judge's passes: there are fewer images to learn from
-      metrics |= comparison.measure_further(judge, data, images, seed=seed, epochs=5 * judge_epochs, teach=teach)
+    if config.thorough:  # five times the judge's passes: there are fewer images to learn from
+      metrics |= comparison.measure_further(
+        judge, data, images, seed=config.seed, epochs=5 * config.judge_epochs, teach=teach
+      )
     return metrics
 
   samples = fresh(num_samples // len(labels), np.repeat)
   # A distribution's residual has no sampling error: of fresh noise many samples, of the training data all.
   # Where samples interact, or multipliers are fitted, as many of each as the classifiers were trained on.
   coupled = any(classifier.batch_coupled for classifier in classifiers)
-  many = fresh(len(data.train.y) if coupled else population, np.resize)
+  many = fresh(len(data.train.y) if coupled else config.population, np.resize)
   x, y = map(np.asarray, (reconstruction.table or reconstruction).every_sample())
   every = Samples(x, y)
   margins = _true_margins(classifiers, data.train)
-  kkt = functools.partial(_kkt_metrics, classifiers, reconstruction.conditions, margins, thorough=thorough)
+  kkt = functools.partial(_kkt_metrics, classifiers, reconstruction.conditions, margins, thorough=config.thorough)
   results: dict[str, Any] = {
     "fresh_noise": measure(samples) | kkt(many),
     "trained_noise": comparison.measure(judge, data, _with_labels(every, samples.y)) | kkt(every),
@@ -113,35 +123,10 @@ def evaluate(
   matching.similar_pairs(out.path / picture, samples, data.train, certified=certified, columns=columns)
   out.finish(results)
   measured = {name: row for name, row in results.items() if isinstance(row, dict) and "eval_accuracy" in row}
-  summary = [matching.table(measured, _SHOWN), _novelty(results["novelty"])]
-  summary += [_certificates(own) for own in results["certificates"] if own["most"]]
-  summary += [_membership(own) for own in results["hinges"]]
+  summary = [matching.table(measured, _SHOWN), _NOVELTY.format_map(results["novelty"])]
+  summary += [_CERTIFICATES.format_map(own) for own in results["certificates"] if own["most"]]
+  summary += [_MEMBERSHIP.format_map(own) for own in results["hinges"]]
   return results | {"summary": "\n\n".join(summary), "pictures": [picture]}
-
-
-def _novelty(shares: Mapping[str, float]) -> str:
-  """How new fresh draws are, in a sentence."""
-  return (
-    f"Of fresh draws {shares['trained']:.0%} are nearly a training image, {shares['repeated']:.0%} nearly another draw,"
-    f" {shares['new']:.0%} nearly neither (structural similarity above .9)."
-  )
-
-
-def _membership(own: Mapping[str, float]) -> str:
-  """What the kinks of a classifier tell, in a sentence."""
-  return (
-    f"The median training image sits on {own['train']:.2%} of the kinks of its ReLUs, another real image on"
-    f" {own['others']:.2%}; this tells them apart with an AUC of {own['auc']:.3f}."
-  )
-
-
-def _certificates(count: Mapping[str, int]) -> str:
-  """What the weights of a classifier certify, in a sentence."""
-  return (
-    f"The weights alone certify {count['certified']} of at most {count['most']} training images (framed);"
-    f" {count['exact']} of these are exact, {count['false']} are no training images; {count['to_the_bit']} are claimed"
-    f" to be right to the last bit, of which {count['identical']} are identical to one."
-  )
 
 
 def _controls(
@@ -168,8 +153,7 @@ def _controls(
     The metrics.
   """
   if path.exists():
-    kept: dict[str, Any] = json.loads(path.read_text())
-    return kept
+    return json.loads(path.read_text())
   samples = matching.controls(data.train, data.held_out, y, key)
   populations = samples | {"training_data": data.train, "uniform_noise": matching.uniform_noise(like, key)}
   del populations["real_held_out"]  # the conditions are those of other data

@@ -48,16 +48,6 @@ def u_shape(path: pathlib.Path, margin: ArrayLike, loss: ArrayLike, *, alpha: fl
   figure.savefig(path)
 
 
-def bars(path: pathlib.Path, values: Mapping[str, float], unit: str) -> None:
-  """Named values as horizontal bars on a logarithmic axis."""
-  figure, (axes,) = _figure((8, 0.4 * len(values) + 1))
-  axes.bar_label(axes.barh(list(values), list(values.values())), fmt="%.3g", padding=3)
-  axes.set(xscale="log", xlabel=unit)
-  axes.margins(x=0.15)
-  axes.invert_yaxis()
-  figure.savefig(path)
-
-
 def curves(path: pathlib.Path, x: Sequence[float], y: Mapping[str, Sequence[float]], label: str) -> None:
   """Named curves over the same numbers, with the label of these."""
   figure, (axes,) = _figure((6, 4))
@@ -65,15 +55,6 @@ def curves(path: pathlib.Path, x: Sequence[float], y: Mapping[str, Sequence[floa
     axes.plot(x, values, marker="o", label=name)
   axes.set(xlabel=label, ylim=(-0.03, 1.03))
   axes.legend()
-  figure.savefig(path)
-
-
-def scatter(path: pathlib.Path, panels: Sequence[tuple[str, Any, Any]], label: str) -> None:
-  """Points in panels side by side: title, horizontal and vertical values of each; one horizontal label."""
-  figure, grid = _figure((3.4 * len(panels), 3.2), columns=len(panels))
-  for axes, (title, x, y) in zip(grid, panels, strict=True):
-    axes.scatter(x, y, s=18, alpha=0.7)
-    axes.set(title=title, xlabel=label)
   figure.savefig(path)
 
 

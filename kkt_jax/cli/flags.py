@@ -7,6 +7,7 @@ can be wrong before it makes the folder.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import contextlib
+import copy
 import csv
 import dataclasses
 import difflib
@@ -18,7 +19,6 @@ import shlex
 import signal
 import sys
 import textwrap
-import time
 from typing import Any, TypeVar
 
 from absl import app, logging
@@ -30,9 +30,9 @@ from kkt_jax.cli.progress import Clock, say
 
 ConfigT = TypeVar("ConfigT")
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-_LINE, _INDENT = 110, 34  # of the help
-_KEPT_DAYS = 30  # of what was compiled
+_PARSERS: Mapping[type, Any] = {int: absl_flags.IntegerParser, float: absl_flags.FloatParser}
+_SHOWN = {bool: "BOOLEAN", int: "INTEGER", float: "NUMBER", str: "TEXT"}
+_WIDTH = 110  # of the help
 _HELP = {"--help", "-h", "--helpshort", "--helpfull"}
 
 
@@ -70,8 +70,16 @@ def flag(
   """
   if default is None and type is None:
     raise ValueError("a flag without a default needs a type.")
-  metadata = {"help": help, "lower": lower, "upper": upper, "choices": choices, "group": group}
-  return dataclasses.field(default=default, metadata={**metadata, "type": type or default.__class__})
+  kind = type or default.__class__
+  parser: Any = absl_flags.BooleanParser() if kind is bool else absl_flags.ArgumentParser()
+  wanted = "true or false" if kind is bool else "text"
+  if kind in _PARSERS:
+    parser = _PARSERS[kind](lower_bound=lower, upper_bound=upper)
+    wanted = parser.syntactic_help
+  elif choices is not None:
+    parser, wanted = absl_flags.EnumParser(choices), f"one of {', '.join(choices)}"
+  metadata = {"help": help, "choices": choices, "group": group, "type": kind, "parser": parser, "wanted": wanted}
+  return dataclasses.field(default=default, metadata=metadata)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -93,27 +101,28 @@ def check(config: Any) -> None:
   ...   rate: float = flag(0.1, "Step size.", lower=0)
   >>> check(Config(rate=-1.0))
   Traceback (most recent call last):
-  kkt_jax.cli.flags.UsageError: --rate must be at least 0; got -1.0.
+  kkt_jax.cli.flags.UsageError: --rate must be a non-negative number; got -1.0.
   """
   for field in dataclasses.fields(config):
-    value, limits = getattr(config, field.name), field.metadata
-    if value is None and field.default is None:
-      continue  # see `resolve`
-    kind, must, end = limits["type"], "", "."
-    if not isinstance(value, (int, float) if kind is float else kind):
-      must = f"be {_KINDS[kind]}"
-    elif limits["choices"] is not None and value not in limits["choices"]:
-      must, end = f"be one of {', '.join(limits['choices'])}", did_you_mean(str(value), limits["choices"])
-    elif kind is float and not math.isfinite(value):
-      must = "be finite"
+    if getattr(config, field.name) is not None or field.default is not None:  # see `resolve`
+      _value(field, getattr(config, field.name))
+
+
+def _value(field: dataclasses.Field[Any], given: Any) -> Any:
+  """The value of a field, which is given as such or as text."""
+  kind, wanted, hint = field.metadata["type"], field.metadata["wanted"], "."
+  try:
+    value = field.metadata["parser"].parse(given)
+    if kind is float and not math.isfinite(value):
+      wanted = "finite"
     elif kind is int and not -(2**63) <= value < 2**63:
-      must = "be less than 2^63 in size"
-    elif limits["lower"] is not None and value < limits["lower"]:
-      must = f"be at least {limits['lower']}"
-    elif limits["upper"] is not None and value > limits["upper"]:
-      must = f"be at most {limits['upper']}"
-    if must:
-      raise UsageError(f"--{field.name} must {must}; got {value!r}{end}")
+      wanted = "less than 2^63 in size"
+    elif isinstance(given, (str, int, float) if kind is float else (str, kind)):
+      return value
+  except (TypeError, ValueError):
+    if field.metadata["choices"]:
+      hint = did_you_mean(str(given), field.metadata["choices"])
+  raise UsageError(f"--{field.name} must be {wanted}; got {given!r}{hint}")
 
 
 def resolve(config: ConfigT, *presets: Mapping[str, Any]) -> ConfigT:
@@ -185,17 +194,8 @@ def parse(config_class: type[Any], text: str, *, flag: str = "set") -> dict[str,
       raise UsageError(f"--{flag}: {name} is not a flag of this experiment{did_you_mean(name, fields)}")
     if not equals:
       raise UsageError(f"--{flag}: {name} needs a value: {name}={fields[name].default}.")
-    values[name] = _convert(fields[name], value)
-  check(config_class(**values))
+    values[name] = _value(fields[name], value)
   return values
-
-
-def _convert(field: dataclasses.Field[Any], text: str) -> Any:
-  kind = field.metadata["type"]
-  try:
-    return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-  except (ValueError, KeyError) as error:
-    raise UsageError(f"--{field.name} must be {_KINDS[kind]}; got {text!r}.") from error
 
 
 def command_line(program: str, config: Any, workdir: pathlib.Path) -> str:
@@ -238,8 +238,8 @@ class _Folder:
   )
   compilation_cache: str = flag(
     "",
-    "Folder in which later runs find what was compiled; off for none. ~/.cache/kkt_jax, which keeps it for a month, or"
-    " what JAX is told.",
+    "Folder in which later runs find what was compiled; off for none. ~/.cache/kkt_jax, which can be deleted at any"
+    " time, or what JAX is told.",
   )
 
 
@@ -280,11 +280,8 @@ def main(
 
   def parsed(argv: list[str]) -> list[str]:
     absl_flags.FLAGS.mark_as_parsed()
-    if not _HELP & set(argv):
-      try:
-        _parsed(_classes(config_class, jointly), argv)  # absl wants to know its own before it runs anything
-      except InputError as error:
-        sys.exit(_say_error(error, 2))
+    with contextlib.suppress(InputError):  # which `command` will say
+      _parsed(_classes(config_class, jointly), argv)  # absl wants to know its own before it runs anything
     return argv
 
   app.run(lambda argv: command(config_class, run, argv, jointly=jointly), flags_parser=parsed)
@@ -314,12 +311,11 @@ def command(
     return 0
   logging.set_verbosity(logging.WARNING)  # jax and orbax chatter otherwise
   try:
-    (folder, config, *joint), of_jax = _parsed(classes, argv)
+    folder, config, *joint = _parsed(classes, argv)
     workdir = check_folder(folder.workdir)
     if joint:
       joint[0].check()
     _prepare_jax(folder.compilation_cache)
-    _set_jax(of_jax)
   except InputError as error:
     return _say_error(error, 2)
   clock = Clock()
@@ -354,10 +350,6 @@ def _prepare_jax(folder: str) -> None:
   A user's own settings in the environment stay. For the precision see `kkt_jax._precision`.
   """
   own = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kkt_jax"
-  for path in own.glob("jit_*"):  # JAX drops nothing
-    with contextlib.suppress(OSError):  # several runs may begin at once
-      if time.time() - path.stat().st_mtime > _KEPT_DAYS * 86400:
-        path.unlink()
   if folder == "off":
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
   elif folder:
@@ -366,22 +358,6 @@ def _prepare_jax(folder: str) -> None:
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
   os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
-
-
-def _set_jax(settings: Mapping[str, str]) -> None:
-  """Flags of JAX, in this process and its children."""
-  if settings:
-    import jax
-  for name, text in settings.items():
-    try:
-      now = getattr(jax.config, name)
-      value = {"true": True, "false": False}[text.lower()] if isinstance(now, bool) else type(now or "")(text)
-      jax.config.update(name, value)
-    except AttributeError as error:
-      raise UsageError(f"--{name} is not a flag of JAX.") from error
-    except (KeyError, ValueError, TypeError) as error:
-      raise UsageError(f"--{name} must be a value that JAX takes; got {text!r}.") from error
-    os.environ[name.upper()] = text
 
 
 def _classes(config_class: type[Any], jointly: bool) -> list[type[Any]]:
@@ -403,49 +379,53 @@ def _own_command(argv: Sequence[str]) -> str:
   return shlex.join([str(python), *module, *argv[1:]])
 
 
-def _parsed(classes: Sequence[type[Any]], argv: Sequence[str]) -> tuple[list[Any], dict[str, str]]:
-  """The config of each class, from one command line, and the flags of JAX by name; those of absl take effect."""
+def _parsed(classes: Sequence[type[Any]], argv: Sequence[str]) -> list[Any]:
+  """The config of each class, from one command line; the flags of absl and of JAX in it take effect."""
   values = absl_flags.FlagValues()
   fields = [field for config_class in classes for field in dataclasses.fields(config_class)]
-  for field in fields:
-    if field.metadata["type"] is bool:
-      absl_flags.DEFINE_bool(field.name, None, "", flag_values=values)
-    else:
-      absl_flags.DEFINE_string(field.name, None, "", flag_values=values)
-  own, of_absl = absl_flags.FLAGS, ("absl.app", "absl.logging")
-  for name in (flag.name for module in of_absl for flag in own.flags_by_module_dict().get(module, ())):
-    if name not in values and f"--{name}" not in _HELP:
-      values[name] = own[name]
+  for field in fields:  # as text, so that what is wrong is said in one form; see `_value`
+    parser, serializer = absl_flags.ArgumentParser[str](), absl_flags.ArgumentSerializer[str]()
+    boolean = field.metadata["type"] is bool
+    own = absl_flags.Flag(parser, serializer, field.name, None, "", boolean=boolean)
+    absl_flags.DEFINE_flag(own, values)
+  of_absl = absl_flags.FLAGS.flags_by_module_dict()
+  for other in (*of_absl["absl.app"], *of_absl["absl.logging"]):
+    if other.name not in values and f"--{other.name}" not in _HELP:
+      values[other.name] = other
   try:
-    argv = [argv[0], *values.read_flags_from_files(list(argv[1:]), force_gnu=False)]
-    given_to_jax = [found for arg in argv[1:] if (found := re.match(r"--?(no)?(jax_\w+)(=)?", arg))]
-    of_jax = {found[2]: found[3] for found in given_to_jax}
-    for name, equals in of_jax.items():
-      (absl_flags.DEFINE_string if equals else absl_flags.DEFINE_bool)(name, None, "", flag_values=values)
-    surplus = values(argv)[1:]
-  except absl_flags.UnrecognizedFlagError as error:
-    known = [f"--{field.name}" for field in fields]
-    name = f"--{error.flagname}"
-    raise UsageError(f"{name} is not a flag{did_you_mean(name, known)} --help shows them.") from error
-  except absl_flags.IllegalFlagValueError as error:  # of our own only booleans are read here
-    name, value = re.match(r"flag --(\w+)=(.*?): ", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
-    kind = _KINDS[bool if values[name].flag_type() == "bool" else int]
-    raise UsageError(f"--{name} must be {kind}; got {value!r}.") from error
+    try:
+      surplus = values(argv)[1:]
+    except absl_flags.UnrecognizedFlagError as error:
+      if not error.flagname.removeprefix("no").startswith("jax_"):
+        raise
+      surplus = _with_jax(values, argv)[1:]
   except absl_flags.Error as error:
-    raise UsageError(f"{str(error).removeprefix('ERROR:: ')}; every setting must be a flag --name=value.") from error
+    raise UsageError(str(error).removeprefix("ERROR:: ")) from error
   if surplus:
     raise UsageError(f"every setting must be a flag --name=value; got {surplus[0]!r}.")
-  configs = []
-  for config_class in classes:
-    given = {}
-    for field in dataclasses.fields(config_class):
-      text: Any = values[field.name].value
-      if text is not None:
-        given[field.name] = text if isinstance(text, bool) else _convert(field, text)
-    configs.append(config_class(**given))
-    check(configs[-1])
-  shown = {name: values[name].value for name in of_jax}
-  return configs, {name: str(text).lower() if isinstance(text, bool) else str(text) for name, text in shown.items()}
+  given = {field.name: _value(field, text) for field in fields if (text := values[field.name].value) is not None}
+  return [
+    own(**{field.name: given[field.name] for field in dataclasses.fields(own) if field.name in given})
+    for own in classes
+  ]
+
+
+def _with_jax(values: absl_flags.FlagValues, argv: Sequence[str]) -> list[str]:
+  """What is left of a command line with flags of JAX, which take effect in this process and its children."""
+  _prepare_jax(values["compilation_cache"].value or "")
+  import jax
+
+  if "jax_debug_nans" not in absl_flags.FLAGS:
+    jax.config.config_with_absl()
+  names = [name for name in absl_flags.FLAGS if name.startswith("jax_")]
+  for name in names:
+    values[name] = copy.deepcopy(absl_flags.FLAGS[name])
+  surplus = values(argv)
+  for name in names:
+    if values[name].present:
+      jax.config.update(name, values[name].value)
+      os.environ[name.upper()] = str(values[name].value)
+  return surplus
 
 
 def _help(classes: Sequence[type[Any]], about: str, own_command: str) -> str:
@@ -454,26 +434,13 @@ def _help(classes: Sequence[type[Any]], about: str, own_command: str) -> str:
   for config_class in classes:
     group = "Settings"
     for field in dataclasses.fields(config_class):
-      group = field.metadata["group"] or group
-      groups.setdefault(group, []).append(_flag_help(field))
+      group, default = field.metadata["group"] or group, field.default
+      shown = str(default).lower() if isinstance(default, bool) else default
+      shown = _SHOWN[field.metadata["type"]] if shown in (None, "") else shown
+      wanted = field.metadata["wanted"] if field.metadata["type"] in _PARSERS or field.metadata["choices"] else ""
+      text = f"--{field.name}={shown}  {field.metadata['help']}" + (f" ({wanted})" if wanted else "")
+      lines = textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent=" " * 6, break_on_hyphens=False)
+      groups.setdefault(group, []).extend(lines)
   about = re.sub("``(.*?)``|`(.*?)`", r"\1\2", about.strip())
   sections = "\n\n".join("\n".join([f"{heading}:", *lines]) for heading, lines in groups.items())
   return f"{about}\n\n{own_command} --workdir=DIR [--flag=value ...]\n\n{sections}"
-
-
-def _flag_help(field: dataclasses.Field[Any]) -> str:
-  limits, default = field.metadata, field.default
-  shown = str(default).lower() if isinstance(default, bool) else default
-  if default is None or default == "":
-    shown = {bool: "BOOLEAN", int: "INTEGER", float: "NUMBER", str: "TEXT"}[limits["type"]]
-  text = limits["help"]
-  if limits["choices"] is not None:
-    text += f" One of {', '.join(limits['choices'])}."
-  bounds = [f"at least {limits['lower']}"] if limits["lower"] is not None else []
-  bounds += [f"at most {limits['upper']}"] if limits["upper"] is not None else []
-  if bounds and bounds[0] not in ("at least -1", "at least 0", "at least 1") or len(bounds) > 1:
-    text += f" {', '.join(bounds).capitalize()}."
-  name = f"  --{field.name}={shown}"
-  first = f"{name:{_INDENT}}" if len(name) < _INDENT else f"{name}\n{'':{_INDENT}}"
-  lines = textwrap.wrap(text, _LINE - _INDENT, break_long_words=False, break_on_hyphens=False)
-  return first + f"\n{'':{_INDENT}}".join(lines)

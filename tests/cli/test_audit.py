@@ -185,7 +185,7 @@ def test_the_installed_program_refuses_a_mistyped_flag_and_leaves_no_folder(tmp_
   for wrong in ("--clasifier=a:b", "--steps=many", "--seed=18446744073709551616", f"--seed={2**63 - 1}", "surplus"):
     assert flags.command(audit.Config, audit.run, ["kkt-audit", wrong, f"--workdir={tmp_path / 'new'}"]) == 2
   assert flags.command(audit.Config, audit.run, ["kkt-audit", "--workdir="]) == 2
-  assert "--classifier?" in capsys.readouterr().err and not (tmp_path / "new").exists()
+  assert "Did you mean: classifier ?" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_the_forms_of_the_command_line_are_those_of_the_library():

@@ -298,7 +298,7 @@ def test_stationarity_counts_after_the_warm_up_and_not_in_it(examinations, batch
 @pytest.mark.slow
 def test_circle_weighs_its_terms_as_documented():
   own = known(a_classifier(batch_norm=True, input_shape=(2,)))
-  recipe = plane.recipe([own], codes=4, steps=100, restarts=2, restart_steps=20, learning_rate=3e-3)
+  recipe = plane.recipe([own], circle.Config(codes=4, steps=100, restarts=2, restart_steps=20, learning_rate=3e-3))
   assert {name: term.weight for name, term in recipe.terms.items()} == {
     "repulsion": 0.3,
     "duality": 3.0,
@@ -395,7 +395,7 @@ def test_impossible_numbers_of_digits_are_named(tmp_path, sizes):
 @slow
 def test_benchmark_reports_every_figure(tmp_path):
   metrics = benchmark.run(benchmark.Config(samples=4, repeats=1, wide=16, greatest=0), tmp_path)
-  assert_complete(tmp_path, "times.png")
+  assert_complete(tmp_path)
   assert {"mnist, batch norm: whole step", "width 256, 10 classes: stationarity, explicit Jacobians"} <= set(
     metrics["functions"]
   )
@@ -419,7 +419,7 @@ def test_the_claim_fails_by_name_when_a_whole_step_is_too_slow(time, operations,
   ("module", "config", "message"),
   [
     (mnist, {"samples_per_class": 450}, "--samples_per_class=450 needs"),
-    (mnist, {"codes": 0}, "--codes must be at least 1"),
+    (mnist, {"codes": 0}, "--codes must be a positive integer"),
     (mnist, {"batch_norm": True, "microbatch_size": 10}, "--microbatch_size must be 0 with --batch_norm"),
     (mnist, {"weights": "duality"}, "--weights must be name=number"),
     (mnist, {"weights": "duality=-1"}, "--weights must be finite and at least 0"),

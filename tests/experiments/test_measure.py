@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from test_judge import shades
 
+from experiments import mnist
 from experiments.data import Split
 from experiments.measure import circle, comparison, images
 import kkt_jax
@@ -23,6 +24,7 @@ from kkt_jax.auditing import matching
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.classifiers import make_classifier
 from kkt_jax.cli.workdir import Workdir
+from kkt_jax.criteria import Criteria
 from kkt_jax.kkt import Conditions
 
 
@@ -185,7 +187,9 @@ def test_draws_are_training_images_or_one_another_or_new():
 def polished(*claims):
   """A reconstruction with certified samples: unit, y and to_the_bit of each classifier."""
   exact = [
-    types.SimpleNamespace(unit=unit, y=y, to_the_bit=np.array(bits, bool), evidence=np.arange(len(y)) % 2)
+    types.SimpleNamespace(
+      unit=unit, y=y, to_the_bit=np.array(bits, bool), evidence=np.arange(len(y)) % 2, criteria=Criteria()
+    )
     for unit, y, bits in claims
   ]
   examinations = [types.SimpleNamespace(span=types.SimpleNamespace(strengths=np.ones(5)), tells_mean=True)] * len(exact)
@@ -239,9 +243,9 @@ def measured(tmp_path_factory):
 
   def evaluate():
     out = Workdir(folder / "run", {})
-    settings = {"seed": 0, "judge_epochs": 20, "thorough": True, "num_samples": 12, "population": 30}
+    config = mnist.Config(seed=0, judge_epochs=20, thorough=True, population=30)
     with jax.numpy_rank_promotion("raise"):  # as in the tests, so that nothing is compiled twice
-      return images.evaluate(out, folder, data, done, **settings, picture="fig6.png")
+      return images.evaluate(out, folder, data, done, config, num_samples=12, picture="fig6.png")
 
   return evaluate(), data, done, folder, evaluate
 
@@ -333,9 +337,9 @@ def test_a_class_that_is_missing_is_named_before_anything_is_trained(measured, m
   _, data, done, *_ = measured
   monkeypatch.setattr(images, "train_judge", lambda *args, **kwargs: pytest.fail("trained"))
   data = dataclasses.replace(data, held_out=Samples(data.held_out.x[:6], data.held_out.y[:6]))
-  settings = {"seed": 0, "judge_epochs": 1, "thorough": False, "num_samples": 4, "population": 4, "picture": "a.png"}
+  config = mnist.Config(seed=0, judge_epochs=1, population=4)
   with pytest.raises(InputError, match="held_out must hold samples of every class; it has none of class 1"):
-    images.evaluate(Workdir(tmp_path, {}), tmp_path, data, done, **settings)
+    images.evaluate(Workdir(tmp_path, {}), tmp_path, data, done, config, num_samples=4, picture="a.png")
 
 
 def test_trained_samples_are_dealt_out_in_their_order_and_again_from_the_first():
