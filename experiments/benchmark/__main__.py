@@ -146,24 +146,25 @@ def whole_step(*, batch_norm: bool, in_span: bool = False) -> "tuple[timing.Call
   """A step of the table's training in `experiments.mnist`, and a plain step of its classifier on as many samples.
 
   The classifier has random weights. What a step costs does not depend on their values, but on what they reveal: of
-  trained weights the span of the data is known, and samples lie in it.
+  trained weights the subspace of the data is known, and samples lie in it.
 
   Args:
     batch_norm: whether the classifier has batch norm; weight decay if not.
-    in_span: with a random span of as many dimensions as that of the run's digits; without, samples are free.
+    in_span: with a random subspace of as many dimensions as that of the run's digits; without, samples are free.
   """
   import jax
   import jax.numpy as jnp
 
   from experiments.benchmark import timing
   import kkt_jax
-  from kkt_jax.analysis import InputSpan
+  from kkt_jax.analysis import Subspace
 
   settings, examination = _examined(batch_norm)
   if in_span:
     dimensions = 10 * settings.samples_per_class - 1  # one less, as their mean is subtracted
     basis = jnp.linalg.qr(jax.random.normal(jax.random.key(1), (784, dimensions)))[0]
-    examination = dataclasses.replace(examination, span=InputSpan(basis, jnp.ones(dimensions)))
+    subspace = Subspace(examination.origin, basis, jnp.ones(dimensions))
+    examination = dataclasses.replace(examination, subspace=subspace)
   recipe = images.recipe_of(settings, [examination], drawings=True)
   begin = kkt_jax.Reconstruction.begin([examination.classifier], recipe, examinations=[examination])
   step: Any = kkt_jax.reconstruction.training.make_train_step(begin.problem)

@@ -188,7 +188,7 @@ def polished(*claims):
     types.SimpleNamespace(unit=unit, y=y, to_the_bit=np.array(bits, bool), evidence=np.arange(len(y)) % 2)
     for unit, y, bits in claims
   ]
-  examinations = [types.SimpleNamespace(span=types.SimpleNamespace(strengths=np.ones(5)), tells_mean=True)] * len(exact)
+  examinations = [types.SimpleNamespace(most_samples=6)] * len(exact)
   return types.SimpleNamespace(exact=tuple(exact), examinations=examinations)
 
 
