@@ -43,8 +43,8 @@ class Subspace:
   >>> line = Subspace(jnp.array([0.5, 0.0]), jnp.array([[0.0], [1.0]]), jnp.ones(1))
   >>> line.coordinates(jnp.array([[3.5, 4.0]])).tolist(), line.points(jnp.array([[4.0]])).tolist()
   ([[4.0]], [[0.5, 4.0]])
-  >>> line.distance(jnp.array([[3.5, 4.0]])).round(2).tolist(), line.free_coordinates.tolist()
-  ([0.6000000238418579], [False, True])
+  >>> round(float(line.distance(jnp.array([[3.5, 4.0]]))[0]), 2), line.free_coordinates.tolist()
+  (0.6, [False, True])
   """
 
   origin: jax.Array
