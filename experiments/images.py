@@ -151,7 +151,7 @@ def run(
   # From here to the measuring no data are seen.
   examinations = [kkt_jax.examine(classifier, seed=config.seed) for classifier in attacked]
   for own in examinations:
-    dimensions = "unknown" if own.span is None else own.span.strengths.size
+    dimensions = "unknown" if own.subspace is None else own.subspace.dimension
     margin = "unknown" if own.margin is None else f"{own.margin:.4g}"
     say(f"the weights reveal: dimensions of the data {dimensions}, their margin {margin}")
   recipe = recipe_of(config, examinations, drawings=drawings)

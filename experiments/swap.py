@@ -1,8 +1,8 @@
 """What each equation makes of one wrong digit: how well stationarity, batch-norm statistics and margins tell the truth.
 
 Trains a classifier of digits, and exchanges some of them for the most similar ones of their class that it never saw, in
-the span that the first layer gives away. What a quantity says of one digit is how much it changes, beside what it has
-at the true digits, where it ought to be 0: its floor.
+the subspace that the first layer gives away. What a quantity says of one digit is how much it changes, beside what it
+has at the true digits, where it ought to be 0: its floor.
 """
 
 from collections.abc import Mapping
@@ -35,20 +35,20 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
 
   from experiments.attack import classifiers
   import kkt_jax
+  from kkt_jax.analysis import Subspace
   from kkt_jax.kkt import diagnostics
 
   data = mnist.digits(settings)
   out = Workdir(workdir, config)
   (own,) = classifiers.of_images(settings, data.train.x, data.train.y, out.path / "classifier", seed=config.seed)
   examination = kkt_jax.examine(own, seed=config.seed)
-  start, y = np.asarray(examination.unit_start), data.train.y
-  basis = np.eye(start.size) if examination.span is None else np.asarray(examination.span.basis)
+  y, subspace = data.train.y, examination.subspace or Subspace.whole(examination.origin)
 
   def similar(place: int) -> Any:
-    """The most similar unseen image of the class, in the span."""
+    """The most similar unseen image of the class, in the subspace."""
     others = data.held_out.x[data.held_out.y == y[place]]
     nearest = others[np.argmin(np.sum(np.square(others - data.train.x[place]), axis=(1, 2, 3)))]
-    return start + (basis @ (basis.T @ (nearest - start).reshape(-1))).reshape(start.shape)
+    return subspace.points(subspace.coordinates(nearest[None]))[0]
 
   def statistics(statistics_fn: Any, x: Any) -> float:
     stored, found = (jax.tree.leaves(tree) for tree in (own.statistics, statistics_fn(own.params, x)))

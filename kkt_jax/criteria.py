@@ -1,4 +1,4 @@
-"""What decides whether a sample is certified: every threshold, in one place, stored with the result."""
+"""What decides what is claimed of a subspace or a sample: every threshold, in one place, stored with the result."""
 
 import dataclasses
 
@@ -28,6 +28,13 @@ class Criteria:
     grey_levels: levels: least number of different levels among them; sums of samples of few levels are on levels, too.
     same: greatest difference of a value of two samples that are one.
     new: least share of a sample that others do not account for.
+    agreeing: samples that agree on a scale, or say of all others that they fulfil the equations, or are on levels.
+    apart: so many times ``same`` two points are apart, as a Euclidean norm, that are not one.
+    of_halves: equations: the share of the distance of blends that is allowed, if that is more than ``distance``.
+    of_distance: equations: so many times that distance the scale may be off, if that is more than ``scale``.
+    away: range: least distance of some value from the origin, in units of the range; the origin may be black.
+    bent: levels: most that a value may move on the way to its level, in units of the range.
+    side: least cosine of a sample with the guesses' mean that tells a sample from its mirror image.
   """
 
   kink: float = 1e-2
@@ -48,3 +55,63 @@ class Criteria:
   grey_levels: int = 8
   same: float = 0.02
   new: float = 0.05
+  agreeing: int = 5
+  apart: float = 5.0
+  of_halves: float = 0.5
+  of_distance: float = 7.0
+  away: float = 0.2
+  bent: float = 0.25
+  side: float = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalysisCriteria:
+  """The thresholds of `kkt_jax.examine`: what is taken for the form of the conditions, and for the data's subspace.
+
+  Attributes:
+    unexplained: form: share of the target that no data can account for, above which an audit is not worth its time.
+    scaling: form: greatest error of scaling, and of rates that vanish, that counts as none.
+    tie: form: relative difference of two forms' bounds that says nothing of which it is.
+    missing: form: share of the balance that weight decay brings about, up to which it may be missing.
+    left_out: form: most tensors that are left out.
+    tried: form: of how many of the worst tensors the first possible one is left out.
+    alike: relative error up to which two gradients are the same; deviation of an image up to which it is one value.
+    few_values: a tensor of fewer values than this says nothing of whether weights are rounded to 16 bits.
+    filled: subspace: greatest share of a layer's directions that data may fill for their subspace to be recognised.
+    fall: subspace: least fall of singular values that ends it.
+    nothing: subspace: most that may follow the fall, relative to the greatest singular value.
+    sharp: subspace: a fall that is no chance.
+    many: subspace: directions for each class that are too few where the fall is not sharp.
+    groups: subspace: directions beyond two for each class that are too few where it is, or above noise; samples of a
+      class that open one of few sets of gates are fitted alike, and 6 directions of two classes were measured.
+    faint: noise: the most that it may reach for a subspace to be told above it, of the greatest singular value.
+    sure: noise: Tracy-Widom's law (beta = 1) lies below it with a probability of 99.9 %.
+    like_noise: noise: greatest difference of the spectrum's quantiles from the law's, in units of its edge; of K values
+      one more K-th.
+    quiet: noise: standard deviations of a squared row's length up to which the row is noise.
+    bias_outside: share of a bias outside of its kernel's row space, up to which both hold one sum over the data.
+    moves: values: least length of a value's row of the basis for it to differ among the points of the subspace.
+    together: values: cosine of two values' rows of the basis from which they are one equation.
+  """
+
+  unexplained: float = 0.05
+  scaling: float = 1e-2
+  tie: float = 0.01
+  missing: float = 0.01
+  left_out: int = 8
+  tried: int = 3
+  alike: float = 1e-3
+  few_values: int = 16
+  filled: float = 0.9
+  fall: float = 5.0
+  nothing: float = 1e-4
+  sharp: float = 50.0
+  many: int = 8
+  groups: int = 6
+  faint: float = 0.01
+  sure: float = 3.2724
+  like_noise: float = 0.02
+  quiet: float = 4.0
+  bias_outside: float = 1e-3
+  moves: float = 1e-3
+  together: float = 0.999

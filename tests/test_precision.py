@@ -10,7 +10,7 @@ import pytest
 
 import kkt_jax
 from kkt_jax import deformations, kkt, priors
-from kkt_jax.analysis import InputSpan
+from kkt_jax.analysis import Subspace
 from kkt_jax.extraction import vertices
 from kkt_jax.generators import flows
 from kkt_jax.kkt import diagnostics, jacobians, losses, pretrain, symmetries, weight_decay_conditions
@@ -110,8 +110,8 @@ def test_every_product_of_what_needs_no_network_is_precise():
 
 
 def test_every_product_of_polishing_is_precise():
-  span = InputSpan(jnp.eye(4)[:, :2], jnp.ones(2))
-  assert_precise(lambda x: vertices.polish(x, span, jnp.full(4, 0.5), num_steps=2), X)
+  subspace = Subspace(jnp.full(4, 0.5), jnp.eye(4)[:, :2], jnp.ones(2))
+  assert_precise(lambda x: vertices.polish(x, subspace, num_steps=2), X)
 
 
 def test_every_product_of_a_gradient_of_stationarity_is_precise():

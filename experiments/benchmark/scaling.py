@@ -87,7 +87,7 @@ def step(size: Size) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 def _unexamined(classifier: Classifier) -> Examination:
   """Nothing but the condition: examining wide classifiers takes minutes, and a step does not need it."""
-  unknown = dict.fromkeys(field.name for field in dataclasses.fields(Examination))
+  unknown = dict.fromkeys(field.name for field in dataclasses.fields(Examination) if field.name != "criteria")
   conditions = weight_decay_conditions(classifier.params)
   known = {"classifier": classifier, "form": "weight_decay", "conditions": conditions}
   return Examination(**cast(Any, unknown | known))

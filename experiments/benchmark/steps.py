@@ -13,7 +13,7 @@ from experiments import images, mnist
 from experiments.benchmark import timing
 import kkt_jax
 from kkt_jax import networks
-from kkt_jax.analysis import InputSpan
+from kkt_jax.analysis import Subspace
 from kkt_jax.classifiers import Classifier
 from kkt_jax.kkt import conditions, jacobians, losses
 from kkt_jax.reconstruction import training
@@ -54,7 +54,8 @@ def whole_step(*, batch_norm: bool, in_span: bool = False) -> tuple[timing.Call,
   if in_span:
     dimensions = 10 * settings.samples_per_class - 1  # one less, as their mean is subtracted
     basis = jnp.linalg.qr(jax.random.normal(jax.random.key(1), (784, dimensions)))[0]
-    examination = dataclasses.replace(examination, span=InputSpan(basis, jnp.ones(dimensions)))
+    subspace = Subspace(examination.origin, basis, jnp.ones(dimensions))
+    examination = dataclasses.replace(examination, subspace=subspace)
   recipe = images.recipe_of(settings, [examination], drawings=True)
   begin = kkt_jax.Reconstruction.begin([examination.classifier], recipe, examinations=[examination])
   x = jax.random.uniform(jax.random.key(1), (begin.problem.generator.batch_size, *_SHAPE))

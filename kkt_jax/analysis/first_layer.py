@@ -3,9 +3,9 @@
 Beyond the paper, and data-free: everything is read off the given parameters.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -15,19 +15,15 @@ import numpy as np
 
 from kkt_jax import _checks
 from kkt_jax._precision import full_precision
-from kkt_jax.criteria import Criteria
+from kkt_jax.analysis import _probing
+from kkt_jax.analysis.noise import subspace_above_noise
+from kkt_jax.analysis.subspace import Subspace
+from kkt_jax.classifiers.classifier import Classifier, decay_of_tensors
+from kkt_jax.criteria import AnalysisCriteria
 
-_ROWS = 1024  # of the basis that are compared with all before them at once
-_TOGETHER = 0.999  # cosine of two values' rows of the basis from which they are one equation
-_VARIES = 1e-3  # least length of a value's row of the basis for it to vary in the span
-_DEFAULT = Criteria()
-_FAINT = 0.01  # of the greatest singular value: the most that noise may reach for a span to be told above it
-_FILLED = 0.9  # greatest share of the directions that data may fill
-_SURE = 3.2724  # Tracy-Widom's law (beta = 1) lies below it with a probability of 99.9 %
-_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)  # quantiles of the spectrum that are held against those of noise
-_LIKE_NOISE = 0.02  # greatest difference of these, in units of the edge; of K values one more K-th
-_BIAS_OUTSIDE = 1e-3  # share of a bias outside of its kernel's row space, up to which both hold one sum over the data
-_QUIET = 4.0  # standard deviations of a squared row's length up to which it is one of noise
+_ROUNDING = 1e-7  # relative to the greatest singular value; what is smaller is indistinguishable from it
+_TURNS = 8  # most turns of finding what is left of a known start
+_DEFAULT = AnalysisCriteria()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +40,7 @@ class FirstLayer:
     bias: of the layer [F], if it has one whose weight decay is not known to be another than the kernel's.
     rank: how many directions the kernel holds, the others being rounding errors; 0 if that cannot be told.
     decay: the kernel's weight decay; 1 if it is unknown.
+    criteria: by which its bias counts as one sum with its kernel.
   """
 
   kernel: np.ndarray
@@ -54,6 +51,7 @@ class FirstLayer:
   bias: np.ndarray | None
   rank: int
   decay: float
+  criteria: AnalysisCriteria = _DEFAULT
 
   @functools.cached_property
   def factors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -76,36 +74,32 @@ class FirstLayer:
     u, s, rows = self.factors
     bias = np.asarray(self.bias, np.float64)
     inside = bias @ rows.T
-    told = np.linalg.norm(bias) > 0 and np.linalg.norm(bias - inside @ rows) <= _BIAS_OUTSIDE * np.linalg.norm(bias)
+    most = self.criteria.bias_outside * np.linalg.norm(bias)
+    told = np.linalg.norm(bias) > 0 and np.linalg.norm(bias - inside @ rows) <= most
     return u @ (inside / s) if told else None
 
 
-class InputSpan(NamedTuple):
-  """A subspace in which the training inputs lie, less the constant that the classifier subtracts from them.
-
-  Attributes:
-    basis: orthonormal columns [D, r], the most important direction first.
-    strengths: how strongly each direction is written into the weights [r], positive, falling.
-    blur: what is left of the initialisation outside of the true span, in the unit of ``strengths``; 0 if nothing is.
-      The angle of direction k with the true span is about ``blur / strengths[k]``.
-  """
-
-  basis: jax.Array
-  strengths: jax.Array
-  blur: float = 0.0
+def origin_of(classifier: Classifier, start: jax.Array | None) -> jax.Array:
+  """Where samples start [*input_shape], in units of the range: what is subtracted from them, or else its middle."""
+  bounded = classifier.value_range is not None
+  if start is None:
+    return jnp.full(classifier.input_shape, 0.5 if bounded else 0.0)
+  unit = classifier.to_unit(start)
+  return jnp.clip(unit, 0.0, 1.0) if bounded else unit
 
 
-def affine_span(first: FirstLayer) -> tuple[np.ndarray, InputSpan] | None:
-  """The affine subspace of the training inputs: its point next to the layer's start [D], and directions within it.
+def affine_subspace(first: FirstLayer, classifier: Classifier) -> Subspace | None:
+  """The affine subspace of the training inputs, around its point next to the layer's start; None without a normal.
 
   Among the r directions of the kernel, the equation ``normal . (x - start) = 1`` leaves r - 1 free. It is what tells a
   sample from a darker or a brighter one.
 
+  >>> from kkt_jax.classifiers.classifier import make_classifier
   >>> inputs = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
   >>> signals = np.array([[1.0, 2.0, -1.0], [0.5, -1.0, 3.0]])
   >>> layer = FirstLayer(inputs.T @ signals, np.zeros(3), 0, False, 1.0, signals.sum(axis=0), 2, 1.0)
-  >>> origin, span = affine_span(layer)
-  >>> print(origin.round(6), np.abs(span.basis[:, 0]).round(3))
+  >>> found = affine_subspace(layer, make_classifier(lambda w, x: x @ w, jnp.eye(3), (3,)))
+  >>> print(found.origin.round(6), np.abs(found.basis[:, 0]).round(3))
   [0.5 0.5 0. ] [0.707 0.707 0.   ]
   """
   normal = first.normal
@@ -114,26 +108,14 @@ def affine_span(first: FirstLayer) -> tuple[np.ndarray, InputSpan] | None:
   u, s, _ = first.factors
   along = u.T @ normal
   along /= np.linalg.norm(along)
-  basis, strengths, _ = np.linalg.svd((u - np.outer(u @ along, along)) * s, full_matrices=False)
-  free = first.rank - 1
-  span = InputSpan(jnp.asarray(basis[:, :free], jnp.float32), jnp.asarray(strengths[:free], jnp.float32))
-  return first.start + normal / float(normal @ normal), span
+  basis, values, _ = np.linalg.svd((u - np.outer(u @ along, along)) * s, full_matrices=False)
+  point = (first.start + normal / float(normal @ normal)).reshape(classifier.input_shape)
+  origin = classifier.to_unit(jnp.asarray(point, jnp.float32))
+  return _subspace(origin, basis, values, first.rank - 1, first.criteria)
 
 
-class NoiseFloor(NamedTuple):
-  """What remains of a matrix behind its greatest singular values, if that is noise.
-
-  Attributes:
-    rank: how many singular values stand out.
-    deviation: standard deviation of the entries of the noise.
-  """
-
-  rank: int
-  deviation: float
-
-
-def input_span(kernel: ArrayLike, *, tolerance: float) -> InputSpan:
-  """The span of the training inputs, read off the weights of a fully connected first layer.
+def input_subspace(kernel: ArrayLike, origin: ArrayLike, *, tolerance: float) -> Subspace:
+  """The subspace of the training inputs, read off the weights of a fully connected first layer.
 
   With weight decay w the stationarity of the first layer is ``W = (1 / w) mean_i x_i delta_i^T`` with back-propagated
   signals delta: every column of W [D, F] is a combination of the training inputs. With F > N the singular values fall
@@ -142,18 +124,20 @@ def input_span(kernel: ArrayLike, *, tolerance: float) -> InputSpan:
 
   Args:
     kernel: W [D, F].
+    origin: what is subtracted from the inputs [...], of D values, in units of their range.
     tolerance: singular values up to this share of the greatest are left out, in (0, 1): between the data's last one and
       what is left of the initialisation; 2e-7 leaves out rounding errors only.
 
   Returns:
-    An `InputSpan` of rank r <= min(D, F).
+    A `Subspace` of dimension r <= min(D, F).
 
   Raises:
     ValueError: ``kernel`` is not such a matrix, holds NaN, infinities or only zeros, or ``tolerance`` is out of range.
 
   >>> import jax.numpy as jnp
-  >>> span = input_span(jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 0.0, 0.0]]), tolerance=1e-6)
-  >>> span.basis.shape, span.strengths.tolist()
+  >>> kernel = jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 0.0, 0.0]])
+  >>> subspace = input_subspace(kernel, jnp.zeros(3), tolerance=1e-6)
+  >>> subspace.basis.shape, subspace.singular_values.tolist()
   ((3, 2), [3.0, 2.0])
   """
   kernel = jnp.asarray(kernel)
@@ -161,113 +145,19 @@ def input_span(kernel: ArrayLike, *, tolerance: float) -> InputSpan:
   _checks.check_finite("kernel", kernel)
   if not 0 < tolerance < 1:
     raise ValueError(f"tolerance must be in (0, 1); got {tolerance}.")
-  basis, strengths, _ = jnp.linalg.svd(kernel, full_matrices=False)
-  rank = int(jnp.sum(strengths > tolerance * strengths[0]))
+  basis, values, _ = jnp.linalg.svd(kernel, full_matrices=False)
+  rank = int(jnp.sum(values > tolerance * values[0]))
   if not rank:
     raise ValueError("kernel must not be all zeros.")
-  return InputSpan(basis[:, :rank], strengths[:rank])
+  return Subspace(jnp.asarray(origin), basis[:, :rank], values[:rank])
 
 
-def noise_floor(strengths: ArrayLike, shape: tuple[int, int]) -> NoiseFloor | None:
-  """How many singular values stand out of independent random entries, after Kritchman and Nadler (2008).
-
-  A first layer that starts at W_0, with independent entries of deviation s, and is trained without weight decay ends
-  at ``W = W_0 + sum_i x_i delta_i^T``. If the r directions of the sum are strong, W's first r singular vectors on
-  either side are theirs, and the other singular values are those of W_0 without them: of a random matrix n x m with
-  n = D - r and m = F - r. Of such a matrix is known
-
-  - the sum of its squares, n m s^2, which tells s,
-  - the law of its squares (Marchenko and Pastur 1967), between ``s (sqrt(m) -+ sqrt(n))`` squared,
-  - how far beyond that the greatest may be (Tracy and Widom; Johnstone 2001): its square is
-    ``s^2 (mu^2 + mu (1 / sqrt(m) + 1 / sqrt(n))^(1/3) t)``, mu = sqrt(m) + sqrt(n), with t < 3.27 in 99.9 of 100.
-
-  The rank is the least r for which the greatest of the others is below that edge. They pass for noise if their
-  quantiles are those of the law, to 2 % of the edge.
-
-  There is none where
-
-  - weights stay near their start (an edge above 1 % of the greatest value, as with PyTorch's initialisation): most
-    directions of the data would be below it,
-  - more than 90 % of the directions are filled,
-  - what follows falls off or is rounding, as with weight decay: it is no noise,
-  - all values are 0.
-
-  Args:
-    strengths: all singular values of the matrix [min(D, F)], falling.
-    shape: (D, F).
-
-  Returns:
-    A `NoiseFloor`, or None if there is none.
-
-  >>> random = np.random.default_rng(0)
-  >>> weights = 1e-3 * random.normal(size=(60, 90)) + random.normal(size=(60, 5)) @ random.normal(size=(5, 90))
-  >>> noise_floor(np.linalg.svd(weights, compute_uv=False), (60, 90)).rank
-  5
-  """
-  values = np.asarray(strengths, np.float64)
-  ranks = np.arange(int(_FILLED * len(values)))
-  n, m = shape[0] - ranks, shape[1] - ranks
-  deviations = np.sqrt(np.cumsum(values[::-1] ** 2)[::-1][ranks] / (n * m))
-  mu = np.sqrt(m) + np.sqrt(n)
-  edges = deviations * np.sqrt(mu**2 + _SURE * mu * (1 / np.sqrt(m) + 1 / np.sqrt(n)) ** (1 / 3))
-  below = np.flatnonzero(values[ranks] <= edges)
-  if not below.size or edges[below[0]] > _FAINT * values[0] or not values[0]:
-    return None
-  rank = int(below[0])
-  rest, reach = values[rank:] / deviations[rank], mu[rank]
-  unlike = np.abs(np.quantile(rest, _SHARES) - _noise_quantiles(n[rank], m[rank])) / reach
-  return NoiseFloor(rank, float(deviations[rank])) if unlike.max() <= _LIKE_NOISE + 1 / len(rest) else None
-
-
-def _noise_quantiles(n: int, m: int) -> np.ndarray:
-  """Quantiles of the singular values of an n x m matrix of independent entries of variance 1 (Marchenko-Pastur)."""
-  low, high = abs(m**0.5 - n**0.5) ** 2, (m**0.5 + n**0.5) ** 2
-  angle = np.linspace(0, np.pi, 2001)[1:-1]  # squares are (low + high) / 2 - (high - low) / 2 cos(angle)
-  squares = (low + high) / 2 - (high - low) / 2 * np.cos(angle)
-  distribution = np.cumsum(np.sin(angle) ** 2 / squares)
-  return np.sqrt(np.interp(_SHARES, distribution / distribution[-1], squares))
-
-
-def span_above_noise(kernel: ArrayLike) -> InputSpan | None:
-  """The span of the training inputs above what is left of a small random initialisation, see `noise_floor`.
-
-  Inputs that never vary, such as black pixels at the border, have rows of W that only hold the initialisation; they are
-  told by their length, and left out, so that they blur nothing.
-
-  Args:
-    kernel: W [D, F].
-
-  Returns:
-    An `InputSpan` with its blur; None if there is no such floor.
-
-  >>> random = np.random.default_rng(0)
-  >>> weights = 1e-3 * random.normal(size=(60, 90)) + random.normal(size=(60, 5)) @ random.normal(size=(5, 90))
-  >>> span = span_above_noise(weights)
-  >>> span.basis.shape, round(span.blur, 4)  # 1e-3 sqrt(60 - 5)
-  ((60, 5), 0.0074)
-  """
-  kernel = np.asarray(kernel)
-  found = _above_noise(kernel, len(kernel))
-  if found is None:
-    return None
-  floor, span = found
-  squares = np.sum(np.square(kernel, dtype=np.float64), axis=1)
-  width = kernel.shape[1]
-  loud = squares > floor.deviation**2 * (width + _QUIET * (2 * width) ** 0.5)
-  if not loud.all():
-    found = _above_noise(np.where(loud[:, None], kernel, 0), int(loud.sum()))
-  return span if found is None else found[1]
-
-
-def _above_noise(kernel: np.ndarray, rows: int) -> tuple[NoiseFloor, InputSpan] | None:
-  """The floor and the span of a matrix with so many rows that are not 0."""
-  basis, strengths, _ = np.linalg.svd(kernel, full_matrices=False)
-  floor = noise_floor(strengths[:rows], (rows, kernel.shape[1]))
-  if floor is None or not floor.rank:
-    return None
-  rank, deviation = floor
-  blur = deviation * (rows - rank) ** 0.5
-  return floor, InputSpan(jnp.asarray(basis[:, :rank]), jnp.asarray(strengths[:rank]), blur)
+def _subspace(
+  origin: jax.Array, basis: np.ndarray, values: np.ndarray, rank: int, criteria: AnalysisCriteria
+) -> Subspace:
+  """That of the first singular vectors."""
+  kept, told = jnp.asarray(basis[:, :rank], jnp.float32), jnp.asarray(values[:rank], jnp.float32)
+  return Subspace(origin, kept, told, criteria=criteria)
 
 
 @full_precision
@@ -316,27 +206,160 @@ def input_moments(kernel: ArrayLike, bias: ArrayLike, mean: ArrayLike, var: Arra
   return input_mean, (vectors * jnp.maximum(values, 1e-6)[None, :]) @ vectors.T
 
 
-def varying(span: InputSpan) -> np.ndarray:
-  """Which values [D] differ among the points of a span, those that always move together counted once."""
-  rows = np.asarray(span.basis, np.float64)
-  lengths = np.linalg.norm(rows, axis=1)
-  moving = np.flatnonzero(lengths > _VARIES)
-  directions = rows[moving] / lengths[moving, None]
-  counted = np.zeros(len(rows), bool)
-  for begin in range(0, len(moving), _ROWS):  # a block at a time: images have many values
-    end = begin + _ROWS
-    alike = np.abs(directions[begin:end] @ directions[:end].T) > _TOGETHER
-    counted[moving[begin:end]] = ~np.tril(alike, begin - 1).any(axis=1)
-  return counted
+class FirstReading(NamedTuple):
+  """What the first layer reveals; all but `left` is None where it is not fully connected or does not see the data.
 
-
-def least_tight(dimensions: int, number: int, criteria: Criteria = _DEFAULT) -> int:
-  """How many of a number of values must be at an end of the range for a sample to be certified.
-
-  r of them say nothing. Of polished points that are no training samples, chance brings up to a fifth of all values
-  there besides, however many dimensions there are (docs/lab/exact.md).
-
-  >>> least_tight(99, 482), least_tight(499, 552)
-  (201, 615)
+  Attributes:
+    start: what the network subtracts from its inputs [*input_shape].
+    layer: the layer, if it is wider than the number of classes.
+    subspace: that of the data, affine where the bias tells it.
+    place: of its kernel among the parameters' leaves.
+    left: how much of a known start is left in the kernel; 1 if that is unknown.
   """
-  return dimensions + math.ceil(criteria.beyond * number)
+
+  start: jax.Array | None = None
+  layer: FirstLayer | None = None
+  subspace: Subspace | None = None
+  place: int | None = None
+  left: float = 1.0
+
+
+def read_first_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCriteria = _DEFAULT) -> FirstReading:
+  """What the first layer of a network reveals, found by its gradients at three inputs x [3, *input_shape].
+
+  The gradient of any logit by the kernel of such a layer is the outer product of the layer's input with another vector.
+  So the direction of what the layer sees of each input x_i follows from gradients, ``x_i - m = c_i u_i``, and three
+  inputs determine their c_i and the constant m that was subtracted.
+  """
+  leaves = jax.tree.leaves(classifier.params)
+  found = _probing.gradients(classifier, jnp.linspace(-1.0, 1.0, classifier.num_classes), x[:3])
+  flat = np.asarray(x[:3], np.float64).reshape(3, -1)
+  for place, turned in _probing.matrices(leaves, flat.shape[1], axis=0) if flat.shape[1] > 1 else []:
+    upright = lambda leaf, turned=turned: np.asarray(leaf).T if turned else np.asarray(leaf)
+    gradients = [upright(own[place]) for own in found]
+    constant = _constant(flat, gradients, criteria.alike)
+    if constant is None:
+      continue  # its inputs are not the data: another layer, or they go through something else first
+    kernel = upright(leaves[place])
+    start = jnp.asarray(constant.reshape(classifier.input_shape), jnp.float32)
+    if kernel.shape[1] <= classifier.num_classes:
+      return FirstReading(start, place=place)  # such as a last layer, which tells of classes
+    # Batch norm makes the gradients of a batch add up to 0: their span is one of differences, around the data's mean.
+    around_mean = not classifier.batch_coupled or float(np.std(constant)) > criteria.alike * np.abs(flat).max()
+    left = 1.0
+    if classifier.initial_params is not None:
+      kernel, left = _change(kernel, upright(jax.tree.leaves(classifier.initial_params)[place]))
+    noise = around_mean and classifier.initial_params is None and not _probing.rounded(classifier.params, criteria)
+    rank, subspace = 0, None
+    if around_mean or classifier.initial_params is None:
+      origin = origin_of(classifier, start if classifier.offset is None else classifier.offset)
+      rank, subspace = _span(kernel, origin, noise=noise, num_classes=classifier.num_classes, criteria=criteria)
+    at, gain = _first_bias(leaves, found, gradients, flat - constant, criteria.alike)
+    decays = jax.tree.leaves(decay_of_tensors(classifier.weight_decay or 1.0, classifier.params))
+    bias = None if at is None or decays[at] != decays[place] else np.asarray(leaves[at])
+    layer = FirstLayer(kernel / gain, constant, place, turned, gain, bias, rank, decays[place], criteria)
+    if subspace and not (subspace.blur or classifier.initial_params is not None or classifier.batch_coupled):
+      subspace = affine_subspace(layer, classifier) or subspace
+    return FirstReading(start, layer, subspace, place, left)
+  return FirstReading()
+
+
+def _first_bias(
+  leaves: list[jax.Array],
+  found: list[list[np.ndarray]],
+  gradients: list[np.ndarray],
+  offsets: np.ndarray,
+  alike: float,
+) -> tuple[int | None, float]:
+  """The place of the first layer's bias, if it has one, and what the network multiplies its inputs by before; else 1.
+
+  By the kernel a logit's gradient is the outer product of the layer's input with the one by its bias.
+  """
+  signals = np.stack([offset @ own / (offset @ offset) for offset, own in zip(offsets, gradients, strict=True)])
+  for place, leaf in enumerate(leaves):
+    if leaf.shape == signals.shape[1:]:
+      own = np.stack([gradient[place] for gradient in found])
+      gain = float(np.vdot(signals, own) / max(np.vdot(own, own), 1e-300))
+      if gain > 0 and np.linalg.norm(signals - gain * own) <= alike * np.linalg.norm(signals):
+        return place, gain if abs(gain - 1) > alike else 1.0
+  return None, 1.0
+
+
+def _constant(x: np.ndarray, gradients: Sequence[np.ndarray], alike: float) -> np.ndarray | None:
+  """The constant m [D] for which each ``x_i - m`` is what a layer sees of x_i [K, D], from its gradients [D, F]."""
+  directions = []
+  for gradient in gradients:
+    column = gradient[:, np.argmax(np.sum(np.square(gradient), axis=0))]
+    rest = gradient - np.outer(column, column @ gradient) / max(float(column @ column), 1e-300)
+    if not np.any(column) or np.linalg.norm(rest) > alike * np.linalg.norm(gradient):
+      return None
+    directions.append(column / np.linalg.norm(column))
+  count, size = x.shape
+  equations = np.zeros((count - 1, size, count))
+  equations[:, :, 0] = directions[0]
+  equations[np.arange(count - 1), :, np.arange(1, count)] = -np.stack(directions[1:])
+  c = np.linalg.lstsq(equations.reshape(-1, count), (x[0] - x[1:]).reshape(-1))[0]
+  constants = x - c[:, None] * np.stack(directions)
+  return constants[0] if np.abs(constants - constants[0]).max() <= alike * np.abs(x).max() else None
+
+
+def _change(kernel: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, float]:
+  """``W - c W_0`` with the c that leaves nothing in directions without data, and c.
+
+  Weight decay shrinks the start: there ``W = c W_0``. A singular value with vectors u and v falls with c at the rate
+  ``d = u^T W_0 v``, and becomes 0 where s = d times a step, for all directions without data at once. The step is the
+  least squares solution of these equations, each divided by s, so that those of data do not count.
+  """
+  final, initial = np.asarray(kernel, np.float64), np.asarray(first, np.float64)
+  change, left = final - initial, 1.0
+  for _ in range(_TURNS):
+    u, s, vt = np.linalg.svd(change, full_matrices=False)
+    size = np.maximum(s, _ROUNDING * max(s[0], 1e-30))
+    rates = np.sum((u.T @ initial) * vt, axis=1) / size
+    step = float(np.vdot(rates, s / size) / np.vdot(rates, rates))
+    left += step
+    change = final - left * initial
+    if abs(step) < _ROUNDING:
+      break
+  return change.astype(kernel.dtype), left
+
+
+def _span(
+  kernel: np.ndarray,
+  origin: jax.Array,
+  *,
+  noise: bool = True,
+  num_classes: int = 0,
+  criteria: AnalysisCriteria = _DEFAULT,
+) -> tuple[int, Subspace | None]:
+  """How many directions stand before a fall of the singular values, and the subspace of the data, if it is that.
+
+  The kernel ``sum_i x_i s_i^T`` has the rank of the signals s_i where these are fewer than the samples: samples of one
+  class that open the same gates are fitted alike, and two classes leave two to a dozen directions, whatever the number
+  of samples. So there must be more than two for each class before a sharp fall, or above noise, and many more else.
+  """
+  basis, values, _ = np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
+  rank, sharp = _fall(values, criteria)
+  fitted_alike = 2 * num_classes + criteria.groups if num_classes else 0
+  if rank:
+    enough = rank > (fitted_alike if sharp else criteria.many * num_classes)
+    return rank, _subspace(origin, basis, values, rank, criteria) if enough else None
+  above = subspace_above_noise(kernel, origin, criteria) if noise else None
+  return 0, above if above is not None and above.dimension > fitted_alike else None
+
+
+def _fall(singular_values: np.ndarray, criteria: AnalysisCriteria = _DEFAULT) -> tuple[int, bool]:
+  """How many singular values stand before their greatest fall to almost nothing, 0 if there is none; is it sharp?
+
+  It is if it is deep, or ends in rounding errors, below which nothing can be seen to fall.
+  """
+  values = np.maximum(singular_values / max(singular_values[0], 1e-300), _ROUNDING)
+  falls = np.where(values[1:] < criteria.nothing, values[:-1] / values[1:], 0.0)
+  # A normalisation takes directions away, which says nothing of data.
+  falls = falls[: int(criteria.filled * len(falls))]
+  at = int(np.argmax(falls)) if len(falls) else 0
+  if len(falls) and falls[at] > criteria.fall:
+    return at + 1, bool(falls[at] > criteria.sharp or values[at + 1] <= _ROUNDING)
+  # Without a sharp fall, what lies below the rounding errors of the training is no direction of the data.
+  count = int(np.sum(values > 2 * _ROUNDING))
+  return (count if 0 < count < criteria.filled * len(values) else 0), False

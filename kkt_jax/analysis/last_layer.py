@@ -1,6 +1,8 @@
 """What the last layer reveals about the data: how sure the classifier was of its training samples."""
 
+import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,28 @@ import numpy as np
 
 from kkt_jax import _checks
 from kkt_jax._precision import full_precision
+from kkt_jax._typing import PyTree
+from kkt_jax.analysis import _probing
+from kkt_jax.classifiers.classifier import Classifier, decay_of_tensors
+from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import losses
+
+
+@dataclasses.dataclass(frozen=True)
+class LastLayer:
+  """The last dense layer, and the batch norm that feeds it through a ReLU, if there is one.
+
+  Attributes:
+    kernel: W [F, C].
+    bias: [C], zeros if the layer has none.
+    scale: gamma of the batch norm [F], or None.
+    shift: beta of the batch norm [F], or None.
+  """
+
+  kernel: jax.Array
+  bias: jax.Array
+  scale: jax.Array | None
+  shift: jax.Array | None
 
 
 def typical_margin(kernel: ArrayLike, *, weight_decay: float, competitors: float | None = None) -> float:
@@ -121,3 +144,76 @@ def collapsed_margin(kernel: ArrayLike, bias: ArrayLike, scale: ArrayLike, shift
   _checks.check_shape("bias", bias, (num_classes,), "[C]")
   logits = features @ jnp.asarray(kernel) + jnp.asarray(bias)[None]
   return float(jnp.median(losses.runner_up_margin(logits, jnp.arange(num_classes))))
+
+
+class LastReading(NamedTuple):
+  """The last dense layer, and the places of its kernel and bias among the parameters' leaves; None without one."""
+
+  layer: LastLayer | None = None
+  kernel: int | None = None
+  bias: int | None = None
+
+
+def read_last_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCriteria) -> LastReading:
+  """The last dense layer of a network, found by its gradients at an input x [1, *input_shape].
+
+  The gradient of ``v . logits`` by its kernel is the outer product of the layer's input with v, whatever v is.
+  """
+  leaves = jax.tree.leaves(classifier.params)
+  classes = classifier.num_classes
+  weights = [jnp.linspace(-1.0, 1.0, classes), jnp.cos(jnp.arange(float(classes)))]
+  found = [_probing.gradients(classifier, own, x[:1])[0] for own in weights]
+  v = [np.asarray(own, np.float64) for own in weights]
+  alike = lambda a, b: bool(np.linalg.norm(a - b) <= criteria.alike * max(float(np.linalg.norm(a)), 1e-30))
+  for place, turned in _probing.matrices(leaves, classes, axis=1):
+    gradients = [own[place].T if turned else own[place] for own in found]
+    inputs = gradients[0] @ v[0] / (v[0] @ v[0])
+    if not np.any(inputs) or not all(alike(g, np.outer(inputs, own)) for g, own in zip(gradients, v, strict=True)):
+      continue
+    biases = [i for i, leaf in enumerate(leaves) if leaf.shape == (classes,)]
+    bias = next((i for i in biases if all(alike(g[i], own) for g, own in zip(found, v, strict=True))), None)
+    kernel = leaves[place].T if turned else leaves[place]
+    scale, shift = _last_norm(classifier, x, kernel.shape[0], criteria.alike)
+    layer = LastLayer(kernel, jnp.zeros(classes) if bias is None else leaves[bias], scale, shift)
+    return LastReading(layer, place, bias)
+  return LastReading()
+
+
+def _last_norm(
+  classifier: Classifier, x: jax.Array, width: int, alike: float
+) -> tuple[jax.Array | None, jax.Array | None]:
+  """Scale and shift [F] of the batch norm whose output is the features: f = scale * normalised + shift."""
+  if classifier.features_fn is None:
+    return None, None
+  features_fn, params = classifier.features_fn, classifier.params
+
+  @jax.jit
+  def of_one(params: PyTree) -> tuple[jax.Array, PyTree]:
+    """Features [F] of a sample, and the derivative of their sum: by the shift 1, by the scale the normalised value."""
+    found, pull_back = jax.vjp(lambda p: features_fn(p, x[:1]), params)
+    return found[0], pull_back(jnp.ones_like(found))[0]
+
+  whole, gradients = of_one(params)
+  features, leaves, gradient = np.asarray(whole, np.float64), *map(jax.tree.leaves, (params, gradients))
+  places = [i for i, leaf in enumerate(leaves) if leaf.shape == (width,)]
+  shifts = [i for i in places if np.allclose(gradient[i], 1.0, atol=alike)]
+  for shift in shifts:
+    for scale in places:
+      value = np.asarray(leaves[scale] * gradient[scale] + leaves[shift], np.float64)
+      if scale != shift and np.linalg.norm(value - features) <= alike * np.linalg.norm(features):
+        return leaves[scale], leaves[shift]
+  return None, None
+
+
+def margin_of(classifier: Classifier, reading: LastReading) -> float | None:
+  """The typical margin of the training data, if the last layer reveals it."""
+  last, place = reading.layer, reading.kernel
+  if last is None or place is None:
+    return None
+  margin = math.nan
+  if classifier.weight_decay is not None:
+    decay = jax.tree.leaves(decay_of_tensors(classifier.weight_decay, classifier.params))[place]
+    margin = typical_margin(last.kernel, weight_decay=decay) if decay else math.nan
+  elif last.scale is not None and last.shift is not None:
+    margin = collapsed_margin(last.kernel, last.bias, last.scale, last.shift)
+  return margin if margin > 0 else None

@@ -12,7 +12,6 @@ from kkt_jax._errors import InputError
 from kkt_jax.auditing import pictures
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.extraction.certificates import EVIDENCE
-from kkt_jax.extraction.exact import most_samples
 from kkt_jax.reconstruction.result import Reconstruction
 
 EXACT = 0.99  # structural similarity from which two images are the same
@@ -205,7 +204,7 @@ def exactness(reconstruction: Reconstruction, train: Samples) -> tuple[list[dict
     counts.append(
       {"certified": len(own.y)}
       | {kind: int(np.sum(own.evidence == place)) for place, kind in enumerate(EVIDENCE)}
-      | {"most": most_samples(examination), "exact": exact, "false": len(own.y) - exact}
+      | {"most": examination.most_samples, "exact": exact, "false": len(own.y) - exact}
       | {
         "to_the_bit": int(own.to_the_bit.sum()),
         "identical": int(np.sum(difference[own.to_the_bit] < criteria.off_level / criteria.levels)),

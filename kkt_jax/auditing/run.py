@@ -12,7 +12,7 @@ import numpy as np
 
 from kkt_jax import metrics
 from kkt_jax._errors import InputError
-from kkt_jax.analysis.examination import Examination, examine, HOPELESS
+from kkt_jax.analysis.examination import Examination, examine
 from kkt_jax.auditing import data, description, matching, membership, pictures, verdict
 from kkt_jax.auditing.report import AuditReport, CONTROLS, Leak, ROWS
 from kkt_jax.auditing.samples import Samples
@@ -117,7 +117,7 @@ def audit(
     raise InputError(str(error)) from error
   recipe = recipes.default([examination]) if config.recipe is None else config.recipe(examination)
   _LOG.info("%s", examination)
-  obeyed, residuals = examination.bound <= HOPELESS, None
+  obeyed, residuals = examination.explained, None
   if obeyed and given.train is not None:
     residuals = description.residuals(examination, given.train, given.held_out)
   if residuals is not None:

@@ -20,21 +20,18 @@ them is certified (`unambiguous`). Where samples are on levels, those that are n
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from kkt_jax.analysis import first_layer
 from kkt_jax.analysis.examination import Examination
-from kkt_jax.analysis.first_layer import InputSpan
+from kkt_jax.analysis.subspace import Subspace
 from kkt_jax.criteria import Criteria
 from kkt_jax.extraction import signals, vertices
 
 #: The kinds of evidence, the strongest first.
 EVIDENCE = ("equations", "levels", "range")
-_AGREE = 5  # samples that agree on a scale, or say of all others that they fulfil the equations, or are on levels
-_SPREAD = 5.0  # so many times the greatest difference of a value are two samples apart that are one
-_OF_HALVES, _OF_DISTANCE = 0.5, 7.0  # of their distance that is allowed, and of that the scale may be off
 _HALVES = 96  # blends that are measured to see how far training has converged
 _PIXELS = 48  # on which combinations of three are looked at first
 
@@ -73,11 +70,11 @@ class Candidates:
 
 def applicable(examination: Examination) -> bool:
   """Whether the equations of single samples hold for a classifier's training samples; see `extraction.signals`."""
-  classifier, span = examination.classifier, examination.span
+  classifier, subspace = examination.classifier, examination.subspace
   return (
     examination.form == "weight_decay"
-    and span is not None
-    and not span.blur
+    and subspace is not None
+    and not subspace.blur
     and examination.first is not None
     and classifier.initial_params is None
     and not classifier.batch_coupled
@@ -118,7 +115,7 @@ def by_equations(
   if first.normal is not None:
     parts.append((offsets @ first.normal - 1) / criteria.affine)
   rest = np.sqrt(np.sum(np.square(parts), axis=0))
-  factor = _common_scale(found.scale[rest < 1], criteria.scale)
+  factor = _common_scale(found.scale[rest < 1], criteria)
   if factor is None:
     factor = math.nan if examination.classifier.weight_decay is None else 1.0
   misfit = np.hypot(rest, (found.scale / factor - 1) / criteria.scale)
@@ -145,18 +142,18 @@ def calibrated(examination: Examination, unit: np.ndarray, criteria: Criteria) -
   halves = (unit[first[apart]] + unit[second[apart]]) / 2
   x = examination.classifier.from_unit(jnp.asarray(halves, jnp.float32))
   distances = signals.signals(examination, x, kink=criteria.kink).distance
-  distance = max(criteria.distance, _OF_HALVES * float(np.quantile(distances, 0.1)))
-  return dataclasses.replace(criteria, distance=distance, scale=max(criteria.scale, _OF_DISTANCE * distance))
+  distance = max(criteria.distance, criteria.of_halves * float(np.quantile(distances, 0.1)))
+  return dataclasses.replace(criteria, distance=distance, scale=max(criteria.scale, criteria.of_distance * distance))
 
 
-def _common_scale(scales: np.ndarray, tolerance: float) -> float | None:
-  """The scale on which most agree, at least five and half of all; None if there is none."""
+def _common_scale(scales: np.ndarray, criteria: Criteria) -> float | None:
+  """The scale on which most agree, enough and half of all; None if there is none."""
   scales = scales[scales > 0]
-  if len(scales) < _AGREE:
+  if len(scales) < criteria.agreeing:
     return None
-  agreeing = np.abs(scales[None] / scales[:, None] - 1) < tolerance
+  agreeing = np.abs(scales[None] / scales[:, None] - 1) < criteria.scale
   best = agreeing[np.argmax(agreeing.sum(axis=1))]
-  return float(np.median(scales[best])) if best.sum() >= max(_AGREE, len(scales) / 2) else None
+  return float(np.median(scales[best])) if best.sum() >= max(criteria.agreeing, len(scales) / 2) else None
 
 
 def gather(
@@ -170,59 +167,54 @@ def gather(
 
   What is in the pool already is left out.
   """
-  assert examination.span is not None
-  span, start = examination.span, examination.unit_start
-  flat = unit.reshape(len(unit), -1)
-  coordinates = (flat - np.asarray(start, np.float64).reshape(1, -1)) @ np.asarray(span.basis, np.float64)
+  assert examination.subspace is not None
+  subspace, shape = examination.subspace, examination.classifier.input_shape
+  coordinates, apart = np.asarray(subspace.in_float64.coordinates(unit)), criteria.apart * criteria.same
   order = np.argsort(-found.tight, kind="stable")
-  first_of = first_alike(coordinates[order], criteria.same)
+  first_of = first_alike(coordinates[order], apart)
   owner = np.empty(len(unit), int)
   owner[order] = order[first_of]
   distinct = np.unique(owner)
   if pool is not None and len(pool.unit):
-    old = pool.unit.reshape(len(pool.unit), -1) - np.asarray(start, np.float64).reshape(1, -1)
-    both = np.concatenate([old @ np.asarray(span.basis, np.float64), coordinates[distinct]])
-    distinct = distinct[first_alike(both, criteria.same)[len(old) :] >= len(old)]
+    old = np.asarray(subspace.in_float64.coordinates(pool.unit))
+    distinct = distinct[first_alike(np.concatenate([old, coordinates[distinct]]), apart)[len(old) :] >= len(old)]
   misfit, duals = by_equations(examination, unit[distinct], criteria)
   told = misfit < 1
   tried = told | found.vertex[distinct]
   distinct, misfit, duals, told = distinct[tried], misfit[tried], duals[tried], told[tried]
   whole, off = unit[distinct], np.zeros(len(distinct))
   if len(distinct):
-    whole, off = vertices.to_levels(unit[distinct], span, start, levels=criteria.levels)
-  grey = np.round(whole.reshape(len(whole), start.size) * criteria.levels)
+    whole, off = vertices.to_levels(unit[distinct], subspace, criteria)
+  grey = np.round(whole.reshape(len(whole), math.prod(shape)) * criteria.levels)
   inner = [row[(row > 0) & (row < criteria.levels)] for row in grey]
   rich = np.array([len(r) >= criteria.grey_values and len(set(r)) >= criteria.grey_levels for r in inner], bool)
   bits = off < criteria.off_level
   evidence = np.where(told, 0, np.where(bits & rich, 1, np.where(found.certified[distinct], 2, len(EVIDENCE))))
   doubt = np.where(told, misfit, np.where(bits & rich, off, -found.tight[distinct]))
   kept = evidence < len(EVIDENCE)
-  bits &= ~told | (
-    np.abs(whole - unit[distinct]).reshape(len(whole), start.size).max(axis=1, initial=0.0) < criteria.same
-  )
-  whole = np.where(bits.reshape(-1, *[1] * start.ndim), whole, unit[distinct])
+  moved = np.abs(whole - unit[distinct]).reshape(len(whole), math.prod(shape)).max(axis=1, initial=0.0)
+  bits &= ~told | (moved < criteria.same)
+  whole = np.where(bits.reshape(-1, *[1] * len(shape)), whole, unit[distinct])
   made = Candidates(unit[distinct], found.tight[distinct], evidence, doubt, whole, bits, misfit, duals)[kept]
   return made, np.isin(owner, distinct[kept])
 
 
 def first_alike(points: np.ndarray, distance: float) -> np.ndarray:
-  """For each point [M, r] the first one that is no farther from it than a distance in any direction together."""
+  """For each point [M, r] the first one that is no farther from it than a distance."""
   first = np.arange(len(points))
   squares = np.sum(points**2, axis=1)
   kept: list[int] = []
   for index, point in enumerate(points):
     if kept:
       near = squares[kept] - 2 * points[kept] @ point + squares[index]
-      if near.min() < (_SPREAD * distance) ** 2:
+      if near.min() < distance**2:
         first[index] = kept[int(np.argmin(near))]
         continue
     kept.append(index)
   return first
 
 
-def unambiguous(
-  points: Candidates, start: np.ndarray, span: InputSpan, *, affine: bool, criteria: Criteria
-) -> np.ndarray:
+def unambiguous(points: Candidates, subspace: Subspace, criteria: Criteria) -> np.ndarray:
   """Indices of the points that nothing else explains, the surest first.
 
   Training samples are independent where the subspace has as many dimensions as they need. In the order of evidence,
@@ -232,20 +224,18 @@ def unambiguous(
 
   Args:
     points: the candidates.
-    start: what the subspace starts from [...].
-    span: the subspace.
-    affine: whether the start is among the samples' blends, as their mean is; then r + 1 can be independent, else r.
+    subspace: that of the data; it can hold `Subspace.most_samples` that are independent.
     criteria: what is allowed.
   """
   possible = np.ones(len(points.unit), bool)
-  if (points.evidence == 0).sum() >= _AGREE:  # then all training samples fulfil the equations more or less
+  if (points.evidence == 0).sum() >= criteria.agreeing:  # then all training samples fulfil the equations more or less
     possible &= (points.misfit < criteria.refuted) | (points.evidence < 2)
-  if (points.evidence == 1).sum() >= _AGREE:  # then the data are on levels
+  if (points.evidence == 1).sum() >= criteria.agreeing:  # then the data are on levels
     possible &= (points.evidence < 2) | points.to_the_bit
   points_on = np.flatnonzero(possible)
-  rows = points.unit.reshape(len(points.unit), np.size(start)).astype(np.float64)
-  rows -= np.asarray(start, np.float64).reshape(1, -1)
-  if affine:
+  origin = subspace.in_float64.origin.reshape(1, -1)
+  rows = points.unit.reshape(len(points.unit), origin.size).astype(np.float64) - origin
+  if subspace.holds_mean:
     rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)  # affine dependence becomes linear
   order = points_on[np.lexsort((points.doubt[points_on], points.evidence[points_on]))]
   kept, tainted = [], set()
@@ -261,27 +251,26 @@ def unambiguous(
     if len(parts) > 1:  # no copy
       tainted |= {own for own in parts if points.evidence[own] == points.evidence[index]}
   weak = [own for own in kept if points.evidence[own] > 0 and own not in tainted]
-  tainted |= {weak[own] for own in _recombined(points, weak, start, span, affine=affine, criteria=criteria)}
+  tainted |= {weak[own] for own in _recombined(points, weak, subspace, criteria)}
   return np.array([own for own in kept if own not in tainted], int)
 
 
-def _recombined(
-  points: Candidates, own: list[int], start: np.ndarray, span: InputSpan, *, affine: bool, criteria: Criteria
-) -> set[int]:
+def _recombined(points: Candidates, own: list[int], subspace: Subspace, criteria: Criteria) -> set[int]:
   """Which of some points can be put together, a + b - c, to another one that would pass as well.
 
-  Without an affine subspace the start is one more point: sums and differences of two samples lie in it, too.
+  Where the origin is no blend of samples, it is one more point: sums and differences of two samples lie in it, too.
   """
-  x = points.unit[own].reshape(len(own), np.size(start)).astype(np.float64)
-  if not affine:
-    x = np.concatenate([x, np.asarray(start, np.float64).reshape(1, -1)])
+  origin = subspace.in_float64.origin.reshape(1, -1)
+  x = points.unit[own].reshape(len(own), origin.size).astype(np.float64)
+  if not subspace.holds_mean:
+    x = np.concatenate([x, origin])
   count, found = len(x), set[int]()
   if count < 3:
     return found
-  varies = np.flatnonzero(first_layer.varying(span))
+  varies = np.flatnonzero(subspace.free_coordinates)
   few = varies[np.argsort(-x[:, varies].std(axis=0))[:_PIXELS]]
   slack = criteria.overshoot
-  least = first_layer.least_tight(span.strengths.size, len(varies), criteria)
+  least = subspace.required_active(criteria)
   on_levels = all(points.evidence[k] == 1 for k in own)
   for a in range(count - 1):
     sums = x[a] + x[a + 1 :]
@@ -300,26 +289,23 @@ def _recombined(
   return {k for k in found if k < len(own)}
 
 
-def of_the_others(
-  examination: Examination, known: Candidates, start: np.ndarray
-) -> tuple[InputSpan, np.ndarray] | None:
-  """The directions in which the *other* training samples lie, and a point among them [...], in units of the range.
+def of_the_others(examination: Examination, known: Candidates) -> Subspace | None:
+  """The subspace of the *other* training samples, around a point among them.
 
   Every known sample's dual is 0 on all others, so each that is certified by the equations takes a dimension away.
   None if none is.
   """
-  span, first = examination.span, examination.first
+  subspace, first = examination.subspace, examination.first
   duals = known.duals[known.evidence == 0]
-  if span is None or first is None or not len(duals) or len(duals) >= span.strengths.size:
+  if subspace is None or first is None or not len(duals) or len(duals) >= subspace.dimension:
     return None
-  classifier = examination.classifier
+  classifier, basis = examination.classifier, np.asarray(subspace.basis, np.float64)
   low, high = classifier.value_range or (0.0, 1.0)
-  basis = np.asarray(span.basis, np.float64)
-  beyond = np.asarray(classifier.from_unit(start), np.float64).reshape(-1) - first.start
+  beyond = np.asarray(classifier.from_unit(subspace.origin), np.float64).reshape(-1) - first.start
   equations, wanted = duals @ basis * (high - low), -duals @ beyond
   u, s, rows = np.linalg.svd(equations, full_matrices=True)
   rank = int(np.sum(s > 1e-6 * s[0]))
   at = rows[:rank].T @ ((u[:, :rank].T @ wanted) / s[:rank])
   free = basis @ rows[rank:].T
-  place = np.asarray(start, np.float64).reshape(-1) + basis @ at
-  return InputSpan(jnp.asarray(free, jnp.float32), jnp.ones(free.shape[1])), place.reshape(np.shape(start))
+  place: Any = subspace.in_float64.points(at[None])[0]
+  return Subspace(place, jnp.asarray(free, jnp.float32), jnp.ones(free.shape[1]), criteria=subspace.criteria)

@@ -14,7 +14,6 @@ from kkt_jax.criteria import Criteria
 from kkt_jax.extraction import certificates, vertices
 from kkt_jax.extraction.certificates import Candidates
 
-_SIDE = 0.2  # least cosine of a sample with the typical one that tells a sample from its mirror image
 _FEW = 48  # guesses that are polished to see whether there is any hope
 _FEWER = 16  # the same, to see whether there is much
 _IDLE = 2  # rounds without a new training sample after which the search ends
@@ -52,13 +51,14 @@ def find(
   criteria: Criteria | None = None,
   on_round: Callable[[int, int, int], None] | None = None,
 ) -> tuple[Exact, np.ndarray]:
-  """Training samples of one classifier, from guesses and then from random points of the span.
+  """Training samples of one classifier, from guesses and then from random points of the subspace.
 
   Nothing is tried if there is too little `hope` for the guesses. Later rounds start in turn from random points of the
-  span around the guesses' mean, where what is found already has nothing, as long as that brings any, and from means of
-  a guess and another, or a sample that is found, of its label. Where samples are certified by the equations, the others
-  lie in fewer dimensions (`kkt_jax.extraction.certificates.of_the_others`), and half of the random points are polished
-  there. It ends when there are as many training samples as the span can hold, or when two rounds in a row brought none.
+  subspace around the guesses' mean, where what is found already has nothing, as long as that brings any, and from means
+  of a guess and another, or a sample that is found, of its label. Where samples are certified by the equations, the
+  others lie in fewer dimensions (`kkt_jax.extraction.certificates.of_the_others`), and half of the random points are
+  polished there. It ends when there are as many training samples as the subspace can hold, or when two rounds in a row
+  brought none.
 
   Args:
     examination: of the classifier.
@@ -72,18 +72,18 @@ def find(
     on_round: called with (round, number of training samples, most that there can be).
 
   Returns:
-    The training samples, each once, and which guesses [M] led to one, all if there are no others. None where no span is
-    told or inputs have no range.
+    The training samples, each once, and which guesses [M] led to one, all if there are no others. None where no
+    subspace is told or inputs have no range.
   """
-  classifier, span, start = examination.classifier, examination.span, examination.unit_start
+  classifier, subspace = examination.classifier, examination.subspace
   criteria = criteria or Criteria()
   led = np.zeros(len(guesses), bool)
   nothing: list[Any] = [*(np.zeros(0, own) for own in (int, int, bool, int)), criteria]
   found = Exact(np.zeros((0, *classifier.input_shape), np.float32), *nothing)
   if hope(examination, guesses, y, few=_FEWER if least_hope else _FEW, criteria=criteria) <= least_hope:
     return found, led
-  assert span is not None
-  most, idle, at_random = most_samples(examination), 0, True
+  assert subspace is not None
+  most, idle, at_random = subspace.most_samples, 0, True
   every = max(len(guesses) // (points or len(guesses)), 1)
   typical = np.asarray(jnp.mean(guesses, axis=0))
   pool: Candidates | None = None
@@ -94,21 +94,20 @@ def find(
     part = slice(number % every, None, every) if number else slice(None)
     likely = None
     if drawn:
-      starts = _random_starts(key, examination, pool, found, typical, len(y[part]))
+      starts = _random_starts(key, examination, pool, found.unit, typical, len(y[part]))
     else:
       alike = jnp.log(y[:, None] == known_y[None, :])
       starts = ((guesses + known[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses)[part]
       likely = vertices.likely_ends(starts, y[part], known, known_y)
-    x = np.asarray(vertices.polish(starts, span, start, likely=likely, num_steps=num_steps))
-    x = _right_way(classifier, x, np.asarray(start), typical, criteria.overshoot)
+    x = np.asarray(vertices.polish(starts, subspace, likely=likely, num_steps=num_steps))
+    x = _right_way(classifier, x, np.asarray(subspace.origin), typical, criteria)
     if not number:
       criteria = certificates.calibrated(examination, x, criteria)
-    more, of = certificates.gather(examination, x, vertices.certify(x, span, start, criteria), criteria, pool)
+    more, of = certificates.gather(examination, x, vertices.certify(x, subspace, criteria), criteria, pool)
     if not number:
       led = of
     pool = more if pool is None else pool + more
-    affine = most > span.strengths.size
-    chosen = certificates.unambiguous(pool, np.asarray(start), span, affine=affine, criteria=criteria)[:most]
+    chosen = certificates.unambiguous(pool, subspace, criteria)[:most]
     brought = len(chosen) > len(found.y)
     idle, at_random = 0 if brought else idle + 1, at_random and (brought or not drawn)
     own = pool[chosen]
@@ -123,20 +122,17 @@ def find(
 
 
 def _random_starts(
-  key: jax.Array, examination: Examination, pool: Candidates | None, found: Exact, typical: np.ndarray, count: int
+  key: jax.Array, examination: Examination, pool: Candidates | None, known: np.ndarray, typical: np.ndarray, count: int
 ) -> jax.Array:
   """Random points where the training samples that are not found yet may be."""
-  span, start = examination.span, examination.unit_start
-  assert span is not None
-  anywhere = vertices.search(key, span, typical, count, known=found.unit)
-  others = certificates.of_the_others(examination, pool, np.asarray(start)) if pool is not None else None
-  if others is None:
+  assert examination.subspace is not None
+  anywhere = vertices.search(key, examination.subspace, count, around=typical, known=known)
+  fewer = certificates.of_the_others(examination, pool) if pool is not None and count > 1 else None
+  if fewer is None:
     return anywhere
-  fewer, place = others
-  basis = np.asarray(fewer.basis, np.float64)
-  centre = place + (basis @ (basis.T @ (typical - place).reshape(-1))).reshape(place.shape)
-  drawn = vertices.search(jax.random.fold_in(key, 0), fewer, centre, count // 2)
-  return jnp.concatenate([anywhere[count // 2 :], vertices.polish(drawn, fewer, place)]) if count > 1 else anywhere
+  centre = fewer.in_float64.points(fewer.in_float64.coordinates(typical[None]))[0]
+  drawn = vertices.search(jax.random.fold_in(key, 0), fewer, count // 2, around=centre)
+  return jnp.concatenate([anywhere[count // 2 :], vertices.polish(drawn, fewer)])
 
 
 def hope(
@@ -152,17 +148,17 @@ def hope(
     criteria: what certifies a sample; the default `Criteria` if None.
 
   Returns:
-    The share, 0 where no span is told or inputs have no range.
+    The share, 0 where no subspace is told or inputs have no range.
   """
-  span, start, criteria = examination.span, examination.unit_start, criteria or Criteria()
-  if span is None or examination.classifier.value_range is None:
+  subspace, criteria = examination.subspace, criteria or Criteria()
+  if subspace is None or examination.classifier.value_range is None:
     return 0.0
-  if not certificates.applicable(examination) and not vertices.promising(guesses, span).any():
+  if not certificates.applicable(examination) and not vertices.promising(guesses, subspace).any():
     return 0.0
   part = slice(None, None, math.ceil(len(guesses) / few))
   likely = vertices.likely_ends(guesses[part], y[part], guesses, y)
-  polished = np.asarray(vertices.polish(guesses[part], span, start, likely=likely))
-  found = vertices.certify(polished, span, start, criteria)
+  polished = np.asarray(vertices.polish(guesses[part], subspace, likely=likely))
+  found = vertices.certify(polished, subspace, criteria)
   return float(np.mean(certificates.gather(examination, polished, found, criteria)[1]))
 
 
@@ -191,15 +187,8 @@ def places(labels: np.ndarray, led: np.ndarray, y: np.ndarray) -> tuple[np.ndarr
   return rows[:, 0], rows[:, 1], rows[:, 2]
 
 
-def most_samples(examination: Examination) -> int:
-  """How many training samples the span can hold: r, and one more if it starts from their mean; 0 if it is not told."""
-  if examination.span is None:
-    return 0
-  return examination.span.strengths.size + examination.tells_mean
-
-
 def _right_way(
-  classifier: Classifier, unit: np.ndarray, start: np.ndarray, typical: np.ndarray, overshoot: float
+  classifier: Classifier, unit: np.ndarray, start: np.ndarray, typical: np.ndarray, criteria: Criteria
 ) -> np.ndarray:
   """Each sample, or its mirror image at the start if that is in the range and the more likely.
 
@@ -208,11 +197,11 @@ def _right_way(
   classifier is surer.
   """
   mirror = 2 * start[None] - unit
-  inside = np.abs(mirror - 0.5).reshape(len(unit), start.size).max(axis=1, initial=0.0) < 0.5 + overshoot
+  inside = np.abs(mirror - 0.5).reshape(len(unit), start.size).max(axis=1, initial=0.0) < 0.5 + criteria.overshoot
   offsets, towards = (unit - start[None]).reshape(len(unit), start.size), np.ravel(typical - start)
   cosine = offsets @ towards / np.maximum(np.linalg.norm(offsets, axis=1) * np.linalg.norm(towards), 1e-12)
   unsure = _read(classifier, mirror)[1] > _read(classifier, unit)[1]
-  turned = inside & np.where(np.abs(cosine) > _SIDE, cosine < 0, unsure)
+  turned = inside & np.where(np.abs(cosine) > criteria.side, cosine < 0, unsure)
   return np.where(turned.reshape(-1, *[1] * start.ndim), mirror, unit)
 
 

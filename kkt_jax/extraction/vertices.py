@@ -1,10 +1,10 @@
 """Training samples as vertices: exact, and certified without any data. Beyond the paper.
 
-Where the first layer tells the span of the data (`kkt_jax.analysis.first_layer`), every training sample lies in start +
-span, r dimensions, and in the range of its inputs. Images hold many pixels that are black or white: far more than the r
-that pin down a point of the span. So a training image is a *highly degenerate vertex* of a polytope that the weights
+Where the first layer tells the subspace of the data (`kkt_jax.analysis.Subspace`), every training sample lies in its r
+dimensions, and in the range of its inputs. Images hold many pixels that are black or white: far more than the r
+that pin down a point of it. So a training image is a *highly degenerate vertex* of a polytope that the weights
 alone give away, and there are few of them. `polish` moves samples to the vertex nearby. `certify` counts the values at
-an end of the range: a point of the span gets r of them by choosing, but the others only by being a training image.
+an end of the range: a point of the subspace gets r of them by choosing, but the others only by being a training image.
 """
 
 import functools
@@ -17,16 +17,15 @@ import numpy as np
 
 from kkt_jax import _checks
 from kkt_jax._precision import full_precision
-from kkt_jax.analysis.first_layer import InputSpan, least_tight, varying
+from kkt_jax.analysis.subspace import Subspace
 from kkt_jax.criteria import Criteria
 
 _EXPONENT = 0.5  # of the distance from the ends of the range: 1 is what a linear program minimises, near 0 it counts
 _OUTSIDE = 10.0  # weight of values outside the range, beside those inside
 _FIRST, _LAST = 0.1, 1e-3  # distance from an end that counts as none, at the first iteration and at the last
-_REFITS = 8
+_REFITS, _FAR = 8, 20.0  # fits to values that have arrived; how much farther they may be in the first one
 _AT_ONCE = 50  # samples
-_TIGHT = 1e-3  # distance from an end of the range, in units of the range, up to which a value is there
-_NEAR = 0.2  # from an end of the range, from where a value can still get there
+_NEAR = 0.2  # from an end of the range, from where polishing can still bring a value there
 _VARIANCE = 0.05  # of a value, at least, where random points are drawn: the start may be 0 throughout
 _ALONE = 0.75  # share of a pixel's distance from its end that is its own; the rest is that of the pixels around it
 _NEAREST = 8  # neighbours that are asked where a value will end
@@ -34,29 +33,25 @@ _REACHED = 0.15  # from an end of the range, up to which a neighbour's value is 
 _UNSURE = 0.05  # least share of the neighbours that a value is given at either end
 _DARKEST, _DARK = 0.05, (2e-3, 2e-4)  # most that a black value may have come to, and distances that count as none
 _DEFAULT = Criteria()
-_BENT = 0.25  # most that a value may move on the way to its level
 
 
 class Certificates(NamedTuple):
   """What the values of samples say, without data, of whether they are training samples.
 
   Attributes:
-    tight: how many values of each sample lie at an end of the range [M]; only those of `varying` count.
-    dimensions: r of the span; so many tight values any sample can be given.
-    varying: how many values those are.
+    tight: how many values of each sample lie at an end of the range [M]; only those that `Subspace.free_coordinates`
+      counts. Any sample can be given r of them.
     overshoot: how far each sample is from the range [M], the Euclidean norm over its values.
     firmness: the least singular value of the rows of the basis where a sample is tight [M]: 0 if it can still be moved
       without leaving any of these ends, as a mixture of two training samples can.
     contrast: the same where black values may become one grey, and white ones another [M]: near 0 if it can be a picture
       with even areas, made brighter or darker; 0 also where it is not firm, for it is at most the firmness.
-    vertex: whether it is tight, firm and in the range, and not the start [M].
+    vertex: whether it is tight, firm and in the range, and not the origin [M].
     certified: whether it has contrast, too, and would be a vertex by its values at one end alone [M], as data that
       reach one end of the range need not reach the other: it passes for a training sample if nothing else explains it.
   """
 
   tight: np.ndarray
-  dimensions: int
-  varying: int
   overshoot: np.ndarray
   firmness: np.ndarray
   contrast: np.ndarray
@@ -65,10 +60,8 @@ class Certificates(NamedTuple):
 
 
 @full_precision
-def polish(
-  x: ArrayLike, span: InputSpan, start: ArrayLike, *, likely: ArrayLike | None = None, num_steps: int = 60
-) -> jax.Array:
-  """Moves samples to points of start + span nearby, of whose values as many as possible lie at an end of the range.
+def polish(x: ArrayLike, subspace: Subspace, *, likely: ArrayLike | None = None, num_steps: int = 60) -> jax.Array:
+  """Moves samples to points of a subspace nearby, of whose values as many as possible lie at an end of the range.
 
   Iteratively reweighted least squares on ``sum_p |x_p - e_p|^(1/2)``, with e_p the nearer end of the range, smoothed
   ever less; then least squares on the values that have arrived. The exponent is between that of a linear program, which
@@ -76,29 +69,26 @@ def polish(
   they are going weigh more. One iteration solves M systems of r equations.
 
   Args:
-    x: samples [M, ...] in units of the range, [0, 1]; they need not lie in the span.
-    span: of the training data.
-    start: what the span starts from [...], in units of the range.
+    x: samples [M, ...] in units of the range, [0, 1]; they need not lie in the subspace.
+    subspace: of the training data.
     likely: the shares of `likely_ends` [2, M, ...]; all values are alike if None.
     num_steps: iterations.
 
   Returns:
-    Samples [M, ...] of start + span, not clipped.
+    Samples [M, ...] of the subspace, not clipped.
 
   Raises:
     ValueError: shapes that do not fit, or values that are not finite.
 
-  >>> span = InputSpan(jnp.array([[1.0], [1.0], [0.5], [-1.0]]) / 3.25**0.5, jnp.ones(1))
-  >>> print(np.abs(polish(jnp.array([[0.8, 0.7, 0.6, 0.1]]), span, jnp.full(4, 0.5))).round(3))
+  >>> line = Subspace(jnp.full(4, 0.5), jnp.array([[1.0], [1.0], [0.5], [-1.0]]) / 3.25**0.5, jnp.ones(1))
+  >>> print(np.abs(polish(jnp.array([[0.8, 0.7, 0.6, 0.1]]), line)).round(3))
   [[1.   1.   0.75 0.  ]]
   """
-  x, start = _checked(x, span, start)
-  flat = start.reshape(1, -1)
-  c = (x.reshape(x.shape[0], -1) - flat) @ span.basis
+  x = _checked(x, subspace)
   trust = jnp.ones((2, *x.shape)) if likely is None else (-1 / jnp.log(jnp.asarray(likely))) ** 0.5
   _checks.check_shape("likely", trust, (2, *x.shape), "[2, M, ...]")
-  polished = _polished(c, trust.reshape(2, x.shape[0], -1).swapaxes(0, 1), span.basis, start, num_steps)
-  return (flat + polished @ span.basis.T).reshape(x.shape)
+  trust = trust.reshape(2, x.shape[0], -1).swapaxes(0, 1)
+  return subspace.points(_polished(subspace.coordinates(x), trust, subspace, num_steps))
 
 
 @jax.jit
@@ -126,17 +116,16 @@ def likely_ends(x: ArrayLike, y: ArrayLike, others: ArrayLike, others_y: ArrayLi
   return (_UNSURE + (1 - 2 * _UNSURE) * jnp.stack(shares)).reshape(2, *x.shape)
 
 
-def certify(x: ArrayLike, span: InputSpan, start: ArrayLike, criteria: Criteria = _DEFAULT) -> Certificates:
-  """Which samples pass for training samples, from the span alone: tight, firm, in the range, and not the start.
+def certify(x: ArrayLike, subspace: Subspace, criteria: Criteria = _DEFAULT) -> Certificates:
+  """Which samples pass for training samples, from the subspace alone: tight, firm, in the range, and not the origin.
 
   They must be firm also where all black values may become one grey, and all white ones another. Else a picture with
-  even areas would pass when it is made so bright that one of them is white, if a black image is in the span. Where the
-  start is one value throughout, every sample can be made brighter, so that none is certified by its range.
+  even areas would pass when it is made so bright that one of them is white, if a black image is in it. Where the
+  origin is one value throughout, every sample can be made brighter, so that none is certified by its range.
 
   Args:
     x: polished samples [M, ...] in units of the range.
-    span: of the training data.
-    start: what the span starts from [...].
+    subspace: of the training data.
     criteria: the thresholds.
 
   Returns:
@@ -145,25 +134,23 @@ def certify(x: ArrayLike, span: InputSpan, start: ArrayLike, criteria: Criteria 
   Raises:
     ValueError: see `polish`.
   """
-  x, start = _checked(x, span, start)
-  varies = varying(span)
-  counted = np.asarray(span.basis, np.float64)[varies]
-  own = np.asarray(x, np.float64).reshape(x.shape[0], -1)[:, varies]
+  x, origin, free = _checked(x, subspace), subspace.origin, subspace.free_coordinates
+  own = np.asarray(x, np.float64).reshape(x.shape[0], -1)[:, free]
   black, white = np.abs(own) < criteria.tight, np.abs(own - 1) < criteria.tight
   tight, overshoot = (black | white).sum(axis=1), np.linalg.norm(np.maximum(0.0, np.maximum(-own, own - 1)), axis=1)
-  dimensions, number = span.strengths.size, int(varies.sum())
-  away = np.abs(np.asarray(x - start[None])).reshape(x.shape[0], -1).max(axis=1) > _NEAR  # the start may be black
-  enough = (tight >= least_tight(dimensions, number, criteria)) & (overshoot <= criteria.overshoot) & away
+  away = np.abs(np.asarray(x - origin[None])).reshape(x.shape[0], -1).max(axis=1) > criteria.away
+  required = subspace.required_active(criteria)
+  enough = (tight >= required) & (overshoot <= criteria.overshoot) & away
   firmness, contrast, one_sided = np.zeros((3, len(own)))
   ends, which = np.unique(np.where(black | white, own > 0.5, -1)[enough], axis=0, return_inverse=True)
   if len(ends):  # many samples come to one vertex
-    least = least_tight(dimensions, number, criteria)
-    measured = np.array([_held(counted, vertex, least, criteria.firmness) for vertex in ends])
+    rows = np.asarray(subspace.basis, np.float64)[free]
+    measured = np.array([_held(rows, vertex, required, criteria.firmness) for vertex in ends])
     firmness[enough], contrast[enough], one_sided[enough] = measured[which.ravel()].T
   vertex = enough & (firmness >= criteria.firmness)
   certified = vertex & (contrast >= criteria.contrast) & (one_sided >= criteria.firmness)
-  certified &= np.ptp(start) >= criteria.tight
-  return Certificates(tight, dimensions, number, overshoot, firmness, contrast, vertex, certified)
+  certified &= np.ptp(origin) >= criteria.tight
+  return Certificates(tight, overshoot, firmness, contrast, vertex, certified)
 
 
 def _held(basis: np.ndarray, ends: np.ndarray, count: int, least: float) -> tuple[float, float, float]:
@@ -184,34 +171,33 @@ def _least_singular(rows: np.ndarray) -> float:
   return max(float(np.linalg.eigvalsh(rows.T @ rows)[0]), 0.0) ** 0.5
 
 
-def to_levels(x: ArrayLike, span: InputSpan, start: ArrayLike, *, levels: int = 255) -> tuple[np.ndarray, np.ndarray]:
+def to_levels(x: ArrayLike, subspace: Subspace, criteria: Criteria = _DEFAULT) -> tuple[np.ndarray, np.ndarray]:
   """Images of whole levels, such as 8-bit ones, from polished samples: bit for bit, where they are training images.
 
   Nearly white values that polishing took for white bend a sample a little. So it is fitted to its black values alone,
-  by reweighted least squares, and then in turn to its values rounded to levels. A point of the span has as many values
-  to choose as there are dimensions. That all others are whole levels, too, is no chance.
+  by reweighted least squares, and then in turn to its values rounded to levels. A point of the subspace has as many
+  values to choose as there are dimensions. That all others are whole levels, too, is no chance.
 
   Args:
     x: certified samples [M, ...] in units of the range.
-    span: of the training data.
-    start: what the span starts from [...].
-    levels: steps of the range.
+    subspace: of the training data.
+    criteria: the thresholds, among them the number of levels.
 
   Returns:
-    The samples in whole levels [M, ...], and the greatest distance of a value of the span's point from its level [M],
-    in steps: of the training images that were found at most .23, of all else at least .21 (docs/lab/exact.md); .5 for
-    what has become another image.
+    The samples in whole levels [M, ...], and the greatest distance of a value of the point from its level [M], in
+    steps: of the training images that were found at most .23, of all else at least .21 (docs/lab/exact.md); .5 for what
+    has become another image.
 
   Raises:
     ValueError: see `polish`.
   """
-  x, start = _checked(x, span, start)
-  basis, start = np.asarray(span.basis, np.float64), np.asarray(start, np.float64).reshape(-1)
+  x, levels = _checked(x, subspace), criteria.levels
+  basis, origin = np.asarray(subspace.basis, np.float64), np.asarray(subspace.origin, np.float64).reshape(-1)
   points = np.asarray(x, np.float64).reshape(x.shape[0], -1).copy()
   rounded = lambda point: np.clip(np.round(point * levels), 0, levels) / levels
   for index, point in enumerate(points):
     light = np.mean(point) > 0.5  # then its white values are the surest
-    point, flat = (1 - point, 1 - start) if light else (point, start)
+    point, flat = (1 - point, 1 - origin) if light else (point, origin)
     for smooth in np.geomspace(*_DARK, 6):
       weights = np.where(point < _DARKEST, smooth**2 / (np.square(point) + smooth**2), 0.0)
       weighed = basis * weights[:, None]
@@ -223,50 +209,54 @@ def to_levels(x: ArrayLike, span: InputSpan, start: ArrayLike, *, levels: int = 
     points[index] = 1 - point if light else point
   off = np.abs(levels * (points - rounded(points))).max(axis=1, initial=0.0)
   moved = np.abs(rounded(points) - np.asarray(x).reshape(points.shape)).max(axis=1, initial=0.0)
-  off = np.where(moved < _BENT, np.minimum(off, 0.5), 0.5)  # all black, for instance, is whole levels, too
+  off = np.where(moved < criteria.bent, np.minimum(off, 0.5), 0.5)  # all black, for instance, is whole levels, too
   return rounded(points).reshape(x.shape).astype(np.float32), off
 
 
-def promising(x: ArrayLike, span: InputSpan) -> np.ndarray:
+def promising(x: ArrayLike, subspace: Subspace) -> np.ndarray:
   """Which samples [M, ...] have enough values near the ends of the range to be certified after polishing."""
-  varies = varying(span)
-  own = np.asarray(x).reshape(np.shape(x)[0], -1)[:, varies]
+  own = np.asarray(x).reshape(np.shape(x)[0], -1)[:, subspace.free_coordinates]
   near = np.sum(np.minimum(np.abs(own), np.abs(own - 1)) < _NEAR, axis=1)
-  return near >= least_tight(span.strengths.size, int(varies.sum()))
+  return near >= subspace.required_active()
 
 
 @full_precision
 def search(
-  key: jax.Array, span: InputSpan, start: ArrayLike, num_samples: int, *, known: ArrayLike | None = None
+  key: jax.Array,
+  subspace: Subspace,
+  num_samples: int,
+  *,
+  around: ArrayLike | None = None,
+  known: ArrayLike | None = None,
 ) -> jax.Array:
-  """Random points of the span, from which `polish` finds training samples without any equation.
+  """Random points of the subspace, from which `polish` finds training samples without any equation.
 
   Args:
     key: typed random key.
-    span: of the training data.
-    start: a point of the data's affine hull around which to draw [...], such as their mean.
+    subspace: of the training data.
     num_samples: M.
+    around: a point of the data's affine hull [...], such as their mean; the origin if None.
     known: samples [K, ...] that are found already: the points are drawn where these have nothing, and so near others.
 
   Returns:
-    Points [M, ...], as far from the start as black and white values of its mean would be, and not next to it.
+    Points [M, ...], as far from there as black and white values of its mean would be, and not next to it.
   """
-  start = jnp.asarray(start)
-  c = jax.random.normal(key, (num_samples, span.strengths.size))
+  start = jnp.asarray(subspace.origin if around is None else around)
+  c = jax.random.normal(key, (num_samples, subspace.dimension))
   if known is not None and np.size(known):
     offsets = (jnp.asarray(known) - start[None]).reshape(np.shape(known)[0], -1)
-    directions = jnp.linalg.qr((offsets @ span.basis).T)[0]
+    directions = jnp.linalg.qr((offsets @ subspace.basis).T)[0]
     c -= c @ directions @ directions.T
-  variances = jnp.where(varying(span), jnp.maximum(start * (1 - start), _VARIANCE).reshape(-1), 0.0)
+  variances = jnp.where(subspace.free_coordinates, jnp.maximum(start * (1 - start), _VARIANCE).reshape(-1), 0.0)
   far = jnp.sqrt(jnp.sum(variances))
   c *= far / jnp.maximum(jnp.linalg.norm(c, axis=1, keepdims=True), 1e-6)
-  return (start.reshape(1, -1) + c @ span.basis.T).reshape(num_samples, *start.shape)
+  return (start.reshape(1, -1) + c @ subspace.basis.T).reshape(num_samples, *start.shape)
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
-def _polished(c: jax.Array, trust: jax.Array, basis: jax.Array, start: jax.Array, num_steps: int) -> jax.Array:
+def _polished(c: jax.Array, trust: jax.Array, subspace: Subspace, num_steps: int) -> jax.Array:
   """Coefficients [M, r] of the polished samples; trust [M, 2, D] in values that go to either end."""
-  shape, start = start.shape, start.reshape(-1)
+  shape, start, basis = subspace.origin.shape, subspace.origin.reshape(-1), subspace.basis
 
   def solve(c: jax.Array, weights: jax.Array, ends: jax.Array) -> jax.Array:
     """Weighted least squares, held a little where it is; nothing moves where its equations fail to be solved."""
@@ -291,7 +281,7 @@ def _polished(c: jax.Array, trust: jax.Array, basis: jax.Array, start: jax.Array
       return solve(c, (jnp.abs(x - ends) < near).astype(x.dtype), ends), None
 
     c, _ = jax.lax.scan(descend, c, jnp.geomspace(_FIRST, _LAST, num_steps))
-    return jax.lax.scan(refit, c, jnp.geomspace(20 * _TIGHT, _TIGHT, _REFITS))[0]
+    return jax.lax.scan(refit, c, jnp.geomspace(_FAR * _LAST, _LAST, _REFITS))[0]
 
   return jax.lax.map(lambda own: one(*own), (c, trust), batch_size=_AT_ONCE)
 
@@ -308,11 +298,9 @@ def _with_neighbours(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return image.reshape(-1)
 
 
-def _checked(x: ArrayLike, span: InputSpan, start: ArrayLike) -> tuple[jax.Array, jax.Array]:
-  x, start = jnp.asarray(x), jnp.asarray(start)
+def _checked(x: ArrayLike, subspace: Subspace) -> jax.Array:
+  x = jnp.asarray(x)
   _checks.check_batch("x", x)
-  _checks.check_shape("start", start, x.shape[1:], "of a sample")
-  _checks.check_shape("span.basis", span.basis, (start.size, span.strengths.size), "[D, r]")
-  for name, value in (("x", x), ("start", start), ("span", span)):
-    _checks.check_finite(name, value)
-  return x, start
+  _checks.check_shape("x", x, (len(x), *subspace.origin.shape), "[M, ...] of the subspace")
+  _checks.check_finite("x", x)
+  return x

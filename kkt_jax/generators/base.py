@@ -118,8 +118,8 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
   """A generator without a network: each noise picks one of many learned samples.
 
   ``g(noise, y, t) = start_t + c F_t`` with the coefficients c of one of ``codes`` codes of label y. Where the first
-  layer reveals the span of the data, the rows of F_t are its directions s_j^p v_j (basis v, strengths s), with p the
-  share of all dimensions that the span fills: the strengths span six decades, and gradient descent needs directions of
+  layer reveals the subspace of the data, the rows of F_t are its directions s_j^p v_j (singular values s), with p the
+  share of all dimensions that it fills: the singular values span six decades, and gradient descent needs directions of
   comparable size. Else F_t is the identity, and samples are free, as in Haim et al. (2022).
 
   It is a *finite* generator: its distribution is ``codes`` equally likely samples of each label and classifier, and
@@ -127,7 +127,7 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
 
   Args:
     codes: samples of each label and classifier.
-    in_span: whether to search in the span only, if all classifiers reveal theirs.
+    in_span: whether to search in the subspace only, if all classifiers reveal theirs.
     deviation: root mean square of a coordinate of the random first samples around the start, over what black and white
       pixels of that mean would have, or over .3 of the range of the inputs if the start is not an image.
 
@@ -144,18 +144,17 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
     classifiers = [own.classifier for own in examinations]
     shape = classifiers[0].input_shape
     bounded = all(classifier.value_range is not None for classifier in classifiers)
-    starts, place_of = [own.unit_start for own in examinations], places_of(examinations)
+    starts, place_of = [own.origin for own in examinations], places_of(examinations)
     first = deviation * typical_deviation(examinations)
-    spans = [own.span for own in examinations] if in_span else [None]
+    revealed = [own.subspace for own in examinations if in_span and own.subspace is not None]
     factors: list[jax.Array | None] = [None] * len(starts)
-    if all(span is not None for span in spans):
+    if len(revealed) == len(starts):
       power = float(np.mean([own.share for own in examinations]))
       factors = []
-      for span in spans:
-        assert span is not None
-        scale = span.strengths**power
+      for subspace in revealed:
+        scale = subspace.singular_values**power
         scale = scale * first * math.sqrt(starts[0].size) / jnp.linalg.norm(scale)
-        factors.append(scale[:, None] * span.basis.T)
+        factors.append(scale[:, None] * subspace.basis.T)
     sizes = [starts[0].size if factor is None else factor.shape[0] for factor in factors]
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
@@ -192,7 +191,7 @@ def typical_deviation(examinations: Sequence[Examination]) -> float:
   """The deviation of black and white pixels whose means the networks subtract; .3 if they subtract no images."""
   if not all(own.tells_mean for own in examinations):
     return 0.3
-  starts = jnp.stack([own.unit_start for own in examinations])
+  starts = jnp.stack([own.origin for own in examinations])
   return float(jnp.sqrt(jnp.mean(jnp.clip(starts * (1 - starts), 0.01))))
 
 
@@ -367,7 +366,7 @@ def convolutional(*, noise_dim: int = 64, batch_size: int = 500) -> GeneratorFac
         "a convolutional generator needs images in a range, with height and width in multiples of 4; inputs have shape"
         f" {shape} and range {classifier.value_range}."
       )
-    start = jnp.mean(jnp.stack([own.unit_start for own in examinations]), axis=0)
+    start = jnp.mean(jnp.stack([own.origin for own in examinations]), axis=0)
     start = jnp.clip(start, 3e-3, 1 - 3e-3)  # the logit of pure black is not finite
     around = (jnp.log(start) - jnp.log1p(-start))[None]
     output = lambda x: classifier.from_unit(nn.sigmoid(around + x))

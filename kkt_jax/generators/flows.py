@@ -23,6 +23,7 @@ from kkt_jax import _checks
 from kkt_jax._precision import full_precision
 from kkt_jax._typing import PyTree
 from kkt_jax.analysis.examination import Examination
+from kkt_jax.analysis.subspace import Subspace
 from kkt_jax.generators import base as generators
 from kkt_jax.generators.base import Generator
 from kkt_jax.metrics.distances import pairwise_distance
@@ -69,7 +70,7 @@ class Flow:
   """A generator of continuous noise: ``start_t + s_t F_t z(1)`` with ``dz = (v - z) / (1 - time) dtime``.
 
   v is the network `Destination`. z(0) is standard normal noise times the temperature; its dimension is that of the
-  first layer's span, whose directions F_t holds, where all classifiers reveal theirs (the greatest of several), or that
+  data's subspace, whose directions F_t holds, where all classifiers reveal theirs (the greatest of several), or that
   of all values. s_t is the size of a coordinate of images of black and white pixels with the mean start_t. Samples are
   clipped to the range of the inputs, if they have one. Calling it with examinations makes the generator: it is a
   `kkt_jax.generators.GeneratorFactory`.
@@ -108,7 +109,7 @@ class Flow:
   def __call__(self, examinations: Sequence[Examination]) -> Generator:
     """The generator for some classifiers."""
     charts = _charts(examinations)
-    dimensions = max(basis.shape[1] for _, basis, _ in charts)
+    dimensions = max(subspace.dimension for subspace, _ in charts)
     network, place_of = self._network(examinations, dimensions), generators.places_of(examinations)
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
@@ -125,13 +126,13 @@ class Flow:
         return z + (end - z) / (1 - time) / self.steps, None
 
       z, _ = jax.lax.scan(step, self.temperature * noise, jnp.arange(self.steps) / self.steps)
-      x = jnp.zeros((len(y), charts[0][0].size))
-      for index, (own, (start, basis, size)) in enumerate(zip(examinations, charts, strict=True)):
-        unit = start.reshape(1, -1) + size * z[:, : basis.shape[1]] @ basis.T
+      x = jnp.zeros((len(y), *charts[0][0].origin.shape))
+      for index, (own, (subspace, size)) in enumerate(zip(examinations, charts, strict=True)):
+        unit = subspace.points(size * z[:, : subspace.dimension])
         if own.classifier.value_range is not None:
           unit = jnp.clip(unit, 0.0, 1.0)
-        x = jnp.where((t == index)[:, None], own.classifier.from_unit(unit), x)
-      return x.reshape(-1, *charts[0][0].shape), statistics
+        x = jnp.where((t == index).reshape(-1, *[1] * (x.ndim - 1)), own.classifier.from_unit(unit), x)
+      return x, statistics
 
     return Generator(init, generate, generators.normal_noise(dimensions), dimensions, self.batch_size)
 
@@ -188,11 +189,10 @@ class Flow:
       theta.
     """
     charts = _charts(examinations)
-    dimensions, place_of = max(basis.shape[1] for _, basis, _ in charts), generators.places_of(examinations)
+    dimensions, place_of = max(subspace.dimension for subspace, _ in charts), generators.places_of(examinations)
     parts = []
-    for index, ((unit, labels), (start, basis, size)) in enumerate(zip(samples, charts, strict=True)):
-      x, y = jnp.asarray(unit), place_of(labels)
-      z = (x - start[None]).reshape(len(y), -1) @ basis / size
+    for index, ((unit, labels), (subspace, size)) in enumerate(zip(samples, charts, strict=True)):
+      y, z = place_of(labels), subspace.coordinates(jnp.asarray(unit)) / size
       parts.append((jnp.pad(z, ((0, 0), (0, dimensions - z.shape[1]))), y, jnp.full(len(y), index)))
     ends, of, owners = (jnp.concatenate(part) for part in zip(*parts, strict=True))
     network, count = self._network(examinations, dimensions), self.batch_size
@@ -225,13 +225,10 @@ class Flow:
     return Destination(generators.num_labels(examinations), len(examinations), width, self.blocks)
 
 
-def _charts(examinations: Sequence[Examination]) -> list[tuple[jax.Array, jax.Array, float]]:
-  """For each classifier where samples start, the directions in which they lie [D, r], and the size of a coordinate."""
-  starts = [own.unit_start for own in examinations]
+def _charts(examinations: Sequence[Examination]) -> list[tuple[Subspace, float]]:
+  """For each classifier where samples lie, and the size of a coordinate; anywhere, unless all reveal their subspace."""
   deviation = generators.typical_deviation(examinations)
-  spans = [own.span for own in examinations]
-  bases = [jnp.eye(starts[0].size)] * len(starts) if None in spans else [span.basis for span in spans if span]
-  return [
-    (start, basis, deviation * math.sqrt(start.size / basis.shape[1]))
-    for start, basis in zip(starts, bases, strict=True)
-  ]
+  subspaces = [own.subspace for own in examinations if own.subspace is not None]
+  if len(subspaces) < len(examinations):
+    subspaces = [Subspace.whole(own.origin) for own in examinations]
+  return [(own, deviation * math.sqrt(own.origin.size / own.dimension)) for own in subspaces]

@@ -40,7 +40,7 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
   Returns:
     By name, each [M]: ``multipliers`` (`multipliers`, on the kernel of a fully connected first layer alone if it has a
     target, for what is left of the initialisation hides that least); ``span``, minus the share of a candidate outside
-    the span of the training data, where that is told; ``signal``, minus the distance of a candidate's own
+    the subspace of the training data, where that is told; ``signal``, minus the distance of a candidate's own
     signal from the row space of the first kernel (`kkt_jax.extraction.signals`), which needs no other sample, where
     weight decay has made that space; ``hinges`` (`hinge_shares`), where there are gates; ``margin`` (`common_margin`),
     where training drove all margins to one value; and what needs no theory, ``loss``, minus the cross-entropy.
@@ -50,11 +50,8 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
   logits = classifier.predict(x)
   labels = jnp.asarray(classifier.labels)[jnp.argmax(logits, axis=1)] if labels is None else labels
   found = {"multipliers": multipliers(classifier, _of_first_kernel(examination), x, labels)}
-  if examination.span is not None:
-    offsets = classifier.to_unit(x).reshape(len(x), -1) - examination.unit_start.reshape(1, -1)
-    outside = offsets - (offsets @ examination.span.basis) @ examination.span.basis.T
-    lengths = jnp.maximum(jnp.linalg.norm(offsets, axis=1), 1e-12)
-    found["span"] = -np.asarray(jnp.linalg.norm(outside, axis=1) / lengths)
+  if examination.subspace is not None:
+    found["span"] = -np.asarray(examination.subspace.distance(classifier.to_unit(x)))
   if certificates.applicable(examination):
     found["signal"] = -signals.signals(examination, x, labels).distance
   if relaxation.gates(classifier.predict_fn, classifier.params, x[:2]):

@@ -1,6 +1,6 @@
 """How a generator is trained: a recipe of named parts, and the defaults that follow from what the weights say.
 
-`default` is the one place where a classifier's kind (batch norm, weight decay known or not, span revealed or not)
+`default` is the one place where a classifier's kind (batch norm, weight decay known or not, subspace revealed or not)
 decides on settings. A user's classifier and those of the experiments go through it alike.
 """
 
@@ -29,7 +29,7 @@ from kkt_jax.reconstruction.terms import Batch, Term
 Measure = Callable[[Conditions, PyTree], jax.Array]
 OptimizerFactory = Callable[[int], optax.GradientTransformation]
 _CHOSEN: Any = None  # what `default` fills in
-_CODES, _SPARE = 20, 1.2  # samples of each class; and by how much more than the span's dimensions they are in all
+_CODES, _SPARE = 20, 1.2  # samples of each class; and by how much more than the subspace's dimensions they are in all
 RESERVED = ("stationarity", "residual", "total", "margin", "gradient_norm")  # names of other logged metrics
 
 
@@ -124,8 +124,8 @@ class Schedule:
     restarts: generators that are started; the one with the least loss without stationarity and without terms that have
       a schedule goes on.
     restart_steps: steps of each before the choice; stationarity does not count in them.
-    polish_rounds: most rounds of polishing after the training, where the span of the data is told and the generator is
-      finite; 0 leaves it out. See `kkt_jax.reconstruction.Reconstruction.polished`.
+    polish_rounds: most rounds of polishing after the training, where the subspace of the data is told and the generator
+      is finite; 0 leaves it out. See `kkt_jax.reconstruction.Reconstruction.polished`.
     match_steps: steps of fitting a network of continuous noise to the generator's samples; 0 keeps the generator.
       See `kkt_jax.reconstruction.Reconstruction.continuous`.
     tables: how often the generator is trained, from different starts, for that network to be fitted to the samples of
@@ -271,10 +271,10 @@ def default(examinations: Sequence[Examination]) -> Recipe:
     size. Gates are free at kinks, where gradient descent with weight decay leaves a sixth of all units.
   - **Anything else**: free multipliers, one for each sample and class, drawn to the classifier's probabilities in the
     course of the training if the form is weight decay; stationarity is measured by its angle. Twenty samples of each
-    class, and at least a fifth more in all than the span has dimensions: there are as many training samples as those.
+    class, and at least a fifth more in all than the subspace has dimensions: there are as many training samples.
 
-  Everywhere: samples in the span of the first layer if that is revealed; inputs in their range; total variation of
-  images, the heavier, the more of all dimensions the span fills. The numbers were found on digits (BUILD_NOTES.md).
+  Everywhere: samples in the subspace of the first layer if that is revealed; inputs in their range; total variation of
+  images, the heavier, the more of all dimensions it fills. The numbers were found on digits (BUILD_NOTES.md).
   Stationarity does not count in the first fifth of the training.
   """
   classifiers = [own.classifier for own in examinations]
@@ -324,11 +324,11 @@ def default(examinations: Sequence[Examination]) -> Recipe:
 
 
 def _codes(examination: Examination) -> int:
-  """Samples of each class that a span asks for, which has at most as many dimensions as there are samples."""
+  """Samples of each class that a subspace asks for, which has at most as many dimensions as there are samples."""
   return (
     0
-    if examination.span is None
-    else math.ceil(_SPARE * examination.span.strengths.size / examination.classifier.num_classes)
+    if examination.subspace is None
+    else math.ceil(_SPARE * examination.subspace.dimension / examination.classifier.num_classes)
   )
 
 

@@ -73,9 +73,9 @@ class Reconstruction:
 
   @property
   def certified_share(self) -> float:
-    """The least share of a classifier's training samples that are certified, of the most that its span can hold."""
-    most = [exact.most_samples(own) for own in self.examinations]
-    return min((len(own.y) / max(m, 1) for own, m in zip(self.exact, most, strict=False)), default=0.0)
+    """The least share of a classifier's training samples that are certified, of the most that its subspace can hold."""
+    pairs = zip(self.exact, self.examinations, strict=False)
+    return min((len(own.y) / max(examination.most_samples, 1) for own, examination in pairs), default=0.0)
 
   @functools.cached_property
   def problem(self) -> Problem:
@@ -307,8 +307,8 @@ class Reconstruction:
       on_round: called with (classifier, round, number of certified samples, most that there can be).
 
     Returns:
-      The reconstruction with these samples, and with ``exact``. As it was, but for ``exact``, where no span is told or
-      the generator is not finite.
+      The reconstruction with these samples, and with ``exact``. As it was, but for ``exact``, where no subspace is told
+      or the generator is not finite.
     """
     rounds = self.recipe.schedule.polish_rounds if rounds is None else rounds
     generator = self.problem.generator
@@ -321,7 +321,7 @@ class Reconstruction:
       tell = None if on_round is None else functools.partial(on_round, t)
       less: dict[str, Any] = {}
       if quick:
-        less = {"points": 2 * exact.most_samples(own), "num_steps": _QUICK_STEPS, "least_hope": _HOPEFUL}
+        less = {"points": 2 * own.most_samples, "num_steps": _QUICK_STEPS, "least_hope": _HOPEFUL}
       samples, led = exact.find(own, own.classifier.to_unit(x[part]), y[part], rounds=rounds, on_round=tell, **less)
       labels, codes, chosen = exact.places(samples.y, led, y[part])
       if len(chosen):

@@ -18,7 +18,9 @@ from trained_networks import (
 
 import kkt_jax
 from kkt_jax import examine
-from kkt_jax.analysis import examination, first_layer
+from kkt_jax.analysis import _probing, examination, first_layer
+from kkt_jax.analysis.first_layer import read_first_layer
+from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import conditions, losses, pretrain
 
 slow = pytest.mark.slow
@@ -52,7 +54,7 @@ def test_a_list_of_tuples_in_pytorchs_layout_says_what_the_flax_module_says(by_f
   assert (nameless.first.turned, by_flax.first.turned) == (True, False)
   for name in ("kernel", "bias", "gain", "rank"):
     np.testing.assert_array_equal(getattr(nameless.first, name), getattr(by_flax.first, name))
-  assert nameless.span is None and by_flax.span is None
+  assert nameless.subspace is None and by_flax.subspace is None
   (first, first_bias), (last, last_bias) = nameless.roles
   assert (first, first_bias, last, last_bias) == ("first kernel", "other", "kernel", "last bias")
   flax = by_flax.roles
@@ -80,7 +82,7 @@ def test_of_a_network_trained_with_weight_decay_it_says_what_is_true(by_flax):
   directions, *_ = by_flax.first.factors
   assert directions.shape == (64, 9)
   np.testing.assert_allclose(x @ directions @ directions.T, x, atol=2e-2)
-  assert by_flax.span is None  # of three classes that may be so few because many samples are fitted alike
+  assert by_flax.subspace is None  # of three classes that may be so few because many samples are fitted alike
   np.testing.assert_allclose(by_flax.start, 0.0, atol=1e-4)
   np.testing.assert_allclose(by_flax.margin, jnp.mean(losses.runner_up_margin(classifier.predict(x), y)), rtol=0.1)
   assert by_flax.share == 1.0
@@ -93,14 +95,14 @@ def test_a_span_is_recognised_exactly(rank):
   data, mixed = random((40, rank)), random((rank, 32), 1)
   classifier = kkt_jax.make_classifier(mlp, mlp_params(data @ mixed, width=32), (40,))
   probes = jax.random.uniform(jax.random.key(0), (3, 40))
-  start, first, span, place, _ = examination._first_layer(classifier, probes)
+  start, first, subspace, place, _ = read_first_layer(classifier, probes)
   assert first.rank == rank
   basis = first.factors[0]
   np.testing.assert_allclose(basis @ basis.T @ data, data, atol=1e-4)
   if rank > 12:  # more than three classes leave of samples that are fitted alike
-    np.testing.assert_allclose(span.basis @ span.basis.T, basis @ basis.T, atol=1e-5)
+    np.testing.assert_allclose(subspace.basis @ subspace.basis.T, basis @ basis.T, atol=1e-5)
   else:
-    assert span is None
+    assert subspace is None
   np.testing.assert_allclose(start, 0.0, atol=1e-5)
   assert jax.tree.leaves(classifier.params)[place] is classifier.params["w"]
   assert (first.place, first.turned, first.gain) == (place, False, 1.0)
@@ -126,29 +128,29 @@ def test_a_span_is_recognised_exactly(rank):
 def test_a_fall_of_the_singular_values_must_be_steep_and_end_in_almost_nothing(strengths, rank, sharp):
   left, right = (np.linalg.qr(np.asarray(random((size, 16), size), np.float64))[0] for size in (20, 16))
   values = np.linalg.svd((left * strengths) @ right.T, compute_uv=False)
-  assert examination._fall(values) == (rank, sharp)
+  assert first_layer._fall(values) == (rank, sharp)
 
 
 def test_without_a_sharp_fall_there_must_be_many_directions_for_each_class():
   left, right = (np.linalg.qr(np.asarray(random((size, 60), size), np.float64))[0] for size in (80, 60))
   of = lambda rank: (left * np.r_[np.geomspace(1, 1e-3, rank), np.full(60 - rank, 5e-5)]) @ right.T
-  assert examination._span(of(24), num_classes=3) == (24, None)
-  rank, span = examination._span(of(25), num_classes=3)
-  assert (rank, span.strengths.size) == (25, 25)
+  assert first_layer._span(of(24), jnp.zeros(80), num_classes=3) == (24, None)
+  rank, subspace = first_layer._span(of(25), jnp.zeros(80), num_classes=3)
+  assert (rank, subspace.dimension) == (25, 25)
 
 
 def test_a_span_above_a_floor_of_noise_is_recognised_and_said_to_be_blurred():
   kernel = random((20, 5)) @ random((5, 16), 1) + 5e-3 * random((20, 16), 2)
-  rank, span = examination._span(kernel)
+  rank, subspace = first_layer._span(kernel, jnp.zeros(20))
   assert rank == 0  # of the kernel it cannot be told
-  assert span.basis.shape == (20, 5)
-  assert span.blur == pytest.approx(5e-3 * 15**0.5, rel=0.3)
-  said = examination._blurred(span)
+  assert subspace.basis.shape == (20, 5)
+  assert subspace.blur == pytest.approx(5e-3 * 15**0.5, rel=0.3)
+  said = examination._blurred(subspace)
   assert "those that stand out of noise (what is left of the initialisation, or rounding)" in said
-  assert f"the faintest by {span.blur / span.strengths[-1]:.2g} of its length" in said
-  rank, cliff = examination._span(random((20, 5)) @ random((5, 16), 1))
-  assert (rank, cliff.strengths.size, cliff.blur, examination._blurred(cliff)) == (5, 5, 0, "")
-  assert examination._span(kernel, noise=False) == (0, None)
+  assert f"the faintest by {subspace.blur / subspace.singular_values[-1]:.2g} of its length" in said
+  rank, cliff = first_layer._span(random((20, 5)) @ random((5, 16), 1), jnp.zeros(20))
+  assert (rank, cliff.dimension, cliff.blur, examination._blurred(cliff)) == (5, 5, 0, "")
+  assert first_layer._span(kernel, jnp.zeros(20), noise=False) == (0, None)
 
 
 def in_balance(kernel, **changes):
@@ -168,9 +170,9 @@ def test_directions_that_stand_out_because_classes_do_are_no_span_of_the_data(ra
     classifier = kkt_jax.make_classifier(mlp, in_balance(own), (40,))  # of three classes
     found = examine(classifier, form="weight_decay")
     assert found.bound < 1e-6 and found.first.rank == held
-    assert (found.span is not None) == told
+    assert (found.subspace is not None) == told
     if told:
-      assert found.span.strengths.size == rank and (found.span.blur > 0) == (held == 0)
+      assert found.subspace.dimension == rank and (found.subspace.blur > 0) == (held == 0)
       assert f"They hold {rank} of 40 directions, taken for those of the data" in str(found)
     elif held:
       assert (
@@ -186,19 +188,18 @@ def test_a_bias_that_is_made_of_the_data_tells_a_sample_from_a_brighter_one(deca
   bias = jnp.sum(signals, axis=0) + (0 if decayed else 0.1 * random(32, 2))
   found = examine(kkt_jax.make_classifier(mlp, in_balance(x.T @ signals, b=bias), (40,), weight_decay=0.1))
   if not decayed:
-    assert found.origin is None and found.first.normal is None and found.span.strengths.size == 15
+    assert found.first.normal is None and found.subspace.dimension == 15
     assert not found.tells_mean and "how bright they are" not in str(found)
     return
-  assert found.first.rank == 15 and found.span.strengths.size == 14
-  offsets = x - found.origin[None]
-  np.testing.assert_allclose(offsets @ found.span.basis @ found.span.basis.T, offsets, atol=1e-3)
-  brighter = 1.1 * x - found.origin[None]
-  outside = jnp.linalg.norm(brighter - brighter @ found.span.basis @ found.span.basis.T, axis=1)
-  assert float(outside.min()) > 0.05
-  np.testing.assert_array_equal(found.unit_start, found.origin)
+  assert found.first.rank == 15 and found.subspace.dimension == 14
+  subspace = found.subspace
+  np.testing.assert_allclose(subspace.points(subspace.coordinates(x)), x, atol=1e-3)
+  lengths = jnp.linalg.norm(1.1 * x - subspace.origin[None], axis=1)
+  assert float((subspace.distance(1.1 * x) * lengths).min()) > 0.05
+  np.testing.assert_array_equal(found.origin, subspace.origin)
   assert found.tells_mean
   assert "The first layer's bias tells how bright they are." in str(found)
-  least, number = first_layer.least_tight(14, 40), 40
+  least, number = subspace.required_active(), 40
   assert f"A sample with {least} of {number} values at an end of their range can be one of them by no chance." in str(
     found
   )
@@ -216,7 +217,7 @@ def test_data_that_go_through_something_else_first_leave_no_span(before):
   params = mlp_params(random((20, 3)) @ random((3, 16), 1))
   classifier = kkt_jax.make_classifier(lambda p, x: mlp(p, before(x)), params, (20,))
   probes = jax.random.uniform(jax.random.key(0), (3, 20))
-  assert examination._first_layer(classifier, probes) == (None, None, None, None, 1.0)
+  assert read_first_layer(classifier, probes) == (None, None, None, None, 1.0)
 
 
 def test_a_first_layer_needs_no_bias_and_its_inputs_may_be_scaled_one_by_one():
@@ -227,11 +228,11 @@ def test_a_first_layer_needs_no_bias_and_its_inputs_may_be_scaled_one_by_one():
     x = x - mean[None]
     return jax.nn.relu(x / jnp.linalg.norm(x, axis=1)[:, None] @ p[0]) @ p[1]
 
-  start, first, span, place, _ = examination._first_layer(
+  start, first, subspace, place, _ = read_first_layer(
     kkt_jax.make_classifier(apply_fn, params, (40,)), jax.random.uniform(jax.random.key(0), (3, 40))
   )
   np.testing.assert_allclose(start, mean, atol=1e-4)
-  assert (span.strengths.size, place) == (15, 0)
+  assert (subspace.dimension, place) == (15, 0)
   assert first.bias is None and first.normal is None
 
 
@@ -241,9 +242,9 @@ def test_a_network_without_dense_first_layer_has_no_span_and_prints():
   found = examine(
     kkt_jax.from_linen(module, module.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1))), input_shape=(4, 4, 1))
   )
-  assert found.span is None and found.start is None
+  assert found.subspace is None and found.start is None
   assert found.share == 1.0
-  np.testing.assert_array_equal(found.unit_start, 0.5)
+  np.testing.assert_array_equal(found.origin, 0.5)
   assert "first kernel" not in jax.tree.leaves(found.roles)
   assert jax.tree.leaves(found.roles).count("last bias") == 1
   said = str(found)
@@ -285,9 +286,9 @@ class TestUnits:
     mean = jnp.linspace(-0.5, 0.9, 40)
     found = examine(self.classifier((-1.0, 1.0), lambda x: x - mean[None]))
     np.testing.assert_allclose(found.start, mean, atol=1e-4)
-    np.testing.assert_allclose(found.unit_start, (mean + 1) / 2, atol=1e-4)
+    np.testing.assert_allclose(found.origin, (mean + 1) / 2, atol=1e-4)
     assert float(found.probes.min()) < -0.9 and float(found.probes.max()) > 0.9
-    assert found.span.strengths.size == 15
+    assert found.subspace.dimension == 15
     assert "subtracts an image from its inputs, taken for the mean of the data" in str(found)
 
   @pytest.mark.slow
@@ -296,16 +297,16 @@ class TestUnits:
     found = examine(self.classifier(None, lambda x: jnp.tanh(x - offset[None]), offset=offset))
     assert abs(float(found.probes.mean())) < 0.2 and float(jnp.abs(found.probes).max()) > 2
     np.testing.assert_array_equal(found.start, offset)
-    np.testing.assert_array_equal(found.unit_start, offset)
-    assert found.span is None
+    np.testing.assert_array_equal(found.origin, offset)
+    assert found.subspace is None
 
   @pytest.mark.parametrize(("high", "shift", "scale"), [(1.0, 0.0, 1.0), (255.0, 127.5, 60.0), (65535.0, 3e4, 6e3)])
   def test_inputs_that_are_scaled_too_are_taken_apart(self, high, shift, scale):
     classifier = self.classifier((0.0, high), lambda x: (x - shift) / scale)
     x = classifier.from_unit(jax.random.uniform(jax.random.key(0), (3, 40)))
-    start, first, span, _, _ = examination._first_layer(classifier, x)
+    start, first, subspace, _, _ = read_first_layer(classifier, x)
     np.testing.assert_allclose(start / high, shift / high, atol=1e-4)
-    assert span.strengths.size == 15
+    assert subspace.dimension == 15
     assert first.gain == pytest.approx(1 / scale, rel=1e-3)
 
 
@@ -453,25 +454,25 @@ class TestKnownStart:
   @pytest.mark.parametrize("momentum", [0.0, 0.9])
   def test_the_change_of_the_first_kernel_tells_the_span(self, momentum):
     x, _, classifier = self.trained(momentum=momentum)
-    _, first, span, _, left = examination._first_layer(classifier, random((3, 40), 8))
+    _, first, subspace, _, left = read_first_layer(classifier, random((3, 40), 8))
     assert left == pytest.approx(1.0, abs=1e-5)
-    assert first.rank == span.strengths.size == 15  # samples
-    np.testing.assert_allclose(x @ span.basis @ span.basis.T, x, atol=0.02)
+    assert first.rank == subspace.dimension == 15  # samples
+    np.testing.assert_allclose(x @ subspace.basis @ subspace.basis.T, x, atol=0.02)
 
   def test_with_batch_norm_it_is_a_span_of_differences_and_told_around_a_mean_only(self):
     _, _, classifier = self.trained()
     coupled = dataclasses.replace(classifier, batch_coupled=True)
-    assert examination._first_layer(coupled, random((3, 40), 8))[2] is None
+    assert read_first_layer(coupled, random((3, 40), 8))[2] is None
     mean = random((1, 40), 9)
     centred = dataclasses.replace(coupled, predict_fn=lambda p, x: mlp(p, x - mean))
-    assert examination._first_layer(centred, random((3, 40), 8))[2].strengths.size == 15
+    assert read_first_layer(centred, random((3, 40), 8))[2].dimension == 15
 
   def test_what_weight_decay_left_of_the_start_is_found_and_taken_away(self):
     x, first, classifier = self.trained(weight_decay=0.1)
-    _, _, span, _, left = examination._first_layer(classifier, random((3, 40), 8))
+    _, _, subspace, _, left = read_first_layer(classifier, random((3, 40), 8))
     assert left == pytest.approx(0.99**20, abs=1e-5)  # each step leaves 1 - .1 * .1 of it
-    assert span.strengths.size == 15
-    np.testing.assert_allclose(x @ span.basis @ span.basis.T, x, atol=0.02)
+    assert subspace.dimension == 15
+    np.testing.assert_allclose(x @ subspace.basis @ subspace.basis.T, x, atol=0.02)
 
   @slow
   def test_the_conditions_are_those_of_the_change(self):
@@ -481,7 +482,7 @@ class TestKnownStart:
     expected = jax.tree.map(lambda a, b: a - 0.99**20 * b, classifier.params, first)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found.conditions.target, expected)
     assert list(found.bounds) == ["change"]
-    assert found.bound < examination.HOPELESS
+    assert found.explained
 
   def test_an_unknown_start_has_no_change(self):
     classifier = kkt_jax.make_classifier(mlp, mlp_params(random((20, 16))), (20,))
@@ -518,8 +519,8 @@ class TestSilence:
     start = {"w": 0.05 * random((30, 64)), "v": 0.05 * random((64, 2), 1)}
     params = self.descended(loss, start, num_steps=20000, learning_rate=0.3, weight_decay=5e-3)
     found = examine(kkt_jax.make_classifier(self.network, params, (30,), weight_decay=5e-3))
-    assert found.bound < examination.HOPELESS and found.first.rank < 10
-    assert found.span is None and found.share == 1.0
+    assert found.explained and found.first.rank < 10
+    assert found.subspace is None and found.share == 1.0
     assert (
       f"The first layer holds {found.first.rank} of 30 directions, which are not taken for those of the data: with 2"
       " classes so few are left where many samples are fitted alike."
@@ -537,7 +538,7 @@ class TestSilence:
     adapter = self.descended(loss, start, num_steps=2000, learning_rate=0.1)
     found = examine(kkt_jax.make_classifier(self.network, merged(adapter), (200,), initial_params=base))
     assert found.first.rank == 8
-    assert found.span is None
+    assert found.subspace is None
     assert "The first layer holds 8 of 200 directions, which are not taken for those of the data" in str(found)
 
   def test_where_weight_decay_leaves_no_condition_everything_is_out_of_reach(self):
@@ -547,7 +548,7 @@ class TestSilence:
     found = examine(kkt_jax.make_classifier(cosine, params, (20,), weight_decay=0.1))
     assert all(jax.tree.leaves(found.free))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(found.conditions.mask))
-    assert found.bound == 1.0 and found.span is None
+    assert found.bound == 1.0 and found.subspace is None
     assert "Share of them that no data whatever could have caused: 100.00% (too much; the limit is 5%)." in str(found)
 
   @pytest.mark.parametrize("end", [jax.nn.softmax, lambda z: jax.nn.sigmoid(z[:, 0])], ids=["softmax", "sigmoid"])
@@ -583,5 +584,5 @@ class TestSilence:
     whole, found = (examine(kkt_jax.make_classifier(mlp, own, (40,)), form="weight_decay") for own in (params, rounded))
     assert said not in str(whole) and whole.first.rank == 15
     assert said in str(found)
-    assert found.first.rank == 0 and found.span is None  # no direction can be told from rounding
-    assert not examination._rounded({"w": jnp.ones((4, 4)), "b": random(4)})  # which tells nothing
+    assert found.first.rank == 0 and found.subspace is None  # no direction can be told from rounding
+    assert not _probing.rounded({"w": jnp.ones((4, 4)), "b": random(4)}, AnalysisCriteria())  # which tells nothing

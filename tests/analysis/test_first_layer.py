@@ -1,11 +1,12 @@
-"""What the first layer reveals, against the data themselves: their moments and their span."""
+"""What the first layer reveals, against the data themselves: their moments and their subspace."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kkt_jax.analysis.first_layer import input_moments, input_span, noise_floor, span_above_noise
+from kkt_jax.analysis.first_layer import input_moments, input_subspace
+from kkt_jax.analysis.noise import noise_floor, subspace_above_noise
 from kkt_jax.kkt import pretrain
 
 
@@ -53,7 +54,7 @@ def test_statistics_of_another_layer_are_named():
 
 
 @pytest.mark.slow
-def test_span_of_a_converged_classifier_lies_in_that_of_its_data():
+def test_subspace_of_a_converged_classifier_lies_in_that_of_its_data():
   x = jax.random.normal(jax.random.key(0), (6, 12))
   y = jnp.arange(6) % 3
   keys = jax.random.split(jax.random.key(1))
@@ -65,19 +66,19 @@ def test_span_of_a_converged_classifier_lies_in_that_of_its_data():
   result = pretrain.gradient_descent(
     apply, params, x, y, num_steps=1500, learning_rate=0.5, weight_decay=0.02, momentum=0.9, steps_per_call=500
   )
-  span = input_span(result.params["first"], tolerance=1e-5)
-  rank = span.strengths.size
+  subspace = input_subspace(result.params["first"], np.zeros(len(result.params["first"])), tolerance=1e-5)
+  rank = subspace.dimension
   assert 3 <= rank <= 6  # of 12 possible ones; at most the number of samples
-  np.testing.assert_allclose(span.basis.T @ span.basis, np.eye(rank), atol=1e-5)
+  np.testing.assert_allclose(subspace.basis.T @ subspace.basis, np.eye(rank), atol=1e-5)
   of_data = np.linalg.qr(np.asarray(x).T)[0]  # [12, 6]
-  np.testing.assert_allclose(of_data @ of_data.T @ span.basis, span.basis, atol=2e-3)
+  np.testing.assert_allclose(of_data @ of_data.T @ subspace.basis, subspace.basis, atol=2e-3)
 
 
-def test_span_of_combinations_of_samples_is_that_of_the_samples():
+def test_subspace_of_combinations_of_samples_is_that_of_the_samples():
   x = jax.random.normal(jax.random.key(0), (6, 12))
-  span = input_span(x.T @ jax.random.normal(jax.random.key(1), (6, 32)), tolerance=1e-5)
-  assert span.strengths.shape == (6,)  # the number of samples, read off the weights
-  np.testing.assert_allclose(x @ span.basis @ span.basis.T, x, atol=1e-4)
+  subspace = input_subspace(x.T @ jax.random.normal(jax.random.key(1), (6, 32)), np.zeros(x.shape[1]), tolerance=1e-5)
+  assert subspace.dimension == 6  # the number of samples, read off the weights
+  np.testing.assert_allclose(x @ subspace.basis @ subspace.basis.T, x, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -89,12 +90,12 @@ def test_span_of_combinations_of_samples_is_that_of_the_samples():
     (jnp.ones((2, 3)), 1.0, r"^tolerance must be in \(0, 1\); got 1\.0"),
   ],
 )
-def test_span_refuses_what_has_none(kernel, tolerance, message):
+def test_subspace_refuses_what_has_none(kernel, tolerance, message):
   with pytest.raises(ValueError, match=message):
-    input_span(kernel, tolerance=tolerance)
+    input_subspace(kernel, np.zeros(len(kernel)), tolerance=tolerance)
 
 
-# Spans above what a small random initialisation leaves.
+# Subspaces above what a small random initialisation leaves.
 
 
 def planted(shape, rank, *, noise, seed=0):
@@ -137,7 +138,7 @@ def test_any_independent_entries_will_do():
 )
 def test_without_a_floor_of_noise_there_is_none(kernel):
   assert floor_of(kernel) is None
-  assert span_above_noise(kernel) is None
+  assert subspace_above_noise(kernel, np.zeros(len(kernel))) is None
 
 
 def test_noise_is_mistaken_for_data_once_in_a_thousand_times():
@@ -146,19 +147,19 @@ def test_noise_is_mistaken_for_data_once_in_a_thousand_times():
   assert sum(floor is None or floor.rank != 3 for floor in floors) <= 4
 
 
-def test_the_blur_is_the_angle_with_the_true_span():
+def test_the_blur_is_the_angle_with_the_true_subspace():
   kernel, data = planted((200, 300), 20, noise=0.02)
-  span = span_above_noise(kernel)
+  subspace = subspace_above_noise(kernel, np.zeros(len(kernel)))
   true = np.linalg.qr(data)[0]
-  angles = np.linalg.norm(span.basis - true @ (true.T @ span.basis), axis=0)
-  np.testing.assert_allclose(angles, span.blur / span.strengths, rtol=0.2)
-  assert span.blur == pytest.approx(0.02 * 180**0.5, rel=0.02)
+  angles = np.linalg.norm(subspace.basis - true @ (true.T @ subspace.basis), axis=0)
+  np.testing.assert_allclose(angles, subspace.blur / subspace.singular_values, rtol=0.2)
+  assert subspace.blur == pytest.approx(0.02 * 180**0.5, rel=0.02)
 
 
 def test_inputs_that_never_vary_blur_nothing():
   kernel, data = planted((200, 300), 20, noise=0.02)
   kernel[:80] -= data[:80] @ np.linalg.lstsq(data, kernel, rcond=None)[0]  # 80 rows of the initialisation
-  span = span_above_noise(kernel)
-  assert span.strengths.size == 20
-  np.testing.assert_allclose(span.basis[:80], 0, atol=1e-6)
-  assert span.blur == pytest.approx(0.02 * (200 - 80 - 20) ** 0.5, rel=0.05)
+  subspace = subspace_above_noise(kernel, np.zeros(len(kernel)))
+  assert subspace.dimension == 20
+  np.testing.assert_allclose(subspace.basis[:80], 0, atol=1e-6)
+  assert subspace.blur == pytest.approx(0.02 * (200 - 80 - 20) ** 0.5, rel=0.05)

@@ -22,7 +22,7 @@ from experiments import example_classifiers as examples
 import kkt_jax
 from kkt_jax import auditing
 from kkt_jax._errors import InputError
-from kkt_jax.analysis import InputSpan
+from kkt_jax.analysis import Subspace
 from kkt_jax.auditing import data, description, files, membership, Samples, verdict
 from kkt_jax.cli import audit, flags
 from kkt_jax.cli.flags import UsageError
@@ -425,8 +425,9 @@ def test_scores_tell_members_from_others_and_others_from_nothing(known_members):
 
 @pytest.mark.slow
 def test_every_score_has_a_name_in_words():
-  span = InputSpan(jnp.eye(64)[:, :9], jnp.ones(9))
-  scores = candidates.scores(dataclasses.replace(examined(flax_classifier), span=span), drawings(1, 3)[0])
+  found = examined(flax_classifier)
+  subspace = Subspace(found.origin, jnp.eye(64)[:, :9], jnp.ones(9))
+  scores = candidates.scores(dataclasses.replace(found, subspace=subspace), drawings(1, 3)[0])
   assert {"span", "signal", "hinges"} <= set(scores) <= set(membership.SCORES)
 
 

@@ -171,7 +171,7 @@ def a_classifier(*, batch_norm, input_shape=(8, 8, 1), classes=3):
 
 def known(classifier):
   """An examination that found a margin; to examine for the rest takes longer than what is tested."""
-  unknown = dict.fromkeys(field.name for field in dataclasses.fields(kkt_jax.Examination))
+  unknown = dict.fromkeys(field.name for field in dataclasses.fields(kkt_jax.Examination) if field.name != "criteria")
   decay = kkt_jax.kkt.weight_decay_conditions(classifier.params)
   form = "max_margin" if classifier.batch_coupled else "weight_decay"
   roles = jax.tree.map(lambda leaf: "kernel" if leaf.ndim > 1 else "other", classifier.params)
@@ -182,9 +182,10 @@ def known(classifier):
 @pytest.fixture(scope="module")
 def examinations():
   examined = {True: kkt_jax.examine(a_classifier(batch_norm=True)), False: known(a_classifier(batch_norm=False))}
-  # As if the first layer had revealed a span of 16 of the 64 dimensions, and the last one a margin.
-  span = kkt_jax.analysis.InputSpan(jnp.eye(64)[:, :16], jnp.linspace(2.0, 1.0, 16))
-  return {kind: dataclasses.replace(own, span=span, margin=3.0) for kind, own in examined.items()}
+  # As if the first layer had revealed a subspace of 16 of the 64 dimensions, and the last one a margin.
+  basis, values = jnp.eye(64)[:, :16], jnp.linspace(2.0, 1.0, 16)
+  told = {kind: kkt_jax.analysis.Subspace(own.origin, basis, values) for kind, own in examined.items()}
+  return {kind: dataclasses.replace(own, subspace=told[kind], margin=3.0) for kind, own in examined.items()}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kkt_jax
-from kkt_jax.analysis import examination
+from kkt_jax.analysis.first_layer import read_first_layer
 from kkt_jax.classifiers import relaxation
 from kkt_jax.criteria import Criteria
 from kkt_jax.extraction import certificates, signals
@@ -62,7 +62,7 @@ def otherwise(apply_fn, params, value_range=(0.0, HIGH), weight_decay=DECAY):
   """What is found of the same weights that are stored, or fed, in another way."""
   classifier = kkt_jax.make_classifier(apply_fn, params, (SIZE,), value_range=value_range, weight_decay=weight_decay)
   probes = classifier.from_unit(jax.random.uniform(jax.random.key(1), (24, SIZE)))
-  start, first, *_ = examination._first_layer(classifier, probes)
+  start, first, *_ = read_first_layer(classifier, probes)
   return dataclasses.replace(examined(), classifier=classifier, start=start, first=first, probes=probes)
 
 
@@ -77,7 +77,7 @@ def test_training_samples_fulfil_their_equations_and_no_others_do():
   for kind in (others, blends, alike, 0.95 * unit):
     assert misfit(found, kind).min() > 2
   assert misfit(found, unit, labels=np.roll(y, 1)).min() > 2
-  basis, start = np.asarray(found.span.basis, np.float64), np.asarray(found.unit_start, np.float64)
+  basis, start = found.subspace.in_float64.basis, found.subspace.in_float64.origin
   inside = start + (others - start) @ basis @ basis.T  # the subspace alone does not make them pass
   assert misfit(found, inside).min() > 2
 
@@ -100,10 +100,10 @@ def test_every_samples_dual_is_0_on_all_others():
   assert np.median(np.abs(duals @ (x - found.first.start).T - np.eye(NUM))) < 0.01
   np.testing.assert_allclose(duals @ (x - found.first.start).T, np.eye(NUM), atol=0.2)
   known = certificates.Candidates(*(np.zeros(4) for _ in range(7)), duals[:4])
-  span, place = certificates.of_the_others(found, known, np.asarray(found.unit_start))
-  assert span.strengths.size == found.span.strengths.size - 4  # each sample that is known takes a dimension away
-  offsets = unit - place
-  outside = np.linalg.norm(offsets - offsets @ np.asarray(span.basis) @ np.asarray(span.basis).T, axis=1)
+  others = certificates.of_the_others(found, known)
+  assert others.dimension == found.subspace.dimension - 4  # each sample that is known takes a dimension away
+  offsets = unit - np.asarray(others.origin)
+  outside = np.linalg.norm(offsets - offsets @ np.asarray(others.basis) @ np.asarray(others.basis).T, axis=1)
   assert outside[4:].max() < 0.1 and outside[:4].min() > 0.3
 
 
@@ -141,7 +141,8 @@ def test_without_the_weight_decay_samples_must_agree_on_one_scale():
 
 def test_equations_hold_for_no_other_training():
   found, (unit, _) = examined(), samples()
-  for changes in ({"form": "max_margin"}, {"span": None}, {"first": None}, {"span": found.span._replace(blur=0.1)}):
+  blurred = dataclasses.replace(found.subspace, blur=0.1)
+  for changes in ({"form": "max_margin"}, {"subspace": None}, {"first": None}, {"subspace": blurred}):
     other = dataclasses.replace(found, **changes)
     misfits, duals = certificates.by_equations(other, unit, Criteria())
     assert not certificates.applicable(other) and np.isinf(misfits).all() and not duals.any()

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from kkt_jax import generators
-from kkt_jax.analysis import first_layer
-from kkt_jax.analysis.first_layer import InputSpan, span_above_noise
+from kkt_jax.analysis import Subspace
+from kkt_jax.analysis import subspace as subspaces
+from kkt_jax.analysis.noise import subspace_above_noise
 from kkt_jax.classifiers import make_classifier
 from kkt_jax.criteria import Criteria
 from kkt_jax.extraction import exact, vertices
@@ -21,13 +22,18 @@ NUM, SIZE = 12, 80
 
 @functools.cache
 def data():
-  """Samples, most of whose values are 0 or 1, their span around their mean, and others of the same kind."""
+  """Samples, most of whose values are 0 or 1, their subspace, and others of the same kind."""
   random = np.random.default_rng(0)
   grey = random.uniform(size=(2, NUM, SIZE))
   x = np.where(random.uniform(size=grey.shape) < 0.15, grey, grey > 0.6).astype(np.float32)
-  start = x[0].mean(axis=0)
-  _, strengths, rows = np.linalg.svd(x[0] - start, full_matrices=False)
-  return x[0], InputSpan(jnp.asarray(rows[: NUM - 1].T), jnp.asarray(strengths[: NUM - 1])), jnp.asarray(start), x[1]
+  return x[0], around_mean(x[0]), x[1]
+
+
+def around_mean(x):
+  """The subspace of all samples, around their mean."""
+  start = x.mean(axis=0)
+  _, values, rows = np.linalg.svd(x - start, full_matrices=False)
+  return Subspace(jnp.asarray(start), jnp.asarray(rows[: len(x) - 1].T), jnp.asarray(values[: len(x) - 1]))
 
 
 def near(samples, amount=0.25):
@@ -35,48 +41,47 @@ def near(samples, amount=0.25):
 
 
 def test_what_is_near_a_training_sample_is_polished_to_it_and_certified():
-  x, span, start, _ = data()
-  polished = vertices.polish(near(x), span, start)
+  x, subspace, _ = data()
+  polished = vertices.polish(near(x), subspace)
   np.testing.assert_allclose(polished, x, atol=2e-3)
-  certificates = vertices.certify(polished, span, start)
+  certificates = vertices.certify(polished, subspace)
   assert certificates.certified.all()
-  assert certificates.dimensions == NUM - 1
-  np.testing.assert_array_equal(certificates.tight, ((x == 0) | (x == 1))[:, first_layer.varying(span)].sum(axis=1))
+  np.testing.assert_array_equal(certificates.tight, ((x == 0) | (x == 1))[:, subspace.free_coordinates].sum(axis=1))
   assert certificates.overshoot.max() < 2e-3
   assert certificates.firmness.min() > 0.2
 
 
 def test_samples_that_came_to_one_vertex_are_certified_as_each_alone():
-  x, span, start, _ = data()
+  x, subspace, _ = data()
   mixed = jnp.concatenate(
-    [vertices.polish(near(x[:4], amount), span, start) for amount in (0.1, 0.2)] + [near(x[:2], 0.5)]
+    [vertices.polish(near(x[:4], amount), subspace) for amount in (0.1, 0.2)] + [near(x[:2], 0.5)]
   )
-  together, alone = vertices.certify(mixed, span, start), [vertices.certify(one[None], span, start) for one in mixed]
+  together, alone = vertices.certify(mixed, subspace), [vertices.certify(one[None], subspace) for one in mixed]
   assert together.certified[:8].all() and not together.certified[8:].any()
   for name in ("firmness", "contrast", "certified"):
     np.testing.assert_allclose(getattr(together, name), [getattr(own, name)[0] for own in alone], rtol=1e-5)
 
 
 def test_a_point_of_the_span_is_left_where_it_is_pinned_down_by_no_more_than_chance():
-  x, span, start, others = data()
-  inside = start[None] + (others - start[None]) @ span.basis @ span.basis.T
-  certificates = vertices.certify(vertices.polish(inside, span, start), span, start)
-  found = vertices.polish(inside, span, start)[certificates.certified]
+  x, subspace, others = data()
+  inside = subspace.points(subspace.coordinates(others))
+  certificates = vertices.certify(vertices.polish(inside, subspace), subspace)
+  found = vertices.polish(inside, subspace)[certificates.certified]
   for sample in np.asarray(found):  # what is certified is a training sample, wherever it came from
     assert np.abs(x - sample).max(axis=1).min() < 5e-3
-  assert not vertices.certify(inside, span, start).certified.any()
+  assert not vertices.certify(inside, subspace).certified.any()
 
 
 @pytest.mark.parametrize(("noise", "least"), [(1e-4, NUM), (3e-3, 0), (0.03, 0)])
 def test_a_span_that_noise_blurs_proves_less_and_nothing_that_is_false(noise, least):
-  x, span, start, others = data()
+  x, subspace, others = data()
   random = np.random.default_rng(1)
-  kernel = (x - start[None]).T @ random.normal(size=(NUM, 100)) + noise * random.normal(size=(SIZE, 100))
-  blurred = span_above_noise(kernel)
-  assert blurred.strengths.size == NUM - 1
+  kernel = (x - subspace.origin[None]).T @ random.normal(size=(NUM, 100)) + noise * random.normal(size=(SIZE, 100))
+  blurred = subspace_above_noise(kernel, subspace.origin)
+  assert blurred.dimension == NUM - 1
   for guesses in (near(x), others):
-    polished = vertices.polish(guesses, blurred, start)
-    proven = np.asarray(polished)[vertices.certify(polished, blurred, start).certified]
+    polished = vertices.polish(guesses, blurred)
+    proven = np.asarray(polished)[vertices.certify(polished, blurred).certified]
     assert all(np.abs(x - sample).max(axis=1).min() < 0.02 for sample in proven)
     assert len(proven) >= (least if guesses is not others else 0)
 
@@ -86,15 +91,13 @@ def test_mixtures_of_two_and_what_leaves_the_range_are_not_certified():
   pairs = list(itertools.combinations(range(NUM), 2))
   x = np.array([[float(index in pair) for pair in pairs] for index in range(NUM)], np.float32)
   x *= np.random.default_rng(0).choice([1.0, 0.4], x.shape, p=[0.8, 0.2]).astype(np.float32)
-  start = x.mean(axis=0)
-  _, strengths, rows = np.linalg.svd(x - start, full_matrices=False)
-  span = InputSpan(jnp.asarray(rows[: NUM - 1].T), jnp.asarray(strengths[: NUM - 1]))
-  assert vertices.certify(x, span, start).certified.all()
-  mixture = vertices.certify((x + np.roll(x, 1, axis=0)) / 2, span, start)
-  assert (mixture.tight >= first_layer.least_tight(NUM - 1, len(pairs))).all()
+  subspace = around_mean(x)
+  assert vertices.certify(x, subspace).certified.all()
+  mixture = vertices.certify((x + np.roll(x, 1, axis=0)) / 2, subspace)
+  assert (mixture.tight >= subspace.required_active()).all()
   assert mixture.firmness.max() < 1e-3
   assert not mixture.certified.any()
-  beyond = vertices.certify(2 * x - np.roll(x, 1, axis=0), span, start)
+  beyond = vertices.certify(2 * x - np.roll(x, 1, axis=0), subspace)
   assert (beyond.overshoot > 0.5).all()
   assert not beyond.certified.any()
 
@@ -103,39 +106,37 @@ def test_a_picture_made_brighter_is_not_certified():
   x = np.array(data()[0])
   x[0], x[1], x[1, ::4] = 0.0, 0.7, 0.0  # black, and even areas of black and grey
   x[1, :20:4] = np.linspace(0.1, 0.6, 5)
-  start = x.mean(axis=0)
-  _, strengths, rows = np.linalg.svd(x - start, full_matrices=False)
-  span = InputSpan(jnp.asarray(rows[: NUM - 1].T), jnp.asarray(strengths[: NUM - 1]))
-  brighter = vertices.certify(x[1:2] / 0.7, span, start)
+  subspace = around_mean(x)
+  brighter = vertices.certify(x[1:2] / 0.7, subspace)
   assert brighter.tight[0] > 50 and brighter.overshoot[0] < 1e-5 and brighter.firmness[0] > 0.3
   assert brighter.vertex.all()
   assert brighter.contrast[0] < 1e-3 and not brighter.certified.any()
   # With a black image in the span every other could be brighter than it was.
-  assert not vertices.certify(x[2:], span, start).certified.any()
+  assert not vertices.certify(x[2:], subspace).certified.any()
 
 
 def test_images_of_whole_levels_are_found_to_the_bit_and_nothing_else_is():
   random = np.random.default_rng(0)
   x = random.choice([0, 0, 0, 1, 253, 254, 255], size=(NUM, 300)) / 255
-  start = x.mean(axis=0)
-  span = InputSpan(jnp.asarray(np.linalg.svd(x - start, full_matrices=False)[2][: NUM - 1].T), jnp.ones(NUM - 1))
+  subspace = around_mean(x)
   white = np.where(x > 0.9, 1.0, np.where(x < 0.01, 0.0, x))  # as polishing leaves them
-  bent = start + (white - start) @ np.asarray(span.basis) @ np.asarray(span.basis).T
-  found, off = vertices.to_levels(bent, span, start)
+  bent = subspace.points(subspace.coordinates(white))
+  found, off = vertices.to_levels(bent, subspace)
   np.testing.assert_allclose(found, x, atol=1e-7)
   assert off.max() < 0.05
-  mixed, off = vertices.to_levels((x + np.roll(x, 1, axis=0)) / 2, span, start)
+  mixed, off = vertices.to_levels((x + np.roll(x, 1, axis=0)) / 2, subspace)
   same = (np.abs(mixed[:, None] - x[None]).max(axis=2) < 1e-6).any(axis=1)
   assert ((off > Criteria().off_level) | same).all() and not same.all()
 
 
 def test_values_that_always_move_together_count_once(monkeypatch):
-  x, span, start, _ = data()
-  basis = jnp.concatenate([span.basis, span.basis[:1], -2 * span.basis[1:2], 0 * span.basis[:1]]) / 2
-  counted = first_layer.varying(span._replace(basis=basis))
-  np.testing.assert_array_equal(counted[:SIZE], first_layer.varying(span))
-  monkeypatch.setattr(vertices, "_ROWS", 7)
-  np.testing.assert_array_equal(counted, first_layer.varying(span._replace(basis=basis)))  # in blocks
+  x, subspace, _ = data()
+  basis = jnp.concatenate([subspace.basis, subspace.basis[:1], -2 * subspace.basis[1:2], 0 * subspace.basis[:1]]) / 2
+  count = lambda: Subspace(jnp.zeros(SIZE + 3), basis, subspace.singular_values).free_coordinates
+  counted = count()
+  np.testing.assert_array_equal(counted[:SIZE], subspace.free_coordinates)
+  monkeypatch.setattr(subspaces, "_ROWS", 7)
+  np.testing.assert_array_equal(counted, count())  # in blocks
   assert counted[:2].all() and not counted[SIZE:].any()
 
 
@@ -160,23 +161,23 @@ def test_neighbouring_pixels_are_mixed_and_other_values_are_not():
 
 
 def test_what_similar_samples_say_helps_the_polish():
-  x, span, start, _ = data()
+  x, subspace, _ = data()
   far = near(x, 0.45)
-  alone = vertices.certify(vertices.polish(far, span, start), span, start).certified.sum()
+  alone = vertices.certify(vertices.polish(far, subspace), subspace).certified.sum()
   likely = jnp.stack([jnp.where(x == 0, 0.95, 0.05), jnp.where(x == 1, 0.95, 0.05)])
-  helped = vertices.certify(vertices.polish(far, span, start, likely=likely), span, start).certified.sum()
+  helped = vertices.certify(vertices.polish(far, subspace, likely=likely), subspace).certified.sum()
   assert helped == NUM
   assert helped >= alone
   with pytest.raises(ValueError, match="likely"):
-    vertices.polish(far, span, start, likely=likely[:, :2])
+    vertices.polish(far, subspace, likely=likely[:, :2])
 
 
 def test_the_start_is_no_training_sample_though_it_lies_at_the_ends_of_the_range():
-  x, span, _, _ = data()
+  x, *_ = data()
   x = 1 - x  # mostly white
   black = jnp.zeros(SIZE)  # what a network that subtracts nothing starts from
   basis = jnp.linalg.qr(jnp.asarray(x).T)[0]
-  certificates = vertices.certify(np.concatenate([x, np.zeros((1, SIZE))]), InputSpan(basis, jnp.ones(NUM)), black)
+  certificates = vertices.certify(np.concatenate([x, np.zeros((1, SIZE))]), Subspace(black, basis, jnp.ones(NUM)))
   assert certificates.tight[-1] == SIZE
   assert certificates.vertex.tolist() == [True] * NUM + [False]
   assert not certificates.certified.any()  # around one value throughout, nothing tells a sample from a brighter one
@@ -185,30 +186,31 @@ def test_the_start_is_no_training_sample_though_it_lies_at_the_ends_of_the_range
 def test_around_black_a_darker_sample_is_no_vertex_and_a_sample_that_may_be_one_is_not_certified():
   x, *_ = data()
   basis = jnp.linalg.qr(jnp.asarray(x).T)[0]
-  certificates = vertices.certify(np.concatenate([x, x / 2]), InputSpan(basis, jnp.ones(NUM)), jnp.zeros(SIZE))
+  subspace = Subspace(jnp.zeros(SIZE), basis, jnp.ones(NUM))
+  certificates = vertices.certify(np.concatenate([x, x / 2]), subspace)
   assert ((x == 0).sum(axis=1) > (x == 1).sum(axis=1)).all()  # a darker one has as many black values
-  assert certificates.tight.min() >= first_layer.least_tight(NUM, SIZE)
+  assert certificates.tight.min() >= subspace.required_active()
   assert certificates.vertex.tolist() == [True] * NUM + [False] * NUM
   assert not certificates.certified.any()
 
 
 def test_random_points_find_what_is_not_known_yet():
-  x, span, start, _ = data()
-  points = vertices.search(jax.random.key(0), span, start, 40, known=x[:6])
-  offsets = np.asarray(points) - np.asarray(start)
-  np.testing.assert_allclose(offsets @ (x[:6] - np.asarray(start)).T, 0.0, atol=1e-4)
-  polished = np.asarray(vertices.polish(points, span, start))
-  sure = polished[vertices.certify(polished, span, start).certified]
+  x, subspace, _ = data()
+  points = vertices.search(jax.random.key(0), subspace, 40, known=x[:6])
+  start = np.asarray(subspace.origin)
+  np.testing.assert_allclose((np.asarray(points) - start) @ (x[:6] - start).T, 0.0, atol=1e-4)
+  polished = np.asarray(vertices.polish(points, subspace))
+  sure = polished[vertices.certify(polished, subspace).certified]
   found = np.abs(sure[:, None] - x[None]).max(axis=2).argmin(axis=1)
   assert len(set(found) - set(range(6))) >= 4
 
 
 def examined(**changes):
   """What the search asks of an examination of a classifier whose weights are those of the nearest training sample."""
-  x, span, start, _ = data()
+  x, subspace, _ = data()
   weights = jnp.asarray((x - x.mean(axis=0)).T)
   classifier = make_classifier(lambda w, v: v @ w, weights, (SIZE,), value_range=(-1.0, 1.0), labels=range(5, 5 + NUM))
-  own = {"classifier": classifier, "span": span, "unit_start": start, "tells_mean": True}
+  own = {"classifier": classifier, "subspace": subspace, "origin": subspace.origin, "tells_mean": True}
   own |= {"share": (NUM - 1) / SIZE, "form": "max_margin", "first": None} | changes
   return types.SimpleNamespace(**own)
 
@@ -247,8 +249,8 @@ def test_where_too_few_guesses_become_training_samples_nothing_is_tried():
   assert len(find(hope - 0.1).y) >= 3 and not len(find(hope).y)
 
 
-@pytest.mark.parametrize("changes", [{"span": None}, {"classifier": "unbounded"}])
-def test_without_span_or_range_nothing_is_claimed(changes):
+@pytest.mark.parametrize("changes", [{"subspace": None}, {"classifier": "unbounded"}])
+def test_without_a_subspace_or_a_range_nothing_is_claimed(changes):
   x, *_ = data()
   if "classifier" in changes:
     changes = {"classifier": make_classifier(lambda w, v: v @ w, jnp.ones((SIZE, 2)), (SIZE,), value_range=None)}
@@ -264,9 +266,8 @@ def test_what_cannot_be_pinned_down_is_not_tried():
 
 
 def test_a_table_takes_samples_in_units_of_the_range():
-  x, span, start, _ = data()
-  own = [examined(), examined(span=None)]
-  generator = generators.table(codes=3)([own[0]])
+  x, *_ = data()
+  generator = generators.table(codes=3)([examined()])
   theta, _ = generator.init(jax.random.key(0))
   changed = generator.put(theta, 0, np.array([6, 5]), np.array([2, 0]), jnp.asarray(x[:2]))
   noise = jax.scipy.stats.norm.ppf(jnp.array([2.5, 0.5]) / 3)[:, None]
@@ -280,13 +281,12 @@ def test_a_table_takes_samples_in_units_of_the_range():
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda x, span, start: vertices.polish(x[:, :9], span, start), "start must have shape"),
-    (lambda x, span, start: vertices.polish(x * jnp.nan, span, start), "x must be finite"),
-    (lambda x, span, start: vertices.certify(x, span._replace(basis=span.basis[:9]), start), "span.basis must have"),
-    (lambda x, span, start: vertices.polish(x[0], span, start), "x must be a batch"),
+    (lambda x, subspace: vertices.polish(x[:, :9], subspace), "x must have shape"),
+    (lambda x, subspace: vertices.certify(x * jnp.nan, subspace), "x must be finite"),
+    (lambda x, subspace: vertices.polish(x[0], subspace), "x must be a batch"),
   ],
 )
 def test_what_does_not_fit_is_refused_by_name(call, message):
-  x, span, start, _ = data()
+  x, subspace, _ = data()
   with pytest.raises(ValueError, match=message):
-    call(jnp.asarray(x), span, start)
+    call(jnp.asarray(x), subspace)

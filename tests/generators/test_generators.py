@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kkt_jax import generators
-from kkt_jax.analysis import InputSpan
+from kkt_jax.analysis import Subspace
 from kkt_jax.classifiers import make_classifier
 
 MODULES = {
@@ -119,14 +119,16 @@ class TestNoise:
     assert not np.any(np.isclose(a, b))
 
 
-def examined(start, span=None, *, value_range=(0.0, 1.0), num_classes=3):
+def examined(start, basis=None, singular_values=None, *, value_range=(0.0, 1.0), num_classes=3):
   """What `table` asks of an examination; the start is in units of the range."""
   start = jnp.asarray(start)
   apply_fn = lambda w, x: x.reshape(x.shape[0], -1) @ w
   classifier = make_classifier(apply_fn, jnp.ones((start.size, num_classes)), start.shape, value_range=value_range)
-  share = 1.0 if span is None else span.strengths.size / start.size
+  subspace = None if basis is None else Subspace(start, basis, singular_values)
+  share = 1.0 if subspace is None else subspace.dimension / start.size
   tells_mean = float(jnp.std(start)) > 1e-3
-  return types.SimpleNamespace(classifier=classifier, unit_start=start, tells_mean=tells_mean, span=span, share=share)
+  own = {"origin": start, "tells_mean": tells_mean, "subspace": subspace, "share": share}
+  return types.SimpleNamespace(classifier=classifier, **own)
 
 
 def every_code(codes):
@@ -137,8 +139,10 @@ def every_code(codes):
 class TestTable:
   """Two classifiers of 2 x 3 images, whose spans have rank 2 and 3; no code is shared by anything."""
 
-  spans = (InputSpan(jnp.eye(6)[:, :2], jnp.array([4.0, 1.0])), InputSpan(jnp.eye(6)[:, 3:], jnp.ones(3)))
-  two = (examined(jnp.full((2, 3, 1), 0.5), spans[0]), examined(jnp.full((2, 3, 1), 0.2), spans[1]))
+  two = (
+    examined(jnp.full((2, 3, 1), 0.5), jnp.eye(6)[:, :2], jnp.array([4.0, 1.0])),
+    examined(jnp.full((2, 3, 1), 0.2), jnp.eye(6)[:, 3:], jnp.ones(3)),
+  )
 
   def draws(self, examinations, noise, y, t, *, train=True, **settings):
     generator = generators.table(**settings)(examinations)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from kkt_jax.analysis import examine, InputSpan
+from kkt_jax.analysis import examine, Subspace
 from kkt_jax.classifiers import make_classifier
 from kkt_jax.generators import Generator
 from kkt_jax.kkt import Conditions, losses, multipliers
@@ -81,18 +81,15 @@ def test_priors_are_for_inputs_that_have_them():
   assert images.terms["total_variation"].weight == 16.0
   assert "total_variation" not in chosen(shape=(8, 8)).terms
   assert "total_variation" not in chosen(shape=(1, 8, 1)).terms
-  span = InputSpan(jnp.eye(64)[:, :16], jnp.ones(16))
-  # A quarter of all 64 dimensions: the less the span leaves open, the less a prior is needed.
-  assert chosen(shape=(8, 8, 1), span=span).terms["total_variation"].weight == 4.0
-  assert chosen(shape=(8, 8, 1), span=span, coupled=True).terms["total_variation"].weight == 6.25
+  subspace = Subspace(jnp.full((8, 8, 1), 0.5), jnp.eye(64)[:, :16], jnp.ones(16))
+  # A quarter of all 64 dimensions: the less it leaves open, the less a prior is needed.
+  assert chosen(shape=(8, 8, 1), subspace=subspace).terms["total_variation"].weight == 4.0
+  assert chosen(shape=(8, 8, 1), subspace=subspace, coupled=True).terms["total_variation"].weight == 6.25
 
 
-def test_a_span_asks_for_as_many_samples_as_it_has_dimensions_and_a_fifth_more():
-  codes = lambda rank: (
-    chosen(shape=(8, 8, 1), span=InputSpan(jnp.eye(64)[:, :rank], jnp.ones(rank)))
-    .generator([said(shape=(8, 8, 1))])
-    .codes
-  )
+def test_a_subspace_asks_for_as_many_samples_as_it_has_dimensions_and_a_fifth_more():
+  of = lambda rank: Subspace(jnp.full((8, 8, 1), 0.5), jnp.eye(64)[:, :rank], jnp.ones(rank))
+  codes = lambda rank: chosen(shape=(8, 8, 1), subspace=of(rank)).generator([said(shape=(8, 8, 1))]).codes
   classes = examined().classifier.num_classes
   assert codes(10) == 20  # the least
   assert codes(60) == -(-72 // classes)

@@ -50,7 +50,7 @@ def test_from_the_weights_alone_come_drawings_nearer_to_the_training_data_than_a
   params = pretrain.to_convergence(apply_fn, start, x, y, **settings).params
   classifier = kkt_jax.from_linen(module, {"params": params}, input_shape=(48,), weight_decay=0.005)
   found = examine(classifier)
-  assert found.first.rank == 24 and found.span is not None
+  assert found.first.rank == 24 and found.subspace is not None
   recipe = recipes.complete(Recipe(generators.table(codes=6)), [found])
   recipe = recipe.with_schedule(steps=1000, steps_per_call=100, theta=recipes.adam(0.1), polish_rounds=0)
 
@@ -463,11 +463,13 @@ def test_of_a_sample_and_its_negative_the_one_on_the_side_of_the_guesses_is_kept
   )
   dark = np.array([[0.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 1.0]])  # one on a dark ground, and its negative
   start = jnp.full(4, 0.5)
-  kept = exact._right_way(surer_of_bright, dark, start, np.array([0.1, 0.1, 0.5, 0.1]), 0.06)
+  kept = exact._right_way(surer_of_bright, dark, start, np.array([0.1, 0.1, 0.5, 0.1]), Criteria())
   np.testing.assert_allclose(kept, dark[[0, 0]])
-  kept = exact._right_way(surer_of_bright, dark, start, np.full(4, 0.5), 0.06)  # on neither side
+  kept = exact._right_way(surer_of_bright, dark, start, np.full(4, 0.5), Criteria())  # on neither side
   np.testing.assert_allclose(kept, dark[[1, 1]])
   beyond = np.array([[-0.1, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 1.0]])  # the mirror image of the first leaves the range
-  kept = exact._right_way(surer_of_bright, beyond, start, np.full(4, 0.5), 0.06)
+  kept = exact._right_way(surer_of_bright, beyond, start, np.full(4, 0.5), Criteria())
   np.testing.assert_allclose(kept, beyond)
-  np.testing.assert_allclose(exact._right_way(surer_of_bright, beyond, start, np.full(4, 0.5), 0.2)[0], 1 - beyond[0])
+  np.testing.assert_allclose(
+    exact._right_way(surer_of_bright, beyond, start, np.full(4, 0.5), Criteria(overshoot=0.2))[0], 1 - beyond[0]
+  )

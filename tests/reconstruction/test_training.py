@@ -31,7 +31,7 @@ def linear_classifier(labels=(0, 1, 2), seed=0):
 def examined(classifier):
   """What generators and multipliers ask of an examination."""
   return types.SimpleNamespace(
-    classifier=classifier, unit_start=jnp.full(2, 0.5), tells_mean=False, span=None, share=1.0
+    classifier=classifier, origin=jnp.full(2, 0.5), tells_mean=False, subspace=None, share=1.0
   )
 
 

@@ -1,0 +1,129 @@
+"""Which stationarity condition the weights obey, and which of their tensors."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kkt_jax import kkt
+from kkt_jax._tree import tensor_names
+from kkt_jax._typing import PyTree
+from kkt_jax.classifiers.classifier import Classifier, WeightDecay
+from kkt_jax.criteria import AnalysisCriteria
+from kkt_jax.kkt import symmetries
+from kkt_jax.kkt.conditions import Conditions, max_margin_conditions, weight_decay_conditions
+
+#: The stationarity conditions that weights can obey.
+FORMS = ("weight_decay", "max_margin", "change")
+
+
+def possible_conditions(
+  classifier: Classifier, rates: kkt.RateSolution, free: PyTree, unused: Sequence[str], left: float
+) -> dict[str, Conditions]:
+  """The condition of each form; weight decay leaves none on what has no scale of its own, and none bears on the unused.
+
+  With momentum, minibatches and weight decay alike, weights are a multiple of the start, ``left``, and a sum of
+  gradients along the way. The gradients at its end stand for these.
+  """
+  decay = weight_decay_conditions(classifier.params, weight_decay=classifier.weight_decay or 1.0)
+  masks = jax.tree.map(lambda own, ones: jnp.zeros_like(ones) if own else ones, free, decay.mask)
+  possible = {
+    "weight_decay": dataclasses.replace(decay, mask=masks),
+    "max_margin": max_margin_conditions(classifier.params, rates),
+  }
+  if classifier.initial_params is not None:
+    change = jax.tree.map(lambda own, first: own - left * first, classifier.params, classifier.initial_params)
+    possible["change"] = Conditions(change, decay.mask)
+  if not unused:
+    return possible
+  names, structure = tensor_names(classifier.params), jax.tree.structure(classifier.params)
+  used = jax.tree.unflatten(structure, [float(name not in unused) for name in names])
+  return {
+    name: dataclasses.replace(own, mask=jax.tree.map(jnp.multiply, own.mask, used)) for name, own in possible.items()
+  }
+
+
+class Attainable(NamedTuple):
+  """Conditions, the tensors that were left out of them for their sake, and the bound of the others."""
+
+  conditions: Conditions
+  left_out: Mapping[str, float]
+  bound: float
+
+
+def attainable(
+  classifier: Classifier, conditions: Conditions, probes: jax.Array, first: int | None, criteria: AnalysisCriteria
+) -> Attainable:
+  """The conditions without the tensors that account for most of what is out of reach, if they can hold then.
+
+  A tensor on which no symmetry bears has a bound of 0 whatever it is. So what is left must be moved by one, and be the
+  first kernel, at place ``first``, or more than half of the parameters.
+  """
+  names, structure = tensor_names(conditions.mask), jax.tree.structure(conditions.mask)
+  sizes = {name: leaf.size for name, leaf in zip(names, jax.tree.leaves(conditions.mask), strict=True)}
+
+  def without(left: Sequence[str]) -> Conditions:
+    leaves = zip(names, jax.tree.leaves(conditions.mask), strict=True)
+    masks = [jnp.zeros_like(leaf) if name in left else leaf for name, leaf in leaves]
+    return dataclasses.replace(conditions, mask=jax.tree.unflatten(structure, masks))
+
+  def judge(left: Sequence[str]) -> symmetries.LeastResidual:
+    return symmetries.least_residual(classifier.apply_fn, classifier.params, without(left), probes)
+
+  def tells(found: symmetries.LeastResidual) -> bool:
+    known = first is not None and names[first] in found.by_tensor
+    return known or 2 * sum(sizes[name] for name in found.by_tensor) > sum(sizes.values())
+
+  whole = found = judge([])
+  left: list[str] = []
+  while found.value > criteria.unexplained and len(left) < criteria.left_out:
+    worst = sorted(found.by_tensor, key=lambda name: -found.by_tensor[name])[: criteria.tried]
+    trials = ((name, judge([*left, name])) for name in worst)
+    name, trial = next(((name, own) for name, own in trials if tells(own)), ("", found))
+    if not name:
+      break
+    left, found = [*left, name], trial
+  if found.value > criteria.unexplained:
+    return Attainable(conditions, {}, whole.value)
+  return Attainable(without(left), {name: whole.by_tensor.get(name, 0.0) for name in left}, found.value)
+
+
+def choose(
+  classifier: Classifier,
+  rates: kkt.RateSolution,
+  error: float,
+  possible: Mapping[str, Attainable],
+  blurred: bool,
+  criteria: AnalysisCriteria,
+) -> tuple[str, str]:
+  """The form, and why."""
+  if classifier.weight_decay is not None:
+    some = " at most" if isinstance(classifier.weight_decay, WeightDecay) else ""
+    return "weight_decay", f"their weight decay is known,{some} {classifier.weight_decay:g}"
+  if classifier.batch_coupled:
+    return (
+      "max_margin",
+      "batch norm undoes the scale of the weights before it, which weight decay would shrink for ever",
+    )
+  # A linear last layer alone is always quasi-homogeneous; if nothing before it is, there is no other solution.
+  trivial = bool(rates.null_space_dimension == 0) and float(rates.target_rate) > 1 - criteria.scaling
+  if error > criteria.scaling or trivial:
+    return "weight_decay", "nothing before the last layer is quasi-homogeneous, which the max-margin form needs"
+  decay, margin = possible["weight_decay"].bound, possible["max_margin"].bound
+  if min(decay, margin) > criteria.unexplained:
+    if abs(decay - margin) <= criteria.tie * decay:
+      return "weight_decay", f"neither form fits, and one as little as the other ({decay:.2g} is out of reach)"
+    return (
+      "weight_decay" if decay < margin else "max_margin",
+      f"neither form fits ({decay:.2g} and {margin:.2g} of the targets are out of reach) and it fits better",
+    )
+  if margin <= criteria.unexplained and (blurred or possible["weight_decay"].left_out):
+    return "max_margin", "they still hold some of their initialisation, which weight decay would have undone"
+  if decay <= max(criteria.missing, margin):
+    return (
+      "weight_decay",
+      f"its layers are in the balance that weight decay brings about ({decay:.2g} of it is missing)",
+    )
+  return "max_margin", f"its layers lack the balance that weight decay brings about ({decay:.2g} of it is missing)"
