@@ -165,8 +165,8 @@ def whole_step(*, batch_norm: bool, in_span: bool = False) -> "tuple[timing.Call
     basis = jnp.linalg.qr(jax.random.normal(jax.random.key(1), (784, dimensions)))[0]
     examination = dataclasses.replace(examination, span=InputSpan(basis, jnp.ones(dimensions)))
   recipe = images.recipe_of(settings, [examination], drawings=True)
-  begin = kkt_jax.Reconstruction.begin([examination.classifier], recipe, examinations=[examination])
-  step: Any = kkt_jax.reconstruction.training.make_train_step(begin.problem)
+  begin = kkt_jax.reconstruction.start([examination.classifier], recipe, examinations=[examination])
+  step: Any = kkt_jax.reconstruction.step.make_train_step(begin.problem)
   conditions = [recipe.stationarity.conditions(examination)]
   x = jax.random.uniform(jax.random.key(1), (begin.problem.generator.batch_size, 28, 28, 1))
   call = timing.Call(lambda *arguments: step(*arguments, None), begin.state, begin.classifiers, conditions)

@@ -25,7 +25,8 @@ from kkt_jax.auditing.samples import Samples
 from kkt_jax.cli.flags import UsageError
 from kkt_jax.cli.progress import say
 from kkt_jax.cli.workdir import Workdir
-from kkt_jax.reconstruction import training
+from kkt_jax.reconstruction import polish, start, train
+from kkt_jax.reconstruction.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,13 +188,12 @@ def theirs(classifier: kkt_jax.Classifier, y: np.ndarray, settings: Settings, ev
 
 def ours(classifier: kkt_jax.Classifier, config: Any, every: int) -> Iterator[Any]:
   """This library's run with the settings of `experiments.mnist`, from the examination to the polished samples."""
-  begin, step, conditions = _begin(classifier, config)
-  state = begin.state
-  for number in range(every, begin.recipe.schedule.steps + every, every):
-    state = training.fit(step, state, begin.classifiers, conditions, num_steps=number)
-    made = dataclasses.replace(begin, state=jax.block_until_ready(state))
+  made = _begin(classifier, config)
+  for number in range(every, made.recipe.schedule.steps + every, every):
+    made = train(made, number)
+    jax.block_until_ready(made.state)
     yield lambda made=made: _samples(made)
-  polished = made.polished()
+  polished = polish(made)
   yield lambda: _samples(polished)
 
 
@@ -202,17 +202,18 @@ def _samples(reconstruction: "kkt_jax.Reconstruction") -> Samples:
   return Samples(x, y)
 
 
-def _begin(classifier: kkt_jax.Classifier, config: Any) -> tuple[kkt_jax.Reconstruction, Any, Any]:
-  """Where a run of `experiments.mnist` begins, its step and its conditions."""
+def _begin(classifier: kkt_jax.Classifier, config: Any) -> kkt_jax.Reconstruction:
+  """Where a run of `experiments.mnist` begins."""
   examination = kkt_jax.examine(classifier)
   recipe = images.recipe_of(config, [examination], drawings=True)
-  begin = kkt_jax.Reconstruction.begin([classifier], recipe, examinations=[examination])
-  return begin, training.make_train_step(begin.problem), [begin.recipe.stationarity.conditions(examination)]
+  return start([classifier], recipe, examinations=[examination])
 
 
 def _step(classifier: kkt_jax.Classifier, config: Any) -> timing.Call:
-  begin, step, conditions = _begin(classifier, config)
-  return timing.Call(lambda *arguments: step(*arguments, None), begin.state, begin.classifiers, conditions)
+  begin = _begin(classifier, config)
+  step: Any = make_train_step(begin.problem)
+  arguments = (begin.state, begin.classifiers, begin.trainer.conditions)
+  return timing.Call(lambda *arguments: step(*arguments, None), *arguments)
 
 
 def run(config: Any, workdir: pathlib.Path) -> Mapping[str, Any]:

@@ -18,7 +18,8 @@ from kkt_jax.analysis import Examination
 from kkt_jax.classifiers import Classifier
 from kkt_jax.classifiers import spec as subject
 from kkt_jax.kkt import losses, weight_decay_conditions
-from kkt_jax.reconstruction import recipes, terms, training
+from kkt_jax.reconstruction import recipes, terms
+from kkt_jax.reconstruction.step import make_train_step
 
 _SHAPE = (28, 28, 1)
 _MICROBATCH = 64
@@ -78,10 +79,10 @@ def step(size: Size) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     schedule=recipes.Schedule(margin=1.0),
   )
   mesh = sharding.device_mesh(jax.devices()[: size.devices]) if size.devices > 1 else None
-  begin = reconstruction.Reconstruction.begin(
+  begin = reconstruction.start(
     classifiers, recipe, examinations=list(map(_unexamined, classifiers)), microbatch_size=size.microbatch, mesh=mesh
   )
-  one: Any = training.make_train_step(begin.problem)
+  one: Any = make_train_step(begin.problem)
   arguments = (begin.state, begin.classifiers, begin.conditions)
   call = lambda *arguments: one(*arguments, None)
   return call, sharding.replicate(arguments, mesh) if mesh else arguments
