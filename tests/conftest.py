@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # What these do takes seconds: they examine, train or measure.
-SLOW_DOCTESTS = {"README.md", "kkt_jax.analysis.examination.examine", "kkt_jax.reconstruction.result.reconstruct"}
+SLOW_DOCTESTS = {"README.md", "kkt_jax.analysis.examination.examine", "kkt_jax.reconstruction.stages.reconstruct"}
 SLOW_FIXTURES = {"examinations", "measured", "on_the_circle"}
 
 

@@ -10,7 +10,8 @@ import pytest
 from tiny_run import problem
 
 from kkt_jax import sharding
-from kkt_jax.reconstruction import reconstruct, Reconstruction, training
+from kkt_jax.reconstruction import reconstruct, start
+from kkt_jax.reconstruction.step import make_train_step
 
 _COLLECTIVE = re.compile(
   r"= (?P<shapes>.*?) (?P<kind>all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)"
@@ -24,9 +25,9 @@ def begin(mesh=None, microbatch_size=None, **settings):
   """A step, and what it takes."""
   examinations, recipe = problem(**settings)
   classifiers = [own.classifier for own in examinations]
-  own = Reconstruction.begin(classifiers, recipe, examinations=examinations, microbatch_size=microbatch_size, mesh=mesh)
+  own = start(classifiers, recipe, examinations=examinations, microbatch_size=microbatch_size, mesh=mesh)
   parts = (own.state, own.classifiers, own.conditions)
-  return training.make_train_step(own.problem), parts if mesh is None else sharding.replicate(parts, mesh)
+  return make_train_step(own.problem), parts if mesh is None else sharding.replicate(parts, mesh)
 
 
 @functools.cache

@@ -124,7 +124,7 @@ def test_what_trains_sees_no_data_and_measures_nothing(name):
   }
 
 
-TRAINING = {"kkt_jax.reconstruction.training", "kkt_jax.reconstruction.recipes", "kkt_jax.reconstruction.result"}
+TRAINING = {f"kkt_jax.reconstruction.{name}" for name in ("loop", "recipes", "result", "stages", "step", "trainer")}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("experiments.measure")])

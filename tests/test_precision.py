@@ -15,7 +15,7 @@ from kkt_jax.extraction import vertices
 from kkt_jax.generators import flows
 from kkt_jax.kkt import diagnostics, jacobians, losses, pretrain, symmetries, weight_decay_conditions
 from kkt_jax.membership import candidates
-from kkt_jax.reconstruction import training
+from kkt_jax.reconstruction.step import make_train_step
 
 X, CLASSES = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32), jnp.arange(6) % 2
 PARAMS = {"w1": jnp.eye(4) + 0.1, "w2": jnp.asarray(np.random.default_rng(1).normal(size=(4, 2)), jnp.float32)}
@@ -124,6 +124,6 @@ def test_every_product_of_a_gradient_of_stationarity_is_precise():
 
 def test_every_product_of_a_training_step_is_precise():
   classifier = kkt_jax.make_classifier(lambda w, x: jax.nn.relu(x @ w["w1"]) @ w["w2"], PARAMS, (4,), weight_decay=1.0)
-  begin = kkt_jax.Reconstruction.begin([classifier])
-  step = training.make_train_step(begin.problem)
+  begin = kkt_jax.reconstruction.start([classifier])
+  step = make_train_step(begin.problem)
   assert_precise(functools.partial(step, count=None), begin.state, begin.classifiers, begin.conditions)

@@ -25,7 +25,7 @@ from kkt_jax.auditing.samples import Samples
 from kkt_jax.cli.flags import UsageError
 from kkt_jax.cli.progress import say
 from kkt_jax.cli.workdir import Workdir
-from kkt_jax.reconstruction import training
+from kkt_jax.reconstruction import polish, start, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,13 +185,12 @@ def theirs(classifier: kkt_jax.Classifier, y: np.ndarray, settings: Settings, ev
 
 def ours(classifier: kkt_jax.Classifier, config: Any, every: int) -> Iterator[Any]:
   """This library's run with the settings of `experiments.mnist`, from the examination to the polished samples."""
-  begin = _begin(classifier, config)
-  step, state = training.make_train_step(begin.problem), begin.state
-  for number in range(every, begin.recipe.schedule.steps + every, every):
-    state = training.fit(step, state, begin.classifiers, begin.conditions, num_steps=number)
-    made = dataclasses.replace(begin, state=jax.block_until_ready(state))
+  made = _begin(classifier, config)
+  for number in range(every, made.recipe.schedule.steps + every, every):
+    made = train(made, number)
+    jax.block_until_ready(made.state)
     yield lambda made=made: _samples(made)
-  polished = made.polished()
+  polished = polish(made)
   yield lambda: _samples(polished)
 
 
@@ -204,7 +203,7 @@ def _begin(classifier: kkt_jax.Classifier, config: Any) -> kkt_jax.Reconstructio
   """Where a run of `experiments.mnist` begins."""
   examinations = [kkt_jax.examine(classifier)]
   recipe = images.recipe_of(config, examinations, drawings=True)
-  return kkt_jax.Reconstruction.begin([classifier], recipe, examinations=examinations)
+  return start([classifier], recipe, examinations=examinations)
 
 
 def run(config: Any, workdir: pathlib.Path) -> Mapping[str, Any]:

@@ -78,7 +78,7 @@ def step(size: Size) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     schedule=recipes.Schedule(margin=1.0),
   )
   mesh = sharding.device_mesh(jax.devices()[: size.devices]) if size.devices > 1 else None
-  begin = reconstruction.Reconstruction.begin(
+  begin = reconstruction.start(
     classifiers, recipe, examinations=list(map(_unexamined, classifiers)), microbatch_size=size.microbatch, mesh=mesh
   )
   call, *arguments = steps.training_step(begin)

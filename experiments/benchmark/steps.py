@@ -16,15 +16,16 @@ from kkt_jax import networks
 from kkt_jax.analysis import Subspace
 from kkt_jax.classifiers import Classifier
 from kkt_jax.kkt import conditions, jacobians, losses
-from kkt_jax.reconstruction import training
+from kkt_jax.reconstruction import start
+from kkt_jax.reconstruction.step import make_train_step
 
 _SHAPE = (28, 28, 1)
 
 
 def training_step(begin: kkt_jax.Reconstruction) -> tuple[Callable[..., Any], Any, Any, Any]:
   """A step of the training that a reconstruction begins, and its arguments."""
-  step: Any = training.make_train_step(begin.problem)
-  return lambda *arguments: step(*arguments, None), begin.state, begin.classifiers, begin.conditions
+  step: Any = make_train_step(begin.problem)
+  return lambda *arguments: step(*arguments, None), begin.state, begin.classifiers, begin.trainer.conditions
 
 
 def problem(num_samples: int, hidden: Sequence[int], num_classes: int) -> tuple[Classifier, Any, Any]:
@@ -57,7 +58,7 @@ def whole_step(*, batch_norm: bool, in_span: bool = False) -> tuple[timing.Call,
     subspace = Subspace(examination.origin, basis, jnp.ones(dimensions))
     examination = dataclasses.replace(examination, subspace=subspace)
   recipe = images.recipe_of(settings, [examination], drawings=True)
-  begin = kkt_jax.Reconstruction.begin([examination.classifier], recipe, examinations=[examination])
+  begin = start([examination.classifier], recipe, examinations=[examination])
   x = jax.random.uniform(jax.random.key(1), (begin.problem.generator.batch_size, *_SHAPE))
   call = timing.Call(*training_step(begin))
   return call, plain_step(examination.classifier, x, jnp.arange(len(x)) % 10)

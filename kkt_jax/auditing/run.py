@@ -25,7 +25,8 @@ from kkt_jax.kkt.conditions import Conditions
 from kkt_jax.metrics import Trial
 from kkt_jax.reconstruction import recipes
 from kkt_jax.reconstruction.recipes import Recipe
-from kkt_jax.reconstruction.result import reconstruct, Reconstruction
+from kkt_jax.reconstruction.result import Reconstruction
+from kkt_jax.reconstruction.stages import reconstruct
 
 _LOG = logging.getLogger(__name__)
 _SHOWN = 8  # leaks in pictures

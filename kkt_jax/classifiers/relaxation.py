@@ -22,7 +22,6 @@ from kkt_jax.classifiers.classifier import Classifier
 Result = TypeVar("Result")
 _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}  # primitives that only call
 _OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call")
-_FREE = 4.0  # sharpness times the argument up to which a gate is free, about: there the sigmoid is .02 or .98
 _GUARD = 1e-3  # max(norm, 1e-6) keeps a division finite: a positive constant below this makes no gate
 
 
@@ -84,8 +83,8 @@ def relax_gates(apply_fn: Callable[[PyTree, jax.Array], Result], *, sharpness: f
 
   Returns:
     ``(params, x)`` or ``(params, x, free)``, of the same values. ``free`` are logits of gates at their kinks, arrays
-    like `pre_activations` in its order: their mix is ``(1 - b) sigmoid(k x) + b sigmoid(free)`` with
-    ``b = exp(-(k x / 4)^2)``. Gates without an array of their shape are not free. When the function is called or
+    like `pre_activations` in its order: their mix is ``(1 - b) s + b sigmoid(free)`` with ``s = sigmoid(k x)`` and
+    ``b = 4 s (1 - s)``. Gates without an array of their shape are not free. When the function is called or
     traced, it raises a ValueError if ``apply_fn`` has other kinks (``jnp.clip(x, -1, 1)``, ``jnp.maximum(x, y)``) and
     no gate that could be relaxed.
 
@@ -105,8 +104,7 @@ def relax_gates(apply_fn: Callable[[PyTree, jax.Array], Result], *, sharpness: f
       own, smooth = next(following, None), jax.nn.sigmoid(sharpness * root)
       if own is None or own.shape != root.shape:
         return smooth
-      at_kink = jnp.exp(-jnp.square(sharpness / _FREE * root))
-      return smooth + at_kink * (jax.nn.sigmoid(own.astype(root.dtype)) - smooth)
+      return smooth + 4 * smooth * (1 - smooth) * (jax.nn.sigmoid(own.astype(root.dtype)) - smooth)
 
     report = _Report(gate, lambda root: jax.nn.sigmoid(sharpness * root))
     result: Result = _relaxed(apply_fn, params, x, report)

@@ -51,7 +51,11 @@ def _compiling() -> list[float]:
 
 
 class Progress:
-  """Progress with a rate and a time left: one line that rewrites itself on a terminal, plain lines elsewhere."""
+  """Progress with a rate and a time left: one line that rewrites itself on a terminal, plain lines elsewhere.
+
+  Attributes:
+    total: number of steps altogether; may change.
+  """
 
   def __init__(self, what: str, total: int, *, start: int = 0):
     """Starts the clock.
@@ -61,22 +65,23 @@ class Progress:
       total: number of steps altogether.
       start: steps done by an earlier run.
     """
-    self._what, self._total, self._start = what, total, start
+    self.total = total
+    self._what, self._start = what, start
     self._began = self._shown = time.monotonic()
     self._terminal = sys.stderr.isatty()
 
   def update(self, step: int, shown: Mapping[str, float] | str = "") -> None:
     """Shows that ``step`` steps are done, and some metrics or a word; cheap enough to call often."""
     now = time.monotonic()
-    finished = step >= self._total
+    finished = step >= self.total
     if not finished and now - self._shown < (0.2 if self._terminal else 15):
       return
     self._shown = now
     rate = (step - self._start) / max(now - self._began, 1e-9)
-    left = (self._total - step) / rate if rate > 0 else math.inf
+    left = (self.total - step) / rate if rate > 0 else math.inf
     speed = f"{rate:.1f}/s" if rate >= 0.1 else f"{60 * rate:.1f}/min"
     text = shown if isinstance(shown, str) else "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-    line = f"{self._what} {step}/{self._total}  {speed}  {_duration(left)} left  {text}".rstrip()
+    line = f"{self._what} {step}/{self.total}  {speed}  {_duration(left)} left  {text}".rstrip()
     if self._terminal:
       print(f"\r\033[K{line}", end="\n" if finished else "", file=sys.stderr, flush=True)
     else:

@@ -1,12 +1,16 @@
 """The joint training of theta, eta and alpha, and what comes of it."""
 
+from kkt_jax.reconstruction.loop import Observer, TrainingDiverged
 from kkt_jax.reconstruction.recipes import Recipe, Schedule, Stationarity
-from kkt_jax.reconstruction.result import reconstruct, Reconstruction
+from kkt_jax.reconstruction.result import Reconstruction
+from kkt_jax.reconstruction.stages import distil, polish, reconstruct, start, train
+from kkt_jax.reconstruction.step import Problem, TrainState
 from kkt_jax.reconstruction.terms import Batch, Term
-from kkt_jax.reconstruction.training import Problem, TrainingDiverged, TrainState
+from kkt_jax.reconstruction.trainer import Trainer
 
 __all__ = [
   "Batch",
+  "Observer",
   "Problem",
   "Recipe",
   "Reconstruction",
@@ -14,6 +18,11 @@ __all__ = [
   "Stationarity",
   "Term",
   "TrainState",
+  "Trainer",
   "TrainingDiverged",
+  "distil",
+  "polish",
   "reconstruct",
+  "start",
+  "train",
 ]

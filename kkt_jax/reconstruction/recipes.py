@@ -125,9 +125,9 @@ class Schedule:
       a schedule goes on.
     restart_steps: steps of each before the choice; stationarity does not count in them.
     polish_rounds: most rounds of polishing after the training, where the subspace of the data is told and the generator
-      is finite; 0 leaves it out. See `kkt_jax.reconstruction.Reconstruction.polished`.
+      is finite; 0 leaves it out. See `kkt_jax.reconstruction.polish`.
     match_steps: steps of fitting a network of continuous noise to the generator's samples; 0 keeps the generator.
-      See `kkt_jax.reconstruction.Reconstruction.continuous`.
+      See `kkt_jax.reconstruction.distil`.
     tables: how often the generator is trained, from different starts, for that network to be fitted to the samples of
       all. Once is enough where any sample is certified.
     joint_steps: steps of training that network by the equations.

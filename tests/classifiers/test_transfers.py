@@ -8,7 +8,8 @@ import tiny_run
 
 from kkt_jax import generators, reconstruction
 from kkt_jax.generators import flows
-from kkt_jax.reconstruction import training
+from kkt_jax.reconstruction import loop
+from kkt_jax.reconstruction.step import make_train_step
 
 GENERATORS = {
   "network": None,
@@ -23,30 +24,22 @@ def begin(request):
   if GENERATORS[request.param]:
     recipe = dataclasses.replace(recipe, generator=GENERATORS[request.param])
   own = [examination.classifier for examination in examinations]
-  return reconstruction.Reconstruction.begin(own, recipe, examinations=examinations)
+  return reconstruction.start(own, recipe, examinations=examinations)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps_per_call", [1, 4])
 def test_no_step_copies_or_is_compiled_again(begin, steps_per_call):
-  step, calls = training.make_train_step(begin.problem), []
+  step, calls = make_train_step(begin.problem), []
 
-  def guarded(state, classifiers, conditions, count):
+  def guarded(state, count):
     count = jax.device_put(count)  # the only number that the host knows and the device does not
     with jax.transfer_guard("disallow"):
       calls.append(count)
-      return step(state, classifiers, conditions, count)
+      return step(state, begin.classifiers, begin.conditions, count)
 
-  training.fit(
-    guarded,
-    begin.state,
-    begin.classifiers,
-    begin.conditions,
-    num_steps=10,
-    steps_per_call=steps_per_call,
-    log_every=5,
-    on_log=lambda step, metrics: None,
-  )
+  observer = reconstruction.Observer(log_every=5)
+  loop.fit(guarded, begin.state, num_steps=10, steps_per_call=steps_per_call, observer=observer)
   assert len(calls) == {1: 10, 4: 4}[steps_per_call]  # four steps and one, twice
   assert step._cache_size() == 1
 

@@ -17,7 +17,7 @@ from kkt_jax import priors
 from kkt_jax.auditing import matching
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.cli.flags import UsageError
-from kkt_jax.reconstruction import training
+from kkt_jax.reconstruction import Observer, TrainingDiverged
 
 CIRCLE = circle.Config(
   width=8,
@@ -287,8 +287,7 @@ def test_stationarity_counts_after_the_warm_up_and_not_in_it(examinations, batch
     [examinations[batch_norm].classifier],
     recipe.with_schedule(steps=4),
     examinations=[examinations[batch_norm]],
-    log_every=1,
-    on_log=lambda step, metrics: logged.append(metrics),
+    observer=Observer(log_every=1, on_log=lambda step, metrics: logged.append(metrics)),
   )
   counts = [m["total"] - 14.0 * m["duality"] for m in logged]
   weight = recipe.stationarity.weight
@@ -447,6 +446,6 @@ def test_a_weight_of_no_term_is_named(tmp_path):
 
 @slow
 def test_a_nan_stops_the_run_and_names_the_term(tmp_path):
-  with pytest.raises(training.TrainingDiverged, match="became"):
+  with pytest.raises(TrainingDiverged, match="became"):
     mnist.run(dataclasses.replace(MNIST, learning_rate=1e30), tmp_path)
   assert (tmp_path / "config.json").exists()

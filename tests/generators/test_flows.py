@@ -13,7 +13,7 @@ from trained_networks import batch_norm_classifier, flax_classifier, with_weight
 import kkt_jax
 from kkt_jax.extraction import Exact
 from kkt_jax.generators import flows
-from kkt_jax.reconstruction import recipes
+from kkt_jax.reconstruction import distil, Observer, recipes, stages
 
 FLOW = flows.Flow(width=32, blocks=1, steps=4, batch_size=20)
 QUICK = recipes.Schedule(steps=3, match_steps=2, joint_steps=2, polish_rounds=0)
@@ -23,6 +23,10 @@ QUICK = recipes.Schedule(steps=3, match_steps=2, joint_steps=2, polish_rounds=0)
 def reconstruction(batch_norm=False):
   classifier = batch_norm_classifier(0) if batch_norm else flax_classifier(0)
   return kkt_jax.reconstruct([classifier], kkt_jax.Recipe(schedule=QUICK))
+
+
+def with_recipe(made, recipe):
+  return dataclasses.replace(made, trainer=dataclasses.replace(made.trainer, recipe=recipe))
 
 
 def test_a_flow_fitted_to_few_samples_draws_them_from_fresh_noise():
@@ -81,10 +85,10 @@ def test_the_network_takes_the_place_of_the_table_and_moves_with_the_equations(b
   assert made.table.problem.generator.codes and not made.problem.generator.codes
   assert isinstance(made.recipe.generator, flows.Flow)
   assert int(made.state.step) == QUICK.joint_steps
-  untrained = made.table.continuous(seed=0)
+  untrained = distil(made.table)
   for ours, again in zip(jax.tree.leaves(made.state.params), jax.tree.leaves(untrained.state.params), strict=True):
     np.testing.assert_allclose(ours, again, rtol=1e-4, atol=1e-6)  # the same seed
-  fitted = dataclasses.replace(made.table, recipe=made.table.recipe.with_schedule(joint_steps=0)).continuous(seed=0)
+  fitted = distil(with_recipe(made.table, made.table.recipe.with_schedule(joint_steps=0)))
   moved = [
     float(jnp.max(jnp.abs(a - b)))
     for a, b in zip(jax.tree.leaves(made.state.params), jax.tree.leaves(fitted.state.params), strict=True)
@@ -108,7 +112,7 @@ def test_several_tables_are_trained_where_nothing_is_proven(monkeypatch):
   recipe = kkt_jax.Recipe(schedule=schedule, flow=dataclasses.replace(FLOW, lean=0.0))
   classifiers = [known.classifier for known in own]
   on_log = lambda step, metrics: steps.append(step)
-  made = kkt_jax.reconstruct(classifiers, recipe, examinations=own, on_log=on_log, log_every=1)
+  made = kkt_jax.reconstruct(classifiers, recipe, examinations=own, observer=Observer(on_log=on_log, log_every=1))
   assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]  # three tables, and two joint steps
   ((unit, labels),) = fitted[0]
   tables = np.split(np.asarray(unit), 3)
@@ -119,8 +123,7 @@ def test_several_tables_are_trained_where_nothing_is_proven(monkeypatch):
   np.testing.assert_allclose(tables[2], alone.every_sample()[0], atol=1e-5)
   rest = [np.zeros(1, own) for own in (int, int, bool, int)]
   one = Exact(np.ones((1, *first.shape[1:])), *rest)
-  polished = lambda self, *_, **settings: dataclasses.replace(self, exact=(one,))
-  monkeypatch.setattr(kkt_jax.Reconstruction, "polished", polished)
+  monkeypatch.setattr(stages, "polish", lambda made, *_, **settings: dataclasses.replace(made, exact=(one,)))
   kkt_jax.reconstruct(classifiers, recipe, examinations=own)
   assert len(fitted[1][0][1]) == len(y)  # as soon as a sample is proven, one table will do
 
@@ -129,7 +132,7 @@ def test_terms_weigh_something_else_while_the_network_is_trained():
   """Those that have a factor; one for a term that the recipe lacks changes nothing."""
   table = reconstruction().table
   recipe = table.recipe.with_schedule(joint_factors={"stationarity": 5.0, "range": 0.5, "nothing": 2.0})
-  before, made = recipe, dataclasses.replace(table, recipe=recipe).continuous(seed=0).recipe
+  before, made = recipe, distil(with_recipe(table, recipe)).recipe
   assert made.stationarity.weight == 5 * before.stationarity.weight
   assert made.terms["range"].weight == before.terms["range"].weight / 2
   assert made.terms["duality"] == before.terms["duality"]
@@ -137,10 +140,10 @@ def test_terms_weigh_something_else_while_the_network_is_trained():
 
 def test_what_the_equations_make_worse_is_taken_back():
   table = reconstruction().table
-  with_schedule = lambda **changes: dataclasses.replace(table, recipe=table.recipe.with_schedule(**changes))
-  kept = with_schedule(joint=recipes.adam(1.0)).continuous(seed=0)
+  with_schedule = lambda **changes: with_recipe(table, table.recipe.with_schedule(**changes))
+  kept = distil(with_schedule(joint=recipes.adam(1.0)))
   assert int(kept.state.step) == 0
-  fitted = with_schedule(joint_steps=0).continuous(seed=0)
+  fitted = distil(with_schedule(joint_steps=0))
   chex.assert_trees_all_close(kept.state.params, fitted.state.params)
 
 

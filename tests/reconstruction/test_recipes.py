@@ -160,7 +160,7 @@ def test_weights_of_terms_that_do_not_exist_are_refused(name, hint):
   ],
 )
 def test_a_part_that_is_left_to_the_classifiers_cannot_be_changed(change, part):
-  message = rf"^{part} must be given before it can be changed; .*kkt_jax\.recipes\.complete\(recipe, examinations\)"
+  message = rf"^{part} must be given before it can be changed; .*kkt_jax\.reconstruction\.recipes\.complete\("
   with pytest.raises(ValueError, match=message):
     change(Recipe())
 

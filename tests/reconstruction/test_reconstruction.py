@@ -17,7 +17,19 @@ from kkt_jax.checkpoint import Checkpointer, CheckpointError
 from kkt_jax.criteria import Criteria
 from kkt_jax.extraction import exact
 from kkt_jax.kkt import pretrain, weight_decay_conditions
-from kkt_jax.reconstruction import Recipe, recipes, Schedule, Stationarity, Term, training
+from kkt_jax.reconstruction import (
+  distil,
+  Observer,
+  Recipe,
+  recipes,
+  Schedule,
+  stages,
+  start,
+  Stationarity,
+  step,
+  Term,
+  train,
+)
 
 still = lambda num_steps: optax.set_to_zero()
 
@@ -109,7 +121,7 @@ def tiny(codes=3, **schedule):
 
 def begin(recipe=None, **settings):
   classifiers, examinations = two()
-  return Reconstruction.begin(classifiers, recipe or tiny(), examinations=examinations, **settings)
+  return start(classifiers, recipe or tiny(), examinations=examinations, **settings)
 
 
 def run(recipe=None, **settings):
@@ -121,7 +133,7 @@ def run(recipe=None, **settings):
 def straight():
   """Six steps at once, and what was logged of them."""
   logged = {}
-  return run(log_every=2, on_log=lambda step, metrics: logged.setdefault(step, metrics)), logged
+  return run(observer=Observer(log_every=2, on_log=logged.setdefault)), logged
 
 
 def assert_same(a, b):
@@ -229,7 +241,7 @@ def test_label_weights_shift_the_classes_of_every_batch():
 def test_training_ends_once_all_samples_are_certified(monkeypatch, certified, steps):
   """After two fifths of the steps, if polishing then proves every one; where it proves none, it is not asked again."""
   polished = []
-  monkeypatch.setattr(Reconstruction, "polished", lambda self, rounds=12, **_: polished.append(self) or self)
+  monkeypatch.setattr(stages, "polish", lambda own, rounds=12, **_: polished.append(own) or own)
   monkeypatch.setattr(Reconstruction, "certified_share", certified)
   assert int(run(tiny(steps=10)).state.step) == steps[-1]
   assert [int(own.state.step) for own in polished] == steps
@@ -238,12 +250,12 @@ def test_training_ends_once_all_samples_are_certified(monkeypatch, certified, st
 @pytest.mark.slow
 def test_saved_loaded_and_continued_it_is_bitwise_the_same(tmp_path):
   classifiers, examinations = two()
-  partly = begin().continue_training(4)
+  partly = train(begin(), 4)
   partly.save(tmp_path)
   loaded = Reconstruction.load(tmp_path, classifiers, tiny(), examinations=examinations)
   assert_same(loaded, partly)
-  assert_same(loaded.continue_training(), straight()[0])
-  assert_same(loaded.continue_training(4), partly)  # it is there already
+  assert_same(train(loaded), straight()[0])
+  assert_same(train(loaded, 4), partly)  # it is there already
   with pytest.raises(CheckpointError, match=r"^recipe must be what the saved state was trained with"):
     Reconstruction.load(tmp_path, classifiers, tiny(steps=7), examinations=examinations)
   for other in (dataclasses.replace(classifiers[1], labels=(2, 5)), plane((5, 2), 9)):
@@ -273,20 +285,20 @@ def test_free_gates_are_saved_trained_in_parts_and_left_behind_by_a_network(tmp_
     tiny(steps=2, match_steps=2, joint_steps=1), stationarity=Stationarity(1.0, free_gates=True)
   )
   classifiers, examinations = two()
-  made = begin(recipe).continue_training()
+  made = train(begin(recipe))
   assert [[own.shape for own in gates] for gates in made.state.params["gates"]] == [[(3, 3, 6)], [(2, 3, 6)]]
   moved = made.state.params["gates"][1][0]
   assert 1e-3 < float(jnp.abs(moved).max()) <= 0.11  # two steps of Adam
   made.save(tmp_path)
   assert_same(Reconstruction.load(tmp_path, classifiers, recipe, examinations=examinations), made)
-  parts = begin(recipe, microbatch_size=3).continue_training()
+  parts = train(begin(recipe, microbatch_size=3))
   np.testing.assert_allclose(parts.state.params["gates"][1][0], moved, atol=1e-3)
-  assert set(made.continuous().state.params) == {"theta", "eta", "alpha"}
+  assert set(distil(made).state.params) == {"theta", "eta", "alpha"}
 
 
 def test_a_saver_of_other_classifiers_is_refused(tmp_path):
   with Checkpointer(tmp_path) as saver:
-    run(saver=saver, save_every=3)
+    run(saver=saver, observer=Observer(save_every=3))
     other = [plane((0, 1, 2), 7), two()[0][1]]
     with pytest.raises(CheckpointError, match=r"^classifiers must be what the saved state was trained with"):
       reconstruct(other, tiny(), examinations=two()[1], saver=saver)
@@ -306,10 +318,11 @@ def test_a_saver_resumes_an_interrupted_run_and_sees_what_can_already_draw(tmp_p
 
   with Checkpointer(tmp_path) as saver:
     with pytest.raises(Stop):
-      run(saver=saver, save_every=2, on_save=on_save)
+      run(saver=saver, observer=Observer(save_every=2, on_save=on_save))
     assert saver.steps() == [2, 4]
     resumed = []
-    made = run(saver=saver, save_every=2, log_every=1, on_log=lambda step, metrics: resumed.append(step))
+    on_log = lambda step, metrics: resumed.append(step)
+    made = run(saver=saver, observer=Observer(save_every=2, log_every=1, on_log=on_log))
   assert drawn == [(2, (1, 2)), (4, (1, 2))]
   assert resumed == [5, 6]
   assert_same(made, straight()[0])
@@ -335,12 +348,12 @@ class TestRestarts:
       self.recipe,
       seed=5,
       examinations=[own],
-      on_restart=lambda restart, step, metrics: seen.setdefault((restart, step), metrics),
+      observer=Observer(on_restart=lambda restart, step, metrics: seen.setdefault((restart, step), metrics)),
     )
     assert sorted(seen) == [(restart, step) for restart in range(3) for step in (1, 2)]
     assert all("stationarity" not in metrics for metrics in seen.values())
     best = int(np.argmin([seen[restart, 1]["size"] + seen[restart, 2]["size"] for restart in range(3)]))
-    starts = [Reconstruction.begin([classifier], self.recipe, seed=5 + n, examinations=[own]) for n in range(3)]
+    starts = [start([classifier], self.recipe, seed=5 + n, examinations=[own]) for n in range(3)]
     same = [np.array_equal(start.state.params["theta"][0], made.state.params["theta"][0]) for start in starts]
     assert same == [restart == best for restart in range(3)]
     assert int(made.state.step) == 5
@@ -355,7 +368,7 @@ class TestRestarts:
     def refuse(*_):
       raise AssertionError
 
-    made = run(self.recipe, saver=Kept(), on_restart=refuse)
+    made = run(self.recipe, saver=Kept(), observer=Observer(on_restart=refuse))
     chex.assert_trees_all_equal(made.state.params, begin(self.recipe).state.params)
 
 
@@ -394,7 +407,7 @@ def test_the_margin_starts_where_the_recipe_or_the_weights_say():
   np.testing.assert_allclose(begin(tiny(margin=2.5)).margins, 2.5, rtol=1e-6)
   classifiers, examinations = two()
   said = [dataclasses.replace(own, margin=margin) for own, margin in zip(examinations, (3.0, 4.0), strict=True)]
-  started = Reconstruction.begin(classifiers, tiny(), examinations=said)
+  started = start(classifiers, tiny(), examinations=said)
   np.testing.assert_allclose(started.margins, [3.0, 4.0], rtol=1e-6)
 
 
@@ -432,8 +445,8 @@ def test_the_derivatives_are_those_of_gradient_fn_whatever_else_is_given(apart, 
   x = jnp.asarray([[0.3, 0.9], [0.5, 0.1]])
 
   def slope(classifier):
-    (made,) = Reconstruction.begin([classifier], recipe, examinations=[own]).classifiers
-    _, pull_back = training._evaluate(made, x)
+    (made,) = start([classifier], recipe, examinations=[own]).classifiers
+    _, pull_back = step._evaluate(made, x)
     return pull_back(jnp.ones((2, 3)))[0]["w"]
 
   np.testing.assert_allclose(slope(given), 3 * slope(classifier), rtol=1e-5)
@@ -449,7 +462,7 @@ def test_the_derivatives_are_those_of_gradient_fn_whatever_else_is_given(apart, 
     ),
     (lambda c, e: reconstruct(c, examinations=e[:1]), "examinations must hold one for each of 2 classifiers; got 1"),
     (lambda c, e: reconstruct(c, tiny(), examinations=e, microbatch_size=4), "microbatch_size must divide"),
-    (lambda c, e: reconstruct(c, tiny(), examinations=e, log_every=0), "log_every must be at least 1"),
+    (lambda c, e: Observer(save_every=0), "save_every must be at least 1; got 0"),
   ],
 )
 def test_what_does_not_fit_is_named(make, message):

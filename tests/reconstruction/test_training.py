@@ -18,7 +18,9 @@ from kkt_jax import generators, priors
 from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifiers import make_classifier, relaxation
 from kkt_jax.kkt import Conditions, losses, multipliers, weight_decay_conditions
-from kkt_jax.reconstruction import recipes, Term, terms, training
+from kkt_jax.reconstruction import loop, Observer, Problem, recipes, Term, terms, TrainingDiverged, TrainState
+from kkt_jax.reconstruction.loop import fit
+from kkt_jax.reconstruction.step import batch_samples, class_sequence, init_state, make_train_step, TrainStep
 
 CODES = 4
 
@@ -58,15 +60,16 @@ def fixed_table(examinations):
 class Setup:
   """A tiny problem: linear classifiers of the plane, their conditions, a start and a compiled step."""
 
-  problem: training.Problem
-  step: training.TrainStep
-  state: training.TrainState
+  problem: Problem
+  step: TrainStep
+  state: TrainState
   classifiers: tuple
   conditions: tuple
 
-  def run(self, num_steps, state=None, **settings):
-    state = self.state if state is None else state
-    return training.fit(self.step, state, self.classifiers, self.conditions, num_steps=num_steps, **settings)
+  def run(self, num_steps, state=None, *, saver=None, steps_per_call=1, **observed):
+    step = lambda state, count: self.step(state, self.classifiers, self.conditions, count)
+    settings = {"saver": saver, "steps_per_call": steps_per_call, "observer": Observer(**observed)}
+    return fit(step, self.state if state is None else state, num_steps=num_steps, **settings)
 
   def once(self, state=None):
     return self.step(self.state if state is None else state, self.classifiers, self.conditions, None)
@@ -89,19 +92,19 @@ def setup(
   examinations = [examined(classifier) for classifier in classifiers]
   generator = (generator or generators.table(codes=CODES))(examinations)
   mu = own or (recipes.softmax_multipliers() if tied else recipes.network_multipliers(hidden=(8,), scaled=True))
-  problem = training.Problem(
+  problem = Problem(
     generator=generator,
     multipliers=mu(examinations, generator),
     stationarity=stationarity or recipes.Stationarity(1.0, losses.relative_residual),
     terms=loss_terms or {},
     optimizer=optimizer or optax.adam(1e-2),
-    classes=[training.class_sequence(classifier, generator.batch_size) for classifier in classifiers],
+    classes=[class_sequence(classifier, generator.batch_size) for classifier in classifiers],
     num_steps=num_steps,
     **settings,
   )
   conditions = tuple(weight_decay_conditions(classifier.params, weight_decay=0.1) for classifier in classifiers)
   theta, statistics = problem.generator.init(jax.random.key(1))
-  state = training.init_state(
+  state = init_state(
     jax.random.key(2),
     problem,
     classifiers,
@@ -111,7 +114,7 @@ def setup(
     eta=problem.multipliers.init(jax.random.key(3)),
     margins=[margin] * len(classifiers),
   )
-  return Setup(problem, training.make_train_step(problem), state, classifiers, conditions)
+  return Setup(problem, make_train_step(problem), state, classifiers, conditions)
 
 
 @functools.cache
@@ -150,7 +153,7 @@ def test_all_unknowns_move_the_loss_falls_and_every_logged_step_is_reported_once
   own = usual()
   after = own.run(121, log_every=40, on_log=lambda step, metrics: logged.setdefault(step, metrics))
   assert list(logged) == [40, 80, 120, 121]
-  first = training._floats(own.once()[1])
+  first = loop._floats(own.once()[1])
   for t in (0, 1):
     assert logged[121][f"stationarity/{t}"] < 0.7 * first[f"stationarity/{t}"]
   for group in ("theta", "eta", "alpha"):
@@ -199,7 +202,7 @@ def of_measure(measure, **changes):
 
 def sums_of(own):
   """The stationarity sum of the next step's batch, written out."""
-  (x, y), *_ = training.batch_samples(
+  (x, y), *_ = batch_samples(
     own.problem, own.state._replace(key=jax.random.split(own.state.key, 3)[0]), own.classifiers
   )
   w = own.classifiers[0].params
@@ -239,7 +242,7 @@ def test_gates_at_kinks_are_learned_if_they_are_free(free_gates):
     margin=1.0,
   )
   own.state.params["theta"][0] = own.state.params["theta"][0].at[..., 1].set(-0.5)  # samples start around .5
-  ((x, y),) = training.batch_samples(own.problem, own.state, own.classifiers)
+  ((x, y),) = batch_samples(own.problem, own.state, own.classifiers)
   given = [jnp.tile(jnp.array([0.2, 0.9]), (len(x), 3))]
   sums = losses.stationarity_sum(
     lambda p, x: relaxation.given_gates(apply_fn)(p, x, given),
@@ -332,7 +335,7 @@ def test_free_multipliers_are_drawn_to_the_softmax():
   after, metrics = own.step(own.state, own.classifiers, own.conditions, 300)
   assert first > 0.01
   assert float(metrics["softmax_distance"][0]) < 1e-3
-  (x, y), *_ = training.batch_samples(own.problem, after, own.classifiers)
+  (x, y), *_ = batch_samples(own.problem, after, own.classifiers)
   code = np.arange(len(y)) // own.classifiers[0].num_classes  # classes are dealt in turn
   mu = jax.nn.softplus(after.params["eta"]["multipliers"][0, y, code])
   np.testing.assert_array_less(multipliers.softmax_distance(mu, x @ own.classifiers[0].params, y), 1e-3)
@@ -356,7 +359,7 @@ def test_multipliers_that_are_not_scaled_have_no_scale():
 def test_a_margin_that_is_not_given_is_the_median_of_the_first_samples():
   own = setup()
   _, key, _ = jax.random.split(jax.random.key(2), 3)
-  (x, y), *_ = training.batch_samples(own.problem, own.state._replace(key=key), own.classifiers)
+  (x, y), *_ = batch_samples(own.problem, own.state._replace(key=key), own.classifiers)
   median = jnp.median(jnp.abs(losses.runner_up_margin(x @ own.classifiers[0].params, y)))
   np.testing.assert_allclose(jnp.exp(-own.state.params["alpha"][0]), median, rtol=1e-5)
 
@@ -398,22 +401,6 @@ def test_steps_in_one_call_are_the_same_steps_and_need_no_common_grid():
   chex.assert_trees_all_close(single.params, together.params, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("steps_per_call", [1, 5])
-def test_it_ends_early_where_a_look_says_so_and_saves_that_state(steps_per_call):
-  own, asked, saver = of_measure(losses.cosine_distance), [], Kept()
-
-  def until(state):
-    asked.append(int(state.step))
-    return asked[-1] == 4
-
-  settings = {"until": until, "looks": (0, 2, 4, 6), "saver": saver, "steps_per_call": steps_per_call}
-  made = own.run(9, **settings)
-  assert int(made.step) == 4
-  assert asked == [2, 4]
-  assert saver.steps() == [4]
-  assert int(own.run(9, made, **settings).step) == 4  # a resumed run does not go past it
-
-
 @pytest.mark.parametrize("name", ["log_every", "save_every", "steps_per_call"])
 def test_intervals_below_one_are_refused(name):
   with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
@@ -428,18 +415,16 @@ def test_nan_in_a_prior_stops_the_run_names_the_term_and_keeps_the_last_good_sta
     margin=1.0,
   )
   kept = Kept()
-  with pytest.raises(training.TrainingDiverged, match="poison became nan at or before step 4"):
+  with pytest.raises(TrainingDiverged, match="poison became nan at or before step 4"):
     own.run(8, saver=kept, save_every=2)
   assert kept.steps() == [2]
-  with pytest.raises(training.TrainingDiverged, match="poison became nan at or before step 4"):
-    own.run(8, looks=[4], until=lambda state: pytest.fail("it was asked about a NaN"))
 
 
 def test_a_nan_that_only_the_gradient_has_is_caught_before_it_is_saved():
   kinked = lambda classifier, batch: jnp.linalg.norm(0.0 * batch.x)  # value 0, gradient NaN
   own = setup(stationarity=recipes.Stationarity(0.0), loss_terms={"kinked": Term(1.0, kinked)})
   kept = Kept()
-  with pytest.raises(training.TrainingDiverged, match="gradient_norm became nan"):
+  with pytest.raises(TrainingDiverged, match="gradient_norm became nan"):
     own.run(1, saver=kept, save_every=1)
   assert kept.steps() == []
 
@@ -462,15 +447,15 @@ def test_an_interruption_saves_once_more_and_is_passed_on():
 
 def test_a_batch_holds_every_class_equally_often_or_as_its_weights_say():
   classifier = linear_classifier((4, 1, 3))
-  np.testing.assert_array_equal(training.class_sequence(classifier, 7), [0, 1, 2, 0, 1, 2, 0])
-  weighed = training.class_sequence(classifier, 100, {4: 5.0, 1: 3.0, 3: 2.0, 9: 7.0})
+  np.testing.assert_array_equal(class_sequence(classifier, 7), [0, 1, 2, 0, 1, 2, 0])
+  weighed = class_sequence(classifier, 100, {4: 5.0, 1: 3.0, 3: 2.0, 9: 7.0})
   np.testing.assert_array_equal(np.bincount(weighed), [50, 30, 20])
   # In turn: every ten hold a tenth of each, give or take one.
   for start in range(0, 100, 10):
     assert np.all(np.abs(np.bincount(weighed[start : start + 10], minlength=3) - [5, 3, 2]) <= 1)
-  np.testing.assert_array_equal(np.bincount(training.class_sequence(classifier, 4, {4: 1, 1: 0, 3: 1})), [2, 0, 2])
+  np.testing.assert_array_equal(np.bincount(class_sequence(classifier, 4, {4: 1, 1: 0, 3: 1})), [2, 0, 2])
   # 1 / 3 of 10 each: the remainder goes to the first.
-  np.testing.assert_array_equal(np.bincount(training.class_sequence(classifier, 10)), [4, 3, 3])
+  np.testing.assert_array_equal(np.bincount(class_sequence(classifier, 10)), [4, 3, 3])
 
 
 @pytest.mark.parametrize(
@@ -478,7 +463,7 @@ def test_a_batch_holds_every_class_equally_often_or_as_its_weights_say():
 )
 def test_label_weights_that_do_not_fit_are_refused(weights):
   with pytest.raises(ValueError, match="label_weights must hold a weight of at least 0 for each label"):
-    training.class_sequence(linear_classifier((4, 1, 3)), 6, weights)
+    class_sequence(linear_classifier((4, 1, 3)), 6, weights)
 
 
 SEPARABLE = {

@@ -1,4 +1,4 @@
-"""The joint training of theta, eta and alpha: one jitted step, and the loop around it.
+"""The joint training of theta, eta and alpha: its state and one jitted step.
 
 One classifier is the case T = 1 of T classifiers. All of them share one generator g(noise, y, t; theta) and the
 multipliers h(x, y, t; eta), which take the classifier's index t; each has its own alpha. A step generates M samples for
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,6 @@ from kkt_jax.kkt.conditions import Conditions
 from kkt_jax.reconstruction.recipes import Multipliers, Stationarity
 from kkt_jax.reconstruction.terms import Batch, Term
 
-OnLog = Callable[[int, dict[str, float]], None]
 PullBack = Callable[[jax.Array], tuple[PyTree]]
 
 
@@ -82,23 +81,6 @@ class TrainState(NamedTuple):
   opt_state: PyTree
   key: jax.Array
   origin: jax.Array
-
-
-class TrainingDiverged(FloatingPointError):
-  """A loss term or the gradient became NaN or infinite; the message names it."""
-
-
-class Saver(Protocol):
-  """What keeps states, such as `kkt_jax.checkpoint.Checkpointer`."""
-
-  def steps(self) -> Sequence[int]:
-    """The steps that are kept."""
-
-  def save(self, step: int, state: PyTree) -> None:
-    """Keeps a state."""
-
-  def restore(self, like: PyTree) -> tuple[int, PyTree] | None:
-    """The newest state that is kept and whole, if there is one."""
 
 
 TrainStep = Callable[
@@ -313,96 +295,6 @@ def make_train_step(problem: Problem) -> TrainStep:
   return steps
 
 
-def fit(
-  step: TrainStep,
-  state: TrainState,
-  classifiers: Sequence[Classifier],
-  conditions: Sequence[Conditions],
-  *,
-  num_steps: int,
-  steps_per_call: int = 1,
-  log_every: int = 50,
-  on_log: OnLog | None = None,
-  saver: Saver | None = None,
-  save_every: int = 500,
-  on_save: Callable[[TrainState], None] | None = None,
-  until: Callable[[TrainState], bool] | None = None,
-  looks: Sequence[int] = (),
-) -> TrainState:
-  """Runs steps until ``state.step`` reaches ``num_steps``; a restored state goes on where it was.
-
-  Metrics are read one log interval late, so that the device never waits for them; before a state is saved they are read
-  at once, so that no saved state is one that a NaN has reached. An interruption (Ctrl-C) is passed on after one more
-  save.
-
-  Args:
-    step: from `make_train_step`.
-    state: where to start.
-    classifiers: T classifiers.
-    conditions: the stationarity condition of each.
-    num_steps: step at which to stop.
-    steps_per_call: greatest number of steps in one compiled call.
-    log_every: steps between logged metrics.
-    on_log: called with (step, metrics as floats); metrics of several classifiers have names such as ``"residual/1"``.
-    saver: keeps the state every ``save_every`` steps and at the end.
-    save_every: steps between saved states.
-    on_save: called with every saved state.
-    until: whether a state is good enough, so that the training ends with it; asked at the steps of ``looks``.
-    looks: these steps, from 1.
-
-  Returns:
-    The final state.
-
-  Raises:
-    TrainingDiverged: a NaN or an infinity appeared. States saved before are kept.
-    ValueError: an interval below 1.
-  """
-  for name, value in (("log_every", log_every), ("save_every", save_every), ("steps_per_call", steps_per_call)):
-    _checks.check_at_least(name, value, 1)
-  pending: tuple[int, dict[str, jax.Array]] | None = None
-
-  def flush() -> None:
-    nonlocal pending
-    if pending is not None:
-      (at, metrics), pending = pending, None
-      floats = _floats(metrics)
-      _check_converging(at, floats)
-      if on_log is not None:
-        on_log(at, floats)
-
-  number = int(state.step)
-  done = lambda: until is not None and number > 0 and number in looks and until(state)
-  try:
-    enough = done()
-    while number < num_steps and not enough:
-      ahead = [every - number % every for every in (log_every, save_every)]
-      ahead += [look - number for look in looks if look > number]
-      count = min(steps_per_call, num_steps - number, *ahead)
-      state, metrics = step(state, classifiers, conditions, None if steps_per_call == 1 else jax.device_put(count))
-      number += count
-      if number in looks:
-        _check_converging(number, _floats(metrics))  # nobody is asked about a NaN
-      enough = done()
-      last = enough or number == num_steps
-      saving = saver is not None and (number % save_every == 0 or last)
-      if saving or number % log_every == 0 or last:
-        flush()
-        pending = (number, metrics)
-      if saving:
-        assert saver is not None
-        flush()
-        saver.save(number, state)
-        if on_save is not None:
-          on_save(state)
-  except KeyboardInterrupt:
-    flush()
-    if saver is not None and int(state.step) not in saver.steps() and _is_finite(state.params):
-      saver.save(int(state.step), state)
-    raise
-  flush()
-  return state
-
-
 @full_precision
 def batch_samples(
   problem: Problem, state: TrainState, classifiers: Sequence[Classifier]
@@ -531,28 +423,3 @@ def _stationarity_weight(stationarity: Stationarity, progress: jax.Array) -> jax
 
 def _weight(term: Term, progress: jax.Array) -> jax.Array:
   return jnp.asarray(term.weight * (1.0 if term.schedule is None else term.schedule(progress)))
-
-
-def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-  """Metrics as floats: [T] becomes one entry for each classifier, named ``name/t`` if there are several."""
-  floats = {}
-  for name, value in metrics.items():
-    if value.ndim == 0 or value.shape == (1,):
-      floats[name] = float(value.reshape(()))
-    else:
-      floats |= {f"{name}/{t}": float(entry) for t, entry in enumerate(value)}
-  return floats
-
-
-def _is_finite(tree: PyTree) -> bool:
-  return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree))
-
-
-def _check_converging(step: int, metrics: Mapping[str, float]) -> None:
-  broken = [name for name, value in metrics.items() if not math.isfinite(value)]
-  if broken:
-    cause = next((name for name in broken if name not in ("total", "gradient_norm")), broken[0])
-    raise TrainingDiverged(
-      f"{cause} became {metrics[cause]} at or before step {step}. The last checkpoint is from before that; a smaller"
-      f" learning rate or a smaller weight of {cause} is the usual cure."
-    )

@@ -1,0 +1,278 @@
+"""From classifiers to a generator of their training data, in one call, and the stages that it is made of.
+
+Each stage takes a `Reconstruction` and returns another one: `start`, `train`, `polish`, `distil`.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+
+from kkt_jax._precision import full_precision
+from kkt_jax.analysis.examination import Examination
+from kkt_jax.classifiers.classifier import Classifier
+from kkt_jax.extraction import exact
+from kkt_jax.extraction.exact import Exact
+from kkt_jax.generators.flows import Flow
+from kkt_jax.reconstruction.loop import fit, Observer, Saver, SILENT
+from kkt_jax.reconstruction.recipes import Recipe, Schedule
+from kkt_jax.reconstruction.result import Reconstruction
+from kkt_jax.reconstruction.step import TrainState
+from kkt_jax.reconstruction.trainer import Trainer
+
+_LOOKS = (0.4, 0.7)  # shares of the training after which it may end, if all training samples are certified
+_QUICK, _QUICK_STEPS = 4, 20  # rounds of polishing then, and steps of each
+_HOPEFUL = 0.5  # share of a few samples that polishing must certify then, and more, before all are polished
+
+
+@full_precision
+def reconstruct(
+  classifiers: Sequence[Classifier],
+  recipe: Recipe | None = None,
+  *,
+  seed: int = 0,
+  examinations: Sequence[Examination] | None = None,
+  microbatch_size: int | None = None,
+  mesh: Mesh | None = None,
+  saver: Saver | None = None,
+  observer: Observer = SILENT,
+) -> Reconstruction:
+  """Trains a generator so that what it generates satisfies the classifiers' own equations; no data are needed.
+
+  Args:
+    classifiers: T classifiers, with one numbering of labels and inputs of one shape.
+    recipe: how it is trained; what it leaves open is chosen by `kkt_jax.reconstruction.recipes.default`.
+    seed: of the starts of generator and multipliers, of the noise of the training, and of a network of continuous
+      noise. Examining and polishing have random numbers of their own, the same ones in every run.
+    examinations: what `kkt_jax.analysis.examine` said of each classifier; examined here if None.
+    microbatch_size: samples for each classifier that are in memory at once; see `kkt_jax.reconstruction.Problem`.
+    mesh: devices over which the samples are split, from `kkt_jax.sharding.device_mesh`.
+    saver: keeps the state, and has the one to resume from, such as an open `kkt_jax.checkpoint.Checkpointer`.
+    observer: who is told how it goes, and how often the state is kept.
+
+  Returns:
+    The trained `Reconstruction`.
+
+  Raises:
+    ValueError: no classifier, inputs of different shapes, another number of examinations, or a recipe that does not
+      fit.
+    CheckpointError: what ``saver`` has is of other classifiers or of another recipe.
+    TrainingDiverged: a NaN or an infinity appeared.
+
+  >>> import jax, jax.numpy as jnp, kkt_jax
+  >>> w = jnp.array([[1.0, -1.0], [0.5, 0.5]])
+  >>> linear = kkt_jax.make_classifier(lambda w, x: jnp.maximum(x, 0) @ w, w, (2,), weight_decay=0.1)
+  >>> quick = kkt_jax.Recipe(schedule=kkt_jax.reconstruction.Schedule(steps=2))
+  >>> kkt_jax.reconstruct([linear], quick).sample(jax.random.key(0), jnp.array([0, 1, 1])).shape
+  (3, 2)
+  """
+  begin = start(classifiers, recipe, seed=seed, examinations=examinations, microbatch_size=microbatch_size, mesh=mesh)
+  trainer, schedule = begin.trainer, begin.recipe.schedule
+  restored = saver.restore(begin.state) if saver is not None else None
+  if restored is not None:
+    trainer.check(restored[1])
+    begin = Reconstruction(trainer, restored[1])
+  elif schedule.steps:
+    begin = Reconstruction(trainer, _best_start(trainer, seed, observer))
+  made = _train_until_certified(begin, saver, observer)
+  if not schedule.match_steps:
+    return made
+  others = []
+  for number in range(1, 1 if any(len(own.y) for own in made.exact) else schedule.tables):
+    later = _later(observer, schedule, number)
+    another = Reconstruction(trainer, _best_start(trainer, seed + number * schedule.restarts, later))
+    others.append(train(another, observer=later))
+  return distil(made, others=others, seed=seed, observer=_later(observer, schedule, schedule.tables))
+
+
+def start(
+  classifiers: Sequence[Classifier], recipe: Recipe | None = None, *, seed: int = 0, **settings: Any
+) -> Reconstruction:
+  """The random start of `reconstruct`, before any training.
+
+  Args:
+    classifiers: as for `reconstruct`.
+    recipe: as for `reconstruct`.
+    seed: of generator and multipliers.
+    **settings: ``examinations``, ``microbatch_size`` and ``mesh`` of `reconstruct`.
+  """
+  trainer = Trainer.of(classifiers, recipe, **settings)
+  return Reconstruction(trainer, trainer.init(seed))
+
+
+@full_precision
+def train(
+  reconstruction: Reconstruction,
+  num_steps: int | None = None,
+  *,
+  saver: Saver | None = None,
+  observer: Observer = SILENT,
+) -> Reconstruction:
+  """Trains on until ``num_steps`` steps altogether, those of the recipe if None; see `reconstruct`."""
+  trainer, schedule = reconstruction.trainer, reconstruction.recipe.schedule
+  made = lambda state: dataclasses.replace(reconstruction, state=trainer.own(state))
+  state = fit(
+    trainer.step,
+    trainer.placed(reconstruction.state),
+    num_steps=schedule.steps if num_steps is None else num_steps,
+    steps_per_call=schedule.steps_per_call,
+    saver=saver,
+    observer=dataclasses.replace(observer, on_save=lambda state: observer.on_save(made(state))),
+  )
+  return made(state)
+
+
+@full_precision
+def polish(
+  reconstruction: Reconstruction, rounds: int | None = None, *, quick: bool = False, observer: Observer = SILENT
+) -> Reconstruction:
+  """Puts training samples in the place of what comes near to them, where the weights alone certify that they are.
+
+  See `kkt_jax.extraction.exact.find`. A label's certified samples, as the classifier labels them, take the places of
+  those that led to one, and of others if there are more of them. Nothing in this looks at data.
+
+  Args:
+    reconstruction: what is polished.
+    rounds: how many; those of the recipe if None.
+    quick: whether nothing is tried unless half of a few samples become training samples, later rounds start from
+      twice as many places as there can be training samples, not from every one, and each takes a third of the steps.
+    observer: its ``on_round`` is called.
+
+  Returns:
+    The reconstruction with these samples, and with ``exact``. As it was, but for ``exact``, where no span is told or
+    the generator is not finite.
+  """
+  rounds = reconstruction.recipe.schedule.polish_rounds if rounds is None else rounds
+  generator = reconstruction.problem.generator
+  if generator.put is None or not rounds:
+    return reconstruction
+  x, y = reconstruction.every_sample()
+  theta = reconstruction.state.params["theta"]
+  found: list[Exact] = []
+  for t, (own, part) in enumerate(zip(reconstruction.examinations, reconstruction.parts(), strict=True)):
+    tell = functools.partial(observer.on_round, t)
+    less: dict[str, Any] = {}
+    if quick:
+      less = {"points": 2 * own.most_samples, "num_steps": _QUICK_STEPS, "least_hope": _HOPEFUL}
+    samples, led = exact.find(own, own.classifier.to_unit(x[part]), y[part], rounds=rounds, on_round=tell, **less)
+    labels, codes, chosen = exact.places(samples.y, led, y[part])
+    if len(chosen):
+      theta = generator.put(theta, t, labels, codes, jnp.asarray(samples.unit[chosen]))
+    found.append(samples)
+  state = reconstruction.state._replace(params=reconstruction.state.params | {"theta": theta})
+  return dataclasses.replace(reconstruction, state=state, exact=tuple(found))
+
+
+@full_precision
+def distil(
+  table: Reconstruction,
+  flow: Flow | None = None,
+  *,
+  others: Sequence[Reconstruction] = (),
+  seed: int = 0,
+  observer: Observer = SILENT,
+) -> Reconstruction:
+  """A network of continuous noise in place of a generator: fitted to its samples, then trained by the equations.
+
+  Samples lean on one another before they are fitted, see `kkt_jax.generators.Flow`, unless they are certified. In the
+  second stage theta, eta and alpha move together on fresh noise in every step, by all terms of the recipe; what that
+  does is taken back if the loss is not smaller after it.
+
+  Args:
+    table: the generator.
+    flow: the network; that of the recipe if None.
+    others: further reconstructions from the same classifiers, to whose samples it is fitted, too.
+    seed: of its first weights and its noise.
+    observer: its ``on_match`` is called while the network is fitted, its ``on_log`` while it is trained.
+
+  Returns:
+    The reconstruction with this generator, with ``exact``, and with the old one as its ``table``.
+
+  Raises:
+    ValueError: multipliers belong to the samples of the generator.
+  """
+  flow = flow or table.recipe.flow or Flow(batch_size=table.problem.generator.batch_size)
+  trainer = dataclasses.replace(table.trainer, recipe=table.recipe.joint(flow))
+  init_key, match_key, state_key = jax.random.split(jax.random.key(seed), 3)
+  theta, statistics = trainer.problem.generator.init(init_key)
+  tables = [(*own.every_sample(), own.parts()) for own in (table, *others)]
+  samples = []
+  for index, own in enumerate(table.examinations):
+    unit = own.classifier.to_unit(jnp.concatenate([x[parts[index]] for x, _, parts in tables]))
+    labels = np.concatenate([y[parts[index]] for _, y, parts in tables])
+    certified = table.exact[index].unit if table.exact else None
+    samples.append((flow.leaning_on_others(unit, labels, certified), labels))
+  steps = table.recipe.schedule.match_steps
+  theta = flow.match(match_key, theta, table.examinations, samples, num_steps=steps, on_progress=observer.on_match)
+  params = {name: own for name, own in table.state.params.items() if name != "gates"}  # those of a table's samples
+  params["theta"] = theta
+  opt_state = trainer.problem.optimizer.init(params)
+  state = TrainState(jnp.zeros((), jnp.int32), params, statistics, opt_state, state_key, table.state.origin)
+  begin = dataclasses.replace(table, trainer=trainer, state=trainer.own(state), table=table)
+  made = train(begin, observer=observer)
+  return min((begin, made), key=lambda own: _loss(trainer, own.state._replace(step=made.state.step)))
+
+
+def _later(observer: Observer, schedule: Schedule, tables: int) -> Observer:
+  """The same observer, told of steps and restarts that follow on those of some tables."""
+  steps, restarts = tables * schedule.steps, tables * schedule.restarts
+  return dataclasses.replace(
+    observer,
+    on_log=lambda step, metrics: observer.on_log(steps + step, metrics),
+    on_restart=lambda restart, step, metrics: observer.on_restart(restarts + restart, step, metrics),
+  )
+
+
+def _train_until_certified(begin: Reconstruction, saver: Saver | None, observer: Observer) -> Reconstruction:
+  """Trained and polished; the training ends early where a quick look certifies every sample that there can be."""
+  schedule = begin.recipe.schedule
+  for look in (int(share * schedule.steps) for share in _LOOKS):
+    if int(begin.state.step) <= look > 0:
+      begin = train(begin, look, saver=saver, observer=observer)
+      found = polish(begin, min(_QUICK, schedule.polish_rounds), quick=True, observer=observer)
+      if found.certified_share == 1:
+        return found
+      if not found.certified_share:
+        break  # looking takes long
+  return polish(train(begin, saver=saver, observer=observer), observer=observer)
+
+
+def _best_start(trainer: Trainer, seed: int, observer: Observer) -> TrainState:
+  """Trains several starts without stationarity and returns the one with the least loss; no data are used.
+
+  Where the schedule has no restarts it is the random start of the seed.
+  """
+  schedule = trainer.recipe.schedule
+  if not (schedule.restart_steps and schedule.steps):
+    return trainer.init(seed)
+  trying = dataclasses.replace(trainer, recipe=trainer.recipe.with_weights(stationarity=0.0))
+  lasting = {name: term.weight for name, term in trying.recipe.terms.items() if term.weight and term.schedule is None}
+  tried: list[tuple[float, TrainState]] = []
+  for restart in range(schedule.restarts):
+    values: list[float] = []
+
+    def on_log(number: int, now: dict[str, float], restart: int = restart, values: list[float] = values) -> None:
+      values.append(sum(w * v for n, w in lasting.items() for k, v in now.items() if k.split("/")[0] == n))
+      observer.on_restart(restart, number, now)
+
+    state = fit(
+      trying.step,
+      trying.placed(trying.init(seed + restart)),
+      num_steps=schedule.restart_steps,
+      steps_per_call=schedule.steps_per_call,
+      observer=Observer(log_every=max(schedule.steps_per_call, schedule.restart_steps // 100), on_log=on_log),
+    )
+    tried.append((float(np.mean(values[-10:])), state))  # noise makes single values uncertain
+  return trainer.own(min(tried, key=lambda own: own[0])[1])
+
+
+def _loss(trainer: Trainer, state: TrainState) -> float:
+  """The loss of a state, a mean over a few batches of noise that are the same for every state."""
+  count = None if trainer.recipe.schedule.steps_per_call == 1 else 1
+  keys = jax.random.split(jax.random.key(0), 4)
+  return float(np.mean([trainer.step(trainer.placed(state._replace(key=key)), count)[1]["total"] for key in keys]))

@@ -1,0 +1,158 @@
+"""What a reconstruction is trained with: examinations and a recipe, and the functions that follow from them."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+
+from kkt_jax import sharding
+from kkt_jax._precision import full_precision
+from kkt_jax.analysis.examination import Examination, examine
+from kkt_jax.checkpoint import CheckpointError, fingerprint
+from kkt_jax.classifiers.classifier import Classifier
+from kkt_jax.classifiers.relaxation import computed_in, relaxed
+from kkt_jax.kkt.conditions import Conditions
+from kkt_jax.reconstruction import recipes
+from kkt_jax.reconstruction.recipes import Recipe
+from kkt_jax.reconstruction.step import class_sequence, init_state, make_train_step, Problem, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+  """What is fixed while a generator is trained; what it compiles is compiled once.
+
+  Attributes:
+    examinations: what each classifier's weights said.
+    recipe: how the generator is trained; no part is None.
+    microbatch_size: samples in memory at once while training, all if None.
+    mesh: devices over which training splits the samples.
+  """
+
+  examinations: tuple[Examination, ...]
+  recipe: Recipe
+  microbatch_size: int | None = None
+  mesh: Mesh | None = None
+
+  @classmethod
+  def of(
+    cls,
+    classifiers: Sequence[Classifier],
+    recipe: Recipe | None = None,
+    *,
+    examinations: Sequence[Examination] | None = None,
+    microbatch_size: int | None = None,
+    mesh: Mesh | None = None,
+  ) -> "Trainer":
+    """That of some classifiers; arguments and errors are those of `kkt_jax.reconstruct`."""
+    if not classifiers:
+      raise ValueError("classifiers must hold at least one classifier; got none.")
+    shapes = {classifier.input_shape for classifier in classifiers}
+    if len(shapes) > 1:
+      raise ValueError(f"classifiers must have inputs of one shape; got {sorted(shapes)}.")
+    if examinations is None:
+      examinations = [examine(classifier) for classifier in classifiers]
+    if len(examinations) != len(classifiers):
+      raise ValueError(
+        f"examinations must hold one for each of {len(classifiers)} classifiers; got {len(examinations)}."
+      )
+    pairs = zip(examinations, classifiers, strict=True)
+    own = tuple(dataclasses.replace(examination, classifier=classifier) for examination, classifier in pairs)
+    return cls(own, recipes.complete(recipe or Recipe(), own), microbatch_size, mesh)
+
+  @functools.cached_property
+  def classifiers(self) -> list[Classifier]:
+    """The classifiers, with the derivatives that the stationarity uses."""
+    return [_with_gradients(own.classifier, self.recipe.stationarity) for own in self.examinations]
+
+  @functools.cached_property
+  @full_precision
+  def conditions(self) -> list[Conditions]:
+    """The stationarity condition of each classifier, as it is trained."""
+    return [self.recipe.stationarity.conditions(own) for own in self.examinations]
+
+  @functools.cached_property
+  @full_precision
+  def problem(self) -> Problem:
+    """What a training step is made of."""
+    recipe, generator = self.recipe, self.recipe.generator(self.examinations)
+    return Problem(
+      generator=generator,
+      multipliers=recipe.multipliers(self.examinations, generator),
+      stationarity=recipe.stationarity,
+      terms=recipe.terms,
+      optimizer=recipe.schedule.optimizer(),
+      classes=[class_sequence(own.classifier, generator.batch_size, recipe.label_weights) for own in self.examinations],
+      num_steps=recipe.schedule.steps,
+      microbatch_size=self.microbatch_size,
+      mesh=self.mesh,
+    )
+
+  @functools.cached_property
+  def step(self) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """``(state, count) -> (state, metrics)``; see `kkt_jax.reconstruction.step.make_train_step`."""
+    step = make_train_step(self.problem)
+    classifiers, conditions = self.placed((self.classifiers, self.conditions))
+    return lambda state, count: step(state, classifiers, conditions, count)
+
+  @functools.cached_property
+  def generate(self) -> Callable[[TrainState, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """``(state, noise, y, t) -> x``, at inference."""
+    generate = self.problem.generator.generate
+    of_state = lambda state, noise, y, t: generate(state.params["theta"], state.statistics, noise, y, t, False)[0]
+    return jax.jit(full_precision(of_state))
+
+  @functools.cached_property
+  def _origin(self) -> jax.Array:
+    """What tells whether a saved state is of these classifiers and of this recipe [2, 8]."""
+    own = [(c.params, c.input_shape, c.labels, c.value_range) for c in (e.classifier for e in self.examinations)]
+    return jnp.asarray(np.stack([np.frombuffer(fingerprint(part), np.int32) for part in (own, self.recipe)]))
+
+  @full_precision
+  def init(self, seed: int) -> TrainState:
+    """The random start of a seed."""
+    generator_key, state_key, multiplier_key = jax.random.split(jax.random.key(seed), 3)
+    theta, statistics = self.problem.generator.init(generator_key)
+    given = self.recipe.schedule.margin
+    state = init_state(
+      state_key,
+      self.problem,
+      self.classifiers,
+      self.conditions,
+      theta=theta,
+      statistics=statistics,
+      eta=self.problem.multipliers.init(multiplier_key),
+      margins=[own.margin if given is None else given for own in self.examinations],
+    )
+    return self.own(state)
+
+  def own(self, state: TrainState) -> TrainState:
+    """A state on one device, marked as trained from these classifiers by this recipe."""
+    return (state if self.mesh is None else sharding.fetch(state))._replace(origin=self._origin)
+
+  def check(self, state: TrainState) -> None:
+    """Raises a CheckpointError if a state was trained from other classifiers or by another recipe."""
+    same = np.all(np.asarray(state.origin) == np.asarray(self._origin), axis=1)
+    for name, fits in zip(("classifiers", "recipe"), same, strict=True):
+      if not fits:
+        raise CheckpointError(
+          f"{name} must be what the saved state was trained with, and are not. Give the same, or another folder."
+        )
+
+  def placed(self, tree: Any) -> Any:
+    """A tree of arrays where the devices of a training step are."""
+    return tree if self.mesh is None else sharding.replicate(tree, self.mesh)
+
+
+def _with_gradients(classifier: Classifier, stationarity: recipes.Stationarity) -> Classifier:
+  """The classifier with the derivatives that the stationarity uses: those of ``gradient_fn``, its gates relaxed."""
+  own = relaxed(dataclasses.replace(classifier, apply_fn=classifier.gradient_fn), stationarity.gate_sharpness)
+  own = dataclasses.replace(own, apply_fn=classifier.apply_fn)
+  if stationarity.compute_dtype is None:
+    return own
+  rough = computed_in(own.gradient_fn, stationarity.compute_dtype)
+  return dataclasses.replace(own, gradient_fn=rough, evaluate_fn=None)  # margins and statistics stay exact
