@@ -48,7 +48,7 @@ def flat(tree: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
   >>> flat({"dense": {"kernel": 1, "bias": 2}})
   {'dense/kernel': 1, 'dense/bias': 2}
   """
-  found = {}
+  found: dict[str, Any] = {}
   for name, value in tree.items():
     inner = flat(value, separator) if isinstance(value, Mapping) else {"": value}
     found |= {f"{name}{separator}{own}" if own else name: leaf for own, leaf in inner.items()}

@@ -63,7 +63,7 @@ def from_keras(
     raise ValueError(f"input_shape must be given, for {model.name!r} does not tell it; got {input_shape}.")
   layers = list(model._flatten_layers())
   norms = [own for own in layers if isinstance(own, keras.layers.BatchNormalization) and own.trainable]
-  if renormalised := [own.name for own in norms if own.renorm]:
+  if renormalised := [own.name for own in norms if getattr(own, "renorm", False)]:
     raise ValueError(f"model must have no batch norm with renorm=True; got {renormalised}.")
   end = _ending(model, keras)
   if end and end[0] == "sigmoid" and model.outputs[0].shape[-1] != 1:
@@ -83,7 +83,7 @@ def from_keras(
 
   def run(variables: Any, x: jax.Array, on_batch: bool) -> tuple[jax.Array, PyTree]:
     params, stored = flat(variables["params"]), flat(variables.get("batch_stats", {}))
-    values = [stored.get(names.get(id(own)), value) for own, value in zip(others, constants, strict=True)]
+    values = [stored.get(names.get(id(own), ""), value) for own, value in zip(others, constants, strict=True)]
     with contextlib.ExitStack() as stack:
       for norm in norms if on_batch else []:
         stack.enter_context(_replaced(norm, "call", functools.partial(_on_batch, norm)))

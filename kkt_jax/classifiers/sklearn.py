@@ -50,8 +50,9 @@ def from_sklearn(estimator: Any, *, labels: Sequence[int] | None = None, **known
   while hasattr(last, "steps"):
     *inner, last = [step for _, step in last.steps if step is not None and not isinstance(step, str)]
     before += inner
-  network = hasattr(last, "coefs_")
-  if not (network or hasattr(last, "coef_")) or not hasattr(last, "predict_proba"):
+  kinds = {own.__name__ for own in type(last).__mro__} & {"LogisticRegression", "MLPClassifier"}
+  network = "MLPClassifier" in kinds
+  if not kinds or not hasattr(last, "n_features_in_"):
     raise ValueError(f"estimator must be {_COVERED}, and fitted; got {type(last).__name__}.")
   if network and last.out_activation_ == "logistic" and last.n_outputs_ > 1:
     raise ValueError("estimator must tell one label per sample; it was fitted to several at once.")
@@ -64,15 +65,14 @@ def from_sklearn(estimator: Any, *, labels: Sequence[int] | None = None, **known
       x = step.transform(x)
     return np.asarray(x, np.float64)
 
-  ends = scaled(np.stack([np.zeros(features), np.ones(features), np.linspace(-3, 3, features)]))
-  expected = ends[0] + np.linspace(-3, 3, features) * (ends[1] - ends[0]) if ends.shape == (3, features) else np.nan
-  if not np.allclose(ends[2], expected):
+  between = np.linspace(-3, 3, features)
+  ends = scaled(np.stack([np.zeros(features), np.ones(features), between]))
+  scale = ends[1] - ends[0]
+  if ends.shape != (3, features) or np.any(scale == 0) or not np.allclose(ends[2], ends[0] + between * scale):
     names = ", ".join(type(step).__name__ for step in before)
     raise ValueError(f"estimator must scale columns one by one before it classifies; got {names}.")
-  likely = (np.random.default_rng(0).uniform(-1, 1, (8, features)) - ends[0]) / np.where(
-    ends[1] == ends[0], 1, ends[1] - ends[0]
-  )
-  shift, scale = (jnp.asarray(own, jnp.result_type(float)) for own in (ends[0], ends[1] - ends[0]))
+  centre = -ends[0] / scale
+  likely = centre + np.random.default_rng(0).uniform(-1, 1, (8, features)) / scale
   as_arrays = lambda tensors: {str(i): jnp.asarray(own) for i, own in enumerate(tensors)}
   if network:
     params: PyTree = {"coefs_": as_arrays(last.coefs_), "intercepts_": as_arrays(last.intercepts_)}
@@ -82,7 +82,7 @@ def from_sklearn(estimator: Any, *, labels: Sequence[int] | None = None, **known
 
   def run(variables: Any, x: jax.Array, _: bool) -> tuple[jax.Array, PyTree]:
     own = variables["params"]
-    h = x * scale.astype(x.dtype)[None] + shift.astype(x.dtype)[None] if before else x
+    h = (x - jnp.asarray(centre, x.dtype)[None]) * jnp.asarray(scale, x.dtype)[None] if before else x
     if not network:
       return h @ own["coef_"].T + own["intercept_"][None], {}
     for i in range(len(own["coefs_"])):

@@ -28,7 +28,7 @@ def dense(end=None):
   )
 
 
-def convolutional(form="channels_last", end=None, momentum=0.8):
+def convolutional(form="channels_last", end=None, momentum=0.5):
   first = form == "channels_first"
   return keras.Sequential(
     [
@@ -54,9 +54,9 @@ def residual(end="softmax"):
   return keras.Model(inputs, layers.Dense(10, end)(layers.BatchNormalization()(h)))
 
 
-def trained(model, x=X, steps=150):
+def trained(model, x=X, steps=160):
   """By full-batch descent whose steps shrink to nothing, with Keras's own means."""
-  rates = keras.optimizers.schedules.PolynomialDecay(0.1, steps - 30, end_learning_rate=0.0)
+  rates = keras.optimizers.schedules.PolynomialDecay(0.1, steps // 2, end_learning_rate=0.0)
   model.compile(keras.optimizers.SGD(rates, 0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
   model.fit(x, Y, epochs=steps, batch_size=len(x), verbose=0)
   return model
@@ -94,6 +94,7 @@ def test_gradients_are_those_of_keras():
     chex.assert_trees_all_close(found["cnn"][layer][name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_batch_norm_follows_the_batch_and_its_statistics_hold_where_keras_has_trained():
   model = trained(convolutional())
   before = [v.value for v in model.variables]
@@ -101,7 +102,7 @@ def test_batch_norm_follows_the_batch_and_its_statistics_hold_where_keras_has_tr
   assert own.batch_coupled
   np.testing.assert_allclose(own.statistics["cnn"]["norm"]["var"], model.get_layer("norm").moving_variance.value)
   found = own.statistics_fn(own.params, jnp.asarray(X))
-  chex.assert_trees_all_close(found, own.statistics, rtol=1e-3, atol=1e-4)
+  chex.assert_trees_all_close(found, own.statistics, rtol=1e-4, atol=1e-5)
   h = model.layers[0](X)
   np.testing.assert_allclose(found["cnn"]["norm"]["var"], np.var(h, axis=(0, 1, 2)), rtol=1e-4)
   by_batch = own.apply_fn(own.params, jnp.asarray(X))
