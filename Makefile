@@ -9,6 +9,10 @@ WORKERS ?= logical
 VENV := .venv
 PY := $(VENV)/bin/python
 OLDEST := .venv-oldest
+TORCH := .venv-torch
+# The pair that works: the stable torchax fails with torch 2.13 and later. Processors alone will do.
+TORCH_PACKAGES := torch==2.13.0 torchax==0.0.14.dev20261026
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 # Tests compile thousands of tiny functions once: compiling fast matters more to them than fast code (the older emitters
 # of fused loops compile a third faster), and workers share what they have compiled. A fresh checkout starts with an
@@ -28,7 +32,7 @@ define CHECK_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-oldest docs lint format lock lock-oldest clean
+.PHONY: help setup demo check test test-oldest test-torch docs lint format lock lock-oldest clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +52,9 @@ test: lint ## everything: what check does, and the tests that train, start proce
 # Packages of different ages warn of one another, which is no error here.
 test-oldest: $(OLDEST)/.installed ## the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
 	PYTEST_ADDOPTS="-W default" $(call PYTEST,$(OLDEST))
+
+test-torch: $(TORCH)/.installed ## the tests of from_torch, in .venv-torch, with PyTorch and torchax
+	$(call PYTEST,$(TORCH)) tests/classifiers/test_torch.py
 
 docs: $(VENV)/.docs build/docs/.library ## the documentation in build/docs/html; runs its notebooks, warnings are errors
 	$(PY) -m sphinx -q -W --keep-going -d build/docs/doctrees docs build/docs/html
@@ -91,8 +98,8 @@ lock-oldest: ## write requirements-oldest.lock anew, with the oldest versions
 	  --custom-compile-command "make lock-oldest" --output-file requirements-oldest.lock pyproject.toml -
 	rm -rf build
 
-clean: ## remove both environments, caches, build files and the documentation (runs/ stays)
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove all environments, caches, build files and the documentation (runs/ stays)
+	rm -rf $(VENV) $(OLDEST) $(TORCH) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	rm -f docs/api/kkt_jax*.rst
 	find kkt_jax experiments tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -122,4 +129,13 @@ $(OLDEST)/.installed: requirements-oldest.lock pyproject.toml
 	$(OLDEST)/bin/python -m pip install --quiet --require-hashes -r requirements-oldest.lock
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(OLDEST)/bin/python -m pip check
+	@touch $@
+
+$(TORCH)/.installed: requirements.lock pyproject.toml
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv --clear $(TORCH)
+	$(TORCH)/bin/python -m pip install --quiet --require-hashes -r requirements.lock
+	$(TORCH)/bin/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) --constraint requirements.lock $(TORCH_PACKAGES)
+	$(TORCH)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(TORCH)/bin/python -m pip check
 	@touch $@

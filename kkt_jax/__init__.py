@@ -11,7 +11,7 @@ An implementation of *Generator Born from Classifier* (Yu and Wang, NeurIPS 2023
 and then ``kkt_jax.examine(classifier)`` and ``kkt_jax.reconstruct([classifier])``. The packages, each of which knows
 only those before it:
 
-- `kkt_jax.classifiers`: the network under attack, from flax, from a function, from files.
+- `kkt_jax.classifiers`: the network under attack, from a framework, from a function, from files.
 - `kkt_jax.kkt`: the paper's conditions (Eqs. 2 to 10) as pure functions, which need neither flax nor orbax.
 - `kkt_jax.analysis`: what the weights reveal without any data, in one call, `examine`.
 - `kkt_jax.generators`: tables of samples, networks and flows.
@@ -52,7 +52,19 @@ if TYPE_CHECKING:
   from kkt_jax._tree import tensor_names
   from kkt_jax.analysis import Examination, examine
   from kkt_jax.auditing import audit, AuditReport, Samples
-  from kkt_jax.classifiers import Classifier, from_linen, from_nnx, make_classifier, read_weights, Subject
+  from kkt_jax.classifiers import (
+    Classifier,
+    from_equinox,
+    from_haiku,
+    from_keras,
+    from_linen,
+    from_nnx,
+    from_sklearn,
+    from_torch,
+    make_classifier,
+    read_weights,
+    Subject,
+  )
   from kkt_jax.criteria import Criteria
   from kkt_jax.reconstruction import Recipe, reconstruct, Reconstruction
 
@@ -67,8 +79,13 @@ _HOMES = {
   "Subject": "classifiers",
   "audit": "auditing",
   "examine": "analysis",
+  "from_equinox": "classifiers",
+  "from_haiku": "classifiers",
+  "from_keras": "classifiers",
   "from_linen": "classifiers",
   "from_nnx": "classifiers",
+  "from_sklearn": "classifiers",
+  "from_torch": "classifiers",
   "make_classifier": "classifiers",
   "read_weights": "classifiers",
   "reconstruct": "reconstruction",
@@ -95,8 +112,13 @@ __all__ = [
   "deformations",
   "examine",
   "extraction",
+  "from_equinox",
+  "from_haiku",
+  "from_keras",
   "from_linen",
   "from_nnx",
+  "from_sklearn",
+  "from_torch",
   "generators",
   "kkt",
   "make_classifier",

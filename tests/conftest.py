@@ -12,6 +12,8 @@ import hypothesis
 import jax
 import pytest
 
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
 hypothesis.settings.register_profile("quick", max_examples=25, deadline=None)
 hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))

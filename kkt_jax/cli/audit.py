@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import os
 import pathlib
 import re
 import sys
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # What has no influence on the generator: a later run in the same folder can differ in it, and need not train again.
 _AFTERWARDS = ("train_data", "held_out_data", "candidates", "force")
+_DOORS = {"torch": "from_torch(module, input_shape=...)", "equinox": "from_equinox(module, input_shape=...)"}
+_DOORS |= {"haiku": "from_haiku(transformed, params, input_shape=...)", "flax": "from_nnx(model, input_shape=...)"}
 _FLAGS = {"train": "--train_data", "held_out": "--held_out_data", "candidates": "--candidates"}  # by argument
 
 
@@ -35,10 +38,13 @@ class Config:
 
   classifier: str = flag(
     "",
-    "module:function that returns the kkt_jax.Subject. The module lies in the current folder, or is installed.",
+    "module:function that returns the classifier: a kkt_jax.Subject or Classifier, a Keras model, or a scikit-learn"
+    " estimator. The module lies in the current folder, or is installed.",
     group="The classifier",
   )
-  checkpoint: str = flag("", "Its parameters: a .safetensors or flax .msgpack file, or an orbax folder.")
+  checkpoint: str = flag(
+    "", "Its parameters, if it has none yet: a .safetensors or flax .msgpack file, or an orbax folder."
+  )
   initial_checkpoint: str = flag(
     "", "The parameters from which it was trained, if they are known: those of a public network that was fine-tuned."
   )
@@ -74,9 +80,8 @@ class Config:
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Runs or resumes the audit; returns its metrics, with the verdict in words."""
-  for name in ("classifier", "checkpoint"):
-    if not getattr(config, name):
-      raise UsageError(f"--{name} must be given; --help says what it is.")
+  if not config.classifier:
+    raise UsageError("--classifier must be given; --help says what it is.")
   if config.candidates and not config.held_out_data:
     raise UsageError("--candidates needs --held_out_data: a score says nothing but beside those of untrained samples.")
   if config.form == "change" and not config.initial_checkpoint:
@@ -184,7 +189,7 @@ def digest(path: pathlib.Path) -> str:
 
 
 def load(name: str, checkpoint: str, initial: str = "") -> "kkt_jax.Classifier":
-  """The subject that ``module:function`` returns, with the parameters of a file, and those it was trained from.
+  """The classifier that ``module:function`` returns, with the parameters of a file, and those it was trained from.
 
   Raises:
     UsageError: there is no such function, it fails or returns something else, or the file is none or does not fit.
@@ -196,14 +201,21 @@ def load(name: str, checkpoint: str, initial: str = "") -> "kkt_jax.Classifier":
     raise UsageError(f"--classifier must be module:function, such as mine:classifier; got {name!r}.")
   if "" not in sys.path:
     sys.path.insert(0, "")  # the user's own modules lie where the user is
+  os.environ.setdefault("KERAS_BACKEND", "jax")
   try:
-    subject = getattr(importlib.import_module(module), function)()
-    like = subject.variables_like() if isinstance(subject, kkt_jax.Subject) else None
+    own = _described(getattr(importlib.import_module(module), function)())
+    like = own.variables_like() if isinstance(own, kkt_jax.Subject) else own.params
+  except UsageError as error:
+    raise UsageError(f"--classifier={name} {error}") from error
   except Exception as error:  # whatever somebody else's code may raise
     reason = (str(error).splitlines() or [""])[0]
     raise UsageError(f"--classifier={name} raised {type(error).__name__}: {reason}") from error
-  if like is None:
-    raise UsageError(f"--classifier={name} must return a kkt_jax.Subject; got {type(subject).__name__}.")
+  if isinstance(own, kkt_jax.Subject) and not checkpoint:
+    raise UsageError(f"--checkpoint must be given, for --classifier={name} has no parameters; --help says what it is.")
+  if not isinstance(own, kkt_jax.Subject) and own.statistics is not None and checkpoint:
+    raise UsageError(
+      f"--checkpoint must not be given, for --classifier={name} has parameters, and running statistics that fit them."
+    )
   variables = {}
   for flag_name, path in (("checkpoint", checkpoint), ("initial_checkpoint", initial)):
     try:
@@ -211,9 +223,34 @@ def load(name: str, checkpoint: str, initial: str = "") -> "kkt_jax.Classifier":
     except kkt_jax.classifiers.WeightsError as error:
       raise UsageError(f"--{flag_name}: {error}") from error
   try:
-    return subject.classifier(variables["checkpoint"], initial=variables["initial_checkpoint"])
+    if isinstance(own, kkt_jax.Subject):
+      return own.classifier(variables["checkpoint"], initial=variables["initial_checkpoint"])
+    read = zip(("params", "initial_params"), variables.values(), strict=True)
+    parts = vars(own) | {part: value for part, value in read if value is not None}
+    return kkt_jax.make_classifier(**parts)
   except ValueError as error:
     raise UsageError(f"--classifier={name} and --checkpoint do not make a classifier: {error}") from error
+
+
+def _described(model: Any) -> "kkt_jax.Subject | kkt_jax.Classifier":
+  """A subject or a classifier, also of a model that tells the shape of its inputs.
+
+  Raises:
+    UsageError: it is something else.
+  """
+  import kkt_jax
+
+  if isinstance(model, kkt_jax.Subject | kkt_jax.Classifier):
+    return model
+  packages = {own.__module__.partition(".")[0] for own in type(model).__mro__}
+  if "keras" in packages:
+    return kkt_jax.from_keras(model)
+  if "sklearn" in packages:
+    return kkt_jax.from_sklearn(model)
+  needs = "a kkt_jax.Subject or Classifier, a Keras model or a scikit-learn estimator"
+  if doors := [door for package, door in _DOORS.items() if package in packages]:
+    needs = f"kkt_jax.{doors[0]}, which says what its inputs are"
+  raise UsageError(f"must return {needs}; got {type(model).__name__}.")
 
 
 def main() -> None:

@@ -10,12 +10,15 @@ import pathlib
 import tomllib
 import zipfile
 
+import chex
 from flax import linen as nn
+from flax import nnx, serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
+from sklearn.linear_model import LogisticRegression
 from trained_networks import drawings, examined, flax_classifier
 
 from experiments import example_classifiers as examples
@@ -73,6 +76,28 @@ def probabilities():
 
 def dead():
   return dataclasses.replace(straight(), apply_fn=lambda w, x: jnp.zeros((len(x), 3)) + 0 * w.sum())
+
+
+def ready():
+  """A classifier that has its parameters."""
+  return classifier(straight())
+
+
+def ready_by_name():
+  return kkt_jax.make_classifier(lambda p, x: x.reshape(len(x), -1) @ p["w"], {"w": ready().params}, SHAPE)
+
+
+def ready_with_batch_norm():
+  return classifier(normalised())
+
+
+def estimator():
+  x, y = images(0)
+  return LogisticRegression().fit(x.reshape(len(x), -1), y)
+
+
+def module():
+  return nnx.Linear(2, 3, rngs=nnx.Rngs(0))
 
 
 def broken():
@@ -142,7 +167,11 @@ def with_data(stored, suffix=""):
     ({"classifier": "test_audit:broken"}, "--classifier=test_audit:broken raised ZeroDivisionError: division by zero"),
     ({"classifier": "test_audit:broken_inside"}, "broken_inside raised ZeroDivisionError: division by zero"),
     ({"classifier": "test_audit:asking"}, r"raised TypeError: asking\(\) missing 1 required positional argument"),
-    ({"classifier": "test_audit:nothing"}, "must return a kkt_jax.Subject; got dict"),
+    ({"classifier": "test_audit:nothing"}, "=test_audit:nothing must return a kkt_jax.Subject or .*; got dict"),
+    ({"classifier": "test_audit:module"}, r"must return kkt_jax.from_nnx\(model, .*, which says .*; got Linear"),
+    ({"checkpoint": ""}, "--checkpoint must be given, for --classifier=test_audit:linen has no parameters"),
+    ({"classifier": "test_audit:ready_with_batch_norm"}, "--checkpoint must not be given, .* running statistics"),
+    ({"classifier": "test_audit:ready"}, "--checkpoint: .* its tensors are not the classifier's"),
     ({"checkpoint": "/no/where.msgpack"}, "--checkpoint: /no/where.msgpack: there is no such file"),
     ({"classifier": "test_audit:normalised"}, "its tensors are not the classifier's"),
     ({"form": "change"}, "--form=change needs --initial_checkpoint"),
@@ -160,6 +189,24 @@ def test_what_cannot_be_audited_is_named_and_leaves_no_folder(stored, tmp_path, 
     audit.run(dataclasses.replace(config(stored), **settings), tmp_path / "new")
   assert "\n" not in str(error.value)
   assert not (tmp_path / "new").exists()
+
+
+def test_what_has_its_parameters_needs_no_checkpoint(stored):
+  own = audit.load("test_audit:ready", "")
+  chex.assert_trees_all_equal(own.params, ready().params)
+  assert own.weight_decay == 0.01
+  assert audit.load("test_audit:ready_with_batch_norm", "").batch_coupled
+  found = audit.load("test_audit:estimator", "")
+  assert (found.input_shape, found.labels) == ((64,), (0, 1, 2))
+  np.testing.assert_allclose(found.params["coef_"], estimator().coef_, rtol=1e-5)
+
+
+def test_a_file_replaces_the_parameters_of_a_classifier_and_another_is_its_start(tmp_path):
+  for name, factor in (("weights", 2), ("start", 3)):
+    (tmp_path / f"{name}.msgpack").write_bytes(serialization.to_bytes({"w": factor * ready().params}))
+  own = audit.load("test_audit:ready_by_name", *(str(tmp_path / f"{name}.msgpack") for name in ("weights", "start")))
+  np.testing.assert_array_equal(own.params["w"], 2 * ready().params)
+  np.testing.assert_array_equal(own.initial_params["w"], 3 * ready().params)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,188 @@
+"""From an Equinox module to a `Classifier`."""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kkt_jax._typing import PyTree
+from kkt_jax.classifiers._bridges import bridged, flat, nested
+from kkt_jax.classifiers.classifier import Classifier
+
+
+def from_equinox(
+  module: Any,
+  state: Any = None,
+  *,
+  input_shape: Sequence[int],
+  channels_first: bool = True,
+  labels: Sequence[int] | None = None,
+  initial: Any = None,
+  **known: Any,
+) -> Classifier:
+  """A `Classifier` from an Equinox module, called on one sample as ``module(x)`` (tried with 0.13.8).
+
+  All its arrays in floating point are the parameters, named by their paths in the module. Dropout is never on. Batch
+  norm uses the statistics of the batch, but at inference. In its mode "ema", Equinox's default, training normalises by
+  running averages, through which a derivative by parameters sees 1 - momentum of the batch; so it is here, with
+  averages that have arrived at the batch.
+
+  Args:
+    module: the module; it stays as it is. With ``state`` it is called as ``module(x, state)`` and returns logits and
+      the next state, else as ``module(x)``; an argument ``key`` is None.
+    state: its `equinox.nn.State`, with batch norm.
+    input_shape: shape of one input as the module takes it.
+    channels_first: whether the first of three axes are channels, as Equinox's convolutions have them; they become the
+      last, here and in the data.
+    labels: the label of each output; 0..C-1 if None.
+    initial: the module from whose parameters it was trained, if known.
+    **known: ``value_range``, ``offset`` and ``weight_decay`` of `kkt_jax.from_linen`.
+
+  Returns:
+    The `Classifier`.
+
+  Raises:
+    ValueError: batch norm without ``state``, or on several axis names; or an argument does not fit, which is named.
+
+  >>> import equinox as eqx
+  >>> from_equinox(eqx.nn.Linear(2, 3, key=jax.random.key(0)), input_shape=(2,)).num_classes
+  3
+  """
+  import equinox as eqx
+
+  if not isinstance(module, eqx.Module):
+    raise ValueError(f"module must be an equinox.Module; got {type(module).__name__}.")
+  is_norm = lambda node: isinstance(node, eqx.nn.BatchNorm)
+  name_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+  found = jax.tree_util.tree_leaves_with_path(module, is_leaf=is_norm)
+  norms = {name_of(path): node for path, node in found if is_norm(node)}
+  axes = {norm.axis_name for norm in norms.values()}
+  if norms and state is None:
+    raise ValueError(f"state must be given, for module has batch norm; got None for {sorted(norms)}.")
+  if len(axes) > 1 or not all(isinstance(axis, str) for axis in axes):
+    raise ValueError(f"module must have batch norm on one axis name; got {sorted(map(str, axes))}.")
+  takes_key = "key" in inspect.signature(type(module).__call__).parameters
+  resting = eqx.nn.inference_mode(module)
+  tensors, rest = eqx.partition(resting, eqx.is_inexact_array)
+  names = [name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(tensors)]
+  averages = lambda state: {name: _averages(norm, state) for name, norm in norms.items()}
+  averaged = any(norm.mode == "ema" for norm in norms.values())
+
+  def variables_of(own: Any) -> dict[str, PyTree]:
+    leaves = jax.tree.leaves(eqx.filter(own, eqx.is_inexact_array))
+    stored = averages(state)
+    params = nested(dict(zip(names, leaves, strict=True)))
+    return {"params": params} | ({"batch_stats": nested(stored)} if stored else {})
+
+  def built(params: PyTree) -> Any:
+    own = flat(params)
+    return eqx.combine(jax.tree.unflatten(jax.tree.structure(tensors), [own[name] for name in names]), rest)
+
+  def called(own: Any, before: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+    """The logits of one sample, and the state after it."""
+    key = {"key": None} if takes_key else {}
+    return (own(x, **key), None) if before is None else own(x, _clone(before), **key)
+
+  def batch(own: Any, before: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+    """Logits [M, C] of a batch, and the state after it."""
+    one = lambda x: called(own, before, x)
+    return jax.vmap(one, out_axes=(0, None), axis_name=next(iter(axes), None))(x)
+
+  def on_the_batch(params: PyTree, before: Any, running: PyTree, x: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    """Logits [M, C], and the statistics of the batch."""
+    own = jax.tree_util.tree_map_with_path(
+      lambda path, node: _on_batch()(node, running.get(name_of(path))) if is_norm(node) else node,
+      built(params),
+      is_leaf=is_norm,
+    )
+    logits, after = batch(own, before, x)
+    return logits, averages(after)
+
+  def run(variables: Any, x: jax.Array, on_batch: bool) -> tuple[jax.Array, PyTree]:
+    params, stored = variables["params"], flat(variables.get("batch_stats", {}))
+    before = _clone(state)
+    for name, norm in norms.items():
+      before = _with_averages(norm, before, stored[f"{name}/mean"], stored[f"{name}/var"])
+    if not on_batch:
+      return batch(built(params), before, x)[0], {}
+    arrived: dict[str, Any] = {}
+    if averaged:
+      arrived = on_the_batch(jax.lax.stop_gradient(params), before, {}, x)[1]
+    logits, found = on_the_batch(params, before, arrived, x)
+    return logits, nested(found)
+
+  classifier = bridged(
+    "module",
+    run,
+    variables_of(module),
+    lambda x: np.stack([called(resting, state, jnp.asarray(own))[0] for own in x]),
+    input_shape=input_shape,
+    turned=channels_first and len(input_shape) == 3,
+    labels=labels,
+    initial=None if initial is None else variables_of(initial),
+    **known,
+  )
+  if not norms:
+    return classifier
+  stored = averages(state)
+  for name, norm in norms.items():
+    stored[name]["var"] -= _excess(norm, state)
+  return dataclasses.replace(classifier, statistics=nested(stored))
+
+
+def _clone(state: Any) -> Any:
+  """The same state once more, for a State can be set only once."""
+  return jax.tree.map(lambda leaf: leaf, state)
+
+
+def _excess(norm: Any, state: Any) -> float:
+  """What mode "batch" adds to variances: their first values, ones, are corrected as if they had been zeros."""
+  count = 0 if norm.mode == "ema" else int(state.get(norm.batch_counter))
+  return norm.momentum**count / (1 - norm.momentum**count) if count else 0.0
+
+
+def _averages(norm: Any, state: Any) -> dict[str, jax.Array]:
+  """The running statistics that batch norm uses at inference."""
+  if norm.mode == "ema":
+    mean, var = state.get(norm.ema_state_index)
+    return {"mean": mean, "var": var}
+  count = state.get(norm.batch_counter)
+  share = jnp.where(count == 0, 1, 1 - norm.momentum**count)
+  mean, var = state.get(norm.batch_state_index)
+  return {"mean": mean / share, "var": var / share}
+
+
+def _with_averages(norm: Any, state: Any, mean: jax.Array, var: jax.Array) -> Any:
+  """The state with these; the other is spent."""
+  if norm.mode == "ema":
+    return state.set(norm.ema_state_index, (mean, var))
+  return state.set(norm.batch_state_index, (mean, var)).set(norm.batch_counter, jnp.array(0))
+
+
+@functools.cache
+def _on_batch() -> Any:
+  """The class of layers that stand in the place of batch norm in training."""
+  import equinox as eqx
+
+  class OnBatch(eqx.nn.StatefulLayer):
+    norm: Any
+    running: Any  # averages that have arrived at the batch, in mode "ema"
+
+    def __call__(self, x: jax.Array, state: Any, *, key: Any = None, inference: Any = None) -> tuple[jax.Array, Any]:
+      axes, norm = tuple(range(1, x.ndim)), self.norm
+      wide = lambda v: v.reshape(-1, *[1] * len(axes))
+      mean = jax.lax.pmean(jnp.mean(x, axes), norm.axis_name)
+      var = jax.lax.pmean(jnp.mean((x - wide(mean)) ** 2, axes), norm.axis_name)
+      state = _with_averages(norm, state, mean, var)
+      if norm.mode == "ema" and self.running is not None:
+        mean = (1 - norm.momentum) * mean + norm.momentum * self.running["mean"]
+        var = (1 - norm.momentum) * var + norm.momentum * self.running["var"]
+      out = (x - wide(mean)) / jnp.sqrt(wide(var) + norm.eps)
+      return (out * wide(norm.weight) + wide(norm.bias) if norm.channelwise_affine else out), state
+
+  return OnBatch

@@ -1,0 +1,143 @@
+"""From a Keras model on its JAX backend to a `Classifier`."""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import functools
+import inspect
+from typing import Any
+
+import jax
+import numpy as np
+
+from kkt_jax._typing import PyTree
+from kkt_jax.classifiers._bridges import bridged, flat, nested
+from kkt_jax.classifiers.classifier import Classifier
+
+_PROBABILITIES = ("softmax", "sigmoid")
+
+
+def from_keras(
+  model: Any,
+  *,
+  input_shape: Sequence[int] | None = None,
+  labels: Sequence[int] | None = None,
+  initial: Any = None,
+  **known: Any,
+) -> Classifier:
+  """A `Classifier` from a Keras 3 model on the JAX backend, whichever backend it was saved by (tried with 3.15.1).
+
+  Trainable variables are the parameters, named by their paths; frozen ones are constants. Batch norm uses the
+  statistics of the batch, but at inference; dropout, noise and augmentation are never on. A softmax, or the sigmoid of
+  one output, that the last layer ends with is taken off. Images whose channels come first are turned.
+
+  Args:
+    model: a built model of one input, floating point, and one output; it stays as it is.
+    input_shape: shape of one input as the model takes it; needed where the model does not tell.
+    labels: the label of each output; 0..C-1 if None.
+    initial: a model of the same architecture with the weights from which it was trained, if known.
+    **known: ``value_range``, ``offset`` and ``weight_decay`` of `kkt_jax.from_linen`.
+
+  Returns:
+    The `Classifier`.
+
+  Raises:
+    ValueError: Keras runs on another backend, the model has several inputs or outputs, or integer ones, or gives
+      probabilities that cannot be taken off, or batch norm with ``renorm``; the message names it.
+  """
+  import keras
+
+  if keras.backend.backend() != "jax":
+    raise ValueError(
+      f"model must run on Keras's JAX backend; got {keras.backend.backend()!r}. Set KERAS_BACKEND=jax before keras is"
+      " imported, and load the model again."
+    )
+  if not isinstance(model, keras.Model) or not model.built:
+    raise ValueError(f"model must be a built keras.Model; got {type(model).__name__}.")
+  inputs = getattr(model, "inputs", None) or []
+  if len(inputs) > 1 or len(getattr(model, "outputs", None) or [0]) > 1:
+    raise ValueError(f"model must have one input and one output; {model.name!r} has several.")
+  if inputs and not keras.backend.is_float_dtype(inputs[0].dtype):
+    raise ValueError(f"model must take inputs in floating point; {model.name!r} takes {inputs[0].dtype}.")
+  input_shape = inputs[0].shape[1:] if input_shape is None and inputs else input_shape
+  if input_shape is None or None in input_shape:
+    raise ValueError(f"input_shape must be given, for {model.name!r} does not tell it; got {input_shape}.")
+  layers = list(model._flatten_layers())
+  norms = [own for own in layers if isinstance(own, keras.layers.BatchNormalization) and own.trainable]
+  if renormalised := [own.name for own in norms if getattr(own, "renorm", False)]:
+    raise ValueError(f"model must have no batch norm with renorm=True; got {renormalised}.")
+  end = _ending(model, keras)
+  if end and end[0] == "sigmoid" and model.outputs[0].shape[-1] != 1:
+    raise ValueError(f"model must tell one label per sample; {model.name!r} ends in a sigmoid of several outputs.")
+
+  trainable, others = model.trainable_variables, model.non_trainable_variables
+  names = {id(norm.moving_mean): f"{_path(norm)}/mean" for norm in norms}
+  names |= {id(norm.moving_variance): f"{_path(norm)}/var" for norm in norms}
+  constants = [own.value for own in others]
+  resting = {"training": False} if "training" in inspect.signature(model.call).parameters else {}
+
+  def variables_of(own: Any) -> dict[str, PyTree]:
+    pairs = zip(own.non_trainable_variables, others, strict=True)
+    stored = {names[id(here)]: there.value for there, here in pairs if id(here) in names}
+    params = nested({here.path: there.value for there, here in zip(own.trainable_variables, trainable, strict=True)})
+    return {"params": params} | ({"batch_stats": nested(stored)} if stored else {})
+
+  def run(variables: Any, x: jax.Array, on_batch: bool) -> tuple[jax.Array, PyTree]:
+    params, stored = flat(variables["params"]), flat(variables.get("batch_stats", {}))
+    values = [stored.get(names.get(id(own), ""), value) for own, value in zip(others, constants, strict=True)]
+    with contextlib.ExitStack() as stack:
+      for norm in norms if on_batch else []:
+        stack.enter_context(_replaced(norm, "call", functools.partial(_on_batch, norm)))
+      if end:
+        stack.enter_context(_replaced(*end[1:]))
+      logits, changed = model.stateless_call([params[own.path] for own in trainable], values, x, **resting)
+    changed = {names[id(own)]: value for own, value in zip(others, changed, strict=True) if id(own) in names}
+    return logits, nested(changed)
+
+  return bridged(
+    "model",
+    run,
+    variables_of(model),
+    lambda x: np.asarray(model(x, **resting)),
+    input_shape=input_shape,
+    turned=len(input_shape) == 3 and any(getattr(own, "data_format", "") == "channels_first" for own in layers),
+    probabilities=bool(end),
+    labels=labels,
+    initial=None if initial is None else variables_of(initial),
+    **known,
+  )
+
+
+def _path(norm: Any) -> str:
+  """The path of a layer, which is in those of its variables."""
+  return norm.moving_mean.path.rpartition("/")[0]
+
+
+def _on_batch(norm: Any, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+  """Batch norm as in training, in a model that is at inference."""
+  return type(norm).call(norm, inputs, training=True, mask=mask)
+
+
+@contextlib.contextmanager
+def _replaced(layer: Any, name: str, value: Any) -> Iterator[None]:
+  """An attribute of a layer replaced for a while, behind the back of what Keras tracks."""
+  before = vars(layer).copy()
+  vars(layer)[name] = value
+  try:
+    yield
+  finally:
+    if name in before:
+      vars(layer)[name] = before[name]
+    else:
+      del vars(layer)[name]
+
+
+def _ending(model: Any, keras: Any) -> tuple[str, Any, str, Any] | None:
+  """The softmax or sigmoid at the end: its name, the layer, and which attribute is to be what, to take it off."""
+  end = model
+  while isinstance(end, keras.Model) and getattr(end, "outputs", None):
+    end = end.outputs[0]._keras_history.operation
+  kind = getattr(getattr(end, "activation", None), "__name__", "")
+  if kind in _PROBABILITIES:
+    return kind, end, "activation", keras.activations.linear
+  kind = type(end).__name__.lower()
+  return (kind, end, "call", lambda x, *_, **__: x) if kind in _PROBABILITIES else None

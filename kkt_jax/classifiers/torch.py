@@ -1,0 +1,118 @@
+"""From a PyTorch module to a `Classifier`, by way of torchax."""
+
+from collections.abc import Sequence
+import copy
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kkt_jax._typing import PyTree
+from kkt_jax.classifiers._bridges import bridged, flat, nested
+from kkt_jax.classifiers.classifier import Classifier
+
+_PAIR = "torch 2.13 and torchax 0.0.14.dev20261026"  # tried
+_STORED = ("running_mean", "running_var")  # by batch norm
+
+
+def from_torch(
+  module: Any,
+  *,
+  input_shape: Sequence[int],
+  channels_first: bool = True,
+  labels: Sequence[int] | None = None,
+  initial: Any = None,
+  **known: Any,
+) -> Classifier:
+  """A `Classifier` from a PyTorch module, by torchax (tried with torch 2.13, torchax 0.0.14.dev20261026).
+
+  What `named_parameters` names and requires a gradient is the parameters; buffers and frozen tensors are constants. The
+  module is called as after ``module.eval()``, so that dropout is off; batch norm uses the statistics of the batch, but
+  at inference.
+
+  Args:
+    module: an `torch.nn.Module` of one input and one output; it stays as it is.
+    input_shape: shape of one input as the module takes it.
+    channels_first: whether the first of three axes are channels, as PyTorch's convolutions have them; they become the
+      last, here and in the data.
+    labels: the label of each output; 0..C-1 if None.
+    initial: a module of the same architecture with the weights from which it was trained, if known.
+    **known: ``value_range``, ``offset`` and ``weight_decay`` of `kkt_jax.from_linen`.
+
+  Returns:
+    The `Classifier`, with copies of the module's numbers on JAX's device.
+
+  Raises:
+    ImportError: torchax is not installed, or does not fit to torch.
+    ValueError: the module was scripted or compiled, or does in JAX what it does not in PyTorch; or an argument does not
+      fit, which is named.
+  """
+  import torch
+
+  try:
+    import torchax
+  except Exception as error:  # of another age, it fails in many ways
+    raise ImportError(f"from_torch needs torchax, and a torch that it fits to: {_PAIR} do; {error}") from error
+  module = getattr(module, "_orig_mod", module)  # that torch.compile wraps
+  scripted = lambda own: any(isinstance(inner, torch.jit.ScriptModule) for inner in own.modules())
+  if not isinstance(module, torch.nn.Module) or scripted(module):
+    raise ValueError(f"module must be a torch.nn.Module that was not scripted; got {type(module).__name__}.")
+  norms = {name: own for name, own in module.named_modules() if isinstance(own, torch.nn.modules.batchnorm._BatchNorm)}
+  if untracked := [name for name, own in norms.items() if own.running_mean is None]:
+    raise ValueError(f"module must have batch norm with track_running_stats=True; got False in {untracked}.")
+  dtype = getattr(torch, jnp.result_type(float).name)
+  copied = lambda: copy.deepcopy(module).to("cpu", dtype).eval()
+  resting, training = copied(), copied()
+  seen: dict[str, dict[str, jax.Array]] = {}
+
+  def hook_of(name: str) -> Any:
+    def note(_: Any, inputs: Any) -> None:
+      x = inputs[0].jax()
+      axes = (0, *range(2, x.ndim))
+      seen[name] = dict(zip(_STORED, (jnp.mean(x, axes), jnp.var(x, axes, ddof=1)), strict=True))
+
+    return note
+
+  for name in norms:
+    training.get_submodule(name).train().register_forward_pre_hook(hook_of(name))
+  states, rested = torchax.extract_jax(resting)
+  trained = torchax.extract_jax(training)[1]
+  names = [name for name, own in resting.named_parameters() if own.requires_grad]
+  running = [f"{name}.{own}" for name in norms for own in _STORED]
+  constants = {name: value for name, value in states.items() if name not in {*names, *running}}
+
+  def variables_of(own: Any) -> dict[str, PyTree]:
+    held = {name: jnp.asarray(value.detach().to("cpu", dtype).numpy()) for name, value in own.state_dict().items()}
+    parts = {"params": names, "batch_stats": running}
+    return {part: nested({name: held[name] for name in own}, ".") for part, own in parts.items() if own}
+
+  def run(variables: Any, x: jax.Array, on_batch: bool) -> tuple[jax.Array, PyTree]:
+    given = constants | flat(variables["params"], ".") | flat(variables.get("batch_stats", {}), ".")
+    if not on_batch:
+      return rested(given, (x,)), {}
+    seen.clear()
+    logits = trained(given, (x,))
+    found = nested({f"{name}.{own}": value for name, pair in seen.items() for own, value in pair.items()}, ".")
+    seen.clear()
+    return logits, found
+
+  def reference(x: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+      return resting(torch.from_numpy(np.ascontiguousarray(x)).to(dtype)).numpy()
+
+  try:
+    return bridged(
+      "module",
+      run,
+      variables_of(module),
+      reference,
+      input_shape=input_shape,
+      turned=channels_first and len(input_shape) == 3,
+      labels=labels,
+      initial=None if initial is None else variables_of(initial),
+      **known,
+    )
+  except jax.errors.UnexpectedTracerError as error:
+    torchax.default_env().manual_seed(0)  # its generator holds what JAX traced
+    raise ValueError("module must draw no random numbers at inference; it does.") from error
