@@ -14,6 +14,8 @@ class Criteria:
     scale: equations: of a signal's scale from 1. Training digits .95 to 1.03; 5 % darker ones .2 or more away.
     unrest: equations: median distance of units between their slopes from their kink, in standard deviations; of nine
       of ten training digits less than 1e-4 (two layers) and 5e-4 (three), of nine of ten 5 % blends more than 3e-4.
+    restless: equations: so many times the median unrest of samples that fulfil the rest is allowed, if that is more.
+    most_unrest: equations: the most that is allowed by that.
     affine: equations: what the bias leaves of ``normal . (x - start) = 1``; training digits 1e-4.
     outside: equations: share of a sample outside of the subspace.
     refuted: range: misfit of the equations from which a sample is none, where others are certified by them.
@@ -41,6 +43,8 @@ class Criteria:
   distance: float = 4e-3
   scale: float = 0.05
   unrest: float = 3e-4
+  restless: float = 2.5
+  most_unrest: float = 2e-3
   affine: float = 3e-3
   outside: float = 1e-2
   refuted: float = 6.0

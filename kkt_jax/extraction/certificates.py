@@ -111,10 +111,11 @@ def by_equations(
   u, _, _ = first.factors
   lengths = np.maximum(np.linalg.norm(offsets, axis=1), 1e-300)
   outside = np.linalg.norm(offsets - (offsets @ u) @ u.T, axis=1) / lengths
-  parts = [found.distance / criteria.distance, found.unrest / criteria.unrest, outside / criteria.outside]
+  parts = [found.distance / criteria.distance, outside / criteria.outside]
   if first.normal is not None:
     parts.append((offsets @ first.normal - 1) / criteria.affine)
   rest = np.sqrt(np.sum(np.square(parts), axis=0))
+  rest = np.hypot(rest, found.unrest / _allowed_unrest(found.unrest[rest < 1], criteria))
   factor = _common_scale(found.scale[rest < 1], criteria)
   if factor is None:
     factor = math.nan if examination.classifier.weight_decay is None else 1.0
@@ -144,6 +145,15 @@ def calibrated(examination: Examination, unit: np.ndarray, criteria: Criteria) -
   distances = signals.signals(examination, x, kink=criteria.kink).distance
   distance = max(criteria.distance, criteria.of_halves * float(np.quantile(distances, 0.1)))
   return dataclasses.replace(criteria, distance=distance, scale=max(criteria.scale, criteria.of_distance * distance))
+
+
+def _allowed_unrest(unrest: np.ndarray, criteria: Criteria) -> float:
+  """What is allowed of the kinks' unrest, from that of samples that fulfil the rest, if there are enough.
+
+  The less training has converged, the farther from their kinks units come to rest, for all samples alike.
+  """
+  usual = criteria.restless * float(np.median(unrest)) if len(unrest) >= criteria.agreeing else 0.0
+  return min(max(criteria.unrest, usual), criteria.most_unrest)
 
 
 def _common_scale(scales: np.ndarray, criteria: Criteria) -> float | None:

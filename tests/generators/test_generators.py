@@ -3,6 +3,7 @@
 import dataclasses
 import types
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +72,7 @@ def test_first_noise_coordinate_picks_the_code_and_the_others_move_it():
 def test_a_module_sees_the_places_of_labels():
   seen = []
 
-  class Module(generators.nn.Module):
+  class Module(nn.Module):
     def __call__(self, noise, y, t, train=False):
       seen.append(y)
       return noise
