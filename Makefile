@@ -135,7 +135,7 @@ $(TORCH)/.installed: requirements.lock pyproject.toml
 	$(CHECK_PYTHON)
 	$(PYTHON) -m venv --clear $(TORCH)
 	$(TORCH)/bin/python -m pip install --quiet --require-hashes -r requirements.lock
-	$(TORCH)/bin/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) --constraint requirements.lock $(TORCH_PACKAGES)
+	$(TORCH)/bin/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) $(TORCH_PACKAGES)
 	$(TORCH)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(TORCH)/bin/python -m pip check
 	@touch $@

@@ -132,7 +132,9 @@ def test_one_sigmoid_is_two_classes():
 def test_a_known_start_and_what_else_is_known():
   start, model = dense(), dense()
   own = kkt_jax.from_keras(model, initial=start, labels=range(5, 15), weight_decay=0.1, offset=0.5 * X[0])
-  chex.assert_trees_all_equal(*map(jax.tree.leaves, (own.initial_params, kkt_jax.from_keras(start).params)))
+  found = dict(zip(kkt_jax.tensor_names(own.params), jax.tree.leaves(own.initial_params), strict=True))
+  pairs = zip(model.trainable_variables, start.trainable_variables, strict=True)
+  chex.assert_trees_all_equal(found, {here.path: there.value for here, there in pairs})
   assert (own.labels[0], own.weight_decay) == (5, 0.1)
   np.testing.assert_allclose(own.predict(X[:3]), model(X[:3] - 0.5 * X[0]), atol=1e-5)
 
