@@ -73,7 +73,7 @@ class Config:
   codes: int = flag(0, "Samples of each class; 0 is what suits the classifier.", lower=0, upper=100_000)
   steps: int = flag(1500, "Training steps.", lower=1)
   weights: str = flag("", "Other weights of terms of the loss: stationarity=0,total_variation=10.")
-  seed: int = flag(0, "Seed of everything random.", lower=0, upper=2**62)
+  seed: int = flag(0, "Seed of everything random.", lower=0, upper=2**32 - 1)  # all that JAX reads of it
   log_every: int = flag(50, "Steps between logged metrics.", lower=1, group="Output")
   save_every: int = flag(500, "Steps between checkpoints and pictures.", lower=1)
 
