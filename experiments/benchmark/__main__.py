@@ -10,7 +10,6 @@ rate of matrix products all of it reaches. Then how a step grows with each of it
 
 from collections.abc import Mapping
 import dataclasses
-import math
 import pathlib
 from typing import Any
 
@@ -114,8 +113,8 @@ def missed(ratios: Mapping[str, Mapping[str, Any]]) -> list[str]:
   return [
     f"MISSED: {name} over a plain step, {what} {value:.2f}; claimed is at most {most}."
     for name, own in ratios.items()
-    for what, value in (("time", own["time"][0]), ("operations", own["operations"]))
-    if not value <= (most := _MOST.get(name.split(": ")[-1], {}).get(what, math.inf))
+    for what, most in _MOST.get(name.split(": ")[-1], {}).items()
+    if not (value := own["time"][0] if what == "time" else own["operations"]) <= most  # NaN is missed, too
   ]
 
 
