@@ -35,7 +35,7 @@ def from_equinox(
   Args:
     module: the module; it stays as it is. With ``state`` it is called as ``module(x, state)`` and returns logits and
       the next state, else as ``module(x)``; an argument ``key`` is None.
-    state: its `equinox.nn.State`, with batch norm.
+    state: its ``equinox.nn.State``, with batch norm.
     input_shape: shape of one input as the module takes it.
     channels_first: whether the first of three axes are channels, as Equinox's convolutions have them; they become the
       last, here and in the data.

@@ -29,13 +29,13 @@ def from_haiku(
 ) -> Classifier:
   """A `Classifier` from a function that Haiku transformed (tried with 0.0.17).
 
-  It is called as at inference, so that dropout is off; `hk.BatchNorm` in it uses the statistics of the batch, but at
+  It is called as at inference, so that dropout is off; ``hk.BatchNorm`` in it uses the statistics of the batch, but at
   inference.
 
   Args:
-    transformed: the result of `hk.transform` or `hk.transform_with_state`, of a function of one batch, [M, ...].
+    transformed: the result of ``hk.transform`` or ``hk.transform_with_state``, of a function of one batch, [M, ...].
     params: its parameters.
-    state: its state, with `hk.transform_with_state`.
+    state: its state, with ``hk.transform_with_state``.
     input_shape: shape of one input.
     train_argument: the name of the argument that switches the function to training, if it is none of ``is_training``,
       ``train``, ``training`` and ``deterministic`` (which is False in training).

@@ -27,12 +27,12 @@ def from_torch(
 ) -> Classifier:
   """A `Classifier` from a PyTorch module, by torchax (tried with torch 2.13, torchax 0.0.14.dev20261026).
 
-  What `named_parameters` names and requires a gradient is the parameters; buffers and frozen tensors are constants. The
+  What ``named_parameters`` names and requires a gradient is the parameters; buffers and frozen tensors are constants. The
   module is called as after ``module.eval()``, so that dropout is off; batch norm uses the statistics of the batch, but
   at inference.
 
   Args:
-    module: an `torch.nn.Module` of one input and one output; it stays as it is.
+    module: an ``torch.nn.Module`` of one input and one output; it stays as it is.
     input_shape: shape of one input as the module takes it.
     channels_first: whether the first of three axes are channels, as PyTorch's convolutions have them; they become the
       last, here and in the data.
