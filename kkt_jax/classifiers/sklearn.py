@@ -25,8 +25,8 @@ def from_sklearn(estimator: Any, *, labels: Sequence[int] | None = None, **known
   """A `Classifier` from a fitted scikit-learn `MLPClassifier` or ``LogisticRegression`` (tried with 1.9).
 
   Its parameters are ``coefs_`` and ``intercepts_``, or ``coef_`` and ``intercept_``, in scikit-learn's layouts. What a
-  ``Pipeline`` does to each column before (``StandardScaler``, ``MinMaxScaler``, ...) is part of the function, not of its
-  parameters. Logits are what scikit-learn takes the softmax or the sigmoid of.
+  ``Pipeline`` does to each column before (``StandardScaler``, ``MinMaxScaler``, ...) is part of the function, not of
+  its parameters. Logits are what scikit-learn takes the softmax or the sigmoid of.
 
   Args:
     estimator: the fitted estimator, of one label per sample; it stays as it is.

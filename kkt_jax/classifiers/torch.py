@@ -27,9 +27,9 @@ def from_torch(
 ) -> Classifier:
   """A `Classifier` from a PyTorch module, by torchax (tried with torch 2.13, torchax 0.0.14.dev20261026).
 
-  What ``named_parameters`` names and requires a gradient is the parameters; buffers and frozen tensors are constants. The
-  module is called as after ``module.eval()``, so that dropout is off; batch norm uses the statistics of the batch, but
-  at inference.
+  What ``named_parameters`` names and requires a gradient is the parameters; buffers and frozen tensors are constants.
+  The module is called as after ``module.eval()``, so that dropout is off; batch norm uses the statistics of the batch,
+  but at inference.
 
   Args:
     module: an ``torch.nn.Module`` of one input and one output; it stays as it is.
