@@ -31,7 +31,7 @@ _ALONE = 0.75  # share of a pixel's distance from its end that is its own; the r
 _NEAREST = 8  # neighbours that are asked where a value will end
 _REACHED = 0.15  # from an end of the range, up to which a neighbour's value is taken to be there
 _UNSURE = 0.05  # least share of the neighbours that a value is given at either end
-_DARKEST, _DARK = 0.05, (2e-3, 2e-4)  # most that a black value may have come to, and distances that count as none
+_DARKEST, _DARK = 0.05, (2e-4, 1e-4)  # most that a black value may have come to, and distances that count as none
 _DEFAULT = Criteria()
 
 
