@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import datetime
+import functools
 import io
 import json
 import pathlib
@@ -135,7 +136,7 @@ class AuditReport:
       "bounds": dict(self.examination.bounds),
       "residuals": None if self.residuals is None else self.residuals._asdict(),
       **self.measured,
-      "against_data": self._against(),
+      "against_data": self._against,
       "leaks": [dict(list(leak._asdict().items())[:-1]) for leak in self.leaks],
       "scores": {} if self.scored is None else {name: _plain(curve) for name, curve in self.scored.curves.items()},
       "scores_p_value": None if self.scored is None else self.scored.p_value,
@@ -151,6 +152,7 @@ class AuditReport:
     """All figures as JSON."""
     return json.dumps(self.to_dict(), indent=2) + "\n"
 
+  @functools.cached_property
   def pictures(self) -> dict[str, tuple[str, bytes]]:
     """Captions and PNG files by file name, the first that which says most; none if samples are no images."""
     drawn: dict[str, tuple[str, bytes]] = {}
@@ -182,7 +184,7 @@ class AuditReport:
       verdict=self.verdict,
       answers=self.answers,
       remarks=self.remarks,
-      against=self._against(),
+      against=self._against,
       leaks=self.leaks,
       scored=self.scored,
       score_names=SCORES,
@@ -195,7 +197,7 @@ class AuditReport:
         *str(self.examination).splitlines(),
         *([] if self.residuals is None else [str(self.residuals)]),
       ],
-      pictures=dict(self.pictures().values()),
+      pictures=dict(self.pictures.values()),
       rows={ROWS[name]: row for name, row in self.measured.items()},
       settings={} if settings is None else settings,
       made={
@@ -215,13 +217,13 @@ class AuditReport:
     """Writes ``report.html``, ``report.json`` and the pictures; returns the names of the files."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = self.pictures()
-    for name, (_, content) in drawn.items():
+    for name, (_, content) in self.pictures.items():
       (folder / name).write_bytes(content)
     (folder / "report.json").write_text(self.to_json(), encoding="utf-8")
     (folder / "report.html").write_text(self.to_html(settings, made), encoding="utf-8")
-    return ["report.html", "report.json", *drawn]
+    return ["report.html", "report.json", *self.pictures]
 
+  @functools.cached_property
   def _against(self) -> dict[str, Any]:
     """Identification in numbers, with its controls."""
     if "generated" not in self.trials:

@@ -33,7 +33,7 @@ _SHOWN = 8  # leaks in pictures
 _LARGEST_RATIO = 1e3
 Given = Samples | ArrayLike | tuple[ArrayLike, ArrayLike]
 # ``(name, examination, recipe, seed) -> reconstruction``; the name is "generator" or "class_likeness".
-Trainer = Callable[[str, Examination, Recipe, int], Reconstruction]
+TrainFn = Callable[[str, Examination, Recipe, int], Reconstruction]
 
 
 def _train(name: str, examination: Examination, recipe: Recipe, seed: int) -> Reconstruction:
@@ -55,7 +55,7 @@ class AuditConfig:
   form: str | None = None
   recipe: Callable[[Examination], Recipe] | None = None
   force: bool = False
-  train: Trainer = _train
+  train: TrainFn = _train
 
 
 def audit(

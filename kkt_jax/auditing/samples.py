@@ -21,11 +21,21 @@ class Samples:
     x: [N, ...] in [0, 1], float32; in the units of the classifier if it has no range of values.
     y: classes [N] from 0, int32.
     names: of the samples, such as those of their files; "sample" and their places from 0 if there are none.
+
+  Raises:
+    InputError: labels or names that are not one for each sample.
   """
 
   x: np.ndarray
   y: np.ndarray
   names: tuple[str, ...] = ()
+
+  def __post_init__(self) -> None:
+    if not self.names:
+      object.__setattr__(self, "names", tuple(f"sample {place}" for place in range(len(self.x))))
+    for name, own in (("y", self.y), ("names", self.names)):
+      if len(own) != len(self.x):
+        raise InputError(f"{name} must be one for each of {len(self.x)} samples; got {len(own)}.")
 
   @classmethod
   def of(
@@ -61,11 +71,11 @@ class Samples:
     if not len(labels) or labels.min() < 0 or labels.max() >= classifier.num_classes:
       found = f"{labels.min()} to {labels.max()}" if len(labels) else "none"
       raise InputError(f"{name}: labels must lie in 0 to {classifier.num_classes - 1}; got {found}.")
-    return cls(unit, labels.astype(np.int32), tuple(names) or tuple(f"sample {place}" for place in range(len(x))))
+    return cls(unit, labels.astype(np.int32), tuple(names))
 
   def only(self, places: np.ndarray) -> "Samples":
     """Some of them, by their places."""
-    return Samples(self.x[places], self.y[places], tuple(self.names[place] for place in places if self.names))
+    return Samples(self.x[places], self.y[places], tuple(self.names[place] for place in places))
 
   def digest(self) -> str:
     """What tells these samples from all others, in a few characters."""

@@ -161,10 +161,13 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
 
 def _with_flags(text: str, config: Config) -> str:
   """An error about arguments in the words of the command line."""
-  if text.startswith(("classifier", "the classifier")):
-    return f"--classifier={config.classifier}: {text} --force goes on nevertheless."
+  forced = " --force goes on nevertheless."
+  if text.startswith("the classifier"):
+    return f"--classifier={config.classifier}: {text}{forced}"
+  if text.startswith("classifier"):  # which cannot be examined
+    return f"--classifier={config.classifier}: {text}"
   if text.startswith("initial_params"):
-    return f"--initial_checkpoint={config.initial_checkpoint}: {text} --force goes on nevertheless."
+    return f"--initial_checkpoint={config.initial_checkpoint}: {text}{forced}"
   return re.sub(r"\b(train|held_out|candidates)\b", lambda match: _FLAGS[match[1]], text)
 
 

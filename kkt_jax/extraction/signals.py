@@ -118,7 +118,7 @@ def signals(
   order = np.argsort(at, axis=1)
   below = np.cumsum(np.take_along_axis(between, order, axis=1), axis=1)
   middle = np.argmax(below >= below[:, -1:] / 2, axis=1)
-  unrest = np.sort(at, axis=1)[np.arange(len(x)), middle]
+  unrest = at[np.arange(len(x)), order[np.arange(len(x)), middle]]
   inside = signal @ rows.T
   lengths = np.maximum(np.linalg.norm(signal, axis=1), 1e-300)
   distance = np.linalg.norm(signal - inside @ rows, axis=1) / lengths

@@ -144,8 +144,8 @@ def polish(
     observer: its ``on_round`` is called.
 
   Returns:
-    The reconstruction with these samples, and with ``exact``. As it was, but for ``exact``, where no span is told or
-    the generator is not finite.
+    The reconstruction with these samples, and with ``exact``. As it was, but for ``exact``, where no subspace is
+    revealed or the generator is not finite.
   """
   rounds = reconstruction.recipe.schedule.polish_rounds if rounds is None else rounds
   generator = reconstruction.problem.generator

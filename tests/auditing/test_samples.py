@@ -1,0 +1,42 @@
+"""Samples that somebody makes: every one has a name, and labels and names are one for each."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kkt_jax
+from kkt_jax.auditing import data, membership, Samples
+
+X, Y = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32), np.arange(6, dtype=np.int32) % 2
+
+
+def test_samples_without_names_are_named_by_their_places():
+  own = Samples(X, Y)
+  assert own.names == tuple(f"sample {place}" for place in range(6))
+  assert own.only(np.array([4, 1])).names == ("sample 4", "sample 1")
+  assert Samples(X, Y, tuple("abcdef")).only(np.array([2])).names == ("c",)
+
+
+@pytest.mark.parametrize(
+  ("y", "names", "said"), [(Y[:5], (), "y must be one for each of 6"), (Y, ("a",), "names must")]
+)
+def test_labels_and_names_that_are_not_one_for_each_are_refused(y, names, said):
+  with pytest.raises(ValueError, match=said):
+    Samples(X, y, names)
+
+
+def test_repeated_samples_without_names_are_told_by_their_places():
+  own = kkt_jax.make_classifier(lambda w, x: x @ w, jnp.ones((4, 2)), (4,), value_range=None)
+  twice = Samples(np.concatenate([X, X[:1]]), np.concatenate([Y, Y[:1]]))
+  assert "(sample 6 repeats sample 0)" in data.compared(own, twice, None).remarks[0]
+
+
+def test_candidates_without_names_are_not_passed_over():
+  random = np.random.default_rng(0)
+  x, y = random.normal(size=(90, 60)).astype(np.float32), np.arange(90, dtype=np.int32) % 3
+  kernel = 1e-3 * x[:30].T @ (np.eye(3)[y[:30]] - 1 / 3)  # a sum over the first 30
+  own = kkt_jax.make_classifier(lambda w, x: x @ w, jnp.asarray(kernel, jnp.float32), (60,), value_range=None)
+  asked = Samples(x[:40], y[:40])
+  told = membership.suspects(kkt_jax.examine(own, form="weight_decay"), asked, asked.names, Samples(x[40:], y[40:]))
+  members = {f"sample {place}" for place in range(30)}
+  assert len(members & set(told.marks)) >= 25
