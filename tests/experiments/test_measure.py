@@ -144,7 +144,10 @@ def test_retrieval_takes_as_many_as_there_are_distractors():
 
 @pytest.mark.parametrize(
   ("y", "message"),
-  [([0, 0], "--held_out_data must hold samples of every class; it has none of class 1"), ([0, 1, 2], "it has class 2")],
+  [
+    ([0, 0, 0], "--held_out_data must hold samples of every class; it has none of class 1"),
+    ([0, 1, 2], "it has class 2"),
+  ],
 )
 def test_classes_that_are_missing_or_unknown_are_named(y, message):
   sets = {
