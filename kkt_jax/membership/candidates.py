@@ -22,6 +22,7 @@ from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.extraction import certificates, signals
 from kkt_jax.kkt import losses
 from kkt_jax.kkt.conditions import Conditions
+from kkt_jax.membership._gram import gram as gram_of
 
 _RIDGE = 0.1  # of the unexplained share of the target, relative to an atom's own square
 _LEAST_RIDGE = 1e-9
@@ -78,7 +79,8 @@ def multipliers(
     conditions: the stationarity condition.
     x: candidates [M, *input_shape], in the classifier's units.
     labels: their labels [M], among the classifier's.
-    chunk_size: candidates whose gradients are in memory at once, twice. All pairs of chunks are gone through.
+    chunk_size: candidates whose gradients are in memory at once. Dense layers need one pass over the candidates, of any
+      number; other layers one for every GiB of their gradients.
 
   Returns:
     Scores [M]: the multiplier in units in which each candidate's gradient has length 1, times its probability; where
@@ -96,28 +98,19 @@ def multipliers(
   classes = classifier.classes_of(labels)
   masks = jax.tree.leaves(conditions.mask)
   kept = [i for i, mask in enumerate(masks) if bool(jnp.any(mask != 0))]
-
-  def flat(tree: PyTree) -> jax.Array:
-    leaves = jax.tree.leaves(tree)
-    return jnp.concatenate([(leaves[i] * masks[i]).reshape(-1) for i in kept])
+  masked = lambda tree: [leaf * masks[i] for i, leaf in enumerate(jax.tree.leaves(tree)) if i in kept]
 
   @jax.jit
   @functools.partial(jax.vmap, in_axes=(None, 0, 0))
-  def gradients(params: PyTree, x: jax.Array, index: jax.Array) -> jax.Array:
+  def gradients(params: PyTree, x: jax.Array, index: jax.Array) -> list[jax.Array]:
     # The logarithm of the odds: the gradient of log p but for its length, which vanishes with the loss.
     margins = lambda own: losses.margins(classifier.predict_fn(own, x[None]), index[None])[0]
-    return flat(jax.grad(lambda own: -jax.nn.logsumexp(-margins(own)))(params))
+    return masked(jax.grad(lambda own: -jax.nn.logsumexp(-margins(own)))(params))
 
-  chunks = [slice(begin, begin + chunk_size) for begin in range(0, len(x), chunk_size)]
-  of = lambda chunk: np.asarray(gradients(classifier.params, x[chunk], classes[chunk]), np.float64)
-  target = np.asarray(flat(conditions.target), np.float64)
-  gram, products = np.zeros((len(x), len(x))), np.zeros(len(x))
-  for number, chunk in enumerate(chunks):
-    rows = of(chunk)
-    products[chunk] = rows @ target
-    for other in chunks[number:]:
-      gram[chunk, other] = rows @ (rows if other is chunk else of(other)).T
-      gram[other, chunk] = gram[chunk, other].T
+  target = [np.asarray(leaf, np.float64) for leaf in masked(conditions.target)]
+  length = float(sum(np.sum(np.square(leaf)) for leaf in target))
+  of = lambda chunk: gradients(classifier.params, x[chunk], classes[chunk])
+  gram, products = gram_of(of, len(x), target, chunk_size=chunk_size)
   size = np.sqrt(np.maximum(np.diag(gram), 1e-30))
   gram, products, unexplained = gram / np.outer(size, size), products / size, 0.0
   for _ in range(2):
@@ -125,7 +118,7 @@ def multipliers(
     factor = np.linalg.cholesky(gram + ridge * np.eye(len(x)))
     wanted = linalg.solve_triangular(factor, products, lower=True)
     parts = optimize.nnls(factor.T, wanted, maxiter=100 * len(x))[0]
-    unexplained = np.clip(1 + parts @ (gram @ parts - 2 * products) / (target @ target), 0.0, 1.0)
+    unexplained = np.clip(1 + parts @ (gram @ parts - 2 * products) / length, 0.0, 1.0)
   probability = np.asarray(jax.nn.softmax(classifier.predict(x))[jnp.arange(len(x)), classes])
   return np.where(parts > 0, parts * probability, np.minimum(products - gram @ parts, 0.0))
 
