@@ -11,7 +11,7 @@ from kkt_jax.auditing import sources
 from kkt_jax.auditing.matching import comparable, EXACT, similarity, tested
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.membership import candidates
-from kkt_jax.metrics import Roc, roc
+from kkt_jax.metrics import conformal_p_values, q_values, Roc, roc
 
 SIGNIFICANT = 0.01  # p-value below which something is no chance
 _PAIRS = 10**7  # of images that are compared before the training
@@ -30,38 +30,50 @@ class Confounded(str):
   """A limit in words under which no difference between members and non-members is evidence of training."""
 
 
+class Risk(NamedTuple):
+  """How far one sample stands out from held-out samples by its scores.
+
+  Attributes:
+    name: its file, or its place from 0.
+    label: its class; what the classifier takes a candidate for.
+    p_value: of so high a score if it is no member: the least over the scores, times their number.
+    q_value: the least false-discovery rate at which it counts as a member, among all that are asked about.
+    score: the name of the score by which it stands out most.
+  """
+
+  name: str
+  label: int
+  p_value: float
+  q_value: float
+  score: str
+
+
 class Scored(NamedTuple):
   """Scores of members and non-members (`kkt_jax.membership.candidates`).
 
   Attributes:
     curves: by score, members against non-members.
     best: the score by which most members lie above all non-members.
-    members: how many training samples were scored.
-    others: how many held-out samples.
+    values: by score, those of the members [n] and of the non-members [m].
+    risks: each member by itself, the surest first.
     p_value: of as great a difference by chance, in any score.
   """
 
   curves: Mapping[str, Roc]
   best: str
-  members: int
-  others: int
+  values: Mapping[str, tuple[np.ndarray, np.ndarray]]
+  risks: Sequence[Risk]
   p_value: float
 
+  @property
+  def members(self) -> int:
+    """How many training samples were scored."""
+    return len(self.values[self.best][0])
 
-class Told(NamedTuple):
-  """Which candidates score above all held-out samples.
-
-  Attributes:
-    marks: in which scores each of these does, by its name.
-    asked: how many candidates there were.
-    others: how many held-out samples.
-    by_chance: how many candidates would at most if none were members, in the mean.
-  """
-
-  marks: Mapping[str, Sequence[str]]
-  asked: int
-  others: int
-  by_chance: float
+  @property
+  def others(self) -> int:
+    """How many held-out samples were scored."""
+    return len(self.values[self.best][1])
 
 
 def score(examination: Examination, train: Samples, held_out: Samples) -> Scored:
@@ -73,17 +85,29 @@ def score(examination: Examination, train: Samples, held_out: Samples) -> Scored
   curves = {name: roc(*side) for name, side in sides.items()}
   best = max(curves, key=lambda name: (curves[name].points[0].members, curves[name].auc))
   p_values = [_p_value(*side, curves[name].points[0].members) for name, side in sides.items()]
-  return Scored(curves, best, len(own.y), len(others.y), min(1.0, len(p_values) * min(p_values)))
+  return Scored(curves, best, sides, risks(own, sides), min(1.0, len(p_values) * min(p_values)))
 
 
-def suspects(examination: Examination, asked: Samples, names: Sequence[str], held_out: Samples) -> Told:
+def suspects(examination: Examination, asked: Samples, held_out: Samples) -> Sequence[Risk]:
   """Scores samples together with held-out ones; all count as what the classifier takes them for."""
   others = _some(held_out)
   found = candidates.scores(examination, examination.classifier.from_unit(np.concatenate([asked.x, others.x])))
-  above = {name: values[: len(asked.x)] > values[len(asked.x) :].max() for name, values in found.items()}
-  marks = {own: [name for name in above if above[name][place]] for place, own in enumerate(names)}
-  by_chance = len(asked.x) * len(above) / (1 + len(others.y))
-  return Told({own: marked for own, marked in marks.items() if marked}, len(asked.x), len(others.y), by_chance)
+  return risks(asked, {name: (values[: len(asked.x)], values[len(asked.x) :]) for name, values in found.items()})
+
+
+def risks(asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Sequence[Risk]:
+  """Each of several samples by itself, the surest member first.
+
+  Args:
+    asked: the samples [n].
+    values: by score, those of the samples [n] and of held-out samples [m].
+  """
+  names, p_values = list(values), np.stack([conformal_p_values(*sides) for sides in values.values()])
+  best, least = p_values.argmin(axis=0), np.minimum(1, len(names) * p_values.min(axis=0))
+  order = np.lexsort([p_values.mean(axis=0), least])
+  rows = zip(asked.names, asked.y.tolist(), least.tolist(), q_values(least).tolist(), best.tolist(), strict=True)
+  ranked = [Risk(name, label, p, q, names[place]) for name, label, p, q, place in rows]
+  return [ranked[place] for place in order]
 
 
 def limits(train: Samples, held_out: Samples) -> list[str]:
@@ -120,7 +144,7 @@ def _some(images: Samples) -> Samples:
   if len(images.y) <= _MOST:
     return images
   places = np.sort(np.random.default_rng(0).choice(len(images.y), _MOST, replace=False))
-  return Samples(images.x[places], images.y[places])
+  return images.only(places)
 
 
 def _p_value(members: np.ndarray, others: np.ndarray, leading: int) -> float:

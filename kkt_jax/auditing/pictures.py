@@ -1,4 +1,4 @@
-"""Images as PNG files."""
+"""Images and curves as PNG files."""
 
 from collections.abc import Mapping, Sequence
 import io
@@ -8,6 +8,7 @@ from typing import IO
 from jax.typing import ArrayLike
 import numpy as np
 from PIL import Image
+from scipy import stats  # type: ignore[import-untyped]
 
 COLUMNS = 20  # images in a row of a picture
 _CAPTIONS = 220  # pixels at their left
@@ -49,6 +50,37 @@ def image_rows(
   for row, (caption, _) in enumerate(rows):
     middle = 1 - (row + 0.5 - gap / height / 2) / len(rows)
     figure.text((_CAPTIONS - 8) / size[0], middle, caption, ha="right", va="center", fontsize=8)
+  figure.savefig(file)
+
+
+def scores(file: pathlib.Path | IO[bytes], values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+  """ROC curves of scores on logarithmic axes, and how the first of them is distributed, in ranks.
+
+  Args:
+    file: PNG file, or what it is written to.
+    values: by what a score is called, those of members [n] and of non-members [m]; the last is the baseline.
+  """
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
+  left, right = figure.subplots(1, 2)
+  for (name, (members, others)), style in zip(values.items(), ("-", "--"), strict=False):
+    falling = np.sort(others)[::-1]
+    true = [np.mean(members > threshold) for threshold in (*falling, -np.inf)]
+    left.plot(np.arange(len(true)) / len(falling), true, style, drawstyle="steps-post", label=name)
+  least = 1 / len(falling)
+  left.plot([least, 1], [least, 1], ":", color="grey", label="chance")
+  left.set_xscale("symlog", linthresh=least)
+  left.set(yscale="log", xlim=(0, 1), ylim=(least, 1.1))
+  left.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
+  left.legend(fontsize=7)
+  name, (members, others) = next(iter(values.items()))
+  ranks = stats.rankdata(np.concatenate([members, others]))
+  bins = np.linspace(0, len(ranks), 26)
+  for own, label in ((ranks[: len(members)], "members"), (ranks[len(members) :], "non-members")):
+    right.hist(own, bins, density=True, alpha=0.6, label=label)
+  right.set(xlabel=f"rank by {name}", yticks=[], ylabel="density", title="Members and non-members")
+  right.legend(fontsize=7)
   figure.savefig(file)
 
 

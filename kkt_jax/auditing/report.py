@@ -1,6 +1,7 @@
 """The result of an audit, in words, as JSON, as a page."""
 
 from collections.abc import Mapping, Sequence
+import csv
 import dataclasses
 import datetime
 import functools
@@ -19,7 +20,7 @@ from kkt_jax import metrics
 from kkt_jax.analysis.examination import Examination
 from kkt_jax.auditing import matching, pages, pictures, verdict
 from kkt_jax.auditing.description import Fit, Residuals
-from kkt_jax.auditing.membership import Scored, SCORES, Told
+from kkt_jax.auditing.membership import Confounded, Risk, Scored, SCORES
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.auditing.verdict import Verdict
 from kkt_jax.extraction.certificates import EVIDENCE
@@ -80,7 +81,8 @@ class AuditReport:
     trials: identification by the reconstructed samples and by their controls (`CONTROLS`), if data were given.
     leaks: the training samples that were certified or identified, the surest first.
     scored: membership inference by scores of single samples, if data were given.
-    candidates: the same scores of candidates.
+    candidates: how far each candidate stands out by the same scores, the surest first, if there are any.
+    false_discovery_rate: the expected share of non-members among those that are named as members, at most.
     certified: how many samples are certified, by the evidence.
     compared: these against the training data, for each classifier; see `kkt_jax.auditing.matching.exactness`.
     measured: what the classifier and its conditions say of samples and of their controls (`ROWS`).
@@ -98,19 +100,31 @@ class AuditReport:
   trials: Mapping[str, Trial] = dataclasses.field(default_factory=dict)
   leaks: Sequence[Leak] = ()
   scored: Scored | None = None
-  candidates: Told | None = None
+  candidates: Sequence[Risk] | None = None
+  false_discovery_rate: float = 0.05
   certified: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(EVIDENCE, 0))
   compared: Sequence[Mapping[str, int]] = ()
   measured: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
   @property
   def members(self) -> list[str]:
-    """Names of inferred members: certified or identified training samples, and candidates above all held-out samples.
+    """Names of inferred members: certified or identified training samples, and samples named by their scores.
 
-    Of the candidates some score so high by chance; `candidates` says how many.
+    Scores name training samples and candidates so that the false-discovery rate is at most `false_discovery_rate`.
     """
     shown = [leak.name for leak in self.leaks] if self.verdict.level == "leak" else []
-    return [*shown, *(() if self.candidates is None else self.candidates.marks)]
+    return list(dict.fromkeys([*shown, *(own.name for own in self.at_risk)]))
+
+  @property
+  def at_risk(self) -> list[Risk]:
+    """Training samples and candidates that are named as members by their scores, each kind with the surest first.
+
+    None where the held-out data can be distinguished from the training data without the weights.
+    """
+    if any(isinstance(remark, Confounded) for remark in self.remarks):
+      return []
+    every = [*(() if self.scored is None else self.scored.risks), *(self.candidates or ())]
+    return [own for own in every if own.q_value <= self.false_discovery_rate]
 
   def __str__(self) -> str:
     """The verdict, the worst cases, and a table of metrics, for a terminal."""
@@ -118,8 +132,9 @@ class AuditReport:
     if self.verdict.level == "leak" and self.leaks:
       worst = ", ".join(leak.name for leak in self.leaks[:_WORST])
       text += f"\n\nThe worst of {len(self.leaks)} cases: {worst}"
-    if self.candidates is not None and self.candidates.marks:
-      text += "\n\nCandidates above all held-out samples: " + ", ".join(self.candidates.marks)
+    if self.at_risk:
+      surest = ", ".join(own.name for own in self.at_risk[:_WORST])
+      text += f"\n\nThe surest of {len(self.at_risk)} named as members by their scores: {surest}"
     if self.measured:
       shown = ["agreement", "residual", *(["likeness"] if self.train is not None else [])]
       text += "\n\n" + matching.table({ROWS[name]: row for name, row in self.measured.items()}, shown)
@@ -140,7 +155,9 @@ class AuditReport:
       "leaks": [dict(list(leak._asdict().items())[:-1]) for leak in self.leaks],
       "scores": {} if self.scored is None else {name: _plain(curve) for name, curve in self.scored.curves.items()},
       "scores_p_value": None if self.scored is None else self.scored.p_value,
-      "candidates": None if self.candidates is None else self.candidates._asdict(),
+      "training_samples": [own._asdict() for own in (self.scored.risks if self.scored else ())],
+      "candidates": None if self.candidates is None else [own._asdict() for own in self.candidates],
+      "false_discovery_rate": self.false_discovery_rate,
       "certified": dict(self.certified),
       "certificates": list(self.compared),
       "criteria": [
@@ -151,6 +168,19 @@ class AuditReport:
   def to_json(self) -> str:
     """All figures as JSON."""
     return json.dumps(self.to_dict(), indent=2) + "\n"
+
+  def to_csv(self) -> str:
+    """A line for each training sample and candidate that was scored, the surest first; see `Risk`."""
+    content = io.StringIO()
+    writer = csv.writer(content, lineterminator="\n")
+    writer.writerow(["given_as", *Risk._fields, "named_as_member"])
+    named = set(self.at_risk)
+    for given_as, risks in (
+      ("training sample", self.scored.risks if self.scored else ()),
+      ("candidate", self.candidates),
+    ):
+      writer.writerows([given_as, *own, own in named] for own in risks or ())
+    return content.getvalue()
 
   @functools.cached_property
   def pictures(self) -> dict[str, tuple[str, bytes]]:
@@ -188,7 +218,10 @@ class AuditReport:
       leaks=self.leaks,
       scored=self.scored,
       score_names=SCORES,
-      told=self.candidates,
+      candidates=self.candidates,
+      curves=self._curves,
+      at_risk=self.at_risk,
+      rate=self.false_discovery_rate,
       assumed=[verdict.ASSUMED[kind] for kind, count in self.certified.items() if count],
       assumed_by_all=verdict.ASSUMED_BY_ALL,
       measured_false=verdict.MEASURED_FALSE,
@@ -214,14 +247,27 @@ class AuditReport:
     settings: Mapping[str, Any] | None = None,
     made: Mapping[str, str] | None = None,
   ) -> list[str]:
-    """Writes ``report.html``, ``report.json`` and the pictures; returns the names of the files."""
+    """Writes ``report.html``, ``report.json`` and the pictures, with scores ``members.csv``; returns their names."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (_, content) in self.pictures.items():
+    files = {"report.html": self.to_html(settings, made).encode(), "report.json": self.to_json().encode()}
+    if self.scored or self.candidates:
+      files["members.csv"] = self.to_csv().encode()
+    if self._curves:
+      files["scores.png"] = self._curves
+    files |= {name: content for name, (_, content) in self.pictures.items()}
+    for name, content in files.items():
       (folder / name).write_bytes(content)
-    (folder / "report.json").write_text(self.to_json(), encoding="utf-8")
-    (folder / "report.html").write_text(self.to_html(settings, made), encoding="utf-8")
-    return ["report.html", "report.json", *self.pictures]
+    return list(files)
+
+  @functools.cached_property
+  def _curves(self) -> bytes | None:
+    """PNG of the best score beside the loss, if there are scores."""
+    if self.scored is None:
+      return None
+    content = io.BytesIO()
+    pictures.scores(content, {SCORES[name]: self.scored.values[name] for name in (self.scored.best, "loss")})
+    return content.getvalue()
 
   @functools.cached_property
   def _against(self) -> dict[str, Any]:

@@ -49,12 +49,14 @@ class AuditConfig:
     recipe: from an examination to how the generator is trained; `kkt_jax.reconstruction.recipes.default` if None.
     force: go on even if the classifier does not know its training data, cannot have started from its initial
       parameters, or if its weights are too far from all conditions, or do not obey them with these data.
+    false_discovery_rate: the expected share of non-members among those that are named as members, at most.
     train: trains a generator; it can keep checkpoints and show progress. `kkt_jax.reconstruct` by default.
   """
 
   form: str | None = None
   recipe: Callable[[Examination], Recipe] | None = None
   force: bool = False
+  false_discovery_rate: float = 0.05
   train: TrainFn = _train
 
 
@@ -134,7 +136,7 @@ def audit(
   if given.held_out is not None:
     _LOG.info("scoring single samples for membership inference")
     scored = None if given.train is None else membership.score(examination, given.train, given.held_out)
-    told = None if asked is None else membership.suspects(examination, asked, asked.names, given.held_out)
+    told = None if asked is None else membership.suspects(examination, asked, given.held_out)
   report = AuditReport(
     verdict=verdict.refusal(examination.bound),
     examination=examination,
@@ -145,6 +147,7 @@ def audit(
     residuals=residuals,
     scored=scored,
     candidates=told,
+    false_discovery_rate=config.false_discovery_rate,
   )
   return _concluded(report, given.held_out, likeness)
 
@@ -155,7 +158,8 @@ def _samples(name: str, classifier: Classifier, given: Given | None) -> Samples 
   x, y = given if isinstance(given, tuple) else (given, None)
   if y is None and name != "candidates":
     raise InputError(f"{name} must be Samples or a pair of x and y; got {type(given).__name__}.")
-  return Samples.of(name, classifier, x, y)
+  names = [f"candidate {place}" for place in range(np.shape(x)[0])] if name == "candidates" else ()
+  return Samples.of(name, classifier, x, y, names)
 
 
 def _concluded(report: AuditReport, held_out: Samples | None, likeness: Reconstruction | None) -> AuditReport:
@@ -201,10 +205,13 @@ def _concluded(report: AuditReport, held_out: Samples | None, likeness: Reconstr
 
   answers = {"Reconstruction": limited(report.verdict, certified=certified_rightly)}
   if report.scored is not None:
-    answers["Membership inference"] = limited(verdict.of_scores(report.scored))
+    found = verdict.of_scores(report.scored)
+    named = verdict.of_risks(report.scored.risks, report.false_discovery_rate, "members")
+    answers["Membership inference"] = limited(found._replace(reasons=[*found.reasons, named]))
   answer = limited(verdict.with_scores(report.verdict, report.scored), certified=certified_rightly)
   if report.candidates is not None:
-    answer = answer._replace(reasons=[*answer.reasons, verdict.of_candidates(report.candidates)])
+    named = verdict.of_risks(report.candidates, report.false_discovery_rate, "candidates")
+    answer = answer._replace(reasons=[*answer.reasons, named])
   return dataclasses.replace(report, verdict=answer, answers=answers)
 
 

@@ -8,7 +8,7 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from kkt_jax.auditing.description import Residuals
 from kkt_jax.auditing.matching import EXACT
-from kkt_jax.auditing.membership import Confounded, Scored, SCORES, SIGNIFICANT, Told
+from kkt_jax.auditing.membership import Confounded, Risk, Scored, SCORES, SIGNIFICANT
 from kkt_jax.metrics import Trial
 
 _MORE = 0.05  # p-value below which one set of samples identifies more than another
@@ -101,12 +101,13 @@ def with_limits(verdict: Verdict, remarks: Sequence[str], *, certified: bool = F
   return Verdict("open", answer, [*confounded, f"Without this limit the verdict would be: {verdict.answer}", *said])
 
 
-def of_candidates(told: Told) -> str:
-  """What scores say of candidates."""
-  return (
-    f"Of the {told.asked} candidates, {len(told.marks)} score above all {told.others} held-out samples; if none were"
-    f" members, about {told.by_chance:.2g} would."
+def of_risks(risks: Sequence[Risk], rate: float, what: str) -> str:
+  """How many samples count as members at a false-discovery rate; ``what`` names them."""
+  inferred = sum(own.q_value <= rate for own in risks)
+  said = (
+    f"{inferred or 'None'} of the {len(risks)} {what} can be named as members at a false-discovery rate of {rate:.0%}"
   )
+  return f"{said}." if inferred else f"{said}, which is no all-clear: few held-out samples allow few discoveries."
 
 
 def refusal(bound: float) -> Verdict:

@@ -156,7 +156,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   files = report.save(out().path, settings, made)
   results = report.to_dict() | {"final_losses": out().last_logged()}
   out().finish(results)
-  return results | {"summary": str(report), "pictures": [name for name in files if name != "report.json"]}
+  return results | {"summary": str(report), "pictures": [name for name in files if name.endswith((".html", ".png"))]}
 
 
 def _with_flags(text: str, config: Config) -> str:

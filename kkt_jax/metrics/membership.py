@@ -83,6 +83,39 @@ def roc(members: ArrayLike, others: ArrayLike, *, allowed: Sequence[float] = (0.
   return Roc(auc, low, high, tuple(points))
 
 
+def conformal_p_values(scores: ArrayLike, others: ArrayLike) -> np.ndarray:
+  """For each sample by itself: how probable so high a score is if it was not trained on.
+
+  Args:
+    scores: of the samples in question [n], the higher, the more likely a member.
+    others: of samples of the same source that were not trained on [m].
+
+  Returns:
+    [n]: ``(1 + others that score at least as high) / (1 + m)``, valid if a non-member is exchangeable with the others
+    (Bates et al., Testing for outliers with conformal p-values, 2023).
+
+  >>> conformal_p_values([0.9, 0.4], [0.5, 0.2, 0.1])
+  array([0.25, 0.5 ])
+  """
+  scores, rising = np.asarray(scores), np.sort(np.asarray(others))
+  return (1 + len(rising) - np.searchsorted(rising, scores)) / (1 + len(rising))
+
+
+def q_values(p_values: ArrayLike) -> np.ndarray:
+  """The least false-discovery rate at which each of several hypotheses is rejected (Benjamini and Hochberg 1995).
+
+  Args:
+    p_values: of one hypothesis each [n].
+
+  Returns:
+    [n]: among all those with a q-value up to q the expected share of false ones is at most q.
+
+  >>> q_values([0.01, 0.5, 0.02, 0.03]).round(3).tolist()
+  [0.04, 0.5, 0.04, 0.04]
+  """
+  return stats.false_discovery_control(np.asarray(p_values, np.float64))
+
+
 def _beyond(area: float, auc: float, n: int, m: int) -> float:
   """Positive where the area is too far from the one that was found, by the variance of Hanley and McNeil (1982)."""
   half = (n + m) / 2 - 1

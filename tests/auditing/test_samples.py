@@ -37,6 +37,22 @@ def test_candidates_without_names_are_not_passed_over():
   kernel = 1e-3 * x[:30].T @ (np.eye(3)[y[:30]] - 1 / 3)  # a sum over the first 30
   own = kkt_jax.make_classifier(lambda w, x: x @ w, jnp.asarray(kernel, jnp.float32), (60,), value_range=None)
   asked = Samples(x[:40], y[:40])
-  told = membership.suspects(kkt_jax.examine(own, form="weight_decay"), asked, asked.names, Samples(x[40:], y[40:]))
+  risks = membership.suspects(kkt_jax.examine(own, form="weight_decay"), asked, Samples(x[40:], y[40:]))
   members = {f"sample {place}" for place in range(30)}
-  assert len(members & set(told.marks)) >= 25
+  assert len(members & {own.name for own in risks if own.q_value < 0.06}) >= 25
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_false_discoveries_stay_below_the_stated_rate(share):
+  """200 audits of 200 candidates by two scores, one of which says nothing; members' other score is higher by 3."""
+  random, false, found = np.random.default_rng(0), [], []
+  members = np.arange(200) < 200 * share
+  for _ in range(200):
+    asked, others = random.normal(size=(2, 200)), random.normal(size=(2, 500))
+    asked[0] += 3 * members
+    values = {name: (asked[place], others[place]) for place, name in enumerate(("multipliers", "loss"))}
+    risks = membership.risks(Samples(np.zeros((200, 1)), np.zeros(200, int)), values)
+    named = np.array([int(own.name.split()[1]) for own in risks if own.q_value <= 0.05], int)
+    false.append(np.mean(~members[named]) if named.size else 0)
+    found.append(np.mean(np.isin(np.flatnonzero(members), named)))
+  assert np.mean(false) <= 0.05 and np.mean(found) > (0.05 if share < 0.2 else 0.6)

@@ -1,5 +1,6 @@
 """The audit of anybody's classifier: what it refuses, what it says, and that it runs for every kind of module."""
 
+import csv
 import dataclasses
 import hashlib
 import importlib
@@ -463,12 +464,28 @@ def test_scores_tell_members_from_others_and_others_from_nothing(known_members):
   assert found.curves["multipliers"].points[0].members == 30 and found.p_value < 1e-9
   half = Samples(others.x[:30], others.y[:30]), Samples(others.x[30:], others.y[30:])
   assert membership.score(examination, *half).p_value > 0.01
-  asked = Samples(np.concatenate([members.x, others.x[:10]]), np.zeros(40, np.int32))
-  names = tuple(map(str, range(40)))
-  told = membership.suspects(examination, asked, names, Samples(others.x[10:], others.y[10:]))
-  assert (told.asked, told.others) == (40, 50) and len(told.marks) <= 32
-  assert len(set(names[:30]) & set(told.marks)) >= 25  # the classifier takes some for another class
-  assert told.by_chance == pytest.approx(40 * 2 / 51)  # two scores
+  asked = Samples(np.concatenate([members.x, others.x[:10]]), np.zeros(40, np.int32), tuple(map(str, range(40))))
+  risks = membership.suspects(examination, asked, Samples(others.x[10:], others.y[10:]))
+  assert len(risks) == 40 and risks[0].p_value == pytest.approx(2 / 51)  # two scores, fifty others
+  named = {own.name for own in risks if own.q_value < 0.06}  # 40 / 30 of the least p-value, if all 30 have it
+  assert len(named & {str(place) for place in range(30)}) >= 25 and len(named) <= 32
+  assert np.all(np.diff([own.q_value for own in risks]) >= 0)
+
+
+def test_samples_are_named_at_a_false_discovery_rate(known_members, tmp_path):
+  examination, members, others = known_members
+  scored = membership.score(examination, members, others)
+  answer = verdict.of_scores(scored)
+  found = auditing.AuditReport(
+    verdict=answer, answers={"Membership inference": answer}, examination=examination, scored=scored
+  )
+  assert {own.score for own in found.at_risk} == {"multipliers"} and len(found.members) == len(found.at_risk) == 30
+  assert dataclasses.replace(found, false_discovery_rate=0.01).members == []  # 2 / 61 is the least p-value
+  assert dataclasses.replace(found, remarks=[membership.Confounded("other source")]).members == []
+  assert "report.html" in found.save(tmp_path)
+  rows = list(csv.DictReader((tmp_path / "members.csv").open()))
+  assert len(rows) == 30 and {row["named_as_member"] for row in rows} == {"True"} and rows[0]["given_as"]
+  assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
@@ -534,8 +551,9 @@ def test_scores_join_the_verdict(known_members):
   assert nothing.level == "open" and "No evidence that membership can be inferred" in str(nothing)
   assert "chance explains that (p = 0.5)." in str(nothing)
   assert verdict.with_scores(beyond, None) == beyond
-  said = verdict.of_candidates(membership.Told({"a": ["loss"]}, 8, 56, 0.281))
-  assert said.startswith("Of the 8 candidates, 1 score above all 56 held-out samples")
+  risks = [membership.Risk(str(q), 0, q, q, "loss") for q in (0.01, 0.2)]
+  assert verdict.of_risks(risks, 0.05, "candidates").startswith("1 of the 2 candidates can be named as members at a")
+  assert "None of the 2 members can be named" in verdict.of_risks(risks, 0.001, "members")
 
 
 def test_a_report_made_in_python_has_a_section_for_each_answer(known_members, tmp_path):
@@ -544,7 +562,7 @@ def test_a_report_made_in_python_has_a_section_for_each_answer(known_members, tm
   answers = {"Reconstruction": verdict.refusal(0.3), "Membership inference": verdict.of_scores(scored)}
   both = verdict.with_scores(answers["Reconstruction"], scored)
   report = auditing.AuditReport(verdict=both, answers=answers, examination=examination, scored=scored)
-  assert report.save(tmp_path) == ["report.html", "report.json"]
+  assert report.save(tmp_path) == ["report.html", "report.json", "members.csv", "scores.png"]
   page = (tmp_path / "report.html").read_text()
   for question, own in answers.items():
     section = page.split(f"<h2>{question}</h2>")[1].split("<h2>")[0]
@@ -672,7 +690,7 @@ def test_a_classifier_beyond_the_theory_is_refused_with_a_report_and_can_be_trie
   assert "<li>2,723 parameters, 3 classes, no batch norm.</li>" in page  # 64 x 40 + 40 + 40 x 3 + 3
   given = {"candidates": str(stored / "train.npz"), "held_out_data": str(stored / "held_out.npz")}
   metrics = audit.run(dataclasses.replace(settings, **given), tmp_path)  # is answered, all the same
-  assert metrics["candidates"]["asked"] == 15 and "Of the 15 candidates" in metrics["verdict"]
+  assert len(metrics["candidates"]) == 15 and "of the 15 candidates" in metrics["verdict"]
   audit.run(dataclasses.replace(settings, force=True), tmp_path)  # as the verdict suggests, in the same folder
   assert (tmp_path / "generator").exists()
 
@@ -699,7 +717,7 @@ def test_data_given_later_are_compared_without_training_again(stored, tmp_path):
   logged = (tmp_path / "metrics.jsonl").read_text()
   metrics = audit.run(config(stored, **with_data(stored)), tmp_path)
   assert (tmp_path / "metrics.jsonl").read_text() == logged
-  assert metrics["pictures"] == ["report.html", "pairs.png", "samples.png"]
+  assert metrics["pictures"] == ["report.html", "scores.png", "pairs.png", "samples.png"]
   assert all((tmp_path / name).exists() for name in metrics["pictures"])
   assert metrics["against_data"]["chance"] == pytest.approx(1 / 3)  # two others to each
   assert metrics["against_data"]["tested"] == 15
@@ -707,7 +725,7 @@ def test_data_given_later_are_compared_without_training_again(stored, tmp_path):
   assert json.loads((tmp_path / "metrics.json").read_text())["verdict"] == metrics["verdict"]
   page = (tmp_path / "report.html").read_text()
   assert metrics["verdict"].split(".")[0] in page and "0.0000" not in page
-  assert page.count("<img ") == 2 + 3 * min(len(metrics["leaks"]), 8)
+  assert page.count("<img ") == 3 + 3 * min(len(metrics["leaks"]), 8)
   assert all(
     hashlib.sha256((stored / f"{name}.npz").read_bytes()).hexdigest() in page for name in ("train", "held_out")
   )
@@ -726,7 +744,7 @@ def test_another_classifier_under_the_same_name_is_not_taken_for_the_first(store
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("build", "suffix", "pictures"), [(normalised, "", 3), (vectors, "_vectors", 1)])
+@pytest.mark.parametrize(("build", "suffix", "pictures"), [(normalised, "", 4), (vectors, "_vectors", 2)])
 def test_batch_norm_and_inputs_that_are_no_images_are_audited(stored, tmp_path, build, suffix, pictures):
   metrics = audit.run(config(stored, build, **with_data(stored, suffix)), tmp_path)
   assert len(metrics["pictures"]) == pictures
