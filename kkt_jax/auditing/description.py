@@ -155,7 +155,7 @@ def check_start(classifier: Classifier, train: Samples | None) -> str:
     )
   if train is None:
     return ""
-  first = dataclasses.replace(classifier, params=classifier.initial_params, apply_fn=classifier.predict_fn)
+  first = dataclasses.replace(classifier, params=classifier.initial_params)
   before, after = (_Answers(own, _some(train)).loss for own in (first, classifier))
   if before < after:
     return (

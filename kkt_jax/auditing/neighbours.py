@@ -15,7 +15,9 @@ import numpy as np
 from scipy import optimize  # type: ignore[import-untyped]
 
 from kkt_jax._precision import full_precision
-from kkt_jax.classifiers.classifier import Classifier, decay_of_tensors, PyTree
+from kkt_jax._typing import PyTree
+from kkt_jax.classifiers.classifier import Classifier
+from kkt_jax.classifiers.decay import decay_of_tensors
 
 REFUSED, DOUBTED = 20.0, 5.0  # times as near as described, from which another description is right, or may be so
 _LEAST = {False: 0.5, True: 10.0}  # nearness below which nothing is said, without batch norm and with it
@@ -115,7 +117,7 @@ def other_decay(classifier: Classifier, x: np.ndarray, y: np.ndarray) -> str:
 
 def between_norms(classifier: Classifier, x: np.ndarray) -> str:
   """A sentence if some stored statistics are the training data's to rounding errors, and others are not."""
-  if classifier.statistics is None or classifier.statistics_fn is None:
+  if classifier.statistics_fn is None:
     return ""
   errors = _errors(classifier.statistics, jax.jit(classifier.statistics_fn)(classifier.params, jnp.asarray(x)))
   wrong = [layer for layer, error in errors.items() if error > _APART]

@@ -492,10 +492,7 @@ def test_classifiers_are_not_accused_of_samples_that_they_never_saw(capsys):
       first.params,
       first.from_unit(x),
       y,
-      num_steps=2000,
-      learning_rate=0.1,
-      momentum=0.9,
-      weight_decay=0.01,
+      pretrain.Descent(num_steps=2000, learning_rate=0.1, momentum=0.9, weight_decay=0.01),
     )
     now = dataclasses.replace(
       examination,
@@ -740,9 +737,12 @@ def test_training_data_are_told_from_others_and_data_never_seen_are_not(stored, 
   subject = linen()
   (x, y), (other, labels) = images(0), images(3, count=20)
   result = pretrain.gradient_descent(
-    subject.apply_fn, subject.init_fn(), jnp.asarray(2 * x - 1), y, num_steps=6000, learning_rate=0.1,
-    weight_decay=0.03, momentum=0.9,
-  )  # fmt: skip
+    subject.apply_fn,
+    subject.init_fn(),
+    jnp.asarray(2 * x - 1),
+    y,
+    pretrain.Descent(num_steps=6000, learning_rate=0.1, weight_decay=0.03, momentum=0.9),
+  )
   examples.store(tmp_path / "weights.safetensors", result.params)
   np.savez(tmp_path / "train.npz", x=2 * x - 1, y=y)
   np.savez(tmp_path / "never_seen.npz", x=2 * other[:15] - 1, y=labels[:15])
