@@ -22,6 +22,7 @@ from kkt_jax.auditing.description import Fit, Residuals
 from kkt_jax.auditing.membership import Scored, SCORES, Told
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.auditing.verdict import Verdict
+from kkt_jax.criteria import AuditCriteria
 from kkt_jax.extraction.certificates import EVIDENCE
 from kkt_jax.metrics import Trial
 from kkt_jax.reconstruction.result import Reconstruction
@@ -84,6 +85,7 @@ class AuditReport:
     certified: how many samples are certified, by the evidence.
     compared: these against the training data, for each classifier; see `kkt_jax.auditing.matching.exactness`.
     measured: what the classifier and its conditions say of samples and of their controls (`ROWS`).
+    criteria: by what the audit decided.
   """
 
   verdict: Verdict
@@ -102,6 +104,7 @@ class AuditReport:
   certified: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(EVIDENCE, 0))
   compared: Sequence[Mapping[str, int]] = ()
   measured: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+  criteria: AuditCriteria = AuditCriteria()
 
   @property
   def members(self) -> list[str]:
@@ -146,6 +149,8 @@ class AuditReport:
       "criteria": [
         dataclasses.asdict(own.criteria) for own in (self.reconstruction.exact if self.reconstruction else ())
       ],
+      "analysis_criteria": dataclasses.asdict(self.examination.criteria),
+      "audit_criteria": dataclasses.asdict(self.criteria),
     }
 
   def to_json(self) -> str:
