@@ -123,7 +123,7 @@ def train(
   subject = kkt_jax.Subject.from_linen(module, input_shape=x.shape[1:], value_range=value_range, weight_decay=decay)
   falling = optax.piecewise_constant_schedule(0.1, {int(0.7 * steps): 0.1})
   settings: dict[str, Any] = {"num_steps": steps, "learning_rate": falling, "weight_decay": decay, "momentum": 0.9}
-  trained = pretrain.gradient_descent(subject.apply_fn, params, x, y, steps_per_call=1000, **settings)
+  trained = pretrain.gradient_descent(subject.apply_fn, params, x, y, pretrain.Descent(steps_per_call=1000, **settings))
   return subject.classifier(trained.params)
 
 

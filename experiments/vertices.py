@@ -42,8 +42,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   from experiments.measure import pictures
   from kkt_jax import metrics
   from kkt_jax.analysis import input_subspace
-  from kkt_jax.auditing.matching import EXACT
   from kkt_jax.cli.progress import Progress
+  from kkt_jax.criteria import AuditCriteria
   from kkt_jax.extraction import vertices
 
   out = Workdir(workdir, config)
@@ -58,7 +58,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     subspace = input_subspace(offsets.T, start, tolerance=1e-5)
     points = vertices.search(jax.random.key(config.seed), subspace, config.starts)
     own = vertices.polish(jnp.asarray(data.train.x), subspace)  # which moves what is nearly black or white
-    kept = np.asarray(metrics.ssim(jnp.clip(own, 0, 1), data.train.x)) > EXACT
+    kept = np.asarray(metrics.ssim(jnp.clip(own, 0, 1), data.train.x)) > AuditCriteria().equal
     kept &= vertices.certify(own, subspace).certified
     row = {"vertices": np.mean(_is_vertex(data.train.x, subspace)), "certifiable": np.mean(kept)}
     likely = vertices.likely_ends(data.held_out.x, data.held_out.y, data.held_out.x, data.held_out.y)
@@ -66,7 +66,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
       x = vertices.polish(jnp.asarray(starts), subspace, likely=ends)
       sure = np.asarray(x)[vertices.certify(x, subspace).certified]
       near = np.asarray(metrics.pairwise_ssim(np.clip(sure, 0, 1), data.train.x)) if len(sure) else np.zeros((0, size))
-      exact = near.max(axis=1, initial=0.0) > EXACT
+      exact = near.max(axis=1, initial=0.0) > AuditCriteria().equal
       row |= {f"found_{name}": len(set(near[exact].argmax(axis=1))) / size, f"false_{name}": int(np.sum(~exact))}
       row[f"starts_{name}"] = len(starts)
     rows[str(size)] = row

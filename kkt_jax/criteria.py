@@ -119,3 +119,79 @@ class AnalysisCriteria:
   bias_outside: float = 1e-3
   moves: float = 1e-3
   together: float = 0.999
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditCriteria:
+  """The thresholds of `kkt_jax.audit`: what counts as evidence, and when a description is refused or doubted.
+
+  Attributes:
+    significant: verdict: p-value below which something is no chance.
+    fewer: verdict: p-value below which a class-level baseline identifies fewer samples.
+    equal: verdict: structural similarity above which two images are the same.
+    false_discovery_rate: scores: the expected share of non-members among those that are named as members, at most.
+    scored: scores: most samples of each kind that are scored together; the cost grows with their square.
+    most_ratio: leaks: greatest ratio of distances that is told from a greater one.
+    sources_samples: sources: most samples of each kind that are compared.
+    sources_values: sources: most values of a sample that are compared.
+    components: sources: principal components of the values that the linear classifier sees.
+    folds: sources: parts of its cross-validation.
+    ridge: sources: its ridge.
+    shuffles: sources: how often memberships are shuffled, less one.
+    classified: description: most samples of each kind that are classified, if they are small.
+    least_classified: description: the same of large ones, at least.
+    values: description: values of all of them beyond which there are fewer, and slips are not looked for in what seems
+      right.
+    fits: description: p-value below which another description fits better, and the given one is refused.
+    doubted: description: the same below which it may fit better.
+    worse: description: so many times the loss of guessing no training leaves on its data.
+    overconfident: description: confidence minus accuracy on training data that no training leaves.
+    unsure: description: confidence above chance of what was hardly trained, as a share of the accuracy above chance.
+    flat: description: margin at which the gradient of the loss is 0 in single precision, in logits.
+    held: description: correlation of a kernel with its start up to which nothing of that is held.
+    unexplained: residuals: of its own data, above which weights may obey no equations.
+    beside: residuals: the same over others', above which they obey none.
+    searches: residuals: steps of the search for multipliers; the second where the first leaves too much.
+    nearer: inputs: so many times as near as described are other inputs, from which the description is refused.
+    nearer_doubted: inputs: the same from which it is doubted.
+    least_near: inputs: nearness of the best inputs below which nothing is said.
+    least_near_batch_norm: inputs: the same with batch norm.
+    converged: decay: nearness from which weights tell their decay.
+    other_decay: decay: times the given one, or one over it, from which it is another.
+    same_statistics: batch norm: squared relative error of statistics that are the training data's.
+    other_statistics: batch norm: the same of statistics that are not.
+  """
+
+  significant: float = 0.01
+  fewer: float = 0.05
+  equal: float = 0.99
+  false_discovery_rate: float = 0.05
+  scored: int = 1500
+  most_ratio: float = 1e3
+  sources_samples: int = 1500
+  sources_values: int = 2000
+  components: int = 30
+  folds: int = 5
+  ridge: float = 0.1
+  shuffles: int = 1999
+  classified: int = 1000
+  least_classified: int = 100
+  values: int = 5 * 10**6
+  fits: float = 1e-3
+  doubted: float = 0.05
+  worse: float = 1.2
+  overconfident: float = 0.15
+  unsure: float = 0.2
+  flat: float = 104.0
+  held: float = 0.05
+  unexplained: float = 0.5
+  beside: float = 0.8
+  searches: tuple[int, ...] = (100, 1000)
+  nearer: float = 20.0
+  nearer_doubted: float = 5.0
+  least_near: float = 0.5
+  least_near_batch_norm: float = 10.0
+  converged: float = 3.0
+  other_decay: float = 1.5
+  same_statistics: float = 1e-8
+  other_statistics: float = 1e-6

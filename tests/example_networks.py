@@ -67,9 +67,9 @@ def random_classifier(
     lambda path, leaf: jnp.abs(leaf) + 0.5 if path[-1].key in ("scale", "var") else leaf,
     random_like(dict(shapes), seed),
   )
-  made = relaxed(from_linen(module, variables, input_shape=input_shape), gate_sharpness)
-  functions = {name: jax.jit(getattr(made, name)) for name in ("apply_fn", "predict_fn")}
-  return dataclasses.replace(made, **functions), x, y
+  made = from_linen(module, variables, input_shape=input_shape)
+  made = dataclasses.replace(made, forward=jax.jit(made.forward, static_argnums=2))
+  return relaxed(made, gate_sharpness), x, y
 
 
 def random_mlp(num_samples: int = 6, seed: int = 0, gate_sharpness: float | None = None, **settings: Any):

@@ -49,7 +49,7 @@ def use(classifier, name):
     case "candidates":
       candidates.hinge_shares(classifier, X)
     case _:
-      pretrain.gradient_descent(apply_fn, PARAMS, X, CLASSES, num_steps=2, learning_rate=0.1)
+      pretrain.gradient_descent(apply_fn, PARAMS, X, CLASSES, pretrain.Descent(num_steps=2, learning_rate=0.1))
 
 
 NAMES = ["examine, reconstruct, sample", "predict", "stationarity", "jacobians", "equations", "symmetries"]

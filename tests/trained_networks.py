@@ -29,7 +29,12 @@ def with_weight_decay(seed):
   apply_fn = lambda params, x: module.apply({"params": params}, x)
   start = jax.jit(module.init)(jax.random.key(seed), x)["params"]
   settings = {"num_steps": 4000, "learning_rate": 0.1, "weight_decay": WEIGHT_DECAY, "steps_per_call": 4000}
-  return module, pretrain.to_convergence(apply_fn, start, x, y, **settings).params, x, y
+  return (
+    module,
+    pretrain.gradient_descent(apply_fn, start, x, y, pretrain.Descent.to_convergence(**settings)).params,
+    x,
+    y,
+  )
 
 
 @functools.cache
@@ -69,7 +74,9 @@ def with_batch_norm(seed, per_class=3):
     return module.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
 
   settings = {"num_steps": 4000, "learning_rate": 0.1, "steps_per_call": 4000}
-  params = pretrain.to_convergence(lambda p, x: train_fn(p, x)[0], start, x, y, **settings).params
+  params = pretrain.gradient_descent(
+    lambda p, x: train_fn(p, x)[0], start, x, y, pretrain.Descent.to_convergence(**settings)
+  ).params
   return module, {"params": params, **train_fn(params, x)[1]}, x, y
 
 

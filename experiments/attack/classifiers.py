@@ -38,7 +38,7 @@ def train(subject: Subject, variables: PyTree, x: np.ndarray, classes: np.ndarra
     variables: where it starts.
     x: inputs [N, *input_shape].
     classes: output indices [N].
-    **settings: of `kkt_jax.kkt.pretrain.to_convergence`; one step in a compiled call unless they say otherwise.
+    **settings: of `kkt_jax.kkt.pretrain.Descent.to_convergence`; one step in a compiled call unless they say otherwise.
 
   Returns:
     The trained variables, with the statistics that batch norm stores.
@@ -51,13 +51,13 @@ def train(subject: Subject, variables: PyTree, x: np.ndarray, classes: np.ndarra
     return subject.apply_fn(params, x) if train_fn is None else train_fn(rest | {"params": params}, x)[0]
 
   progress = Progress("classifier", settings["num_steps"])
-  result = pretrain.to_convergence(
+  result = pretrain.gradient_descent(
     two_logits(apply_fn),
     variables if train_fn is None else variables["params"],
     inputs,
     jnp.asarray(classes),
+    pretrain.Descent.to_convergence(**{"steps_per_call": 1} | settings),
     on_progress=lambda step, log_loss: progress.update(step, {"ln loss": log_loss}),
-    **{"steps_per_call": 1} | settings,
   )
   low, median, high = np.percentile(result.margins, [5, 50, 95])
   say(

@@ -12,6 +12,7 @@ from kkt_jax import metrics
 from kkt_jax.auditing import matching
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.classifiers import Classifier, relaxation
+from kkt_jax.criteria import AuditCriteria
 from kkt_jax.membership import candidates
 
 _TESTED = 100  # real images of each class on which a classifier trained on generated ones is tested
@@ -59,7 +60,7 @@ def recovered(images: Samples, train: Samples) -> dict[str, float]:
     them; ``above_0.4`` and so on: training images for which it is greater.
   """
   best = matching.similarity(images, train)
-  above = {f"above_{threshold}": int(np.sum(best > threshold)) for threshold in (0.4, 0.6, 0.9, matching.EXACT)}
+  above = {f"above_{threshold}": int(np.sum(best > threshold)) for threshold in (0.4, 0.6, 0.9, AuditCriteria().equal)}
   return {"images": len(images.y), "ssim_cover": float(best.mean())} | above
 
 

@@ -18,7 +18,8 @@ from kkt_jax._precision import full_precision
 from kkt_jax.analysis import _probing
 from kkt_jax.analysis.noise import subspace_above_noise
 from kkt_jax.analysis.subspace import Subspace
-from kkt_jax.classifiers.classifier import Classifier, decay_of_tensors
+from kkt_jax.classifiers.classifier import Classifier
+from kkt_jax.classifiers.decay import decay_of_tensors
 from kkt_jax.criteria import AnalysisCriteria
 
 _ROUNDING = 1e-7  # relative to the greatest singular value; what is smaller is indistinguishable from it

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from kkt_jax import kkt
 from kkt_jax._tree import tensor_names
 from kkt_jax._typing import PyTree
-from kkt_jax.classifiers.classifier import Classifier, WeightDecay
+from kkt_jax.classifiers.classifier import Classifier
+from kkt_jax.classifiers.decay import WeightDecay
 from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import symmetries
 from kkt_jax.kkt.conditions import Conditions, max_margin_conditions, weight_decay_conditions

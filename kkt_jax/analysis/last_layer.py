@@ -13,7 +13,8 @@ from kkt_jax import _checks
 from kkt_jax._precision import full_precision
 from kkt_jax._typing import PyTree
 from kkt_jax.analysis import _probing
-from kkt_jax.classifiers.classifier import Classifier, decay_of_tensors
+from kkt_jax.classifiers.classifier import Classifier
+from kkt_jax.classifiers.decay import decay_of_tensors
 from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import losses
 

@@ -10,6 +10,7 @@ from kkt_jax.auditing import membership
 from kkt_jax.auditing.matching import check_classes
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.classifiers.classifier import Classifier
+from kkt_jax.criteria import AuditCriteria
 
 
 class Data(NamedTuple):
@@ -26,7 +27,14 @@ class Data(NamedTuple):
   remarks: Sequence[str]
 
 
-def compared(classifier: Classifier, train: Samples | None, held_out: Samples | None, *, alone: bool = False) -> Data:
+def compared(
+  classifier: Classifier,
+  train: Samples | None,
+  held_out: Samples | None,
+  *,
+  alone: bool = False,
+  criteria: AuditCriteria | None = None,
+) -> Data:
   """Training data and held-out data that can be compared.
 
   Args:
@@ -34,6 +42,7 @@ def compared(classifier: Classifier, train: Samples | None, held_out: Samples | 
     train: its training data.
     held_out: other data.
     alone: whether held-out data can be given without training data.
+    criteria: what counts as evidence; the default `AuditCriteria` if None.
 
   Raises:
     InputError: a class is missing, the two share samples, or the second is given without the first.
@@ -56,7 +65,7 @@ def compared(classifier: Classifier, train: Samples | None, held_out: Samples | 
     given[name], said = _distinct(name, own, classifier)
     remarks += said
   if len(given) == 2:
-    remarks += membership.limits(*given.values())
+    remarks += membership.limits(given["train"], given["held_out"], criteria or AuditCriteria())
   return Data(given.get("train"), given.get("held_out"), remarks)
 
 

@@ -8,7 +8,7 @@ minutes are spent, whether its weights obey the equations with its own training 
 
 from collections.abc import Mapping
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +20,10 @@ from kkt_jax.auditing import neighbours
 from kkt_jax.auditing.matching import uniform_noise
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.classifiers import Classifier
+from kkt_jax.criteria import AuditCriteria
 from kkt_jax.kkt import diagnostics
 
-_MOST, _LEAST = 1000, 100  # samples of each kind that are classified
-_VALUES = 5 * 10**6  # of all of them, beyond which there are fewer, and slips are not looked for in what seems right
-_SIGNIFICANT = 0.01  # p-value below which accuracy is no chance
-_FITS, _DOUBTED = 1e-3, 0.05  # p-values below which another description fits better, and may do so
-_WORSE = 1.2  # times the loss of guessing, above which a classifier cannot have been trained on the data
-_OVERCONFIDENT = 0.15  # confidence minus accuracy on training data
-_UNSURE = 0.2  # confidence above chance, as a share of the accuracy above chance
-_FLAT = 104.0  # margin at which the gradient of the loss is 0 in single precision
-_HELD = 0.05  # correlation of a kernel with its start, up to which nothing of it is held
-_LEFT, _BESIDE = 0.5, 0.8  # residual of its own data, and that over others', above which weights obey no equations
-_SEARCHES = (100, 1000)  # steps of the search for multipliers; the second where the first leaves too much
+_DEFAULT = AuditCriteria()
 _CAUSES = (
   "Likely causes: the order of pixels or channels, black for white, the range of the inputs, a mean or deviation left"
   " out or applied twice, labels in another order, padding, the epsilon of batch norm, or data that it never saw"
@@ -62,7 +53,9 @@ class Fit:
     return "; ".join(f"{name}: {of_set(own)}" for name, own in self.known.items()) + f" (guessing {self.guessing:.3g})"
 
 
-def check(classifier: Classifier, train: Samples | None, held_out: Samples | None) -> Fit | None:
+def check(
+  classifier: Classifier, train: Samples | None, held_out: Samples | None, criteria: AuditCriteria = _DEFAULT
+) -> Fit | None:
   """Accuracy and loss on the data, and what follows for the description; None without data.
 
   The audit stops if on the training data
@@ -81,44 +74,48 @@ def check(classifier: Classifier, train: Samples | None, held_out: Samples | Non
   Without training data only the last is asked, of held-out data.
   """
   sets = {"training data": train, "held-out data": held_out}
-  answers = {name: _Answers(classifier, _some(images)) for name, images in sets.items() if images is not None}
+  answers = {
+    name: _Answers(classifier, _some(images, criteria), criteria=criteria)
+    for name, images in sets.items()
+    if images is not None
+  }
   if not answers:
     return None
   name, own = next(iter(answers.items()))
   guessing = float(np.log(classifier.num_classes))
   fit = Fit({name: of_set.summary() for name, of_set in answers.items()}, guessing)
   other = answers.get("held-out data") if train is not None else None
-  doubts, wrong = [], train is not None and (own.is_chance() or own.loss > _WORSE * guessing)
+  doubts, wrong = [], train is not None and (own.is_chance() or own.loss > criteria.worse * guessing)
   if train is not None and own.is_overconfident():
     wrong |= other is not None and not own.is_better_than(other)
     doubts.append(
       f"The accuracy on the training data is {own.accuracy:.0%}, the mean confidence {own.confidence:.0%}: no"
       " training leaves it so. The description may be wrong, or the data are not those of the training."
     )
-  elif own.confidence - own.chance < _UNSURE * (own.accuracy - own.chance):
+  elif own.confidence - own.chance < criteria.unsure * (own.accuracy - own.chance):
     doubts.append(
       f"The accuracy on the {name} is {own.accuracy:.0%}, but the mean confidence only {own.confidence:.0%}: the"
       " classifier was hardly trained, or the range of the inputs is wrong."
     )
   labels = own.other_labels()
   near = neighbours.Neighbour()
-  if train is not None and not labels and len(train.y) <= _MOST:
-    near = neighbours.nearest(classifier, train.x, train.y)
-  if own.median_margin > _FLAT and not near.confirmed:
+  if train is not None and not labels and len(train.y) <= criteria.classified:
+    near = neighbours.nearest(classifier, train.x, train.y, criteria)
+  if own.median_margin > criteria.flat and not near.confirmed:
     doubts.append(
       f"The median margin of the {name}, {own.median_margin:.3g} logits, is beyond where cross-entropy has a gradient:"
       " the range of the inputs may be wrong."
     )
   better, p_value = labels, 0.0 if labels else 1.0
-  if not better and (wrong or own.kappa < 0.9 or own.images.x.size <= _VALUES):
+  if not better and (wrong or own.kappa < 0.9 or own.images.x.size <= criteria.values):
     better, p_value = _other_inputs(classifier, own, other, wrong)
   better = str(near) or better
-  known = not wrong and p_value >= _FITS
-  if known and near.ratio < neighbours.REFUSED:
+  known = not wrong and p_value >= criteria.fits
+  if known and near.ratio < criteria.nearer:
     if train is not None and not better:
       x = np.asarray(classifier.from_unit(train.x))
-      better = neighbours.between_norms(classifier, x) or (
-        neighbours.other_decay(classifier, x, train.y) if len(train.y) <= _MOST else ""
+      better = neighbours.between_norms(classifier, x, criteria) or (
+        neighbours.other_decay(classifier, x, train.y, criteria) if len(train.y) <= criteria.classified else ""
       )
     if better:
       doubts.append(f"The description may be wrong: {better[0].lower()}{better[1:]}")
@@ -129,7 +126,7 @@ def check(classifier: Classifier, train: Samples | None, held_out: Samples | Non
   return dataclasses.replace(fit, refusal=refusal, doubts=(f"T{refusal[1:]}", *doubts))
 
 
-def check_start(classifier: Classifier, train: Samples | None) -> str:
+def check_start(classifier: Classifier, train: Samples | None, criteria: AuditCriteria = _DEFAULT) -> str:
   """Why training cannot have started from ``classifier.initial_params``, in a sentence; "" if it can.
 
   What is left of a start stands in some kernel, of which random other weights hold one part in the root of its size;
@@ -144,7 +141,7 @@ def check_start(classifier: Classifier, train: Samples | None) -> str:
   kernels = [(a.ravel() - a.mean(), b.ravel() - b.mean()) for a, b in pairs if a.ndim > 1]
   lengths = [(np.linalg.norm(a) * np.linalg.norm(b), a.size) for a, b in kernels]
   held = [
-    (a @ b) / length > max(_HELD, 5 / size**0.5)
+    (a @ b) / length > max(criteria.held, 5 / size**0.5)
     for (a, b), (length, size) in zip(kernels, lengths, strict=True)
     if length > 0
   ]
@@ -155,8 +152,8 @@ def check_start(classifier: Classifier, train: Samples | None) -> str:
     )
   if train is None:
     return ""
-  first = dataclasses.replace(classifier, params=classifier.initial_params, apply_fn=classifier.predict_fn)
-  before, after = (_Answers(own, _some(train)).loss for own in (first, classifier))
+  first = dataclasses.replace(classifier, params=classifier.initial_params)
+  before, after = (_Answers(own, _some(train, criteria)).loss for own in (first, classifier))
   if before < after:
     return (
       f"the training data fit the start better (loss {before:.3g}) than the weights that were trained on them"
@@ -172,16 +169,18 @@ class Residuals(NamedTuple):
     own: with the training data.
     other: with as many other samples of the same classes; 1 without any.
     what: what these are.
+    disobey: whether the training data explain the weights hardly better than others do.
   """
 
   own: float
   other: float
   what: str
+  disobey: bool
 
-  @property
-  def disobey(self) -> bool:
-    """Whether the training data explain the weights hardly better than others do."""
-    return self.own > _LEFT and self.own > _BESIDE * self.other
+  @classmethod
+  def of(cls, own: float, other: float, what: str, criteria: AuditCriteria = _DEFAULT) -> Self:
+    """With what they mean."""
+    return cls(own, other, what, own > criteria.unexplained and own > criteria.beside * other)
 
   def __str__(self) -> str:
     """Both in a sentence."""
@@ -191,13 +190,15 @@ class Residuals(NamedTuple):
     )
 
 
-def residuals(examination: Examination, train: Samples, held_out: Samples | None) -> Residuals | None:
+def residuals(
+  examination: Examination, train: Samples, held_out: Samples | None, criteria: AuditCriteria = _DEFAULT
+) -> Residuals | None:
   """Whether the weights obey the equations with their training data, beside held-out data, or noise without these.
 
   None if there are more than 1,000 training samples: a part of them explains a part of the weights only, and all are
   too many at once.
   """
-  if len(train.y) > _MOST:
+  if len(train.y) > criteria.classified:
     return None
   classifier, key = examination.classifier, jax.random.key(0)
   beside: Samples | None = None if classifier.value_range is None else uniform_noise(train, key)
@@ -209,9 +210,10 @@ def residuals(examination: Examination, train: Samples, held_out: Samples | None
   diagnose = lambda images, steps: diagnostics.diagnose(
     classifier, examination.conditions, classifier.from_unit(images.x), images.y, num_steps=steps
   )
-  for steps in _SEARCHES:
+  for steps in criteria.searches:
     own = diagnose(train, steps).residual
-    found = Residuals(own, 1.0 if beside is None else diagnose(beside, steps).residual, what)
+    other = 1.0 if beside is None else diagnose(beside, steps).residual
+    found = Residuals.of(own, other, what, criteria)
     if not found.disobey:
       break
   return found
@@ -220,9 +222,11 @@ def residuals(examination: Examination, train: Samples, held_out: Samples | None
 class _Answers:
   """What the classifier says of labelled samples."""
 
-  def __init__(self, classifier: Classifier, images: Samples, x: np.ndarray | None = None):
+  def __init__(
+    self, classifier: Classifier, images: Samples, x: np.ndarray | None = None, criteria: AuditCriteria = _DEFAULT
+  ):
     """Classifies the samples, or others in their place, ``x`` in the classifier's units."""
-    self.images, self.num_classes = images, classifier.num_classes
+    self.images, self.num_classes, self.criteria = images, classifier.num_classes, criteria
     inputs = classifier.from_unit(images.x) if x is None else jnp.asarray(x, jnp.float32)
     logits = np.nan_to_num(np.asarray(classifier.predict(inputs), np.float64))
     logs = special.log_softmax(logits, axis=1)
@@ -249,14 +253,14 @@ class _Answers:
     """Whether neither labels nor probabilities tell more of the data than the shares of the classes do."""
     above = stats.binomtest(int(self.hits.sum()), len(self.hits), self.chance, alternative="greater").pvalue
     error = max(self.gains.std() / len(self.gains) ** 0.5, 1e-6)
-    return above >= _SIGNIFICANT and self.kappa < 0.5 and self.gains.mean() < 2 * error
+    return above >= self.criteria.significant and self.kappa < 0.5 and self.gains.mean() < 2 * error
 
   def is_overconfident(self) -> bool:
-    return self.confidence - self.accuracy > _OVERCONFIDENT and self.excess > 4
+    return self.confidence - self.accuracy > self.criteria.overconfident and self.excess > 4
 
   def is_better_than(self, other: "_Answers") -> bool:
     table = [[int(own.hits.sum()), int((~own.hits).sum())] for own in (self, other)]
-    return bool(stats.fisher_exact(table, alternative="greater").pvalue < _SIGNIFICANT)
+    return bool(stats.fisher_exact(table, alternative="greater").pvalue < self.criteria.significant)
 
   def p_value_of(self, hits: np.ndarray) -> float:
     """Of other ``hits`` that are more (McNemar); 1 if more than half of the errors are left."""
@@ -274,7 +278,7 @@ class _Answers:
     half, hits = place % 2 == 1, np.zeros(len(self.hits), bool)
     for fitted in (half, ~half):
       hits[~fitted] = self._order(fitted)[self.images.y[~fitted]] == self.taken[~fitted]
-    if self.p_value_of(hits) >= _FITS:
+    if self.p_value_of(hits) >= self.criteria.fits:
       return ""
     order, labels = self._order(np.ones(len(self.hits), bool)), np.arange(self.num_classes)
     changed = [f"{own} for {label}" for label, own in enumerate(order) if own != label]
@@ -292,8 +296,8 @@ class _Answers:
     return np.asarray(optimize.linear_sum_assignment(counts, maximize=True)[1])
 
 
-def _some(images: Samples) -> Samples:
-  most = int(np.clip(2 * _VALUES // images.x[0].size, _LEAST, _MOST))
+def _some(images: Samples, criteria: AuditCriteria) -> Samples:
+  most = int(np.clip(2 * criteria.values // images.x[0].size, criteria.least_classified, criteria.classified))
   if len(images.y) <= most:
     return images
   places = np.sort(np.random.default_rng(0).choice(len(images.y), most, replace=False))
@@ -310,8 +314,8 @@ def _other_inputs(classifier: Classifier, own: _Answers, other: _Answers | None,
   tried: dict[str, tuple[_Answers, _Answers | None]] = {}
   for what, x in neighbours.preprocessed(classifier, np.concatenate(together)):
     split = [x[: len(own.hits)], x[len(own.hits) :]]
-    beside = None if other is None else _Answers(classifier, other.images, split[1])
-    tried[what] = _Answers(classifier, own.images, split[0]), beside
+    beside = None if other is None else _Answers(classifier, other.images, split[1], own.criteria)
+    tried[what] = _Answers(classifier, own.images, split[0], own.criteria), beside
   p_values: dict[str, float] = {}
   for what, (of, beside) in tried.items():
     fewer, farther = own.p_value_of(of.hits), 1.0
@@ -324,9 +328,9 @@ def _other_inputs(classifier: Classifier, own: _Answers, other: _Answers | None,
     p_values[what] = min(fewer, farther) if of.kappa >= least_kappa else 1.0
   least = min(p_values.values(), default=1.0)
   p_value = min(1.0, 2 * len(tried) * least)
-  if p_value >= _DOUBTED:
+  if p_value >= own.criteria.doubted:
     return "", 1.0
-  fitting = {what: tried[what][0].accuracy for what, p in p_values.items() if 2 * len(tried) * p < _DOUBTED}
+  fitting = {what: tried[what][0].accuracy for what, p in p_values.items() if 2 * len(tried) * p < own.criteria.doubted}
   best = sorted(fitting, key=lambda what: (-fitting[what], p_values[what]))
   close = [what for what in best if fitting[what] > fitting[best[0]] - 0.03][:3]
   said = "; or ".join(f"with {what} {fitting[what]:.1%} would be right" for what in close)

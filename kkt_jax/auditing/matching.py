@@ -14,8 +14,6 @@ from kkt_jax.auditing.samples import Samples
 from kkt_jax.extraction.certificates import EVIDENCE
 from kkt_jax.reconstruction.result import Reconstruction
 
-EXACT = 0.99  # structural similarity from which two images are the same
-_SAME = 0.1  # greatest difference of a pixel of one image drawn twice
 LEAST_SIDE = 8  # of images that are compared by structural similarity
 
 
@@ -169,12 +167,13 @@ def similar_pairs(
   nearest = np.asarray(metrics.ssim_nearest_indices(shown.x, shown.y, train.x, train.y))
   drawn: list[tuple[str, np.ndarray]] = []
   framed: dict[int, np.ndarray] = {}
+  drawn_twice = 0.1  # greatest difference of a pixel of one image
   for row in range(rows):
     own = [np.flatnonzero(shown.y == label)[row * columns : (row + 1) * columns] for label in labels]
     chosen = np.concatenate(own)
     if certified is not None and len(certified):
       near = [np.abs(certified - image).max(axis=(1, 2, 3)).min() for image in shown.x[chosen]]
-      framed[len(drawn)] = np.array(near) < _SAME
+      framed[len(drawn)] = np.array(near) < drawn_twice
     drawn += [("generated", shown.x[chosen]), ("nearest training image", train.x[nearest[chosen]])]
   drawn.append(("mean of the training set", train.x.mean(axis=0, keepdims=True)))
   pictures.image_rows(file, drawn, framed=framed)

@@ -8,14 +8,14 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from kkt_jax.analysis import Examination
 from kkt_jax.auditing import sources
-from kkt_jax.auditing.matching import comparable, EXACT, similarity, tested
+from kkt_jax.auditing.matching import comparable, similarity, tested
 from kkt_jax.auditing.samples import Samples
+from kkt_jax.criteria import AuditCriteria
 from kkt_jax.membership import candidates
 from kkt_jax.metrics import conformal_p_values, q_values, Roc, roc
 
-SIGNIFICANT = 0.01  # p-value below which something is no chance
+_DEFAULT = AuditCriteria()
 _PAIRS = 10**7  # of images that are compared before the training
-_MOST = 1500  # samples of each kind that are scored together: the cost grows with their square
 SCORES = {
   "multipliers": "their multiplier in the stationarity sum",
   "span": "their distance from the subspace of the training data",
@@ -76,9 +76,9 @@ class Scored(NamedTuple):
     return len(self.values[self.best][1])
 
 
-def score(examination: Examination, train: Samples, held_out: Samples) -> Scored:
-  """Scores training and held-out samples together, at most 1,500 of each, drawn at random."""
-  own, others = _some(train), _some(held_out)
+def score(examination: Examination, train: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT) -> Scored:
+  """Scores training and held-out samples together, at most 1,500 of each (`AuditCriteria.scored`), drawn at random."""
+  own, others = _some(train, criteria.scored), _some(held_out, criteria.scored)
   x, y = np.concatenate([own.x, others.x]), np.concatenate([own.y, others.y])
   found = candidates.scores(examination, examination.classifier.from_unit(x), y)
   sides = {name: (values[: len(own.y)], values[len(own.y) :]) for name, values in found.items()}
@@ -88,9 +88,11 @@ def score(examination: Examination, train: Samples, held_out: Samples) -> Scored
   return Scored(curves, best, sides, risks(own, sides), min(1.0, len(p_values) * min(p_values)))
 
 
-def suspects(examination: Examination, asked: Samples, held_out: Samples) -> Sequence[Risk]:
+def suspects(
+  examination: Examination, asked: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT
+) -> Sequence[Risk]:
   """Scores samples together with held-out ones; all count as what the classifier takes them for."""
-  others = _some(held_out)
+  others = _some(held_out, criteria.scored)
   found = candidates.scores(examination, examination.classifier.from_unit(np.concatenate([asked.x, others.x])))
   return risks(asked, {name: (values[: len(asked.x)], values[len(asked.x) :]) for name, values in found.items()})
 
@@ -110,7 +112,7 @@ def risks(asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -
   return [ranked[place] for place in order]
 
 
-def limits(train: Samples, held_out: Samples) -> list[str]:
+def limits(train: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT) -> list[str]:
   """What limits a comparison of these data, in words; nothing if nothing does. See `Confounded`."""
   count, group = tested(train, held_out)
   number, said = count * len(np.unique(train.y)), []
@@ -119,17 +121,17 @@ def limits(train: Samples, held_out: Samples) -> list[str]:
       f"Only {number} of the {len(train.y)} training samples can be tested, {count} of each class: so many has the"
       " rarest class of the training data or of those held out."
     )
-  if 2 * (1 + group) ** -number >= SIGNIFICANT:
+  if 2 * (1 + group) ** -number >= criteria.significant:
     said.append(f"The data are too few for a verdict: even if all {number} were identified, that could be chance.")
   if comparable(train) and len(train.y) * len(held_out.y) <= _PAIRS:
-    near = int(np.sum(similarity(train, held_out) > EXACT))
+    near = int(np.sum(similarity(train, held_out) > criteria.equal))
     if near:
       said.append(f"{near} held-out samples are all but equal to a training sample, and indistinguishable from it.")
   counts = np.stack([np.bincount(images.y, minlength=int(train.y.max()) + 1) for images in (train, held_out)])
-  if stats.chi2_contingency(counts).pvalue < SIGNIFICANT:
+  if stats.chi2_contingency(counts).pvalue < criteria.significant:
     said.append("The classes have other proportions in the held-out data, by which scores may differ, too.")
-  apart = sources.p_value(train, held_out)
-  if apart < SIGNIFICANT:
+  apart = sources.p_value(train, held_out, criteria)
+  if apart < criteria.significant:
     said.append(
       Confounded(
         f"The held-out data are distinguishable from the training data of their class without any weights"
@@ -140,10 +142,10 @@ def limits(train: Samples, held_out: Samples) -> list[str]:
   return said
 
 
-def _some(images: Samples) -> Samples:
-  if len(images.y) <= _MOST:
+def _some(images: Samples, most: int) -> Samples:
+  if len(images.y) <= most:
     return images
-  places = np.sort(np.random.default_rng(0).choice(len(images.y), _MOST, replace=False))
+  places = np.sort(np.random.default_rng(0).choice(len(images.y), most, replace=False))
   return images.only(places)
 
 

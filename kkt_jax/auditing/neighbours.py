@@ -15,15 +15,15 @@ import numpy as np
 from scipy import optimize  # type: ignore[import-untyped]
 
 from kkt_jax._precision import full_precision
-from kkt_jax.classifiers.classifier import Classifier, decay_of_tensors, PyTree
+from kkt_jax._typing import PyTree
+from kkt_jax.classifiers.classifier import Classifier
+from kkt_jax.classifiers.decay import decay_of_tensors
+from kkt_jax.criteria import AuditCriteria
 
-REFUSED, DOUBTED = 20.0, 5.0  # times as near as described, from which another description is right, or may be so
-_LEAST = {False: 0.5, True: 10.0}  # nearness below which nothing is said, without batch norm and with it
+_DEFAULT = AuditCriteria()
 _GAINS, _SHIFTS = (0.25, 0.5, 1.0, 2.0, 4.0), (-2.0, -1.0, 0.0, 1.0, 2.0)  # first tried; these in deviations
 _EVALUATIONS, _OF_SHIFTS = 60, 20  # of each of two searches, and of shifts alone between them
 _STEPS = (-0.7, -0.35, 0.0, 0.35, 0.7)  # in the logarithm of the gain
-_CONVERGED, _OTHER = 3.0, 1.5  # nearness from which weights tell their decay, and times the one said that is another
-_EXACT, _APART = 1e-8, 1e-6  # squared relative errors of statistics that are the same, and that are not
 
 
 class Neighbour(NamedTuple):
@@ -47,7 +47,7 @@ class Neighbour(NamedTuple):
     )
 
 
-def nearest(classifier: Classifier, unit: np.ndarray, y: np.ndarray) -> Neighbour:
+def nearest(classifier: Classifier, unit: np.ndarray, y: np.ndarray, criteria: AuditCriteria = _DEFAULT) -> Neighbour:
   """The best of the usual slips (`preprocessed`) and of all gains and shifts of the inputs.
 
   Nearness is the share of the squared gradient that points along the weights, tensor by tensor, over the share that
@@ -59,6 +59,7 @@ def nearest(classifier: Classifier, unit: np.ndarray, y: np.ndarray) -> Neighbou
     classifier: the classifier.
     unit: the training samples in [0, 1], as `Classifier.to_unit`.
     y: their labels.
+    criteria: what much nearer is.
 
   Returns:
     A `Neighbour`.
@@ -90,13 +91,13 @@ def nearest(classifier: Classifier, unit: np.ndarray, y: np.ndarray) -> Neighbou
   slip = max(named, key=lambda own: named[own])
   if named[slip] > 0.5 * best:
     best, what = named[slip], slip
-  least = _LEAST[classifier.batch_coupled]
-  if best < least or best < DOUBTED * given:
+  least = criteria.least_near_batch_norm if classifier.batch_coupled else criteria.least_near
+  if best < least or best < criteria.nearer_doubted * given:
     return Neighbour(confirmed=given >= least)
   return Neighbour(what, best / max(given, 1e-9))
 
 
-def other_decay(classifier: Classifier, x: np.ndarray, y: np.ndarray) -> str:
+def other_decay(classifier: Classifier, x: np.ndarray, y: np.ndarray, criteria: AuditCriteria = _DEFAULT) -> str:
   """A sentence if the gradient on the training data shows that kernels decayed otherwise than it is said."""
   if classifier.weight_decay is None or classifier.batch_coupled or classifier.initial_params is not None:
     return ""
@@ -105,7 +106,7 @@ def other_decay(classifier: Classifier, x: np.ndarray, y: np.ndarray) -> str:
   kernels = [leaf.ndim > 1 for leaf in jax.tree.leaves(classifier.params)]
   ratios = [float(a) / own for a, own, kernel in zip(shares, said, kernels, strict=True) if kernel and own > 0]
   ratio = float(np.median(ratios)) if ratios else 1.0
-  if float(near) < _CONVERGED or 1 / _OTHER < ratio < _OTHER:
+  if float(near) < criteria.converged or 1 / criteria.other_decay < ratio < criteria.other_decay:
     return ""
   return (
     f"With these training data the weights are where {ratio:.2g} times the weight_decay that was described would hold"
@@ -113,15 +114,15 @@ def other_decay(classifier: Classifier, x: np.ndarray, y: np.ndarray) -> str:
   )
 
 
-def between_norms(classifier: Classifier, x: np.ndarray) -> str:
+def between_norms(classifier: Classifier, x: np.ndarray, criteria: AuditCriteria = _DEFAULT) -> str:
   """A sentence if some stored statistics are the training data's to rounding errors, and others are not."""
-  if classifier.statistics is None or classifier.statistics_fn is None:
+  if classifier.statistics_fn is None:
     return ""
   errors = _errors(classifier.statistics, jax.jit(classifier.statistics_fn)(classifier.params, jnp.asarray(x)))
-  wrong = [layer for layer, error in errors.items() if error > _APART]
-  if not wrong or min(errors.values()) > _EXACT:
+  wrong = [layer for layer, error in errors.items() if error > criteria.other_statistics]
+  if not wrong or min(errors.values()) > criteria.same_statistics:
     return ""
-  right = [layer for layer, error in errors.items() if error <= _EXACT]
+  right = [layer for layer, error in errors.items() if error <= criteria.same_statistics]
   return (
     f"The stored statistics of {', '.join(right)} are those of the training data, those of {', '.join(wrong)} are not:"
     " what comes before the latter may be described wrongly, as the epsilon of another batch norm, padding, an"

@@ -23,6 +23,7 @@ from kkt_jax.auditing.description import Fit, Residuals
 from kkt_jax.auditing.membership import Confounded, Risk, Scored, SCORES
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.auditing.verdict import Verdict
+from kkt_jax.criteria import AuditCriteria
 from kkt_jax.extraction.certificates import EVIDENCE
 from kkt_jax.metrics import Trial
 from kkt_jax.reconstruction.result import Reconstruction
@@ -82,10 +83,10 @@ class AuditReport:
     leaks: the training samples that were certified or identified, the surest first.
     scored: membership inference by scores of single samples, if data were given.
     candidates: how far each candidate stands out by the same scores, the surest first, if there are any.
-    false_discovery_rate: the expected share of non-members among those that are named as members, at most.
     certified: how many samples are certified, by the evidence.
     compared: these against the training data, for each classifier; see `kkt_jax.auditing.matching.exactness`.
     measured: what the classifier and its conditions say of samples and of their controls (`ROWS`).
+    criteria: by what the audit decided.
   """
 
   verdict: Verdict
@@ -101,16 +102,17 @@ class AuditReport:
   leaks: Sequence[Leak] = ()
   scored: Scored | None = None
   candidates: Sequence[Risk] | None = None
-  false_discovery_rate: float = 0.05
   certified: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(EVIDENCE, 0))
   compared: Sequence[Mapping[str, int]] = ()
   measured: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+  criteria: AuditCriteria = AuditCriteria()
 
   @property
   def members(self) -> list[str]:
     """Names of inferred members: certified or identified training samples, and samples named by their scores.
 
-    Scores name training samples and candidates so that the false-discovery rate is at most `false_discovery_rate`.
+    Scores name training samples and candidates so that the false-discovery rate is at most
+    `AuditCriteria.false_discovery_rate`.
     """
     shown = [leak.name for leak in self.leaks] if self.verdict.level == "leak" else []
     return list(dict.fromkeys([*shown, *(own.name for own in self.at_risk)]))
@@ -124,7 +126,7 @@ class AuditReport:
     if any(isinstance(remark, Confounded) for remark in self.remarks):
       return []
     every = [*(() if self.scored is None else self.scored.risks), *(self.candidates or ())]
-    return [own for own in every if own.q_value <= self.false_discovery_rate]
+    return [own for own in every if own.q_value <= self.criteria.false_discovery_rate]
 
   def __str__(self) -> str:
     """The verdict, the worst cases, and a table of metrics, for a terminal."""
@@ -157,12 +159,13 @@ class AuditReport:
       "scores_p_value": None if self.scored is None else self.scored.p_value,
       "training_samples": [own._asdict() for own in (self.scored.risks if self.scored else ())],
       "candidates": None if self.candidates is None else [own._asdict() for own in self.candidates],
-      "false_discovery_rate": self.false_discovery_rate,
       "certified": dict(self.certified),
       "certificates": list(self.compared),
       "criteria": [
         dataclasses.asdict(own.criteria) for own in (self.reconstruction.exact if self.reconstruction else ())
       ],
+      "analysis_criteria": dataclasses.asdict(self.examination.criteria),
+      "audit_criteria": dataclasses.asdict(self.criteria),
     }
 
   def to_json(self) -> str:
@@ -221,7 +224,7 @@ class AuditReport:
       candidates=self.candidates,
       curves=self._curves,
       at_risk=self.at_risk,
-      rate=self.false_discovery_rate,
+      rate=self.criteria.false_discovery_rate,
       assumed=[verdict.ASSUMED[kind] for kind, count in self.certified.items() if count],
       assumed_by_all=verdict.ASSUMED_BY_ALL,
       measured_false=verdict.MEASURED_FALSE,

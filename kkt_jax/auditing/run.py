@@ -17,7 +17,7 @@ from kkt_jax.auditing import data, description, matching, membership, pictures, 
 from kkt_jax.auditing.report import AuditReport, CONTROLS, Leak, ROWS
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.classifiers.classifier import Classifier
-from kkt_jax.criteria import Criteria
+from kkt_jax.criteria import AuditCriteria, Criteria
 from kkt_jax.extraction.certificates import EVIDENCE
 from kkt_jax.generators import table
 from kkt_jax.kkt import diagnostics
@@ -30,7 +30,6 @@ from kkt_jax.reconstruction.stages import reconstruct
 
 _LOG = logging.getLogger(__name__)
 _SHOWN = 8  # leaks in pictures
-_LARGEST_RATIO = 1e3
 Given = Samples | ArrayLike | tuple[ArrayLike, ArrayLike]
 # ``(name, examination, recipe, seed) -> reconstruction``; the name is "generator" or "class_likeness".
 TrainFn = Callable[[str, Examination, Recipe, int], Reconstruction]
@@ -49,15 +48,15 @@ class AuditConfig:
     recipe: from an examination to how the generator is trained; `kkt_jax.reconstruction.recipes.default` if None.
     force: go on even if the classifier does not know its training data, cannot have started from its initial
       parameters, or if its weights are too far from all conditions, or do not obey them with these data.
-    false_discovery_rate: the expected share of non-members among those that are named as members, at most.
     train: trains a generator; it can keep checkpoints and show progress. `kkt_jax.reconstruct` by default.
+    criteria: what counts as evidence, and when the description of the classifier is refused or doubted.
   """
 
   form: str | None = None
   recipe: Callable[[Examination], Recipe] | None = None
   force: bool = False
-  false_discovery_rate: float = 0.05
   train: TrainFn = _train
+  criteria: AuditCriteria = AuditCriteria()
 
 
 def audit(
@@ -99,12 +98,13 @@ def audit(
     _samples("train", classifier, train),
     _samples("held_out", classifier, held_out),
     alone=candidates is not None,
+    criteria=config.criteria,
   )
   asked = _samples("candidates", classifier, candidates)
-  wrong_start = description.check_start(classifier, given.train)
+  wrong_start = description.check_start(classifier, given.train, config.criteria)
   if wrong_start and not config.force:
     raise InputError(f"initial_params: {wrong_start}")
-  fit = description.check(classifier, given.train, given.held_out)
+  fit = description.check(classifier, given.train, given.held_out, config.criteria)
   remarks = given.remarks
   if fit is not None:
     _LOG.info("%s", fit)
@@ -122,7 +122,7 @@ def audit(
   _LOG.info("%s", examination)
   obeyed, residuals = examination.explained, None
   if obeyed and given.train is not None:
-    residuals = description.residuals(examination, given.train, given.held_out)
+    residuals = description.residuals(examination, given.train, given.held_out, config.criteria)
   if residuals is not None:
     _LOG.info("%s", residuals)
     obeyed = not residuals.disobey
@@ -135,8 +135,10 @@ def audit(
   scored = told = None
   if given.held_out is not None:
     _LOG.info("scoring single samples for membership inference")
-    scored = None if given.train is None else membership.score(examination, given.train, given.held_out)
-    told = None if asked is None else membership.suspects(examination, asked, given.held_out)
+    if given.train is not None:
+      scored = membership.score(examination, given.train, given.held_out, config.criteria)
+    if asked is not None:
+      told = membership.suspects(examination, asked, given.held_out, config.criteria)
   report = AuditReport(
     verdict=verdict.refusal(examination.bound),
     examination=examination,
@@ -147,7 +149,7 @@ def audit(
     residuals=residuals,
     scored=scored,
     candidates=told,
-    false_discovery_rate=config.false_discovery_rate,
+    criteria=config.criteria,
   )
   return _concluded(report, given.held_out, likeness)
 
@@ -185,12 +187,12 @@ def _concluded(report: AuditReport, held_out: Samples | None, likeness: Reconstr
       if held_out is not None:
         means = _class_means(sets["generated"])
         trials = {name: matching.trial(own, train, held_out) for name, own in (sets | {"own_means": means}).items()}
-        leaks = _leaks(sets["generated"], train, held_out, trials["generated"], certified)
+        leaks = _leaks(sets["generated"], train, held_out, trials["generated"], certified, report.criteria.most_ratio)
     certified_rightly = sum(counts.values()) > (false or 0)
     controls = {title: trials[name] for name, title in CONTROLS.items() if name in trials}
     report = dataclasses.replace(
       report,
-      verdict=verdict.of(trials.get("generated"), controls, counts, false, report.remarks),
+      verdict=verdict.of(trials.get("generated"), controls, counts, false, report.remarks, report.criteria),
       generated=sets["generated"],
       trials=trials,
       leaks=leaks,
@@ -205,12 +207,12 @@ def _concluded(report: AuditReport, held_out: Samples | None, likeness: Reconstr
 
   answers = {"Reconstruction": limited(report.verdict, certified=certified_rightly)}
   if report.scored is not None:
-    found = verdict.of_scores(report.scored)
-    named = verdict.of_risks(report.scored.risks, report.false_discovery_rate, "members")
+    found = verdict.of_scores(report.scored, report.criteria)
+    named = verdict.of_risks(report.scored.risks, "members", report.criteria)
     answers["Membership inference"] = limited(found._replace(reasons=[*found.reasons, named]))
-  answer = limited(verdict.with_scores(report.verdict, report.scored), certified=certified_rightly)
+  answer = limited(verdict.with_scores(report.verdict, report.scored, report.criteria), certified=certified_rightly)
   if report.candidates is not None:
-    named = verdict.of_risks(report.candidates, report.false_discovery_rate, "candidates")
+    named = verdict.of_risks(report.candidates, "candidates", report.criteria)
     answer = answer._replace(reasons=[*answer.reasons, named])
   return dataclasses.replace(report, verdict=answer, answers=answers)
 
@@ -229,11 +231,11 @@ def generated(reconstruction: Reconstruction) -> Samples:
   return Samples(np.asarray(reconstruction.classifiers[0].to_unit(x)), np.asarray(y))
 
 
-def _leaks(samples: Samples, train: Samples, held_out: Samples, trial: Trial, certified: np.ndarray) -> Sequence[Leak]:
+def _leaks(
+  samples: Samples, train: Samples, held_out: Samples, trial: Trial, certified: np.ndarray, most_ratio: float
+) -> Sequence[Leak]:
   """The training samples that are certified, then those identified by the greatest ratio."""
-  ratios = {
-    int(place): min(float(ratio), _LARGEST_RATIO) for place, ratio in zip(trial.places, trial.ratios, strict=True)
-  }
+  ratios = {int(place): min(float(ratio), most_ratio) for place, ratio in zip(trial.places, trial.ratios, strict=True)}
   hits = {int(place) for place in trial.places[trial.hits]}
   nearest, differences = matching.nearest_by_value(certified, train.x)
   exact = set(nearest[differences < Criteria().same].tolist())

@@ -10,46 +10,47 @@ import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
 from kkt_jax.auditing.samples import Samples
+from kkt_jax.criteria import AuditCriteria
 
-_MOST, _MOST_VALUES = 1500, 2000  # samples of each kind, and values of a sample, that are compared
-_COMPONENTS, _FOLDS, _RIDGE = 30, 5, 0.1
-_SHUFFLED = 1999
+_DEFAULT = AuditCriteria()
 
 
-def p_value(first: Samples, second: Samples) -> float:
+def p_value(first: Samples, second: Samples, criteria: AuditCriteria = _DEFAULT) -> float:
   """The odds of so great a difference between two sets of one source, whatever the shares of their classes.
 
   Thrice the least of three: of a linear classifier of pixels and summaries, cross-validated; of the summary that
-  differs most; and of the mean images. Which sample belongs to which set is shuffled within the classes, 1,999 times,
-  so that the p-value is exact for exchangeable samples.
+  differs most; and of the mean images. Which sample belongs to which set is shuffled within the classes, 1,999 times
+  (`AuditCriteria.shuffles`), so that the p-value is exact for exchangeable samples.
   """
   random = np.random.default_rng(0)
-  parts = [_some(images, random) for images in (first, second)]
+  parts = [_some(images, random, criteria.sources_samples) for images in (first, second)]
   x, y = np.concatenate([own.x for own in parts]), np.concatenate([own.y for own in parts])
   member = np.repeat([1.0, 0.0], [len(own.y) for own in parts])
-  members = np.stack([member, *_shuffled(member, y, random)], axis=1)
+  members = np.stack([member, *_shuffled(member, y, random, criteria.shuffles)], axis=1)
   members -= _class_means(members, y)  # constant within a class
   flat = x.reshape(len(x), -1).astype(np.float64)
-  if flat.shape[1] > _MOST_VALUES:
-    flat = flat[:, np.sort(random.choice(flat.shape[1], _MOST_VALUES, replace=False))]
+  if flat.shape[1] > criteria.sources_values:
+    flat = flat[:, np.sort(random.choice(flat.shape[1], criteria.sources_values, replace=False))]
   summaries = np.stack([stats.rankdata(own) for own in _summaries(x)], axis=1)
   values, summaries = _standard(flat, y), _standard(summaries, y)
   left, sizes, _ = np.linalg.svd(values, full_matrices=False)
-  components = left[:, :_COMPONENTS][:, sizes[:_COMPONENTS] > 1e-6] * len(x) ** 0.5
+  components = left[:, : criteria.components][:, sizes[: criteria.components] > 1e-6] * len(x) ** 0.5
   found = [
-    _predicted(np.concatenate([components, summaries], axis=1), members, random),
+    _predicted(np.concatenate([components, summaries], axis=1), members, random, criteria),
     np.abs(summaries.T @ members).max(axis=0),
     np.square(values.T @ members).sum(axis=0),
   ]
   return float(min(1.0, len(found) * min(np.mean(own >= own[0] * (1 - 1e-9)) for own in found)))
 
 
-def _predicted(features: np.ndarray, members: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def _predicted(
+  features: np.ndarray, members: np.ndarray, random: np.random.Generator, criteria: AuditCriteria
+) -> np.ndarray:
   """How well each of many memberships [N, T] is predicted by ridge regression, on samples that it was not fitted to."""
-  fold, predicted = random.permutation(len(features)) % _FOLDS, np.zeros_like(members)
-  for own in range(_FOLDS):
+  fold, predicted = random.permutation(len(features)) % criteria.folds, np.zeros_like(members)
+  for own in range(criteria.folds):
     fitted, tested = features[fold != own], features[fold == own]
-    ridge = _RIDGE * len(fitted) * np.eye(features.shape[1])
+    ridge = criteria.ridge * len(fitted) * np.eye(features.shape[1])
     predicted[fold == own] = tested @ np.linalg.solve(fitted.T @ fitted + ridge, fitted.T @ members[fold != own])
   lengths = np.linalg.norm(predicted, axis=0) * np.linalg.norm(members, axis=0)
   return np.asarray(np.sum(predicted * members, axis=0) / np.maximum(lengths, 1e-12))
@@ -75,9 +76,9 @@ def _summaries(x: np.ndarray) -> Iterator[np.ndarray]:
       yield np.abs(np.diff(images, n=order, axis=axis)).mean(axis=(1, 2))
 
 
-def _shuffled(member: np.ndarray, y: np.ndarray, random: np.random.Generator) -> Iterator[np.ndarray]:
+def _shuffled(member: np.ndarray, y: np.ndarray, random: np.random.Generator, count: int) -> Iterator[np.ndarray]:
   classes = [np.flatnonzero(y == label) for label in np.unique(y)]
-  for _ in range(_SHUFFLED):
+  for _ in range(count):
     drawn = member.copy()
     for places in classes:
       drawn[places] = random.permutation(member[places])
@@ -98,8 +99,8 @@ def _standard(values: np.ndarray, y: np.ndarray) -> np.ndarray:
   return values / np.where(deviations > 1e-9, deviations, np.inf)
 
 
-def _some(images: Samples, random: np.random.Generator) -> Samples:
-  if len(images.y) <= _MOST:
+def _some(images: Samples, random: np.random.Generator, most: int) -> Samples:
+  if len(images.y) <= most:
     return images
-  places = np.sort(random.choice(len(images.y), _MOST, replace=False))
+  places = np.sort(random.choice(len(images.y), most, replace=False))
   return Samples(images.x[places], images.y[places])

@@ -7,11 +7,11 @@ import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
 from kkt_jax.auditing.description import Residuals
-from kkt_jax.auditing.matching import EXACT
-from kkt_jax.auditing.membership import Confounded, Risk, Scored, SCORES, SIGNIFICANT
+from kkt_jax.auditing.membership import Confounded, Risk, Scored, SCORES
+from kkt_jax.criteria import AuditCriteria
 from kkt_jax.metrics import Trial
 
-_MORE = 0.05  # p-value below which one set of samples identifies more than another
+_DEFAULT = AuditCriteria()
 MEASURED_FALSE = "none was false in 39 searches of thirteen kinds of data"
 EVIDENCE = {"equations": "by the equations", "levels": "by 8-bit levels", "range": "by the range of values"}
 ASSUMED = {  # in the words of `kkt_jax.extraction.certificates`
@@ -55,7 +55,7 @@ class Verdict(NamedTuple):
     return " ".join([self.answer, *self.reasons])
 
 
-def of_scores(scored: Scored) -> Verdict:
+def of_scores(scored: Scored, criteria: AuditCriteria = _DEFAULT) -> Verdict:
   """The answer on membership inference, by scores of single samples (`kkt_jax.auditing.membership.score`)."""
   own, naive = scored.curves[scored.best], scored.curves["loss"]
   counted = (
@@ -64,18 +64,18 @@ def of_scores(scored: Scored) -> Verdict:
   )
   if scored.best != "loss":
     counted += f", and {naive.points[0].members} by their loss, the baseline (AUC {naive.auc:.3f})"
-  if scored.p_value < SIGNIFICANT:
+  if scored.p_value < criteria.significant:
     answer = "Membership can be inferred: members and non-members are distinguishable."
     return Verdict("member", answer, [f"{counted}."])
   answer = "No evidence that membership can be inferred from these scores."
   return Verdict("none", answer, [f"{counted}; chance explains that (p = {scored.p_value:.2g})."])
 
 
-def with_scores(verdict: Verdict, scored: Scored | None) -> Verdict:
+def with_scores(verdict: Verdict, scored: Scored | None, criteria: AuditCriteria = _DEFAULT) -> Verdict:
   """The verdict on reconstruction, with the answer on membership inference, if there are any scores."""
   if scored is None:
     return verdict
-  found = of_scores(scored)
+  found = of_scores(scored, criteria)
   if found.level == "member" and verdict.level != "leak":
     return Verdict("member", found.answer, [*found.reasons, f"Reconstruction: {verdict.answer}", *verdict.reasons])
   return verdict._replace(reasons=[*verdict.reasons, found.answer, *found.reasons])
@@ -101,8 +101,9 @@ def with_limits(verdict: Verdict, remarks: Sequence[str], *, certified: bool = F
   return Verdict("open", answer, [*confounded, f"Without this limit the verdict would be: {verdict.answer}", *said])
 
 
-def of_risks(risks: Sequence[Risk], rate: float, what: str) -> str:
-  """How many samples count as members at a false-discovery rate; ``what`` names them."""
+def of_risks(risks: Sequence[Risk], what: str, criteria: AuditCriteria = _DEFAULT) -> str:
+  """How many samples, called ``what``, can be named as members at the false-discovery rate of the criteria."""
+  rate = criteria.false_discovery_rate
   inferred = sum(own.q_value <= rate for own in risks)
   said = (
     f"{inferred or 'None'} of the {len(risks)} {what} can be named as members at a false-discovery rate of {rate:.0%}"
@@ -148,6 +149,7 @@ def of(
   certified: Mapping[str, int],
   false: int | None = None,
   remarks: Sequence[str] = (),
+  criteria: AuditCriteria = _DEFAULT,
 ) -> Verdict:
   """The answer on reconstruction.
 
@@ -157,6 +159,7 @@ def of(
     certified: how many samples the weights certify as training samples, by the evidence (`EVIDENCE`).
     false: how many of these are not among the training data; None if there are none to compare with.
     remarks: what limits the trial.
+    criteria: what counts as evidence.
 
   Returns:
     The verdict.
@@ -191,10 +194,10 @@ def of(
   ]
   odds = "below one in a billion" if own.p_value < 1e-9 else f"about one in {float(f'{1 / own.p_value:.2g}'):,.0f}"
   compared = ", ".join(f"{name} {trial.hits.sum()}" for name, trial in controls.items())
-  explained = any(more_hits(own, trial) >= _MORE for trial in controls.values())
-  if own.p_value < SIGNIFICANT:
+  explained = any(more_hits(own, trial) >= criteria.fewer for trial in controls.values())
+  if own.p_value < criteria.significant:
     reasons.append(f"The probability of that by chance is {odds}.")
-    if explained and not right and not _copies(own):
+    if explained and not right and not _copies(own, criteria.equal):
       answer = "The reconstructed samples identify training data, but no more of them than a class-level baseline does."
       reasons.append(
         f"Class-level baselines identify about as many: {compared}. So the weights hold what the training data have in"
@@ -210,9 +213,9 @@ def of(
     return Verdict("leak", reveal, [*reasons, *remarks])
   if right:
     return Verdict("leak", reveal, [*reasons, "That can be chance; the certificates do not rest on it.", *remarks])
-  if 2 * chance**tested >= SIGNIFICANT:
+  if 2 * chance**tested >= criteria.significant:
     return Verdict("open", "No verdict from so few data.", [*reasons, *remarks])
-  least = int(stats.binom.isf(SIGNIFICANT / 2, tested, chance)) + 1
+  least = int(stats.binom.isf(criteria.significant / 2, tested, chance)) + 1
   reasons.append(
     f"As many or more are identified by chance with probability {own.p_value:.2g}; {min(least, tested)} would have been"
     " evidence. That does not show that the weights reveal nothing."
@@ -227,9 +230,9 @@ def more_hits(own: Trial, other: Trial) -> float:
   return float(stats.binomtest(first, first + second, alternative="greater").pvalue) if first + second else 1.0
 
 
-def _copies(own: Trial) -> bool:
+def _copies(own: Trial, equal: float) -> bool:
   """Whether some reconstructed images equal a training image, and none a held-out one."""
-  return own.best == 1 and own.others.max() <= EXACT < own.members.max()
+  return own.best == 1 and own.others.max() <= equal < own.members.max()
 
 
 def _certificates(certified: Mapping[str, int], false: int | None) -> str:

@@ -7,7 +7,8 @@ import importlib
 from typing import Any, TYPE_CHECKING
 
 from kkt_jax._typing import ApplyFn, PyTree
-from kkt_jax.classifiers.classifier import Classifier, Evaluation, make_classifier, two_logits, WeightDecay
+from kkt_jax.classifiers.classifier import Classifier, Evaluation, make_classifier, two_logits
+from kkt_jax.classifiers.decay import WeightDecay
 
 if TYPE_CHECKING:
   from kkt_jax.classifiers.equinox import from_equinox

@@ -10,7 +10,8 @@ import numpy as np
 
 from kkt_jax._precision import full_precision
 from kkt_jax._typing import PyTree
-from kkt_jax.classifiers.classifier import Classifier, DecayLike, result_shape
+from kkt_jax.classifiers.classifier import Classifier, result_shape
+from kkt_jax.classifiers.decay import DecayLike
 
 _APART = 1e-4  # greatest difference from the framework's own logits, of the greatest logit, or of probabilities
 _SAMPLES = 3  # random inputs that are compared

@@ -1,8 +1,9 @@
 """Running statistics of batch norm among other variables, recognised by the names that frameworks give them."""
 
 from collections.abc import Mapping
+import dataclasses
 import re
-from typing import Any
+from typing import Any, Self
 
 from kkt_jax._typing import PyTree
 
@@ -98,3 +99,45 @@ def is_variance(key: Any) -> bool:
 def is_unbiased(key: Any) -> bool:
   """Whether a framework that names a variance so divides by n - 1, as PyTorch does."""
   return _parts(key)[1] == "running_var"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """Variables in their parts.
+
+  Attributes:
+    params: what was trained.
+    statistics: the running ones of batch norm; empty if there are none.
+    counters: what else stands among them, such as the number of batches.
+    constants: further collections; None if the variables are no collections.
+  """
+
+  params: PyTree
+  statistics: PyTree
+  counters: PyTree
+  constants: Mapping[str, PyTree] | None
+
+  @classmethod
+  def of(cls, variables: PyTree) -> Self:
+    """The parts of collections with "params", or of parameters among which running statistics may stand."""
+    params, statistics, constants = variables, {}, None
+    if isinstance(variables, Mapping) and "params" in variables:
+      constants = {name: tree for name, tree in variables.items() if name != "params"}
+      params, statistics = variables["params"], constants.pop("batch_stats", {})
+    elif isinstance(variables, Mapping) and split(variables)[1]:
+      params, statistics = split(variables)
+    counters, running = split(statistics, frozenset())
+    return cls(params, running, counters, constants)
+
+  def params_of(self, variables: PyTree) -> PyTree:
+    """The parameters among other variables of the same kind."""
+    if self.constants is not None:
+      return variables["params"]
+    return split(variables)[0] if self.statistics else variables
+
+  def whole(self, params: PyTree, statistics: PyTree) -> PyTree:
+    """All variables, with other parameters and running statistics."""
+    own = merge(self.counters, statistics)
+    if self.constants is None:
+      return merge(params, own) if own else params
+    return {**self.constants, **({"batch_stats": own} if own else {}), "params": params}

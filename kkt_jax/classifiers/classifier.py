@@ -16,10 +16,7 @@ from kkt_jax import _checks
 from kkt_jax._precision import full_precision
 from kkt_jax._typing import ApplyFn, PyTree
 from kkt_jax.classifiers import _statistics
-
-# The strength of weight decay: one for all tensors, a tree of strengths like the parameters, or a function of the names
-# that `kkt_jax.tensor_names` gives; 0 where there is none.
-DecayLike = float | PyTree | Callable[[str], float]
+from kkt_jax.classifiers.decay import decay_of_tensors, DecayLike, WeightDecay
 
 
 class Evaluation(NamedTuple):
@@ -36,97 +33,14 @@ class Evaluation(NamedTuple):
   features: jax.Array | None = None
 
 
-class WeightDecay(float):
-  """Strengths of weight decay that differ from tensor to tensor; as a number, the greatest.
-
-  Attributes:
-    strengths: of every tensor, in the order of the leaves.
-
-  >>> decay = WeightDecay((0.0, 0.01))
-  >>> float(decay), decay.strengths, decay == WeightDecay((0.01, 0.01))
-  (0.01, (0.0, 0.01), False)
-  """
-
-  strengths: tuple[float, ...]
-
-  def __new__(cls, strengths: Sequence[float]) -> Self:
-    """The strengths in the order of the leaves."""
-    own = super().__new__(cls, max(strengths))
-    own.strengths = tuple(map(float, strengths))
-    return own
-
-  def __eq__(self, other: object) -> bool:
-    """Only those of the same strengths are equal, which jit needs to know."""
-    return isinstance(other, WeightDecay) and self.strengths == other.strengths
-
-  def __hash__(self) -> int:
-    """That of the strengths."""
-    return hash(self.strengths)
-
-  def __reduce__(self) -> tuple[Any, ...]:
-    """For copies and pickles."""
-    return WeightDecay, (self.strengths,)
-
-
-def decay_of_tensors(weight_decay: DecayLike, params: PyTree) -> PyTree:
-  """The strength of weight decay of every tensor, a tree of scalars like the parameters.
-
-  Raises:
-    ValueError: a strength is negative, not finite or no scalar, or none is positive.
-
-  >>> decay_of_tensors(lambda name: 0.1 if name.endswith("kernel") else 0.0, {"kernel": 1.0, "bias": 2.0})
-  {'bias': 0.0, 'kernel': 0.1}
-  """
-  leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-  names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-  alike: Any = jax.tree.structure(weight_decay)
-  if isinstance(weight_decay, WeightDecay):
-    found: list[Any] = list(weight_decay.strengths)
-  elif callable(weight_decay):
-    found = [weight_decay(name) for name in names]
-  elif _is_number(weight_decay):
-    _checks.check_positive("weight_decay", weight_decay)
-    found = [weight_decay] * len(names)
-  elif alike == structure:
-    found = jax.tree.leaves(weight_decay)
-  else:
-    found = []
-  if len(found) != len(names) or not all(map(_is_number, found)):
-    raise ValueError(
-      "weight_decay must be a number, a tree of numbers like params, or a function of the names of tensors, such as"
-      f" {names[0]!r}; got {next((own for own in found if not _is_number(own)), weight_decay)!r}."
-    )
-  for name, own in zip(names, found, strict=True):
-    if _checks.concrete((own >= 0) & (own < np.inf)) is False:
-      raise ValueError(f"weight_decay must be positive and finite, or 0 where there is none; got {own} for {name!r}.")
-  if all(_checks.concrete(own > 0) is False for own in found):
-    raise ValueError(f"weight_decay must be positive and finite, at least of one tensor; got {weight_decay!r}.")
-  return jax.tree.unflatten(structure, found)
-
-
-def _is_number(value: Any) -> bool:
-  """Whether it is a real number, which strings, None and truth values are not."""
-  if isinstance(value, bool | str | Mapping | Sequence | None):
-    return False
-  return jnp.ndim(value) == 0
+# (params, x [M, *input_shape], train) -> Evaluation; relaxed gates may be given as a fourth argument.
+Forward = Callable[..., Evaluation]
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["params", "statistics", "offset", "initial_params"],
-  meta_fields=[
-    "apply_fn",
-    "gradient_fn",
-    "predict_fn",
-    "statistics_fn",
-    "features_fn",
-    "evaluate_fn",
-    "input_shape",
-    "labels",
-    "batch_coupled",
-    "value_range",
-    "weight_decay",
-  ],
+  meta_fields=["forward", "input_shape", "labels", "value_range", "weight_decay"],
 )
 @dataclasses.dataclass(frozen=True)
 class Classifier:
@@ -136,28 +50,18 @@ class Classifier:
   Inputs are in the classifier's own units everywhere; `to_unit` maps them to [0, 1].
 
   Attributes:
-    apply_fn: ``(params, x[M, *input_shape]) -> logits[M, C]``, exactly the function that gradient descent trained, from
-      which Lambda is derived. With batch norm it uses the statistics of the batch.
+    forward: ``(params, x[M, *input_shape], train) -> Evaluation``. In training it is exactly the function that gradient
+      descent trained, with batch norm on the statistics of the batch, which it returns; at inference samples do not
+      interact, and batch norm uses its own copy of the stored statistics. Features are the output of the last batch
+      norm, of which the ReLU is the input of the last layer, if known. `kkt_jax.classifiers.relaxation.relaxed` gives
+      it other derivatives.
     params: zeta, a pytree of floating-point arrays.
     input_shape: shape of one input.
     labels: the label that each output stands for, C distinct integers; 0..C-1 by default. Several classifiers share
       one numbering: a classifier of the digits 5-9 has ``labels=(5, 6, 7, 8, 9)``.
-    gradient_fn: the same values, with the derivatives that enter the stationarity condition: ``apply_fn`` itself (the
-      default), or one with relaxed ReLU gates, which are not quasi-homogeneous
-      (`kkt_jax.classifiers.relaxation.relaxed`). Training a generator takes its derivatives, with what gates it has
-      relaxed as the recipe says (`kkt_jax.reconstruction.Stationarity`), whatever the other functions are.
-    predict_fn: ``(params, x) -> logits`` at inference, where samples do not interact; ``apply_fn`` by default. Margins
-      are measured on it. With batch norm it holds its own copy of the stored statistics.
-    batch_coupled: whether the samples of a batch interact in ``apply_fn`` (batch norm on batch statistics); if so,
-      ``predict_fn`` is required.
-    statistics_fn: ``(params, x) -> statistics`` of a batch inside the classifier, or None.
-    statistics: the stored statistics of the training data, the tree that ``statistics_fn`` returns, or None.
-    features_fn: ``(params, x) -> [M, F]`` at inference: the output of the last batch norm, of which the ReLU is the
-      input of the last layer; or None.
-    evaluate_fn: ``(params, x) -> Evaluation`` as in training, with the derivatives of ``gradient_fn``: logits,
-      statistics and features from one pass, which saves a training step the others. None asks the functions above;
-      whoever replaces ``gradient_fn`` replaces it, too.
-    offset: a constant [*input_shape] that the functions subtract from their inputs, such as the mean image of the
+    statistics: with batch norm the stored statistics of the training data, a tree like those that ``forward`` returns
+      of a batch in training; None without, where samples never interact.
+    offset: a constant [*input_shape] that ``forward`` subtracts from its inputs, such as the mean image of the
       training data, if known. It is part of what a classifier reveals.
     value_range: least and greatest value of an input; None if unbounded.
     weight_decay: the strength w of the weight decay that the classifier was trained with, if known: a number, or a
@@ -167,21 +71,72 @@ class Classifier:
       network that was fine-tuned. Then the data account for the change.
   """
 
-  apply_fn: ApplyFn
+  forward: Forward
   params: PyTree
   input_shape: tuple[int, ...]
   labels: tuple[int, ...]
-  gradient_fn: ApplyFn
-  predict_fn: ApplyFn
-  batch_coupled: bool = False
-  statistics_fn: Callable[[PyTree, jax.Array], PyTree] | None = None
   statistics: PyTree | None = None
-  features_fn: ApplyFn | None = None
-  evaluate_fn: Callable[[PyTree, jax.Array], Evaluation] | None = None
   offset: jax.Array | None = None
   value_range: tuple[float, float] | None = (0.0, 1.0)
   weight_decay: float | None = None
   initial_params: PyTree | None = None
+
+  @property
+  def exact_forward(self) -> Forward:
+    """``forward`` with its own derivatives, not those of relaxed gates."""
+    return getattr(self.forward, "exact", self.forward)
+
+  @functools.cached_property
+  def apply_fn(self) -> ApplyFn:
+    """``(params, x) -> logits [M, C]`` as trained, from which Lambda is derived."""
+    return _Output(self.exact_forward, True, "logits")
+
+  @functools.cached_property
+  def gradient_fn(self) -> ApplyFn:
+    """The same values, with the derivatives that enter the stationarity condition: those of relaxed gates, if any."""
+    return _Output(self.forward, True, "logits")
+
+  @functools.cached_property
+  def predict_fn(self) -> ApplyFn:
+    """``(params, x) -> logits [M, C]`` at inference; margins are measured on it."""
+    return _Output(self.exact_forward, False, "logits")
+
+  @functools.cached_property
+  def statistics_fn(self) -> Callable[[PyTree, jax.Array], PyTree] | None:
+    """``(params, x) -> statistics`` of a batch inside the classifier; None without batch norm."""
+    return _Output(self.exact_forward, True, "statistics") if self.batch_coupled else None
+
+  @functools.cached_property
+  def features_fn(self) -> ApplyFn | None:
+    """``(params, x) -> features [M, F]`` at inference; None if they are unknown."""
+    features_fn = _Output(self.exact_forward, False, "features")
+    return None if result_shape("forward", features_fn, self.params, self.input_shape) is None else features_fn
+
+  @property
+  def batch_coupled(self) -> bool:
+    """Whether the samples of a batch interact in training, as in batch norm."""
+    return self.statistics is not None
+
+  def with_params(self, params: PyTree | None = None, *, initial_params: PyTree | None = None) -> Self:
+    """The same classifier with other parameters, or from another start; None leaves what there is.
+
+    Raises:
+      ValueError: they are not of the shapes of ``params``, not finite, or nothing was trained between them.
+    """
+    params = self.params if params is None else params
+    initial_params = self.initial_params if initial_params is None else initial_params
+    _checks.check_same_shapes("params", params, "those of the classifier", self.params)
+    return dataclasses.replace(self, **_checked_params(params, initial_params))
+
+  def with_offset(self, offset: ArrayLike) -> Self:
+    """The same classifier, of which the constant [*input_shape] is known that it subtracts from its inputs.
+
+    Raises:
+      ValueError: ``offset`` has another shape or is not finite.
+    """
+    _checks.check_shape("offset", offset, self.input_shape, "input_shape")
+    _checks.check_finite("offset", offset)
+    return dataclasses.replace(self, offset=jnp.asarray(offset))
 
   @property
   def num_classes(self) -> int:
@@ -290,13 +245,29 @@ class _TwoLogits:
 
 
 @dataclasses.dataclass(frozen=True)
-class _OnlyLogits:
-  """``evaluate_fn`` of a classifier that has nothing but logits."""
+class _Output:
+  """One of the outputs of ``forward`` as a function; equal if the functions are."""
 
-  gradient_fn: ApplyFn
+  forward: Forward
+  train: bool
+  name: str
 
-  def __call__(self, params: PyTree, x: jax.Array) -> Evaluation:
-    return Evaluation(self.gradient_fn(params, x))
+  def __call__(self, params: PyTree, x: jax.Array) -> Any:
+    return getattr(self.forward(params, x, self.train), self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+  """``forward`` of somebody's function, which knows of training if there is batch norm; equal if the functions are."""
+
+  apply_fn: Callable[..., Any]
+  batch_norm: bool
+  one_logit: bool = False
+
+  def __call__(self, params: PyTree, x: jax.Array, train: bool) -> Evaluation:
+    found = self.apply_fn(params, x, *[train] if self.batch_norm else [])
+    whole = found if isinstance(found, Evaluation) else Evaluation(found)
+    return whole._replace(logits=lifted_logits(whole.logits)) if self.one_logit else whole
 
 
 def lifted_logits(logits: jax.Array) -> jax.Array:
@@ -307,31 +278,33 @@ def lifted_logits(logits: jax.Array) -> jax.Array:
 
 
 def make_classifier(
-  apply_fn: ApplyFn,
+  apply_fn: Callable[..., Any],
   params: PyTree,
   input_shape: Sequence[int],
   *,
   labels: Sequence[int] | None = None,
-  gradient_fn: ApplyFn | None = None,
-  predict_fn: ApplyFn | None = None,
-  batch_coupled: bool = False,
-  statistics_fn: Callable[[PyTree, jax.Array], PyTree] | None = None,
   statistics: PyTree | None = None,
-  features_fn: ApplyFn | None = None,
-  evaluate_fn: Callable[[PyTree, jax.Array], Evaluation] | None = None,
-  offset: ArrayLike | None = None,
   value_range: tuple[float, float] | None = (0.0, 1.0),
   weight_decay: DecayLike | None = None,
   initial_params: PyTree | None = None,
 ) -> Classifier:
   """Checks the parts of a classifier, which are described in `Classifier`, and puts them together.
 
-  ``weight_decay`` may also be a tree of numbers like ``params``, or a function of the names of tensors
-  (``lambda name: 0.01 if name.endswith("kernel") else 0.0``).
-
   Functions that return one logit per sample, [M, 1] or [M], make a classifier of two classes: see `two_logits`.
   Parameters in 16 bits are taken in float32. What JAX compiles belongs to the functions: of many classifiers with one
   architecture, give all the same functions, not new ones each time.
+
+  Args:
+    apply_fn: ``(params, x[M, *input_shape]) -> logits [M, C]``, or an `Evaluation` with features, too; with batch norm
+      ``(params, x, train) -> Evaluation``, in training with the statistics of the batch.
+    params: zeta, a pytree of floating-point arrays.
+    input_shape: shape of one input.
+    labels: the label of each output; 0..C-1 if None.
+    statistics: what batch norm has stored of the training data; None without batch norm.
+    value_range: least and greatest value of an input; None if unbounded.
+    weight_decay: the strength in training, if known: a number, a tree of numbers like ``params``, or a function of the
+      names of tensors (``lambda name: 0.01 if name.endswith("kernel") else 0.0``).
+    initial_params: the parameters from which it was trained, if known.
 
   Returns:
     A `Classifier`.
@@ -346,6 +319,28 @@ def make_classifier(
   (3, (0, 1, 2))
   """
   input_shape = tuple(operator.index(size) for size in input_shape)
+  own = _checked_params(params, initial_params)
+  forward, num_classes = _checked_forward(apply_fn, own["params"], input_shape, statistics)
+  if value_range is not None:
+    low, high = value_range = (float(value_range[0]), float(value_range[1]))
+    if not low < high or math.isinf(low) or math.isinf(high):
+      raise ValueError(f"value_range must be (least, greatest), or None if unbounded; got {value_range}.")
+  if weight_decay is not None:
+    strengths = jax.tree.leaves(decay_of_tensors(weight_decay, own["params"]))
+    weight_decay = strengths[0] if all(own == strengths[0] for own in strengths) else WeightDecay(strengths)
+  return Classifier(
+    **own,
+    forward=forward,
+    input_shape=input_shape,
+    labels=_checked_labels(labels, num_classes),
+    statistics=statistics,
+    value_range=value_range,
+    weight_decay=weight_decay,
+  )
+
+
+def _checked_params(params: PyTree, initial_params: PyTree | None) -> dict[str, PyTree]:
+  """``params`` and ``initial_params``, in float32 if some have 16 bits; a ValueError if they are none."""
   _checks.check_params("params", params)
   if isinstance(params, Mapping) and (running := _statistics.split(params, frozenset())[1]):
     raise ValueError(
@@ -353,74 +348,45 @@ def make_classifier(
       f" {_statistics.some_names(running)}. kkt_jax.Subject with a train_fn takes them, see docs/audit.md."
     )
   params, initial_params = map(_from_16_bits, (params, initial_params))
-  shape_of = functools.partial(result_shape, params=params, input_shape=input_shape)
-  logits = shape_of("apply_fn", apply_fn)
-  if getattr(logits, "shape", None) in ((2,), (2, 1)):
-    lifted = {own: two_logits(own) for own in (apply_fn, gradient_fn, predict_fn) if own is not None}
-    apply_fn = lifted[apply_fn]
-    gradient_fn, predict_fn = (None if own is None else lifted[own] for own in (gradient_fn, predict_fn))
-    logits = shape_of("apply_fn", apply_fn)
-  if getattr(logits, "ndim", None) != 2 or logits.shape[0] != 2 or not logits.shape[1]:
-    got = getattr(logits, "shape", None) or f"a {type(logits).__name__}"
-    raise ValueError(f"apply_fn must return logits [M, C], one array; for M = 2 it returns {got}.")
-  num_classes = logits.shape[1]
-  labels = tuple(range(num_classes) if labels is None else (operator.index(label) for label in labels))
-  if max(map(abs, labels), default=0) >= 2**31:
-    raise ValueError(f"labels must be less than 2^31 in size; got {labels}.")
-  if len(set(labels)) != num_classes or len(labels) != num_classes:
-    raise ValueError(f"labels must be {num_classes} distinct integers, one per logit of apply_fn; got {labels}.")
-
-  functions = {"gradient_fn": gradient_fn or apply_fn, "predict_fn": predict_fn or apply_fn}
-  for name, function in functions.items():
-    if function is not apply_fn and getattr(shape_of(name, function), "shape", None) != logits.shape:
-      raise ValueError(f"{name} must return logits [M, C] as apply_fn does, one array.")
-  if batch_coupled and predict_fn is None:
-    raise ValueError("predict_fn must be given when batch_coupled is True: margins are measured at inference.")
-  if (statistics_fn is None) != (statistics is None):
-    raise ValueError("statistics_fn and statistics must be given together; got only one of them.")
-  if statistics_fn is not None:
-    _checks.check_finite("statistics", statistics)
-    of_batch = shape_of("statistics_fn", statistics_fn)
-    _checks.check_same_shapes("statistics", statistics, "the result of statistics_fn", of_batch)
-  if features_fn is not None and getattr(shape_of("features_fn", features_fn), "ndim", None) != 2:
-    raise ValueError("features_fn must return features [M, F], one array.")
-  apart = batch_coupled or functions["predict_fn"] is not apply_fn or statistics_fn or features_fn
-  if evaluate_fn is None and not apart:
-    evaluate_fn = _OnlyLogits(functions["gradient_fn"])
-  elif evaluate_fn is not None:
-    whole = shape_of("evaluate_fn", evaluate_fn)
-    if not isinstance(whole, Evaluation) or whole.logits.shape != logits.shape:
-      raise ValueError("evaluate_fn must return an Evaluation whose logits [M, C] are those of apply_fn.")
-    _checks.check_same_shapes("statistics", statistics, "those of evaluate_fn", whole.statistics)
-  if offset is not None:
-    _checks.check_shape("offset", offset, input_shape, "input_shape")
-    _checks.check_finite("offset", offset)
-  if value_range is not None:
-    low, high = value_range = (float(value_range[0]), float(value_range[1]))
-    if not low < high or math.isinf(low) or math.isinf(high):
-      raise ValueError(f"value_range must be (least, greatest), or None if unbounded; got {value_range}.")
-  if weight_decay is not None:
-    strengths = jax.tree.leaves(decay_of_tensors(weight_decay, params))
-    weight_decay = strengths[0] if all(own == strengths[0] for own in strengths) else WeightDecay(strengths)
   if initial_params is not None:
     _checks.check_same_shapes("initial_params", initial_params, "params", params)
     _checks.check_finite("initial_params", initial_params)
     pairs = zip(*map(jax.tree.leaves, (initial_params, params)), strict=True)
     if all(bool(jnp.array_equal(a, b)) for a, b in pairs):
       raise ValueError("initial_params must differ from params; nothing was trained.")
-  return Classifier(
-    apply_fn=apply_fn,
-    params=params,
-    input_shape=input_shape,
-    labels=labels,
-    **functions,
-    batch_coupled=batch_coupled,
-    statistics_fn=statistics_fn,
-    statistics=statistics,
-    features_fn=features_fn,
-    evaluate_fn=evaluate_fn,
-    offset=None if offset is None else jnp.asarray(offset),
-    value_range=value_range,
-    weight_decay=weight_decay,
-    initial_params=initial_params,
-  )
+  return {"params": params, "initial_params": initial_params}
+
+
+def _checked_labels(labels: Sequence[int] | None, num_classes: int) -> tuple[int, ...]:
+  """C distinct integers, 0..C-1 if None; a ValueError otherwise."""
+  labels = tuple(range(num_classes) if labels is None else (operator.index(label) for label in labels))
+  if max(map(abs, labels), default=0) >= 2**31:
+    raise ValueError(f"labels must be less than 2^31 in size; got {labels}.")
+  if len(set(labels)) != num_classes or len(labels) != num_classes:
+    raise ValueError(f"labels must be {num_classes} distinct integers, one per logit of apply_fn; got {labels}.")
+  return labels
+
+
+def _checked_forward(
+  apply_fn: Callable[..., Any], params: PyTree, input_shape: tuple[int, ...], statistics: PyTree | None
+) -> tuple[Forward, int]:
+  """``forward`` of somebody's function, and C; a ValueError if it does not give what `Classifier` needs."""
+  forward = _Forward(apply_fn, statistics is not None)
+  shape_of = lambda train: result_shape("apply_fn", lambda p, x: forward(p, x, train), params, input_shape)
+  whole = shape_of(False)
+  if getattr(whole.logits, "shape", None) in ((2,), (2, 1)):
+    forward = dataclasses.replace(forward, one_logit=True)
+    whole = shape_of(False)
+  logits, features = whole.logits, whole.features
+  if getattr(logits, "ndim", None) != 2 or logits.shape[0] != 2 or not logits.shape[1]:
+    got = getattr(logits, "shape", None) or f"a {type(logits).__name__}"
+    raise ValueError(f"apply_fn must return logits [M, C], one array; for M = 2 it returns {got}.")
+  if features is not None and getattr(features, "ndim", None) != 2:
+    raise ValueError("apply_fn must return features [M, F], one array, or None.")
+  if statistics is not None:
+    _checks.check_finite("statistics", statistics)
+    trained = shape_of(True)
+    if getattr(trained.logits, "shape", None) != logits.shape or (trained.features is None) != (features is None):
+      raise ValueError("apply_fn must return logits, and features if any, in training as at inference.")
+    _checks.check_same_shapes("statistics", statistics, "those of apply_fn in training", trained.statistics)
+  return forward, logits.shape[1]

@@ -17,7 +17,7 @@ import numpy as np
 
 from kkt_jax import _checks
 from kkt_jax._typing import ApplyFn, PyTree
-from kkt_jax.classifiers.classifier import Classifier
+from kkt_jax.classifiers.classifier import Classifier, Evaluation, Forward
 
 Result = TypeVar("Result")
 _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}  # primitives that only call
@@ -147,12 +147,28 @@ def pre_activations(apply_fn: ApplyFn, params: PyTree, x: Any) -> list[jax.Array
 def relaxed(classifier: Classifier, sharpness: float | None) -> Classifier:
   """A classifier with relaxed gates in its derivatives; with exact ones if ``sharpness`` is None or 0."""
   if not sharpness:
-    return dataclasses.replace(classifier, gradient_fn=classifier.apply_fn)
-  gradient_fn = relax_gates(classifier.apply_fn, sharpness=sharpness)
+    return dataclasses.replace(classifier, forward=classifier.exact_forward)
+  classifier = dataclasses.replace(classifier, forward=Relaxed(classifier.exact_forward, sharpness))
   probe = jax.ShapeDtypeStruct((2, *classifier.input_shape), jnp.result_type(float))
-  jax.eval_shape(gradient_fn, classifier.params, probe)  # now is the time to complain
-  whole = classifier.evaluate_fn and relax_gates(classifier.evaluate_fn, sharpness=sharpness)
-  return dataclasses.replace(classifier, gradient_fn=gradient_fn, evaluate_fn=whole)
+  jax.eval_shape(classifier.gradient_fn, classifier.params, probe)  # now is the time to complain
+  return classifier
+
+
+@dataclasses.dataclass(frozen=True)
+class Relaxed:
+  """``forward`` of a classifier with relaxed gates; equal if what is relaxed is.
+
+  Attributes:
+    exact: ``forward`` with its own derivatives.
+    sharpness: of the gates, see `relax_gates`.
+  """
+
+  exact: Forward
+  sharpness: float
+
+  def __call__(self, params: PyTree, x: jax.Array, train: bool, free: Sequence[jax.Array] = ()) -> Evaluation:
+    """See `kkt_jax.classifiers.Classifier`; ``free`` are those of `relax_gates`."""
+    return relax_gates(lambda params, x: self.exact(params, x, train), sharpness=self.sharpness)(params, x, free)
 
 
 def given_gates(

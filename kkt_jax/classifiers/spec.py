@@ -6,8 +6,8 @@ for those who read them from a file (`kkt_jax.classifiers.files`).
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 import inspect
-import logging
 from typing import Any, Self
 
 from flax import errors, nnx
@@ -16,22 +16,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kkt_jax.classifiers import _statistics
+from kkt_jax._typing import ApplyFn, PyTree
+from kkt_jax.classifiers import _normalised, _statistics
 from kkt_jax.classifiers.classifier import (
-  ApplyFn,
   Classifier,
-  DecayLike,
   Evaluation,
-  lifted_logits,
   make_classifier,
-  PyTree,
   result_shape,
   two_logits,
 )
-
-_APART = (
-  0.05  # greatest difference of logits in training and at inference with the same statistics, of the greatest logit
-)
+from kkt_jax.classifiers.decay import DecayLike
 
 # The usual names of what switches a module from inference to training, and what they are in training.
 _SWITCHES = {"train": True, "training": True, "is_training": True, "deterministic": False, "use_running_average": False}
@@ -57,7 +51,8 @@ class Subject:
       ``(logits, batch_stats, features)``, the latter those of ``features_fn`` in training. None without batch norm.
       Averaged variances are unbiased if they are so in the framework that trained: PyTorch divides them by n - 1, flax
       and Keras by n.
-    features_fn: ``(variables, x) -> [M, F]``; see `kkt_jax.classifiers.Classifier`.
+    features_fn: ``(variables, x) -> (logits [M, C], features [M, F])`` at inference, in one pass, if ``train_fn``
+      returns features, too, or is None; see `kkt_jax.classifiers.Classifier`.
     offset: the constant [*input_shape] that ``apply_fn`` subtracts from its inputs, such as the mean image, if known.
     weight_decay: the strength of the weight decay in training, if known: a number, a tree of numbers like the
       parameters, or a function of the names of tensors; see `kkt_jax.classifiers.Classifier`.
@@ -68,7 +63,7 @@ class Subject:
   input_shape: Sequence[int]
   value_range: tuple[float, float] | None = (0.0, 1.0)
   train_fn: Callable[[PyTree, jax.Array], tuple[Any, ...]] | None = None
-  features_fn: ApplyFn | None = None
+  features_fn: Callable[[PyTree, jax.Array], tuple[jax.Array, jax.Array]] | None = None
   offset: ArrayLike | None = None
   weight_decay: DecayLike | None = None
 
@@ -98,81 +93,55 @@ class Subject:
       ValueError: ``variables`` lack "params" or "batch_stats", or hold running statistics without a ``train_fn``, or
         one that is not ``apply_fn`` with the statistics of the batch; or see `kkt_jax.classifiers.make_classifier`.
     """
-    train_fn, params = self.train_fn, variables
-    statistics: PyTree = {}
-    constants: PyTree = {}
-    collections = isinstance(variables, Mapping) and "params" in variables
-    if collections:
-      constants = {name: tree for name, tree in variables.items() if name != "params"}
-      params, statistics = variables["params"], constants.pop("batch_stats", {})
-    elif isinstance(variables, Mapping) and _statistics.split(variables)[1]:
-      params, statistics = _statistics.split(variables)
-    if train_fn is not None:
-      _statistics.canonical(statistics)
-    counters, statistics = _statistics.split(statistics, frozenset())
-    if train_fn is not None and not statistics:
-      got = sorted(map(str, variables)) if isinstance(variables, Mapping) else type(variables).__name__
-      raise ValueError(f"variables must hold 'params' and 'batch_stats' of a classifier with batch norm; got {got}.")
-    if train_fn is None and statistics:
+    stored = _statistics.Stored.of(variables)
+    if self.train_fn is not None:
+      _statistics.canonical(_statistics.merge(stored.counters, stored.statistics))
+      if not stored.statistics:
+        got = sorted(map(str, variables)) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(f"variables must hold 'params' and 'batch_stats' of a classifier with batch norm; got {got}.")
+    elif stored.statistics:
       raise ValueError(
-        f"train_fn must be given for the batch norm whose running statistics are {_statistics.some_names(statistics)}:"
+        "train_fn must be given for the batch norm whose running statistics are"
+        f" {_statistics.some_names(stored.statistics)}:"
         ' see docs/audit.md. If they were frozen in training, store them as {"params": ..., "constants": ...}.'
       )
+    known: dict[str, Any] = {"labels": labels, "value_range": self.value_range, "weight_decay": self.weight_decay}
+    known["initial_params"] = None if initial is None else stored.params_of(initial)
+    params, statistics, shape = stored.params, stored.statistics, self.input_shape
+    inference, has_features = self._inference(stored)
+    if self.train_fn is None:
+      classifier = make_classifier(lambda params, x: inference(params, statistics, x), params, shape, **known)
+    else:
+      train = functools.partial(_normalised.train, self.train_fn, stored)
+      result_shape("train_fn", lambda params, x: train(params, statistics, x), params, shape)
+      evaluate = _normalised.evaluate_fn(train, params, statistics, shape)
 
-    def whole(params: PyTree, statistics: PyTree) -> PyTree:
-      own = _statistics.merge(counters, statistics)
-      if not collections:
-        return _statistics.merge(params, own) if own else params
-      return {**constants, **({"batch_stats": own} if own else {}), "params": params}
-
-    def train(params: PyTree, statistics: PyTree, x: jax.Array) -> tuple[Any, ...]:
-      assert train_fn is not None
-      logits, changed, *features = train_fn(whole(params, statistics), x)
-      fresh = _statistics.split(changed, frozenset())[1] if isinstance(changed, Mapping) else changed
-      needed: Any = jax.tree.structure(statistics)
-      if jax.tree.structure(fresh) != needed:
-        raise ValueError(
-          "train_fn must return (logits, batch_stats), the latter a tree like"
-          f" {_statistics.some_names(statistics)}; got {type(changed).__name__} {jax.tree.structure(changed)}."
-        )
-      return lifted_logits(logits), fresh, *features
-
-    with_stored = lambda function: lambda params, x: function(whole(params, statistics), x)
-    predict_fn = with_stored(self.apply_fn)
-    if initial is not None:
-      initial = initial["params"] if collections else _statistics.split(initial)[0] if statistics else initial
-    classifier = make_classifier(
-      predict_fn if train_fn is None else lambda params, x: train(params, statistics, x)[0],
-      params,
-      self.input_shape,
-      labels=labels,
-      predict_fn=predict_fn,
-      batch_coupled=train_fn is not None,
-      offset=self.offset,
-      value_range=self.value_range,
-      weight_decay=self.weight_decay,
-      initial_params=initial,
-    )
-    found: dict[str, Any] = {}
-    features_fn = self.features_fn and with_stored(self.features_fn)
-    if features_fn is not None and _feeds_last_layer(features_fn, classifier):
-      found |= {"features_fn": features_fn, "evaluate_fn": None}
-    if train_fn is not None:
-      evaluate = _evaluate_fn(train, params, statistics, self.input_shape)
-      if train_fn.__module__ != __name__:  # that of a module is the same function by construction
-        inference = two_logits(self.apply_fn)
-        _check_train_fn(evaluate, lambda own, held, x: inference(whole(own, held), x), classifier, statistics)
-
-      def of_batch(params: PyTree, x: jax.Array) -> Evaluation:
+      def forward(params: PyTree, x: jax.Array, train: bool) -> Evaluation:
+        if not train:
+          return inference(params, statistics, x)
         found = evaluate(params, x)
-        return found._replace(statistics=_statistics.canonical(found.statistics))
+        features = found.features if has_features else None
+        return Evaluation(found.logits, _statistics.canonical(found.statistics), features)
 
-      found["statistics_fn"] = lambda params, x: of_batch(params, x).statistics
-      found["statistics"] = _statistics.canonical(statistics)
-      parts = jax.eval_shape(train, params, statistics, jnp.zeros((2, *self.input_shape)))
-      if "features_fn" not in found or len(parts) == 3:
-        found["evaluate_fn"] = of_batch
-    return dataclasses.replace(classifier, **found)
+      classifier = make_classifier(forward, params, shape, statistics=_statistics.canonical(statistics), **known)
+      if self.train_fn.__module__ != __name__:  # that of a module is the same function by construction
+        _normalised.check_train_fn(evaluate, inference, classifier, statistics)
+    return classifier if self.offset is None else classifier.with_offset(self.offset)
+
+  def _inference(self, stored: _statistics.Stored) -> tuple[Callable[[PyTree, PyTree, jax.Array], Evaluation], bool]:
+    """``(params, statistics, x) -> Evaluation`` at inference; whether with features: if the last layer takes them."""
+    features_fn = self.features_fn
+    if features_fn is not None:
+
+      def featured(params: PyTree, statistics: PyTree, x: jax.Array) -> Evaluation:
+        logits, features = features_fn(stored.whole(params, statistics), x)
+        return Evaluation(logits, None, features)
+
+      own = lambda params, x: featured(params, stored.statistics, x)
+      result_shape("features_fn", own, stored.params, self.input_shape)
+      if _normalised.feeds_last_layer(own, stored.params, self.input_shape):
+        return featured, True
+    return lambda params, statistics, x: Evaluation(self.apply_fn(stored.whole(params, statistics), x)), False
 
   @classmethod
   def from_linen(
@@ -251,8 +220,9 @@ class Subject:
     def train_fn(variables: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree, jax.Array]:
       return observed(variables, x, train=True, mutable=["batch_stats"])
 
-    def features_fn(variables: PyTree, x: jax.Array) -> jax.Array:
-      return observed(variables, x)[2]
+    def features_fn(variables: PyTree, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+      logits, _, features = observed(variables, x)
+      return logits, features
 
     normalised = "batch_stats" in collections
     if normalised and not (arguments or attributes):
@@ -426,96 +396,3 @@ def _without_dropout(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
 
 def _shifted(x: jax.Array, offset: ArrayLike | None) -> jax.Array:
   return x if offset is None else x - jnp.asarray(offset, x.dtype)[None]  # in the precision of the inputs
-
-
-def _evaluate_fn(
-  train: Callable[[PyTree, PyTree, jax.Array], tuple[Any, ...]],
-  params: PyTree,
-  stored: PyTree,
-  input_shape: Sequence[int],
-) -> Callable[[PyTree, jax.Array], Evaluation]:
-  """A pass as in training, with the statistics of the batch, of which running averages hold a share, 1 - momentum."""
-
-  @jax.jit
-  def kept() -> PyTree:  # what the next averages keep of a one
-    x = jnp.zeros((2, *input_shape))
-    filled = [jax.tree.map(lambda leaf, v=v: jnp.full_like(leaf, v), stored) for v in (0.0, 1.0)]
-    zeros, ones = (train(params, own, x)[1] for own in filled)
-    return jax.tree.map(lambda zero, one: jnp.mean(one - zero), zeros, ones)
-
-  share = jax.tree.map(lambda part: 1 - float(part), kept())
-  if max(jax.tree.leaves(share)) <= 0:
-    raise ValueError(
-      "train_fn must return running averages that follow the batch; they do not change with it. (Of a module,"
-      " train_argument names what switches it to training.)"
-    )
-
-  def evaluate(params: PyTree, x: jax.Array) -> Evaluation:
-    logits, fresh, *features = train(params, jax.tree.map(jnp.zeros_like, stored), x)
-    statistics = jax.tree.map(lambda leaf, part, own: leaf / part if part > 0 else own, fresh, share, stored)
-    return Evaluation(logits, statistics, *features)
-
-  return evaluate
-
-
-def _check_train_fn(
-  evaluate: Callable[[PyTree, jax.Array], Evaluation],
-  predict: Callable[[PyTree, PyTree, jax.Array], jax.Array],
-  classifier: Classifier,
-  stored: PyTree,
-) -> None:
-  """Whether a pass as in training is one at inference with the batch's own statistics; dropout would make another.
-
-  If every sample comes twice, biased variances stay, and unbiased ones fall from n / (n - 1) to 2n / (2n - 1) times
-  them, which tells n, the number of values that a feature has in the batch.
-  """
-  x = classifier.from_unit(jax.random.uniform(jax.random.key(0), (4, *classifier.input_shape)))
-
-  @jax.jit
-  def compared(params: PyTree) -> tuple[jax.Array, jax.Array, PyTree]:
-    once, twice = (evaluate(params, own) for own in (x, jnp.concatenate([x, x])))
-    total = lambda leaf: jnp.sum(leaf.astype(jnp.float32))
-    ratios = jax.tree.map(
-      lambda one, two: total(two) / jnp.maximum(total(one), 1e-30), once.statistics, twice.statistics
-    )
-    # With r = 2 (n - 1) / (2n - 1): (n - 1) / n = r / (2 - r), which is 1 for r = 1.
-    biased = lambda key, own, ratio: own * ratio / (2 - ratio) if _statistics.is_variance(key[-1].key) else own
-    statistics = jax.tree_util.tree_map_with_path(biased, once.statistics, ratios)
-    return once.logits, predict(params, statistics, x), ratios
-
-  trained, inferred, ratios = compared(classifier.params)
-  apart = float(jnp.max(jnp.abs(trained - inferred)) / jnp.maximum(jnp.max(jnp.abs(inferred)), 1e-30))
-  if not apart <= _APART:
-    raise ValueError(
-      "train_fn must give the logits that apply_fn gives with the statistics of the batch, which it returns; they"
-      f" differ by {apart:.0%}. Is dropout or other noise on in it, or is its epsilon another?"
-    )
-  for (path, ratio), name in zip(
-    jax.tree_util.tree_leaves_with_path(ratios), _statistics.names_of(stored), strict=True
-  ):
-    unbiased = float(ratio) < 1 - 1e-5
-    if _statistics.is_variance(path[-1].key) and unbiased != _statistics.is_unbiased(path[-1].key):
-      logging.warning(
-        "train_fn returns %s variances for %r; by its name it stores %s ones (PyTorch divides by n - 1, flax and Keras"
-        " by n).",
-        *(("unbiased", name, "biased") if unbiased else ("biased", name, "unbiased")),
-      )
-
-
-def _feeds_last_layer(features_fn: ApplyFn, classifier: Classifier) -> bool:
-  """Whether the ReLU of features is the last layer's input, which is a logit's gradient by a column of its kernel."""
-  x = jax.random.normal(jax.random.key(0), (4, *classifier.input_shape))
-
-  @jax.jit
-  def evaluate(params: PyTree) -> tuple[jax.Array, PyTree]:
-    first_logit = lambda params: jnp.sum(classifier.predict_fn(params, x)[:, 0])
-    return jax.nn.relu(features_fn(params, x)), jax.grad(first_logit)(params)
-
-  rectified, gradient = evaluate(classifier.params)
-  if rectified.ndim != 2 or not jnp.any(rectified > 0):
-    return False
-  wanted = jnp.sum(rectified, axis=0)
-  matrices = [leaf for leaf in jax.tree.leaves(gradient) if leaf.ndim == 2]
-  columns = [matrix[:, 0] for leaf in matrices for matrix in (leaf, leaf.T)]
-  near = lambda column: jnp.max(jnp.abs(column - wanted)) <= 1e-4 * jnp.max(jnp.abs(wanted))
-  return any(column.shape == wanted.shape and bool(near(column)) for column in columns)

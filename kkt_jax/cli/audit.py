@@ -228,9 +228,7 @@ def load(name: str, checkpoint: str, initial: str = "") -> "kkt_jax.Classifier":
   try:
     if isinstance(own, kkt_jax.Subject):
       return own.classifier(variables["checkpoint"], initial=variables["initial_checkpoint"])
-    read = zip(("params", "initial_params"), variables.values(), strict=True)
-    parts = vars(own) | {part: value for part, value in read if value is not None}
-    return kkt_jax.make_classifier(**parts)
+    return own.with_params(variables["checkpoint"], initial_params=variables["initial_checkpoint"])
   except ValueError as error:
     raise UsageError(f"--classifier={name} and --checkpoint do not make a classifier: {error}") from error
 

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from kkt_jax import _checks
 from kkt_jax._tree import tensor_names
 from kkt_jax._typing import PyTree
-from kkt_jax.classifiers.classifier import decay_of_tensors, DecayLike
+from kkt_jax.classifiers.decay import decay_of_tensors, DecayLike
 from kkt_jax.kkt.rates import parameter_groups, RateSolution
 
 

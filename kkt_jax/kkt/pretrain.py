@@ -6,10 +6,9 @@ stationary point of the loss with weight decay (exact for every differentiable n
 """
 
 from collections.abc import Callable
-import contextlib
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ class PretrainResult:
   """A trained classifier and how far training came.
 
   Attributes:
-    params: zeta, in the dtype in which they were given.
+    params: zeta.
     log_loss: natural logarithm of the mean cross-entropy (it may underflow float32 itself).
     relative_gradient: ``|gradient| / |zeta|`` of the objective; 0 at a stationary point.
     margins: margin to the runner-up of every training sample [N], in logits, of ``apply_fn``.
@@ -65,35 +64,15 @@ def log_cross_entropy(logits: ArrayLike, classes: ArrayLike) -> jax.Array:
   return jax.nn.logsumexp(log_losses) - jnp.log(log_losses.shape[0])
 
 
-@full_precision
-def gradient_descent(
-  apply_fn: ApplyFn,
-  params: PyTree,
-  x: ArrayLike,
-  classes: ArrayLike,
-  *,
-  num_steps: int,
-  learning_rate: float | Callable[[ArrayLike], ArrayLike],
-  weight_decay: float = 0.0,
-  momentum: float = 0.0,
-  loss_scaled: bool = False,
-  target_loss: float | None = None,
-  gradient_tolerance: float | None = None,
-  double_precision: bool = False,
-  steps_per_call: int = 100,
-  on_progress: Callable[[int, float], None] | None = None,
-) -> PretrainResult:
-  """Minimises the mean cross-entropy plus ``weight_decay / 2 |zeta|^2`` by full-batch gradient descent.
+@dataclasses.dataclass(frozen=True)
+class Descent:
+  """How to descend.
 
   Loss-scaled steps follow the gradient of the *logarithm* of the loss, divided by ``|zeta|``. They walk the same path
   as small plain steps, but reach in thousands of steps margins for which plain steps need millions; too large late
   steps leave the KKT point again, so let the learning rate fall.
 
-  Args:
-    apply_fn: ``(params, x[N, ...]) -> logits[N, C]``; with batch norm the one on batch statistics.
-    params: initial zeta.
-    x: the training data [N, ...], floating point.
-    classes: true classes [N], at least two distinct ones.
+  Attributes:
     num_steps: greatest number of steps, at least 1.
     learning_rate: step size, or an optax schedule from step to step size.
     weight_decay: w, at least 0; on every parameter, biases included.
@@ -101,9 +80,85 @@ def gradient_descent(
     loss_scaled: take loss-scaled steps. Not with weight decay, whose stationary point they would not reach.
     target_loss: stop once the mean cross-entropy is at most this.
     gradient_tolerance: stop once ``|gradient| / |zeta|`` of the objective is at most this.
-    double_precision: train in float64; the result is cast back.
     steps_per_call: steps in one compiled call, between which the stopping rules are looked at. 1 avoids
       ``lax.scan``, in which convolutions run at half speed on a CPU.
+
+  Raises:
+    ValueError: a field does not fit; the message names it.
+  """
+
+  num_steps: int
+  learning_rate: float | Callable[[ArrayLike], ArrayLike]
+  weight_decay: float = 0.0
+  momentum: float = 0.0
+  loss_scaled: bool = False
+  target_loss: float | None = None
+  gradient_tolerance: float | None = None
+  steps_per_call: int = 100
+
+  def __post_init__(self) -> None:
+    """Checks the fields."""
+    _checks.check_at_least("num_steps", self.num_steps, 1)
+    _checks.check_at_least("steps_per_call", self.steps_per_call, 1)
+    _checks.check_at_least("weight_decay", self.weight_decay, 0)
+    if not callable(self.learning_rate):
+      _checks.check_positive("learning_rate", self.learning_rate)
+    if not 0 <= self.momentum < 1:
+      raise ValueError(f"momentum must be in [0, 1); got {self.momentum}.")
+    if self.loss_scaled and self.weight_decay:
+      raise ValueError(f"loss_scaled must be False with weight decay; got weight_decay = {self.weight_decay}.")
+
+  @classmethod
+  def to_convergence(
+    cls,
+    *,
+    num_steps: int,
+    learning_rate: float,
+    weight_decay: float | None = None,
+    last_share: float = 1e-3,
+    **further: Any,
+  ) -> Self:
+    """The recipe of the experiments for a classifier's convergence point, with weight decay or without.
+
+    With weight decay gradient descent with momentum 0.9. Without it loss-scaled steps, whose size is ``learning_rate``
+    for the first fifth of them and falls exponentially to ``last_share`` of that.
+
+    Args:
+      num_steps: number of steps.
+      learning_rate: step size; of loss-scaled steps the first.
+      weight_decay: its strength; loss-scaled steps if None or 0.
+      last_share: the last loss-scaled step's size over the first's.
+      **further: other fields.
+
+    >>> descent = Descent.to_convergence(num_steps=500, learning_rate=0.1)
+    >>> descent.loss_scaled, round(float(descent.learning_rate(500)), 6)
+    (True, 0.0001)
+    """
+    if weight_decay:
+      return cls(num_steps, learning_rate, weight_decay, momentum=0.9, **further)
+    hold = num_steps // 5
+    falling = optax.schedules.exponential_decay(learning_rate, num_steps - hold, last_share, transition_begin=hold)
+    return cls(num_steps, falling, loss_scaled=True, **further)
+
+
+@full_precision
+def gradient_descent(
+  apply_fn: ApplyFn,
+  params: PyTree,
+  x: ArrayLike,
+  classes: ArrayLike,
+  descent: Descent,
+  *,
+  on_progress: Callable[[int, float], None] | None = None,
+) -> PretrainResult:
+  """Minimises the mean cross-entropy plus ``weight_decay / 2 |zeta|^2`` by full-batch gradient descent.
+
+  Args:
+    apply_fn: ``(params, x[N, ...]) -> logits[N, C]``; with batch norm the one on batch statistics.
+    params: initial zeta; of float64 under ``jax.enable_x64`` it is trained in it.
+    x: the training data [N, ...], floating point.
+    classes: true classes [N], at least two distinct ones.
+    descent: how, and when to stop.
     on_progress: called with (step, log_loss) after every call.
 
   Returns:
@@ -115,7 +170,7 @@ def gradient_descent(
 
   >>> import jax.numpy as jnp
   >>> result = gradient_descent(lambda w, x: x @ w, jnp.zeros((1, 2)), jnp.array([[-1.0], [1.0]]), jnp.array([0, 1]),
-  ...                           num_steps=500, learning_rate=0.5, weight_decay=0.1, steps_per_call=50)
+  ...                           Descent(num_steps=500, learning_rate=0.5, weight_decay=0.1, steps_per_call=50))
   >>> result.relative_gradient < 1e-5
   True
   """
@@ -126,96 +181,33 @@ def gradient_descent(
   classes = _checks.integers(classes)
   _checks.check_finite("x", x)
   _checks.check_finite("params", params)
-  _checks.check_at_least("num_steps", num_steps, 1)
-  _checks.check_at_least("steps_per_call", steps_per_call, 1)
-  _checks.check_at_least("weight_decay", weight_decay, 0)
-  if not callable(learning_rate):
-    _checks.check_positive("learning_rate", learning_rate)
-  if not 0 <= momentum < 1:
-    raise ValueError(f"momentum must be in [0, 1); got {momentum}.")
-  if loss_scaled and weight_decay:
-    raise ValueError(f"loss_scaled must be False with weight decay; got weight_decay = {weight_decay}.")
-
-  dtypes = jax.tree.map(jnp.result_type, params)
-  with jax.enable_x64(True) if double_precision else contextlib.nullcontext():
-    if double_precision:
-      params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
-      x = x.astype(jnp.float64)
-    params = jax.tree.map(jnp.array, params)  # a copy: the steps reuse the memory of their argument
-    optimizer = optax.chain(optax.trace(decay=momentum), optax.scale_by_learning_rate(learning_rate))
-    gradient_of = functools.partial(_gradient, apply_fn, weight_decay, loss_scaled)
-    run = _compiled_steps(gradient_of, optimizer, loss_scaled)
-    carry = (params, optimizer.init(params))
-    step, stop_reason = 0, "num_steps"
-    while step < num_steps:
-      length = min(steps_per_call, num_steps - step)
-      carry, log_loss, relative_gradient = run(carry, x, classes, length)
-      step += length
-      if not jnp.isfinite(log_loss):
-        raise FloatingPointError(
-          f"learning_rate must be smaller: the loss became {float(log_loss)} within {step} steps; got {learning_rate}."
-        )
-      if on_progress is not None:
-        on_progress(step, float(log_loss))
-      if target_loss is not None and log_loss <= np.log(target_loss):
-        stop_reason = "target_loss"
-        break
-      if gradient_tolerance is not None and relative_gradient <= gradient_tolerance:
-        stop_reason = "gradient_tolerance"
-        break
-    trained = carry[0]
-    _, log_loss, relative_gradient = jax.jit(gradient_of)(trained, x, classes)
-    margins = jax.jit(lambda p: losses.runner_up_margin(apply_fn(p, x), classes))(trained)
-    trained = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), trained, dtypes)
+  params = jax.tree.map(jnp.array, params)  # a copy: the steps reuse the memory of their argument
+  optimizer = optax.chain(optax.trace(decay=descent.momentum), optax.scale_by_learning_rate(descent.learning_rate))
+  gradient_of = functools.partial(_gradient, apply_fn, descent.weight_decay, descent.loss_scaled)
+  run = _compiled_steps(gradient_of, optimizer, descent.loss_scaled)
+  carry = (params, optimizer.init(params))
+  step, stop_reason = 0, "num_steps"
+  while step < descent.num_steps:
+    length = min(descent.steps_per_call, descent.num_steps - step)
+    carry, log_loss, relative_gradient = run(carry, x, classes, length)
+    step += length
+    if not jnp.isfinite(log_loss):
+      raise FloatingPointError(
+        f"learning_rate must be smaller: the loss became {float(log_loss)} within {step} steps;"
+        f" got {descent.learning_rate}."
+      )
+    if on_progress is not None:
+      on_progress(step, float(log_loss))
+    if descent.target_loss is not None and log_loss <= np.log(descent.target_loss):
+      stop_reason = "target_loss"
+      break
+    if descent.gradient_tolerance is not None and relative_gradient <= descent.gradient_tolerance:
+      stop_reason = "gradient_tolerance"
+      break
+  trained = carry[0]
+  _, log_loss, relative_gradient = jax.jit(gradient_of)(trained, x, classes)
+  margins = jax.jit(lambda p: losses.runner_up_margin(apply_fn(p, x), classes))(trained)
   return PretrainResult(trained, float(log_loss), float(relative_gradient), np.asarray(margins), step, stop_reason)
-
-
-def to_convergence(
-  apply_fn: ApplyFn,
-  params: PyTree,
-  x: ArrayLike,
-  classes: ArrayLike,
-  *,
-  num_steps: int,
-  learning_rate: float,
-  weight_decay: float | None = None,
-  last_share: float = 1e-3,
-  **settings: Any,
-) -> PretrainResult:
-  """Trains a classifier to its convergence point, with weight decay or without, by the recipe of the experiments.
-
-  With weight decay by gradient descent with momentum 0.9. Without it by loss-scaled steps, whose size is
-  ``learning_rate`` for the first fifth of them and falls exponentially to ``last_share`` of that.
-
-  Args:
-    apply_fn: see `gradient_descent`, as for everything up to ``num_steps``.
-    params: initial zeta.
-    x: the training data [N, ...].
-    classes: true classes [N].
-    num_steps: number of steps.
-    learning_rate: step size; of loss-scaled steps the first.
-    weight_decay: its strength; loss-scaled steps if None or 0.
-    last_share: the last loss-scaled step's size over the first's.
-    **settings: further arguments of `gradient_descent`.
-
-  Returns:
-    A `PretrainResult`.
-
-  Raises:
-    ValueError, FloatingPointError: see `gradient_descent`.
-
-  >>> x, classes = jnp.array([[-1.0], [1.0]]), jnp.array([0, 1])
-  >>> result = to_convergence(lambda w, x: x @ w, jnp.ones((1, 2)), x, classes, num_steps=500, learning_rate=0.1)
-  >>> result.log_loss < -5
-  True
-  """
-  if weight_decay:
-    form: dict[str, Any] = {"learning_rate": learning_rate, "weight_decay": weight_decay, "momentum": 0.9}
-  else:
-    hold = num_steps // 5
-    falling = optax.schedules.exponential_decay(learning_rate, num_steps - hold, last_share, transition_begin=hold)
-    form = {"learning_rate": falling, "loss_scaled": True}
-  return gradient_descent(apply_fn, params, x, classes, num_steps=num_steps, **form, **settings)
 
 
 def _gradient(

@@ -22,7 +22,7 @@ from kkt_jax import _checks, sharding
 from kkt_jax._precision import full_precision
 from kkt_jax._typing import PyTree
 from kkt_jax.classifiers.classifier import Classifier, Evaluation
-from kkt_jax.classifiers.relaxation import pre_activations
+from kkt_jax.classifiers.relaxation import computed_in, pre_activations
 from kkt_jax.generators.base import code_of, Generator
 from kkt_jax.kkt import losses, multipliers
 from kkt_jax.kkt.conditions import Conditions
@@ -354,7 +354,7 @@ def _batches(
     if "gates" in params:
       code = code_of(noise[:, index], problem.generator.codes)
       gates = [[own[classes, code] for own in params["gates"][index]]]
-    whole, pull_back = _evaluate(classifier, x, *gates)
+    whole, pull_back = _evaluate(classifier, x, problem.stationarity.compute_dtype, *gates)
     batch = Batch(x, classifier.to_unit(x), labels, classes, noise[:, index], index, alpha, *whole)
     mu = problem.multipliers.apply(params["eta"]["multipliers"], classifier, batch)
     if problem.multipliers.scaled:
@@ -370,25 +370,22 @@ def _first_gates(classifier: Classifier, codes: int) -> list[jax.Array]:
   return [jnp.zeros((classifier.num_classes, codes, *root.shape[1:])) for root in roots]
 
 
-def _evaluate(classifier: Classifier, x: jax.Array, *gates: list[jax.Array]) -> tuple[Evaluation, PullBack]:
-  """Logits, statistics and features, in one pass if the classifier can, and the pull-back from logits to parameters.
+def _evaluate(
+  classifier: Classifier, x: jax.Array, compute_dtype: Any, *gates: list[jax.Array]
+) -> tuple[Evaluation, PullBack]:
+  """Logits, statistics and features in one pass as in training, and the pull-back from logits to parameters.
 
-  Free gates are those of `kkt_jax.classifiers.relaxation.relax_gates`.
+  Free gates are those of `kkt_jax.classifiers.relaxation.relax_gates`. In another precision only derivatives are
+  computed, in a pass of their own: margins and statistics stay exact.
   """
-  params = classifier.params
-  evaluate_fn: Any = classifier.evaluate_fn
-  gradient_fn: Any = classifier.gradient_fn
-  if evaluate_fn is not None:
-
-    def whole(params: PyTree) -> tuple[jax.Array, Evaluation]:
-      found = evaluate_fn(params, x, *gates)
-      return found.logits, found
-
-    _, pull_back, found = jax.vjp(whole, params, has_aux=True)
-    return found, pull_back
-  _, pull_back = jax.vjp(lambda params: gradient_fn(params, x, *gates), params)
-  others = [own and own(params, x) for own in (classifier.statistics_fn, classifier.features_fn)]
-  return Evaluation(classifier.predict_fn(params, x), *others), pull_back
+  forward = lambda params, x, *gates: classifier.forward(params, x, True, *gates)
+  if compute_dtype is None:
+    split = lambda params: ((found := forward(params, x, *gates)).logits, found)
+    _, pull_back, whole = jax.vjp(split, classifier.params, has_aux=True)
+    return whole, pull_back
+  rough = computed_in(lambda params, x, *gates: forward(params, x, *gates).logits, compute_dtype)
+  _, pull_back = jax.vjp(lambda params: rough(params, x, *gates), classifier.params)
+  return forward(classifier.params, x), pull_back
 
 
 def _stationarity_sum(batch: Batch, pull_back: PullBack) -> PyTree:

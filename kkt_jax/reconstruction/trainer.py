@@ -15,7 +15,7 @@ from kkt_jax._precision import full_precision
 from kkt_jax.analysis.examination import Examination, examine
 from kkt_jax.checkpoint import CheckpointError, fingerprint
 from kkt_jax.classifiers.classifier import Classifier
-from kkt_jax.classifiers.relaxation import computed_in, relaxed
+from kkt_jax.classifiers.relaxation import relaxed
 from kkt_jax.kkt.conditions import Conditions
 from kkt_jax.reconstruction import recipes
 from kkt_jax.reconstruction.recipes import Recipe
@@ -67,7 +67,7 @@ class Trainer:
   @functools.cached_property
   def classifiers(self) -> list[Classifier]:
     """The classifiers, with the derivatives that the stationarity uses."""
-    return [_with_gradients(own.classifier, self.recipe.stationarity) for own in self.examinations]
+    return [relaxed(own.classifier, self.recipe.stationarity.gate_sharpness) for own in self.examinations]
 
   @functools.cached_property
   @full_precision
@@ -146,13 +146,3 @@ class Trainer:
   def placed(self, tree: Any) -> Any:
     """A tree of arrays where the devices of a training step are."""
     return tree if self.mesh is None else sharding.replicate(tree, self.mesh)
-
-
-def _with_gradients(classifier: Classifier, stationarity: recipes.Stationarity) -> Classifier:
-  """The classifier with the derivatives that the stationarity uses: those of ``gradient_fn``, its gates relaxed."""
-  own = relaxed(dataclasses.replace(classifier, apply_fn=classifier.gradient_fn), stationarity.gate_sharpness)
-  own = dataclasses.replace(own, apply_fn=classifier.apply_fn)
-  if stationarity.compute_dtype is None:
-    return own
-  rough = computed_in(own.gradient_fn, stationarity.compute_dtype)
-  return dataclasses.replace(own, gradient_fn=rough, evaluate_fn=None)  # margins and statistics stay exact

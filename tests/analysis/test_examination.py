@@ -20,6 +20,7 @@ import kkt_jax
 from kkt_jax import examine
 from kkt_jax.analysis import _probing, examination, first_layer
 from kkt_jax.analysis.first_layer import read_first_layer
+from kkt_jax.classifiers import Evaluation
 from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import conditions, losses, pretrain
 
@@ -294,7 +295,7 @@ class TestUnits:
   @pytest.mark.slow
   def test_without_a_range_inputs_are_normal_and_a_given_offset_is_believed(self):
     offset = jnp.full(40, 7.0)
-    found = examine(self.classifier(None, lambda x: jnp.tanh(x - offset[None]), offset=offset))
+    found = examine(self.classifier(None, lambda x: jnp.tanh(x - offset[None])).with_offset(offset))
     assert abs(float(found.probes.mean())) < 0.2 and float(jnp.abs(found.probes).max()) > 2
     np.testing.assert_array_equal(found.start, offset)
     np.testing.assert_array_equal(found.origin, offset)
@@ -345,12 +346,10 @@ def test_batch_norm_by_other_names_reveals_the_same():
 
   last = lambda p, h: jax.nn.relu(h) @ p["x"]["kernel"] + p["x"]["bias"][None]
   plain = kkt_jax.make_classifier(
-    lambda p, x: last(p, normalised(p, x, stored=False)),
+    lambda p, x, train: Evaluation(last(p, normalised(p, x, not train)), {}, normalised(p, x, not train)),
     renamed,
     (64,),
-    predict_fn=lambda p, x: last(p, normalised(p, x)),
-    features_fn=normalised,
-    batch_coupled=True,
+    statistics={},
   )
   found, expected = examine(plain), examined(batch_norm_classifier)
   assert found.form == expected.form
@@ -448,7 +447,7 @@ class TestKnownStart:
     x, y = random((num_samples, 40), 7), jnp.arange(num_samples) % 3
     first = mlp_params(random((40, 32)) / 6, width=32)
     settings = {"num_steps": num_steps, "learning_rate": 0.1} | settings
-    last = pretrain.gradient_descent(mlp, first, x, y, **settings).params
+    last = pretrain.gradient_descent(mlp, first, x, y, pretrain.Descent(**settings)).params
     return x, first, kkt_jax.make_classifier(mlp, last, (40,), value_range=None, initial_params=first)
 
   @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -461,10 +460,10 @@ class TestKnownStart:
 
   def test_with_batch_norm_it_is_a_span_of_differences_and_told_around_a_mean_only(self):
     _, _, classifier = self.trained()
-    coupled = dataclasses.replace(classifier, batch_coupled=True)
+    coupled = dataclasses.replace(classifier, statistics={})
     assert read_first_layer(coupled, random((3, 40), 8))[2] is None
     mean = random((1, 40), 9)
-    centred = dataclasses.replace(coupled, predict_fn=lambda p, x: mlp(p, x - mean))
+    centred = dataclasses.replace(coupled, forward=lambda p, x, train: Evaluation(mlp(p, x if train else x - mean)))
     assert read_first_layer(centred, random((3, 40), 8))[2].dimension == 15
 
   def test_what_weight_decay_left_of_the_start_is_found_and_taken_away(self):

@@ -64,7 +64,11 @@ def test_subspace_of_a_converged_classifier_lies_in_that_of_its_data():
     return jax.nn.softplus(x @ params["first"]) @ params["last"]
 
   result = pretrain.gradient_descent(
-    apply, params, x, y, num_steps=1500, learning_rate=0.5, weight_decay=0.02, momentum=0.9, steps_per_call=500
+    apply,
+    params,
+    x,
+    y,
+    pretrain.Descent(num_steps=1500, learning_rate=0.5, weight_decay=0.02, momentum=0.9, steps_per_call=500),
   )
   subspace = input_subspace(result.params["first"], np.zeros(len(result.params["first"])), tolerance=1e-5)
   rank = subspace.dimension

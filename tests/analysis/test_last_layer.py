@@ -99,10 +99,12 @@ def test_a_collapsed_classifier_reveals_its_features_and_its_margin():
     params,
     x,
     classes,
-    num_steps=1000,
-    learning_rate=optax.schedules.exponential_decay(0.5, 800, 1e-3, transition_begin=200),
-    loss_scaled=True,
-    steps_per_call=1000,
+    pretrain.Descent(
+      num_steps=1000,
+      learning_rate=optax.schedules.exponential_decay(0.5, 800, 1e-3, transition_begin=200),
+      loss_scaled=True,
+      steps_per_call=1000,
+    ),
   )
   params = result.params
   kernel, scale, shift = (params[name][-1] for name in ("kernels", "scales", "shifts"))

@@ -62,7 +62,9 @@ def trained(network, steps=400, shift=0.0, channels_first=False):
     x = x.transpose(0, 3, 1, 2)
   function = lambda w, x: network({**w, **jax.lax.stop_gradient(fixed)}, x + shift)
   settings = {"learning_rate": 0.1, "momentum": 0.9, "steps_per_call": steps}
-  found = pretrain.gradient_descent(function, w, x, jnp.asarray(images.y), num_steps=steps, **settings)
+  found = pretrain.gradient_descent(
+    function, w, x, jnp.asarray(images.y), pretrain.Descent(num_steps=steps, **settings)
+  )
   return {**found.params, **fixed}
 
 
@@ -148,7 +150,9 @@ def test_a_weight_decay_of_another_name_is_a_doubt_if_training_has_converged():
   w |= {"last": random.normal(size=(40, CLASSES)) / 40**0.5, "bias": np.zeros(CLASSES)}
   w = jax.tree.map(lambda own: jnp.asarray(own, jnp.float32), w)
   settings = {"num_steps": 2000, "learning_rate": 0.1, "weight_decay": 0.01, "steps_per_call": 500}
-  w = pretrain.gradient_descent(connected, w, jnp.asarray(images.x), jnp.asarray(images.y), **settings).params
+  w = pretrain.gradient_descent(
+    connected, w, jnp.asarray(images.x), jnp.asarray(images.y), pretrain.Descent(**settings)
+  ).params
   own = lambda decay: kkt_jax.make_classifier(connected, w, SHAPE, weight_decay=decay)
   assert not description.check(own(0.01), images, None).doubts and not description.check(own(None), images, None).doubts
   for decay in (0.005, lambda name: 0.02 if name in ("first", "last") else 0.0):
@@ -240,7 +244,7 @@ def test_a_correct_description_of_a_poor_classifier_is_not_refused(case):
   steps = {"few steps": 60, "imbalanced": 200}.get(case, 150)
   decay = 0.15 if case == "strong weight decay" else 0.0
   settings = {"num_steps": steps, "learning_rate": 0.02, "weight_decay": decay, "steps_per_call": steps}
-  found = pretrain.gradient_descent(network, w, jnp.asarray(x), jnp.asarray(y), **settings)
+  found = pretrain.gradient_descent(network, w, jnp.asarray(x), jnp.asarray(y), pretrain.Descent(**settings))
   own = kkt_jax.make_classifier(network, found.params, SHAPE, value_range=None)
   other = samples(1, 40)
   held_out = Samples(other.x + 0.4 * (other.y / CLASSES)[:, None, None, None], other.y)

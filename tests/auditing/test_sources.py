@@ -10,6 +10,7 @@ import pytest
 import kkt_jax
 from kkt_jax.auditing import data, membership, sources, verdict
 from kkt_jax.auditing.samples import Samples
+from kkt_jax.criteria import AuditCriteria
 
 
 def images(seed, count, shares=(1, 1, 1)):
@@ -50,9 +51,9 @@ def test_data_of_another_source_are_told_and_named_as_a_limit(change):
   assert "without any weights (p = 0.00" in said
 
 
-def test_data_of_one_source_are_told_no_more_often_than_the_p_value_says(monkeypatch):
-  monkeypatch.setattr(sources, "_SHUFFLED", 199)
-  found = np.array([sources.p_value(images(2 * seed, 45), images(2 * seed + 1, 60)) for seed in range(100, 125)])
+def test_data_of_one_source_are_told_no_more_often_than_the_p_value_says():
+  few = AuditCriteria(shuffles=199)
+  found = np.array([sources.p_value(images(2 * seed, 45), images(2 * seed + 1, 60), few) for seed in range(100, 125)])
   # Of 25 at most 1.25 below .05 in the mean, 5 or more by luck with probability .007
   assert np.sum(found < 0.05) <= 4 and np.sum(found < 0.01) == 0 and found.max() <= 1
 

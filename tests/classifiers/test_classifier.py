@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from kkt_jax.classifiers import make_classifier
+from kkt_jax.classifiers import Evaluation, make_classifier
 
 
 def linear(w, x):
@@ -26,23 +26,38 @@ def test_labels_are_the_outputs_unless_given():
   assert not classifier.batch_coupled
 
 
-def test_prediction_function_is_kept_apart_from_the_trained_one():
-  assert make_linear().predict_fn is linear
-  classifier = make_linear(predict_fn=lambda w, x: -linear(w, x))
+def in_two_modes(w, x, train):
+  """A function with batch norm in name only: in training thrice the logits at inference."""
+  return Evaluation(x @ w * (3 if train else 1), {"mean": jnp.mean(x, axis=0)})
+
+
+def test_the_five_functions_are_one_forward_function():
+  statistics = {"mean": jnp.array([0.5, 0.5])}
+  classifier = make_linear(apply_fn=in_two_modes, statistics=statistics)
   x = jnp.array([[1.0, 2.0]])
-  np.testing.assert_allclose(classifier.apply_fn(classifier.params, x), [[3.0, 3.0, 3.0]])  # 1 * 1 + 2 * 1
-  np.testing.assert_allclose(classifier.predict(x), [[-3.0, -3.0, -3.0]])
+  for function in (classifier.apply_fn, classifier.gradient_fn):
+    np.testing.assert_allclose(function(classifier.params, x), [[9.0, 9.0, 9.0]])  # 3 (1 * 1 + 2 * 1)
+  np.testing.assert_allclose(classifier.predict(x), [[3.0, 3.0, 3.0]])
+  np.testing.assert_allclose(classifier.statistics_fn(classifier.params, x)["mean"], [1.0, 2.0])
+  assert classifier.batch_coupled and classifier.features_fn is None
+  plain = make_linear(apply_fn=lambda w, x: Evaluation(linear(w, x), features=2 * x))
+  assert not plain.batch_coupled and plain.statistics_fn is None
+  np.testing.assert_allclose(plain.features_fn(plain.params, x), [[2.0, 4.0]])
+  np.testing.assert_array_equal(plain.apply_fn(plain.params, x), plain.predict(x))
 
 
 @pytest.mark.parametrize("squeezed", [False, True])
 def test_one_logit_is_the_margin_of_class_1(squeezed):
-  one = lambda w, x: jnp.squeeze(x @ w, axis=1) if squeezed else x @ w
-  classifier = make_classifier(one, jnp.array([[1.0], [2.0]]), (2,), predict_fn=lambda w, x: 3 * one(w, x))
+  def one(w, x, train):
+    whole = in_two_modes(w, x, train)
+    return whole._replace(logits=jnp.squeeze(whole.logits, axis=1)) if squeezed else whole
+
+  params, statistics = jnp.array([[1.0], [2.0]]), {"mean": jnp.zeros(2)}
+  classifier = make_classifier(one, params, (2,), statistics=statistics)
   assert (classifier.num_classes, classifier.labels) == (2, (0, 1))
   x = jnp.array([[1.0, 2.0], [0.0, -1.0]])  # z = 5 and -2
-  np.testing.assert_allclose(classifier.apply_fn(classifier.params, x), [[-2.5, 2.5], [1.0, -1.0]])
-  np.testing.assert_allclose(classifier.predict(x), [[-7.5, 7.5], [3.0, -3.0]])
-  assert classifier.gradient_fn is classifier.apply_fn  # compiled once
+  np.testing.assert_allclose(classifier.predict(x), [[-2.5, 2.5], [1.0, -1.0]])
+  np.testing.assert_allclose(classifier.apply_fn(classifier.params, x), [[-7.5, 7.5], [3.0, -3.0]])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -58,7 +73,7 @@ def test_what_is_compiled_for_one_classifier_serves_another_of_the_same_function
   @jax.jit
   def use(classifier):
     traced.append(1)
-    return classifier.evaluate_fn(classifier.params, jnp.ones((1, 2))).logits
+    return classifier.forward(classifier.params, jnp.ones((1, 2)), True).logits
 
   for value in (1.0, 2.0):
     use(make_linear(apply_fn=apply_fn, params=jnp.full((2, 3), value)))
@@ -78,21 +93,23 @@ REFUSED = {
   "no batch axis": ({"apply_fn": lambda w, x: jnp.sum(x @ w, axis=0)}, r"^apply_fn must return logits .*\(3,\)"),
   "a tuple": ({"apply_fn": lambda w, x: (x @ w, x)}, r"^apply_fn must return logits .*a tuple"),
   "other inputs": ({"input_shape": (5,)}, r"^apply_fn must take a batch of inputs of input_shape = \(5,\); it raised"),
-  "wide predictions": ({"predict_fn": lambda w, x: (x @ w)[:, :2]}, r"^predict_fn must return logits"),
-  "a gradient tuple": ({"gradient_fn": lambda w, x: (x @ w,)}, r"^gradient_fn must return logits"),
-  "coupled, no predictions": ({"batch_coupled": True}, r"^predict_fn must be given when batch_coupled"),
-  "no statistics": (
-    {"statistics_fn": lambda w, x: jnp.mean(x)},
-    r"^statistics_fn and statistics must be given together",
+  "other logits in training": (
+    {"apply_fn": lambda w, x, train: Evaluation((x @ w)[:, : 3 - train], {}), "statistics": {}},
+    r"^apply_fn must return logits, and features if any, in training as at inference",
   ),
-  "no statistics_fn": ({"statistics": jnp.zeros(())}, r"^statistics_fn and statistics must be given together"),
+  "features in training only": (
+    {"apply_fn": lambda w, x, train: Evaluation(x @ w, {}, x if train else None), "statistics": {}},
+    r"^apply_fn must return logits, and features if any, in training as at inference",
+  ),
+  "no word of training": ({"statistics": {}}, r"^apply_fn must take a batch of inputs .* it raised TypeError"),
   "other statistics": (
-    {"statistics_fn": lambda w, x: jnp.mean(x, axis=0), "statistics": jnp.zeros(3)},
-    r"^statistics must have the shapes of the result of statistics_fn",
+    {"apply_fn": in_two_modes, "statistics": {"mean": jnp.zeros(3)}},
+    r"^statistics must have the shapes of those of apply_fn in training",
   ),
-  "no evaluation": ({"evaluate_fn": lambda w, x: x @ w}, r"^evaluate_fn must return an Evaluation"),
-  "one feature": ({"features_fn": lambda w, x: x[:, 0]}, r"^features_fn must return features \[M, F\]"),
-  "other offset": ({"offset": jnp.zeros(3)}, r"^offset must have shape input_shape"),
+  "one feature": (
+    {"apply_fn": lambda w, x: Evaluation(x @ w, features=x[:, 0])},
+    r"^apply_fn must return features \[M, F\]",
+  ),
   "empty range": ({"value_range": (1.0, 1.0)}, r"^value_range must be \(least, greatest\)"),
   "infinite range": ({"value_range": (0.0, np.inf)}, r"^value_range must be \(least, greatest\)"),
   "no weight decay": ({"weight_decay": 0.0}, r"^weight_decay must be positive"),
@@ -184,6 +201,24 @@ def test_a_start_must_be_of_the_same_network_and_another_than_the_end():
     make({"w": jnp.zeros((2, 4))})
   with pytest.raises(ValueError, match="initial_params"):
     make({"w": jnp.full((2, 3), jnp.nan)})
+
+
+def test_an_offset_has_the_shape_of_an_input():
+  np.testing.assert_array_equal(make_linear().with_offset(jnp.array([1.0, 2.0])).offset, [1.0, 2.0])
+  with pytest.raises(ValueError, match="^offset must have shape input_shape"):
+    make_linear().with_offset(jnp.zeros(3))
+  with pytest.raises(ValueError, match="^offset must be finite"):
+    make_linear().with_offset(jnp.array([1.0, jnp.nan]))
+
+
+def test_other_parameters_are_those_of_the_same_network():
+  own = make_linear(labels=(5, 7, 6)).with_params(jnp.zeros((2, 3)), initial_params=jnp.ones((2, 3)))
+  np.testing.assert_array_equal(own.predict(jnp.ones((1, 2))), jnp.zeros((1, 3)))
+  assert own.labels == (5, 7, 6)
+  with pytest.raises(ValueError, match="^params must have the shapes of those of the classifier"):
+    own.with_params(jnp.zeros((2, 4)))
+  with pytest.raises(ValueError, match="^initial_params must differ"):
+    own.with_params(jnp.ones((2, 3)))
 
 
 def test_bytes_are_not_taken_for_inputs_up_to_1():

@@ -72,7 +72,7 @@ def test_batch_norm_trains_on_the_batch_and_predicts_with_what_is_stored(kind):
   np.testing.assert_allclose(jax.jit(classifier.apply_fn)(classifier.params, x), of_batch, rtol=1e-3, atol=1e-4)
   own = variables["batch_stats"][names[1]]
   features, at_inference = by_hand(x, own["mean"][None], own["var"][None], *layers)
-  whole = jax.jit(classifier.evaluate_fn)(classifier.params, x)
+  whole = jax.jit(classifier.forward, static_argnums=2)(classifier.params, x, True)
   np.testing.assert_allclose(whole.logits, of_batch, rtol=1e-3, atol=1e-4)
   np.testing.assert_allclose(jax.jit(classifier.predict)(x), at_inference, rtol=1e-3, atol=1e-4)
   statistics = jax.jit(classifier.statistics_fn)(classifier.params, x)[names[1]]  # not their running average
@@ -125,10 +125,14 @@ def test_features_are_what_the_last_layer_rectifies_or_none(module, input_shape,
 def test_features_of_a_plain_function_are_checked_whatever_the_layout_of_its_last_kernel(found, features_fn):
   shapes = {"a": jnp.zeros((2, 4)), "b": jnp.zeros((3, 4))}  # the last one as PyTorch has it
   apply_fn = lambda w, x: jax.nn.relu(x @ w["a"]) @ w["b"].T
-  subject = Subject(apply_fn, lambda: shapes, input_shape=(2,), features_fn=features_fn)
-  classifier = subject.classifier(random_like(shapes, 0))
+  both = lambda w, x: (apply_fn(w, x), features_fn(w, x))
+  classifier = Subject(apply_fn, lambda: shapes, input_shape=(2,), features_fn=both).classifier(random_like(shapes, 0))
   assert (classifier.features_fn is not None) == found
-  assert (classifier.evaluate_fn is None) == found  # logits and features are then asked for one by one
+  x = jnp.ones((3, 2))
+  for train in (False, True):  # the same, without batch norm
+    whole = classifier.forward(classifier.params, x, train)
+    np.testing.assert_array_equal(whole.logits, apply_fn(classifier.params, x))
+    assert (whole.features is not None) == found and whole.statistics is None
 
 
 def test_a_plain_function_keeps_its_own_units():
@@ -335,7 +339,7 @@ def test_a_train_fn_that_is_another_function_is_refused():
   subject = dataclasses.replace(
     torch_subject(variables), train_fn=lambda v, x: (v["3"]["bias"][None] + jnp.zeros((len(x), 1)), {})
   )
-  with pytest.raises(ValueError, match=r"^apply_fn must .* train_fn must return \(logits, batch_stats\)"):
+  with pytest.raises(ValueError, match=r"^train_fn must .* train_fn must return \(logits, batch_stats\)"):
     subject.classifier(variables)
   strange = {"params": {"w": jnp.ones((2, 3))}, "batch_stats": {"sigma": jnp.ones(3)}}
   with pytest.raises(ValueError, match="^batch_stats must hold a mean and a variance .*'running_mean'.*; got 'sigma'"):

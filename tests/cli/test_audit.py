@@ -30,6 +30,7 @@ from kkt_jax.analysis import Subspace
 from kkt_jax.auditing import data, description, files, membership, Samples, verdict
 from kkt_jax.cli import audit, flags
 from kkt_jax.cli.flags import UsageError
+from kkt_jax.criteria import AuditCriteria
 from kkt_jax.kkt import pretrain, weight_decay_conditions
 from kkt_jax.membership import candidates
 from kkt_jax.metrics import Trial
@@ -480,7 +481,9 @@ def test_samples_are_named_at_a_false_discovery_rate(known_members, tmp_path):
     verdict=answer, answers={"Membership inference": answer}, examination=examination, scored=scored
   )
   assert {own.score for own in found.at_risk} == {"multipliers"} and len(found.members) == len(found.at_risk) == 30
-  assert dataclasses.replace(found, false_discovery_rate=0.01).members == []  # 2 / 61 is the least p-value
+  assert (
+    dataclasses.replace(found, criteria=AuditCriteria(false_discovery_rate=0.01)).members == []
+  )  # 2 / 61 is the least p-value
   assert dataclasses.replace(found, remarks=[membership.Confounded("other source")]).members == []
   assert "report.html" in found.save(tmp_path)
   rows = list(csv.DictReader((tmp_path / "members.csv").open()))
@@ -509,10 +512,7 @@ def test_classifiers_are_not_accused_of_samples_that_they_never_saw(capsys):
       first.params,
       first.from_unit(x),
       y,
-      num_steps=2000,
-      learning_rate=0.1,
-      momentum=0.9,
-      weight_decay=0.01,
+      pretrain.Descent(num_steps=2000, learning_rate=0.1, momentum=0.9, weight_decay=0.01),
     )
     now = dataclasses.replace(
       examination,
@@ -530,9 +530,8 @@ def test_classifiers_are_not_accused_of_samples_that_they_never_saw(capsys):
   assert np.median(own) < 0.001
 
 
-def test_of_many_samples_some_are_scored(known_members, monkeypatch):
-  monkeypatch.setattr(membership, "_MOST", 20)
-  found = membership.score(*known_members)
+def test_of_many_samples_some_are_scored(known_members):
+  found = membership.score(*known_members, AuditCriteria(scored=20))
   assert (found.members, found.others) == (20, 20)
 
 
@@ -547,13 +546,17 @@ def test_scores_join_the_verdict(known_members):
   leak = verdict.of(trial(60), {"means": trial(20)}, {})
   both = verdict.with_scores(leak, found)
   assert both.answer == leak.answer and str(verdict.of_scores(found)) in str(both)
+  stricter = AuditCriteria(significant=found.p_value / 2)
+  assert verdict.of_scores(found, stricter).level == "none" != verdict.of_scores(found).level
   nothing = verdict.with_scores(beyond, found._replace(p_value=0.5))
   assert nothing.level == "open" and "No evidence that membership can be inferred" in str(nothing)
   assert "chance explains that (p = 0.5)." in str(nothing)
   assert verdict.with_scores(beyond, None) == beyond
   risks = [membership.Risk(str(q), 0, q, q, "loss") for q in (0.01, 0.2)]
-  assert verdict.of_risks(risks, 0.05, "candidates").startswith("1 of the 2 candidates can be named as members at a")
-  assert "None of the 2 members can be named" in verdict.of_risks(risks, 0.001, "members")
+  assert verdict.of_risks(risks, "candidates").startswith("1 of the 2 candidates can be named as members at a")
+  assert "None of the 2 members can be named" in verdict.of_risks(
+    risks, "members", AuditCriteria(false_discovery_rate=0.001)
+  )
 
 
 def test_a_report_made_in_python_has_a_section_for_each_answer(known_members, tmp_path):
@@ -567,30 +570,31 @@ def test_a_report_made_in_python_has_a_section_for_each_answer(known_members, tm
   for question, own in answers.items():
     section = page.split(f"<h2>{question}</h2>")[1].split("<h2>")[0]
     assert f"<b>{own.answer}</b> {' '.join(own.reasons)}" in section
-  stored = json.loads((tmp_path / "report.json").read_text())["answers"]
-  assert [own["level"] for own in stored.values()] == ["open", "member"]
+  stored = json.loads((tmp_path / "report.json").read_text())
+  assert [own["level"] for own in stored["answers"].values()] == ["open", "member"]
+  assert stored["audit_criteria"]["significant"] == 0.01 and stored["analysis_criteria"]["fall"] == 5.0
 
 
 # Whether the weights obey the equations with their own data.
 
 
-def test_weights_obey_the_equations_with_their_own_data_or_do_not(known_members, monkeypatch):
+def test_weights_obey_the_equations_with_their_own_data_or_do_not(known_members):
   examination, members, others = known_members
   halves = Samples(others.x[:30], others.y[:30]), Samples(others.x[30:], others.y[30:])
   found = description.residuals(examination, members, halves[0])
   assert found.own < 0.01 and found.other > 0.3 and found.what == "held-out data" and not found.disobey
-  assert description.residuals(examination, members, None)[1:] == (1.0, "no data")  # inputs without a range
+  assert description.residuals(examination, members, None)[1:3] == (1.0, "no data")  # inputs without a range
   kernel = jax.random.normal(jax.random.key(0), (60, 3)) @ (jnp.eye(3) - 1 / 3)
   random = dataclasses.replace(examination, conditions=weight_decay_conditions(kernel))
   found = description.residuals(random, *halves)
   assert found.own > 0.5 and found.disobey
   assert f"leave {found.own:.2%} of the weights unexplained, with held-out data {found.other:.0%}." in str(found)
-  monkeypatch.setattr(description, "_MOST", 20)
-  assert description.residuals(examination, members, None) is None  # a part of them would explain a part
+  few = AuditCriteria(classified=20)
+  assert description.residuals(examination, members, None, few) is None  # a part of them would explain a part
 
 
 def test_a_low_residual_or_one_far_below_that_of_others_is_no_disobedience():
-  of = lambda own, other: description.Residuals(own, other, "noise").disobey
+  of = lambda own, other: description.Residuals.of(own, other, "noise").disobey
   assert [of(0.49, 0.49), of(0.51, 0.9), of(0.51, 0.6), of(0.9, 0.95)] == [False, False, True, True]
 
 
@@ -758,9 +762,12 @@ def test_training_data_are_told_from_others_and_data_never_seen_are_not(stored, 
   subject = linen()
   (x, y), (other, labels) = images(0), images(3, count=20)
   result = pretrain.gradient_descent(
-    subject.apply_fn, subject.init_fn(), jnp.asarray(2 * x - 1), y, num_steps=6000, learning_rate=0.1,
-    weight_decay=0.03, momentum=0.9,
-  )  # fmt: skip
+    subject.apply_fn,
+    subject.init_fn(),
+    jnp.asarray(2 * x - 1),
+    y,
+    pretrain.Descent(num_steps=6000, learning_rate=0.1, weight_decay=0.03, momentum=0.9),
+  )
   examples.store(tmp_path / "weights.safetensors", result.params)
   np.savez(tmp_path / "train.npz", x=2 * x - 1, y=y)
   np.savez(tmp_path / "never_seen.npz", x=2 * other[:15] - 1, y=labels[:15])

@@ -86,7 +86,11 @@ def test_the_residual_of_the_true_data_is_the_gradient_that_training_left():
 def test_converged_weight_decay_classifier_tells_its_data_from_noise():
   params, x, classes = problem()
   result = pretrain.gradient_descent(
-    network, params, x, classes, num_steps=4000, learning_rate=0.3, weight_decay=0.02, steps_per_call=1000
+    network,
+    params,
+    x,
+    classes,
+    pretrain.Descent(num_steps=4000, learning_rate=0.3, weight_decay=0.02, steps_per_call=1000),
   )
   trained = make_classifier(network, result.params, (5,))
   conditions = weight_decay_conditions(result.params, weight_decay=0.02)

@@ -41,7 +41,11 @@ def test_weight_decay_minimum_of_a_linear_classifier_is_the_known_root():
   # With x = -+1 and W = [[-v, v]] the margin is 2v, the gradient of the cross-entropy by each entry is -+sigmoid(-2v),
   # so at the minimum weight_decay * v = sigmoid(-2v).
   result = pretrain.gradient_descent(
-    linear, jnp.zeros((1, 2)), X, CLASSES, num_steps=3000, learning_rate=0.5, weight_decay=0.1, gradient_tolerance=1e-7
+    linear,
+    jnp.zeros((1, 2)),
+    X,
+    CLASSES,
+    pretrain.Descent(num_steps=3000, learning_rate=0.5, weight_decay=0.1, gradient_tolerance=1e-7),
   )
   v = float(result.params[0, 1])
   np.testing.assert_allclose(0.1 * v, jax.nn.sigmoid(-2 * v), rtol=1e-4)
@@ -56,7 +60,7 @@ def test_loss_scaled_steps_find_the_hard_margin_direction():
   start = 0.3 * jax.random.normal(jax.random.key(0), (2, 2))
   schedule = optax.schedules.exponential_decay(0.2, 500, 0.8)
   result = pretrain.gradient_descent(
-    linear, start, x, classes, num_steps=6000, learning_rate=schedule, loss_scaled=True
+    linear, start, x, classes, pretrain.Descent(num_steps=6000, learning_rate=schedule, loss_scaled=True)
   )
   direction = result.params[:, 1] - result.params[:, 0]
   assert result.log_loss < -20
@@ -65,7 +69,11 @@ def test_loss_scaled_steps_find_the_hard_margin_direction():
 
 def test_target_loss_stops_early_and_says_so():
   result = pretrain.gradient_descent(
-    linear, jnp.zeros((1, 2)), X, CLASSES, num_steps=10_000, learning_rate=1.0, target_loss=0.1, steps_per_call=10
+    linear,
+    jnp.zeros((1, 2)),
+    X,
+    CLASSES,
+    pretrain.Descent(num_steps=10_000, learning_rate=1.0, target_loss=0.1, steps_per_call=10),
   )
   assert result.stop_reason == "target_loss"
   assert result.num_steps < 1000
@@ -75,7 +83,11 @@ def test_target_loss_stops_early_and_says_so():
 def test_number_of_steps_does_not_depend_on_steps_per_call():
   def train(steps_per_call):
     return pretrain.gradient_descent(
-      linear, jnp.zeros((1, 2)), X, CLASSES, num_steps=7, learning_rate=0.3, steps_per_call=steps_per_call
+      linear,
+      jnp.zeros((1, 2)),
+      X,
+      CLASSES,
+      pretrain.Descent(num_steps=7, learning_rate=0.3, steps_per_call=steps_per_call),
     )
 
   one, three, many = train(1), train(3), train(100)
@@ -85,27 +97,9 @@ def test_number_of_steps_does_not_depend_on_steps_per_call():
 
 
 @pytest.mark.slow
-def test_double_precision_returns_the_given_dtype_and_a_smaller_gradient():
-  def train(double_precision):
-    return pretrain.gradient_descent(
-      linear,
-      jnp.zeros((1, 2), jnp.float32),
-      X.astype(jnp.float32),
-      CLASSES,
-      num_steps=3000,
-      learning_rate=0.5,
-      weight_decay=0.1,
-      double_precision=double_precision,
-    )
-
-  double = train(True)
-  assert double.params.dtype == jnp.float32
-  assert double.relative_gradient < 1e-12
-
-
 def test_given_parameters_survive_the_training():
   start = jnp.zeros((1, 2))
-  pretrain.gradient_descent(linear, start, X, CLASSES, num_steps=2, learning_rate=0.1)
+  pretrain.gradient_descent(linear, start, X, CLASSES, pretrain.Descent(num_steps=2, learning_rate=0.1))
   assert start.sum() == 0  # would raise had their memory been given away
 
 
@@ -113,7 +107,9 @@ def test_given_parameters_survive_the_training():
 def test_a_classifier_with_batch_norm_fits_its_data():
   classifier, x, classes = random_mlp(num_samples=12, num_classes=2, batch_norm=True, hidden=(8,))
   apply_fn = classifier.apply_fn  # on batch statistics
-  result = pretrain.gradient_descent(apply_fn, classifier.params, x, classes, num_steps=200, learning_rate=0.3)
+  result = pretrain.gradient_descent(
+    apply_fn, classifier.params, x, classes, pretrain.Descent(num_steps=200, learning_rate=0.3)
+  )
   assert result.margins.min() > 0
 
 
@@ -122,12 +118,20 @@ def test_the_recipe_of_the_experiments_holds_its_steps_and_lets_them_fall_or_dec
   schedule = lambda step: 0.2 * jnp.where(step < 4, 1.0, 0.5 ** ((step - 4) / 16))  # a fifth, then to a half
   for expected, got in (
     (
-      pretrain.gradient_descent(linear, start, X, CLASSES, learning_rate=schedule, loss_scaled=True, **common),
-      pretrain.to_convergence(linear, start, X, CLASSES, learning_rate=0.2, last_share=0.5, **common),
+      pretrain.gradient_descent(
+        linear, start, X, CLASSES, pretrain.Descent(learning_rate=schedule, loss_scaled=True, **common)
+      ),
+      pretrain.gradient_descent(
+        linear, start, X, CLASSES, pretrain.Descent.to_convergence(learning_rate=0.2, last_share=0.5, **common)
+      ),
     ),
     (
-      pretrain.gradient_descent(linear, start, X, CLASSES, learning_rate=0.2, weight_decay=0.1, momentum=0.9, **common),
-      pretrain.to_convergence(linear, start, X, CLASSES, learning_rate=0.2, weight_decay=0.1, **common),
+      pretrain.gradient_descent(
+        linear, start, X, CLASSES, pretrain.Descent(learning_rate=0.2, weight_decay=0.1, momentum=0.9, **common)
+      ),
+      pretrain.gradient_descent(
+        linear, start, X, CLASSES, pretrain.Descent.to_convergence(learning_rate=0.2, weight_decay=0.1, **common)
+      ),
     ),
   ):
     np.testing.assert_allclose(got.params, expected.params, rtol=1e-5)
@@ -155,12 +159,17 @@ def test_the_recipe_of_the_experiments_holds_its_steps_and_lets_them_fall_or_dec
 )
 def test_bad_arguments_are_named(changed, named):
   arguments = {"params": jnp.zeros((1, 2)), "x": X, "classes": CLASSES, "num_steps": 5, "learning_rate": 0.1} | changed
+  data = {name: arguments.pop(name) for name in ("params", "x", "classes")}
   with pytest.raises(ValueError, match=named):
-    pretrain.gradient_descent(linear, **arguments)
+    pretrain.gradient_descent(linear, **data, descent=pretrain.Descent(**arguments))
 
 
 def test_divergence_names_the_learning_rate():
   with pytest.raises(FloatingPointError, match="learning_rate"):
     pretrain.gradient_descent(
-      linear, jnp.ones((1, 2)), X, CLASSES, num_steps=3000, learning_rate=100.0, weight_decay=1.0, steps_per_call=500
+      linear,
+      jnp.ones((1, 2)),
+      X,
+      CLASSES,
+      pretrain.Descent(num_steps=3000, learning_rate=100.0, weight_decay=1.0, steps_per_call=500),
     )

@@ -28,7 +28,11 @@ def trained(weight_decay, num_steps=4000):
   y = jnp.arange(30) % 3
   x = jnp.eye(5)[y] + 0.3 * jax.random.normal(keys[2], (30, 5))
   result = pretrain.gradient_descent(
-    two_layers, params, x, y, num_steps=num_steps, learning_rate=0.1, weight_decay=weight_decay, momentum=0.9
+    two_layers,
+    params,
+    x,
+    y,
+    pretrain.Descent(num_steps=num_steps, learning_rate=0.1, weight_decay=weight_decay, momentum=0.9),
   )
   return result.params, x, y
 

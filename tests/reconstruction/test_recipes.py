@@ -28,7 +28,7 @@ def said(*, form="max_margin", weight_decay=None, coupled=False, shape=(2,), val
   classifier = dataclasses.replace(
     examined().classifier,
     weight_decay=weight_decay,
-    batch_coupled=coupled,
+    statistics={} if coupled else None,
     input_shape=shape,
     value_range=value_range,
   )

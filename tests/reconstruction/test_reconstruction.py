@@ -59,7 +59,7 @@ def test_from_the_weights_alone_come_drawings_nearer_to_the_training_data_than_a
   apply_fn = lambda params, x: module.apply({"params": params}, x)
   start = jax.jit(module.init)(jax.random.key(seed), x)["params"]
   settings = {"num_steps": 20000, "learning_rate": 0.1, "weight_decay": 0.005, "steps_per_call": 20000}
-  params = pretrain.to_convergence(apply_fn, start, x, y, **settings).params
+  params = pretrain.gradient_descent(apply_fn, start, x, y, pretrain.Descent.to_convergence(**settings)).params
   classifier = kkt_jax.from_linen(module, {"params": params}, input_shape=(48,), weight_decay=0.005)
   found = examine(classifier)
   assert found.first.rank == 24 and found.subspace is not None
@@ -422,7 +422,8 @@ def test_stationarity_decides_on_derivatives_and_conditions_and_nothing_else():
     made = begin(dataclasses.replace(tiny(), stationarity=stationarity))
     assert made.conditions[0] is own.conditions
     np.testing.assert_array_equal(made.classifiers[0].predict(x), classifier.predict(x))
-    return jax.grad(lambda p: jnp.sum(made.classifiers[0].gradient_fn(p, x)[:, 0]))(classifier.params)["w"]
+    _, pull_back = step._evaluate(made.classifiers[0], x, stationarity.compute_dtype)
+    return pull_back(jnp.zeros((2, 3)).at[:, 0].set(1.0))[0]["w"]
 
   expected = jax.grad(lambda p: jnp.sum(classifier.apply_fn(p, x)[:, 0]))(classifier.params)["w"]
   np.testing.assert_allclose(slope(exact), expected, rtol=1e-6)
@@ -432,21 +433,22 @@ def test_stationarity_decides_on_derivatives_and_conditions_and_nothing_else():
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 20.0])
-@pytest.mark.parametrize("apart", [False, True])
-def test_the_derivatives_are_those_of_gradient_fn_whatever_else_is_given(apart, sharpness):
-  """A function three times as steep; ``predict_fn`` takes away ``evaluate_fn``, which training otherwise asks."""
+def test_the_derivatives_are_those_of_the_function_in_training(sharpness):
+  """Three times as steep as at inference, with the same values."""
   classifier, own = (parts[0] for parts in two())
-  steep = lambda p, x: 3 * classifier.apply_fn(p, x) - jax.lax.stop_gradient(2 * classifier.apply_fn(p, x))
-  predict_fn = (lambda p, x: classifier.apply_fn(p, x)) if apart else None
-  given = kkt_jax.make_classifier(
-    classifier.apply_fn, classifier.params, (2,), gradient_fn=steep, predict_fn=predict_fn, weight_decay=0.1
-  )
+
+  def forward(p, x, train):
+    logits = classifier.apply_fn(p, x)
+    steep = 3 * logits - jax.lax.stop_gradient(2 * logits)
+    return kkt_jax.classifiers.Evaluation(steep if train else logits, {})
+
+  given = kkt_jax.make_classifier(forward, classifier.params, (2,), statistics={}, weight_decay=0.1)
   recipe = dataclasses.replace(tiny(), stationarity=Stationarity(1.0, gate_sharpness=sharpness))
   x = jnp.asarray([[0.3, 0.9], [0.5, 0.1]])
 
   def slope(classifier):
     (made,) = start([classifier], recipe, examinations=[own]).classifiers
-    _, pull_back = step._evaluate(made, x)
+    _, pull_back = step._evaluate(made, x, None)
     return pull_back(jnp.ones((2, 3)))[0]["w"]
 
   np.testing.assert_allclose(slope(given), 3 * slope(classifier), rtol=1e-5)

@@ -492,6 +492,6 @@ def test_what_microbatches_would_change_is_refused():
     setup(microbatch_size=4, **SEPARABLE | {"generator": network(batch_norm=True)})
   with pytest.raises(ValueError, match="microbatch_size must be None with terms of the batch as a whole, softmax"):
     setup(microbatch_size=4, **SEPARABLE | {"loss_terms": {"softmax": Term(1.0, terms.softmax_distance)}}).once()
-  coupled = dataclasses.replace(linear_classifier(), batch_coupled=True)
+  coupled = dataclasses.replace(linear_classifier(), statistics={})
   with pytest.raises(ValueError, match="microbatch_size must be None with batch norm"):
     setup((coupled,), microbatch_size=4, **SEPARABLE)
