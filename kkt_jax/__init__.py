@@ -51,7 +51,7 @@ if TYPE_CHECKING:
   )
   from kkt_jax._tree import tensor_names
   from kkt_jax.analysis import Examination, examine
-  from kkt_jax.auditing import audit, AuditReport, Samples
+  from kkt_jax.auditing import audit, audit_unlearning, AuditReport, Samples
   from kkt_jax.classifiers import (
     Classifier,
     from_equinox,
@@ -78,6 +78,7 @@ _HOMES = {
   "Samples": "auditing",
   "Subject": "classifiers",
   "audit": "auditing",
+  "audit_unlearning": "auditing",
   "examine": "analysis",
   "from_equinox": "classifiers",
   "from_haiku": "classifiers",
@@ -104,6 +105,7 @@ __all__ = [
   "Subject",
   "analysis",
   "audit",
+  "audit_unlearning",
   "auditing",
   "checkpoint",
   "classifiers",

@@ -5,6 +5,19 @@ from kkt_jax.auditing.files import read_samples
 from kkt_jax.auditing.report import AuditReport, Leak
 from kkt_jax.auditing.run import audit, AuditConfig
 from kkt_jax.auditing.samples import Samples
+from kkt_jax.auditing.unlearning import audit_unlearning, UnlearningReport
 from kkt_jax.auditing.verdict import Verdict
 
-__all__ = ["AuditConfig", "AuditReport", "Fit", "Leak", "Residuals", "Samples", "Verdict", "audit", "read_samples"]
+__all__ = [
+  "AuditConfig",
+  "AuditReport",
+  "Fit",
+  "Leak",
+  "Residuals",
+  "Samples",
+  "UnlearningReport",
+  "Verdict",
+  "audit",
+  "audit_unlearning",
+  "read_samples",
+]

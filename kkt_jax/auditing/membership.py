@@ -23,6 +23,8 @@ SCORES = {
   "hinges": "the activation boundaries on which they lie",
   "margin": "their distance from the margin that members share",
   "loss": "their loss",
+  "change": "how far their gradient points along the change of the weights",
+  "change_multipliers": "their multiplier in the change of the weights",
 }
 
 
@@ -80,12 +82,17 @@ def score(examination: Examination, train: Samples, held_out: Samples, criteria:
   """Scores training and held-out samples together, at most 1,500 of each (`AuditCriteria.scored`), drawn at random."""
   own, others = _some(train, criteria.scored), _some(held_out, criteria.scored)
   x, y = np.concatenate([own.x, others.x]), np.concatenate([own.y, others.y])
-  found = candidates.scores(examination, examination.classifier.from_unit(x), y)
-  sides = {name: (values[: len(own.y)], values[len(own.y) :]) for name, values in found.items()}
-  curves = {name: roc(*side) for name, side in sides.items()}
+  classifier = examination.classifier
+  found = candidates.scores(examination, classifier.from_unit(x), np.asarray(classifier.labels)[y])
+  return compared(own, {name: (values[: len(own.y)], values[len(own.y) :]) for name, values in found.items()})
+
+
+def compared(asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Scored:
+  """What scores say of samples [n] and of held-out ones [m], given for each score by its name."""
+  curves = {name: roc(*sides) for name, sides in values.items()}
   best = max(curves, key=lambda name: (curves[name].points[0].members, curves[name].auc))
-  p_values = [_p_value(*side, curves[name].points[0].members) for name, side in sides.items()]
-  return Scored(curves, best, sides, risks(own, sides), min(1.0, len(p_values) * min(p_values)))
+  p_values = [_p_value(*sides, curves[name].points[0].members) for name, sides in values.items()]
+  return Scored(curves, best, values, risks(asked, values), min(1.0, len(p_values) * min(p_values)))
 
 
 def suspects(

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 import numpy as np
 
 from kkt_jax import metrics
@@ -15,7 +14,7 @@ from kkt_jax._errors import InputError
 from kkt_jax.analysis.examination import Examination, examine
 from kkt_jax.auditing import data, description, matching, membership, pictures, verdict
 from kkt_jax.auditing.report import AuditReport, CONTROLS, Leak, ROWS
-from kkt_jax.auditing.samples import Samples
+from kkt_jax.auditing.samples import Given, given_samples, Samples
 from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.criteria import AuditCriteria, Criteria
 from kkt_jax.extraction.certificates import EVIDENCE
@@ -30,7 +29,6 @@ from kkt_jax.reconstruction.stages import reconstruct
 
 _LOG = logging.getLogger(__name__)
 _SHOWN = 8  # leaks in pictures
-Given = Samples | ArrayLike | tuple[ArrayLike, ArrayLike]
 # ``(name, examination, recipe, seed) -> reconstruction``; the name is "generator" or "class_likeness".
 TrainFn = Callable[[str, Examination, Recipe, int], Reconstruction]
 
@@ -95,12 +93,12 @@ def audit(
     raise InputError("candidates needs held_out: a score means nothing without those of non-members.")
   given = data.compared(
     classifier,
-    _samples("train", classifier, train),
-    _samples("held_out", classifier, held_out),
+    given_samples("train", classifier, train),
+    given_samples("held_out", classifier, held_out),
     alone=candidates is not None,
     criteria=config.criteria,
   )
-  asked = _samples("candidates", classifier, candidates)
+  asked = given_samples("candidates", classifier, candidates)
   wrong_start = description.check_start(classifier, given.train, config.criteria)
   if wrong_start and not config.force:
     raise InputError(f"initial_params: {wrong_start}")
@@ -152,16 +150,6 @@ def audit(
     criteria=config.criteria,
   )
   return _concluded(report, given.held_out, likeness)
-
-
-def _samples(name: str, classifier: Classifier, given: Given | None) -> Samples | None:
-  if given is None or isinstance(given, Samples):
-    return given
-  x, y = given if isinstance(given, tuple) else (given, None)
-  if y is None and name != "candidates":
-    raise InputError(f"{name} must be Samples or a pair of x and y; got {type(given).__name__}.")
-  names = [f"candidate {place}" for place in range(np.shape(x)[0])] if name == "candidates" else ()
-  return Samples.of(name, classifier, x, y, names)
 
 
 def _concluded(report: AuditReport, held_out: Samples | None, likeness: Reconstruction | None) -> AuditReport:

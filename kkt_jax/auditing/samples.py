@@ -82,6 +82,20 @@ class Samples:
     return hashlib.sha256(self.x.tobytes() + self.y.tobytes()).hexdigest()
 
 
+Given = Samples | ArrayLike | tuple[ArrayLike, ArrayLike]
+
+
+def given_samples(name: str, classifier: Classifier, given: Given | None) -> Samples | None:
+  """Samples as an argument of that name gives them: themselves, or a pair of x and y; of candidates x alone will do."""
+  if given is None or isinstance(given, Samples):
+    return given
+  x, y = given if isinstance(given, tuple) else (given, None)
+  if y is None and name != "candidates":
+    raise InputError(f"{name} must be Samples or a pair of x and y; got {type(given).__name__}.")
+  names = [f"candidate {place}" for place in range(np.shape(x)[0])] if name == "candidates" else ()
+  return Samples.of(name, classifier, x, y, names)
+
+
 def _unit(name: str, x: np.ndarray, classifier: Classifier) -> np.ndarray:
   """Samples in [0, 1], from bytes or from numbers in the classifier's range; as they are if it has none."""
   if classifier.value_range is None:

@@ -30,6 +30,7 @@ _AFTERWARDS = ("train_data", "held_out_data", "candidates", "force")
 _DOORS = {"torch": "from_torch(module, input_shape=...)", "equinox": "from_equinox(module, input_shape=...)"}
 _DOORS |= {"haiku": "from_haiku(transformed, params, input_shape=...)", "flax": "from_nnx(model, input_shape=...)"}
 _FLAGS = {"train": "--train_data", "held_out": "--held_out_data", "candidates": "--candidates"}  # by argument
+_FLAGS |= {"retained": "--train_data", "forgotten": "--forgotten"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,13 @@ class Config:
     "",
     "Samples whose membership is to be inferred. As --train_data, without labels; needs --held_out_data.",
   )
+  before: str = flag(
+    "",
+    "The parameters before samples were removed. Asked is then whether --forgotten is still in those of --checkpoint;"
+    " --train_data are samples that stayed.",
+    group="After unlearning",
+  )
+  forgotten: str = flag("", "The samples that were removed; as --train_data. Needs --before and --held_out_data.")
   form: str = flag(
     "auto",
     "Which conditions the weights obey; auto finds out.",
@@ -84,6 +92,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     raise UsageError("--classifier must be given; --help says what it is.")
   if config.candidates and not config.held_out_data:
     raise UsageError("--candidates needs --held_out_data: a score says nothing but beside those of untrained samples.")
+  if bool(config.before) != bool(config.forgotten) or (config.forgotten and not config.held_out_data):
+    raise UsageError("--before, --forgotten and --held_out_data must be given together.")
   if config.form == "change" and not config.initial_checkpoint:
     raise UsageError("--form=change needs --initial_checkpoint.")
   weights.parse_weights(config.weights)
@@ -103,6 +113,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     raise UsageError(f"JAX has no device to run on ({type(error).__name__}: {error}); see JAX_PLATFORMS.") from error
   say_what_is_logged()
   classifier = load(config.classifier, config.checkpoint, config.initial_checkpoint)
+  if config.before:
+    return _unlearning(config, classifier, workdir)
   paths = {"train": config.train_data, "held_out": config.held_out_data, "candidates": config.candidates}
   data = {
     name: auditing.read_samples(path, classifier, labelled=name != "candidates", name=_FLAGS[name])
@@ -159,6 +171,26 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   return results | {"summary": str(report), "pictures": [name for name in files if name.endswith((".html", ".png"))]}
 
 
+def _unlearning(config: Config, after: "kkt_jax.Classifier", workdir: pathlib.Path) -> Mapping[str, Any]:
+  """Whether samples that were removed are still in the weights, and whether the change of these reveals them."""
+  from kkt_jax import auditing
+  from kkt_jax.cli.workdir import Workdir
+
+  before = load(config.classifier, config.before)
+  paths = {"forgotten": config.forgotten, "held_out": config.held_out_data, "retained": config.train_data}
+  data: dict[str, Any] = {
+    name: auditing.read_samples(path, before, name=_FLAGS[name]) for name, path in paths.items() if path
+  }
+  try:
+    report = auditing.audit_unlearning(before, after, **data)
+  except InputError as error:
+    raise UsageError(_with_flags(str(error), config)) from error
+  out = Workdir(workdir, dataclasses.asdict(config))
+  report.save(out.path)
+  out.finish(report.to_dict())
+  return report.to_dict() | {"summary": str(report)}
+
+
 def _with_flags(text: str, config: Config) -> str:
   """An error about arguments in the words of the command line."""
   forced = " --force goes on nevertheless."
@@ -168,7 +200,7 @@ def _with_flags(text: str, config: Config) -> str:
     return f"--classifier={config.classifier}: {text}"
   if text.startswith("initial_params"):
     return f"--initial_checkpoint={config.initial_checkpoint}: {text}{forced}"
-  return re.sub(r"\b(train|held_out|candidates)\b", lambda match: _FLAGS[match[1]], text)
+  return re.sub(r"\b(train|held_out|candidates|retained|forgotten)\b", lambda match: _FLAGS[match[1]], text)
 
 
 def recipe_of(config: Config, examination: "kkt_jax.Examination") -> "kkt_jax.Recipe":

@@ -6,6 +6,7 @@ samples that are known not to have been trained on.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,9 +90,55 @@ def multipliers(
   Raises:
     ValueError: shapes that do not fit, or a label that the classifier does not know.
   """
-  from scipy import linalg, optimize  # type: ignore[import-untyped]
-
   x = jnp.asarray(x)
+  correlations = _correlations(classifier, conditions, x, labels, chunk_size)
+  return _scaled_parts(classifier, correlations, x, labels)
+
+
+@full_precision
+def change_scores(before: Classifier, after: Classifier, x: ArrayLike, labels: ArrayLike) -> dict[str, np.ndarray]:
+  """How much of the change from one classifier to another each candidate explains, as what was removed in between.
+
+  Taking a sample out of the training data moves the parameters away from where its gradient had drawn them. So the
+  gradient at a sample that was removed points along ``params before - params after``.
+
+  Args:
+    before: the classifier that was trained on the candidates in question.
+    after: the same network after they were removed, by whatever method.
+    x: candidates [M, *input_shape], in the classifiers' units.
+    labels: their labels [M], among the classifiers'.
+
+  Returns:
+    By name, each [M], the higher, the more likely removed: ``change``, the cosine of a candidate's gradient and the
+    change; ``change_multipliers``, its multiplier if the change is a sum over few candidates (as in `multipliers`).
+
+  Raises:
+    ValueError: parameters of two shapes or without a change, or shapes that do not fit.
+  """
+  _checks.check_same_shapes("after.params", after.params, "before.params", before.params)
+  change = jax.tree.map(lambda first, last: first - last, before.params, after.params)
+  if not any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(change)):
+    raise ValueError("after must have other parameters than before; they are equal, so nothing was removed.")
+  x = jnp.asarray(x)
+  conditions = Conditions(change, jax.tree.map(jnp.ones_like, change))
+  correlations = _correlations(before, conditions, x, labels, 32)
+  return {
+    "change": correlations.products / correlations.length,
+    "change_multipliers": _scaled_parts(before, correlations, x, labels),
+  }
+
+
+class _Correlations(NamedTuple):
+  """Inner products of gradients of length 1, with one another [M, M] and with the target [M]; the target's length."""
+
+  gram: np.ndarray
+  products: np.ndarray
+  length: float
+
+
+def _correlations(
+  classifier: Classifier, conditions: Conditions, x: jax.Array, labels: ArrayLike, chunk_size: int
+) -> _Correlations:
   _checks.check_shape("x", x, (len(x), *classifier.input_shape), "[M, *input_shape]")
   _checks.check_labels("labels", labels, len(x))
   _checks.check_at_least("chunk_size", chunk_size, 1)
@@ -108,18 +155,26 @@ def multipliers(
     return masked(jax.grad(lambda own: -jax.nn.logsumexp(-margins(own)))(params))
 
   target = [np.asarray(leaf, np.float64) for leaf in masked(conditions.target)]
-  length = float(sum(np.sum(np.square(leaf)) for leaf in target))
   of = lambda chunk: gradients(classifier.params, x[chunk], classes[chunk])
   gram, products = gram_of(of, len(x), target, chunk_size=chunk_size)
   size = np.sqrt(np.maximum(np.diag(gram), 1e-30))
-  gram, products, unexplained = gram / np.outer(size, size), products / size, 0.0
+  length = float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in target)))
+  return _Correlations(gram / np.outer(size, size), products / size, length)
+
+
+def _scaled_parts(classifier: Classifier, correlations: _Correlations, x: jax.Array, labels: ArrayLike) -> np.ndarray:
+  """The multipliers times the probabilities of the labels; where they are 0, the slope of the least squares."""
+  from scipy import linalg, optimize  # type: ignore[import-untyped]
+
+  gram, products, length = correlations
+  unexplained = 0.0
   for _ in range(2):
     ridge = _LEAST_RIDGE + _RIDGE * unexplained
     factor = np.linalg.cholesky(gram + ridge * np.eye(len(x)))
     wanted = linalg.solve_triangular(factor, products, lower=True)
     parts = optimize.nnls(factor.T, wanted, maxiter=100 * len(x))[0]
-    unexplained = np.clip(1 + parts @ (gram @ parts - 2 * products) / length, 0.0, 1.0)
-  probability = np.asarray(jax.nn.softmax(classifier.predict(x))[jnp.arange(len(x)), classes])
+    unexplained = np.clip(1 + parts @ (gram @ parts - 2 * products) / length**2, 0.0, 1.0)
+  probability = np.asarray(jax.nn.softmax(classifier.predict(x))[jnp.arange(len(x)), classifier.classes_of(labels)])
   return np.where(parts > 0, parts * probability, np.minimum(products - gram @ parts, 0.0))
 
 

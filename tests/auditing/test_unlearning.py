@@ -1,0 +1,128 @@
+"""Samples that were removed from a classifier, and samples that only should have been."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import kkt_jax
+from kkt_jax.auditing import membership
+from kkt_jax.cli import audit
+from kkt_jax.cli.flags import UsageError
+from kkt_jax.kkt import pretrain
+from kkt_jax.membership import change_scores
+
+DIMENSIONS, CLASSES, MEMBERS, REMOVED = 60, 3, 40, 8
+
+
+def trained(x, y):
+  """A softmax regression at its minimum, as good as."""
+  start = {"kernel": jnp.zeros((DIMENSIONS, CLASSES)), "bias": jnp.zeros(CLASSES)}
+  head = lambda params, x: x @ params["kernel"] + params["bias"][None]
+  descent = pretrain.Descent(num_steps=3000, learning_rate=0.2, momentum=0.9, weight_decay=0.02)
+  params = pretrain.gradient_descent(head, start, jnp.asarray(x), jnp.asarray(y), descent).params
+  return kkt_jax.make_classifier(head, params, (DIMENSIONS,), value_range=None, weight_decay=0.02)
+
+
+@pytest.fixture(name="data", scope="module")
+def fixture_data():
+  random = np.random.default_rng(0)
+  x, y = random.normal(size=(240, DIMENSIONS)).astype(np.float32), random.integers(0, CLASSES, 240).astype(np.int32)
+  return {
+    "members": (x[:MEMBERS], y[:MEMBERS]),
+    "forgotten": (x[:REMOVED], y[:REMOVED]),
+    "retained": (x[REMOVED:MEMBERS], y[REMOVED:MEMBERS]),
+    "held_out": (x[MEMBERS:], y[MEMBERS:]),
+  }
+
+
+@pytest.fixture(name="before", scope="module")
+def fixture_before(data):
+  return trained(*data["members"])
+
+
+def test_an_honest_removal_leaves_nothing_but_the_change_reveals_it(data, before, tmp_path):
+  after = trained(*data["retained"])
+  report = kkt_jax.audit_unlearning(before, after, data["forgotten"], data["held_out"], retained=data["retained"])
+  assert report.remains.level == "none" and "found before" in report.remains.answer
+  assert report.before.p_value < 1e-4 < report.after.p_value and report.retained.p_value < 1e-4
+  assert report.change.level == "member" and "reveals which samples were removed" in str(report)
+  assert report.difference.curves[report.difference.best].points[0].members >= 6
+  assert report.save(tmp_path) == ["unlearning.json"]
+  stored = json.loads((tmp_path / "unlearning.json").read_text())
+  assert stored["remains"]["level"] == "none" and len(stored["difference"]["risks"]) == REMOVED
+
+
+def test_one_sample_stands_first_by_the_change(data, before):
+  x, y = data["members"]
+  for place in range(5):
+    after = trained(np.delete(x, place, axis=0), np.delete(y, place))
+    others, labels = data["held_out"]
+    scores = change_scores(before, after, np.concatenate([x[[place]], others]), np.concatenate([y[[place]], labels]))
+    assert all(np.argmax(own) == 0 for own in scores.values())
+
+
+def test_what_was_not_removed_is_still_there(data, before):
+  x, y = data["members"]
+  other = dataclasses.replace(before, params=trained(x[:-1], y[:-1]).params)  # another sample was removed
+  report = kkt_jax.audit_unlearning(before, other, data["forgotten"], data["held_out"])
+  assert report.remains.level == "member" and "were not forgotten" in report.remains.answer
+  assert report.retained is None and report.change.level == "none"
+
+
+def test_what_was_never_found_is_no_verdict(data, before):
+  x, y = data["held_out"]
+  never, others = (x[:20], y[:20]), (x[20:], y[20:])
+  report = kkt_jax.audit_unlearning(before, trained(*data["retained"]), never, others)
+  assert report.remains.level == "open" and report.change.level == "none"
+
+
+def test_classifiers_and_data_that_do_not_fit_are_refused(data, before):
+  with pytest.raises(kkt_jax._errors.InputError, match="after must have other parameters than before"):
+    kkt_jax.audit_unlearning(before, before, data["forgotten"], data["held_out"])
+  smaller = kkt_jax.make_classifier(
+    lambda w, x: x @ w, jnp.ones((DIMENSIONS, CLASSES)), (DIMENSIONS,), value_range=None
+  )
+  with pytest.raises(kkt_jax._errors.InputError, match="after.params must have the"):
+    kkt_jax.audit_unlearning(before, smaller, data["forgotten"], data["held_out"])
+  x, y = data["held_out"]
+  with pytest.raises(kkt_jax._errors.InputError, match="held_out must be of the source of forgotten"):
+    kkt_jax.audit_unlearning(before, trained(*data["retained"]), (x[:60] + 2, y[:60]), (x[60:], y[60:]))
+
+
+def untrained():
+  """What the command line describes: the network without parameters."""
+  like = {"kernel": jnp.zeros((DIMENSIONS, CLASSES)), "bias": jnp.zeros(CLASSES)}
+  head = lambda params, x: x @ params["kernel"] + params["bias"][None]
+  return kkt_jax.Subject(head, lambda: like, (DIMENSIONS,), value_range=None, weight_decay=0.02)
+
+
+def test_the_command_line_asks_the_same(data, before, tmp_path):
+  for name, own in {"before": before, "after": trained(*data["retained"])}.items():
+    save_file({key: np.asarray(leaf) for key, leaf in own.params.items()}, tmp_path / f"{name}.safetensors")
+  for name in ("forgotten", "held_out", "retained"):
+    np.savez(tmp_path / f"{name}.npz", x=data[name][0], y=data[name][1])
+  config = audit.Config(
+    classifier=f"{__name__}:untrained",
+    checkpoint=str(tmp_path / "after.safetensors"),
+    before=str(tmp_path / "before.safetensors"),
+    forgotten=str(tmp_path / "forgotten.npz"),
+    held_out_data=str(tmp_path / "held_out.npz"),
+  )
+  results = audit.run(config, tmp_path / "run")
+  assert results["remains"]["level"] == "none" and results["change"]["level"] == "member"
+  assert "The change of the weights reveals" in results["summary"] and (tmp_path / "run" / "unlearning.json").exists()
+  with pytest.raises(UsageError, match="--before, --forgotten and --held_out_data must be given together"):
+    audit.run(dataclasses.replace(config, held_out_data=""), tmp_path / "other")
+  with pytest.raises(UsageError, match="after must have other parameters than before"):
+    audit.run(dataclasses.replace(config, before=config.checkpoint), tmp_path / "other")
+  assert not (tmp_path / "other").exists()
+
+
+def test_every_score_of_a_change_has_a_name_in_words(data, before):
+  x, y = data["held_out"]
+  scores = change_scores(before, trained(*data["retained"]), x[:5], y[:5])
+  assert set(scores) <= set(membership.SCORES)
