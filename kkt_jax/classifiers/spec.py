@@ -138,7 +138,9 @@ class Subject:
         return Evaluation(logits, None, features)
 
       own = lambda params, x: featured(params, stored.statistics, x)
-      result_shape("features_fn", own, stored.params, self.input_shape)
+      whole = stored.whole(stored.params, stored.statistics)
+      for name, function in (("apply_fn", self.apply_fn), ("features_fn", features_fn)):
+        result_shape(name, function, whole, self.input_shape)
       if _normalised.feeds_last_layer(own, stored.params, self.input_shape):
         return featured, True
     return lambda params, statistics, x: Evaluation(self.apply_fn(stored.whole(params, statistics), x)), False

@@ -23,9 +23,7 @@ from kkt_jax.extraction import certificates, signals
 from kkt_jax.kkt import losses
 from kkt_jax.kkt.conditions import Conditions
 
-_RIDGE = 0.1  # of the unexplained share of the target, relative to an atom's own square
-_LEAST_RIDGE = 1e-9
-_NEIGHBOURS = 10  # margins that lie together where a common one is looked for
+_LEAST_RIDGE = 1e-9  # relative to an atom's own square: keeps a factorisation possible
 
 
 @full_precision
@@ -64,7 +62,13 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
 
 @full_precision
 def multipliers(
-  classifier: Classifier, conditions: Conditions, x: ArrayLike, labels: ArrayLike, *, chunk_size: int = 32
+  classifier: Classifier,
+  conditions: Conditions,
+  x: ArrayLike,
+  labels: ArrayLike,
+  *,
+  ridge: float = 0.1,
+  chunk_size: int = 32,
 ) -> np.ndarray:
   """The part of each candidate in the stored weights, if these are a sum over few of them.
 
@@ -78,6 +82,7 @@ def multipliers(
     conditions: the stationarity condition.
     x: candidates [M, *input_shape], in the classifier's units.
     labels: their labels [M], among the classifier's.
+    ridge: on unit gradients, at most: times the share of the target that remains unexplained.
     chunk_size: candidates whose gradients are in memory at once, twice. All pairs of chunks are gone through.
 
   Returns:
@@ -121,8 +126,8 @@ def multipliers(
   size = np.sqrt(np.maximum(np.diag(gram), 1e-30))
   gram, products, unexplained = gram / np.outer(size, size), products / size, 0.0
   for _ in range(2):
-    ridge = _LEAST_RIDGE + _RIDGE * unexplained
-    factor = np.linalg.cholesky(gram + ridge * np.eye(len(x)))
+    used = _LEAST_RIDGE + ridge * unexplained
+    factor = np.linalg.cholesky(gram + used * np.eye(len(x)))
     wanted = linalg.solve_triangular(factor, products, lower=True)
     parts = optimize.nnls(factor.T, wanted, maxiter=100 * len(x))[0]
     unexplained = np.clip(1 + parts @ (gram @ parts - 2 * products) / (target @ target), 0.0, 1.0)
@@ -130,12 +135,13 @@ def multipliers(
   return np.where(parts > 0, parts * probability, np.minimum(products - gram @ parts, 0.0))
 
 
-def common_margin(margins: ArrayLike, margin: float | None = None) -> np.ndarray:
+def common_margin(margins: ArrayLike, margin: float | None = None, *, neighbours: int = 10) -> np.ndarray:
   """How near each margin comes to the one that all training samples share (Eq. 2b): minus the logarithm of their ratio.
 
   Args:
     margins: of candidates to the runner-up [M].
     margin: the training samples', positive; where the candidates' positive margins are densest if None.
+    neighbours: how many margins that lie together are the densest.
 
   Returns:
     Scores [M], at most 0; minus infinity where the margin is not positive.
@@ -148,7 +154,7 @@ def common_margin(margins: ArrayLike, margin: float | None = None) -> np.ndarray
   logs[values > 0] = np.log(values[values > 0])
   own = np.sort(logs[values > 0])
   if margin is None and own.size:
-    reach = min(_NEIGHBOURS, own.size - 1)
+    reach = min(neighbours, own.size - 1)
     wide = own[reach:] - own[: own.size - reach]
     narrowest = int(np.argmin(wide))
     centre = float(np.median(own[narrowest : narrowest + reach + 1]))
