@@ -18,9 +18,9 @@ _DEFAULT = AuditCriteria()
 _PAIRS = 10**7  # of images that are compared before the training
 SCORES = {
   "multipliers": "their multiplier in the stationarity sum",
-  "span": "their distance from the subspace of the training data",
+  "subspace": "their distance from the subspace of the training data",
   "signal": "how much of their back-propagated signal the weights lack",
-  "hinges": "the activation boundaries on which they lie",
+  "boundaries": "the activation boundaries on which they lie",
   "margin": "their distance from the margin that members share",
   "loss": "their loss",
 }
@@ -48,7 +48,7 @@ class Scored(NamedTuple):
   p_value: float
 
 
-class Told(NamedTuple):
+class Candidates(NamedTuple):
   """Which candidates score above all held-out samples.
 
   Attributes:
@@ -82,14 +82,14 @@ def suspects(
   names: Sequence[str],
   held_out: Samples,
   criteria: AuditCriteria = _DEFAULT,
-) -> Told:
+) -> Candidates:
   """Scores samples together with held-out ones; all count as what the classifier takes them for."""
   others = _some(held_out, criteria.scored)
   found = candidates.scores(examination, examination.classifier.from_unit(np.concatenate([asked.x, others.x])))
   above = {name: values[: len(asked.x)] > values[len(asked.x) :].max() for name, values in found.items()}
   marks = {own: [name for name in above if above[name][place]] for place, own in enumerate(names)}
   by_chance = len(asked.x) * len(above) / (1 + len(others.y))
-  return Told({own: marked for own, marked in marks.items() if marked}, len(asked.x), len(others.y), by_chance)
+  return Candidates({own: marked for own, marked in marks.items() if marked}, len(asked.x), len(others.y), by_chance)
 
 
 def limits(train: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT) -> list[str]:

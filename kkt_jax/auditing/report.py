@@ -19,7 +19,7 @@ from kkt_jax import metrics
 from kkt_jax.analysis.examination import Examination
 from kkt_jax.auditing import matching, pages, pictures, verdict
 from kkt_jax.auditing.description import Fit, Residuals
-from kkt_jax.auditing.membership import Scored, SCORES, Told
+from kkt_jax.auditing.membership import Candidates, Scored, SCORES
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.auditing.verdict import Verdict
 from kkt_jax.criteria import AuditCriteria
@@ -100,7 +100,7 @@ class AuditReport:
   trials: Mapping[str, Trial] = dataclasses.field(default_factory=dict)
   leaks: Sequence[Leak] = ()
   scored: Scored | None = None
-  candidates: Told | None = None
+  candidates: Candidates | None = None
   certified: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(EVIDENCE, 0))
   compared: Sequence[Mapping[str, int]] = ()
   measured: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
@@ -193,7 +193,7 @@ class AuditReport:
       leaks=self.leaks,
       scored=self.scored,
       score_names=SCORES,
-      told=self.candidates,
+      candidates=self.candidates,
       assumed=[verdict.ASSUMED[kind] for kind, count in self.certified.items() if count],
       assumed_by_all=verdict.ASSUMED_BY_ALL,
       measured_false=verdict.MEASURED_FALSE,

@@ -132,13 +132,13 @@ def audit(
     if given.train is not None and given.held_out is not None:
       _LOG.info("training the class-level baseline: samples for classification only")
       likeness = config.train("class_likeness", examination, _class_likeness(recipe, reconstruction), seed + 2)
-  scored = told = None
+  scored = scored_candidates = None
   if given.held_out is not None:
     _LOG.info("scoring single samples for membership inference")
     if given.train is not None:
       scored = membership.score(examination, given.train, given.held_out, config.criteria)
     if asked is not None:
-      told = membership.suspects(examination, asked, asked.names, given.held_out, config.criteria)
+      scored_candidates = membership.suspects(examination, asked, asked.names, given.held_out, config.criteria)
   report = AuditReport(
     verdict=verdict.refusal(examination.bound),
     examination=examination,
@@ -148,7 +148,7 @@ def audit(
     fit=fit,
     residuals=residuals,
     scored=scored,
-    candidates=told,
+    candidates=scored_candidates,
     criteria=config.criteria,
   )
   return _concluded(report, given.held_out, likeness)

@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
 from kkt_jax.auditing.description import Residuals
-from kkt_jax.auditing.membership import Confounded, Scored, SCORES, Told
+from kkt_jax.auditing.membership import Candidates, Confounded, Scored, SCORES
 from kkt_jax.criteria import AuditCriteria
 from kkt_jax.metrics import Trial
 
@@ -101,11 +101,11 @@ def with_limits(verdict: Verdict, remarks: Sequence[str], *, certified: bool = F
   return Verdict("open", answer, [*confounded, f"Without this limit the verdict would be: {verdict.answer}", *said])
 
 
-def of_candidates(told: Told) -> str:
+def of_candidates(candidates: Candidates) -> str:
   """What scores say of candidates."""
   return (
-    f"Of the {told.asked} candidates, {len(told.marks)} score above all {told.others} held-out samples; if none were"
-    f" members, about {told.by_chance:.2g} would."
+    f"Of the {candidates.asked} candidates, {len(candidates.marks)} score above all {candidates.others} held-out"
+    f" samples; if none were members, about {candidates.by_chance:.2g} would."
   )
 
 

@@ -37,7 +37,7 @@ class Subject:
 
   Attributes:
     apply_fn: ``(variables, x[M, *input_shape]) -> logits[M, C]`` at inference, where samples do not interact; [M, 1] or
-      [M] for two classes told apart by one logit. Whatever preprocessing the inputs go through belongs into this
+      [M] for two classes with one logit. Whatever preprocessing the inputs go through belongs into this
       function.
     init_fn: ``() -> variables``, a tree of nested dicts with the names and shapes of what is stored; only the shapes
       are looked at. Either the parameters alone, or ``{"params": ..., ...}`` with constants beside them; with batch

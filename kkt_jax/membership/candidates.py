@@ -37,11 +37,12 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
 
   Returns:
     By name, each [M]: ``multipliers`` (`multipliers`, on the kernel of a fully connected first layer alone if it has a
-    target, for what is left of the initialisation hides that least); ``span``, minus the share of a candidate outside
-    the subspace of the training data, where that is told; ``signal``, minus the distance of a candidate's own
-    signal from the row space of the first kernel (`kkt_jax.extraction.signals`), which needs no other sample, where
-    weight decay has made that space; ``hinges`` (`hinge_shares`), where there are gates; ``margin`` (`common_margin`),
-    where training drove all margins to one value; and what needs no theory, ``loss``, minus the cross-entropy.
+    target, for what is left of the initialisation hides that least); ``subspace``, minus the share of a candidate
+    outside the subspace of the training data, where that is revealed; ``signal``, minus the distance of a candidate's
+    own signal from the row space of the first kernel (`kkt_jax.extraction.signals`), which needs no other sample, where
+    weight decay has made that space; ``boundaries`` (`boundary_fractions`), where there are gates; ``margin``
+    (`common_margin`), where training drove all margins to one value; and what needs no theory, ``loss``, minus the
+    cross-entropy.
   """
   classifier = examination.classifier
   x = jnp.asarray(x)
@@ -49,11 +50,11 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
   labels = jnp.asarray(classifier.labels)[jnp.argmax(logits, axis=1)] if labels is None else labels
   found = {"multipliers": multipliers(classifier, _of_first_kernel(examination), x, labels)}
   if examination.subspace is not None:
-    found["span"] = -np.asarray(examination.subspace.distance(classifier.to_unit(x)))
+    found["subspace"] = -np.asarray(examination.subspace.distance(classifier.to_unit(x)))
   if certificates.applicable(examination):
     found["signal"] = -signals.signals(examination, x, labels).distance
   if relaxation.gates(classifier.predict_fn, classifier.params, x[:2]):
-    found["hinges"] = hinge_shares(classifier, x)
+    found["boundaries"] = boundary_fractions(classifier, x)
   classes = classifier.classes_of(labels)
   if examination.form == "max_margin":
     found["margin"] = common_margin(losses.runner_up_margin(logits, classes), examination.margin)
@@ -175,11 +176,11 @@ def _of_first_kernel(examination: Examination) -> Conditions:
 
 
 @full_precision
-def hinge_shares(classifier: Classifier, x: ArrayLike, *, within: float = 0.001) -> np.ndarray:
-  """The share of all gates whose kink each sample sits on.
+def boundary_fractions(classifier: Classifier, x: ArrayLike, *, within: float = 0.001) -> np.ndarray:
+  """The fraction of all units on whose activation boundary each sample lies.
 
-  Gradient descent with weight decay comes to rest where ReLU kinks lie exactly on training samples, as a ball does in a
-  valley. So a sample that sits on many more kinks than others do was most likely trained on.
+  Gradient descent with weight decay comes to rest where activation boundaries lie exactly on training samples, as a
+  ball does in a valley. So a sample that lies on many more boundaries than others do was most likely trained on.
 
   Args:
     classifier: any whose gates `kkt_jax.classifiers.relaxation` recognises.

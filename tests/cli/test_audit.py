@@ -477,7 +477,7 @@ def test_every_score_has_a_name_in_words():
   found = examined(flax_classifier)
   subspace = Subspace(found.origin, jnp.eye(64)[:, :9], jnp.ones(9))
   scores = candidates.scores(dataclasses.replace(found, subspace=subspace), drawings(1, 3)[0])
-  assert {"span", "signal", "hinges"} <= set(scores) <= set(membership.SCORES)
+  assert {"subspace", "signal", "boundaries"} <= set(scores) <= set(membership.SCORES)
 
 
 @pytest.mark.slow
@@ -533,7 +533,7 @@ def test_scores_join_the_verdict(known_members):
   assert nothing.level == "open" and "No evidence that membership can be inferred" in str(nothing)
   assert "chance explains that (p = 0.5)." in str(nothing)
   assert verdict.with_scores(beyond, None) == beyond
-  said = verdict.of_candidates(membership.Told({"a": ["loss"]}, 8, 56, 0.281))
+  said = verdict.of_candidates(membership.Candidates({"a": ["loss"]}, 8, 56, 0.281))
   assert said.startswith("Of the 8 candidates, 1 score above all 56 held-out samples")
 
 
