@@ -100,11 +100,11 @@ def audit(
     alone=candidates is not None,
     criteria=config.criteria,
   )
-  asked = _samples("candidates", classifier, candidates)
-  wrong_start = description.check_start(classifier, given.train, config.criteria)
+  asked, criteria = _samples("candidates", classifier, candidates), config.criteria
+  wrong_start = description.check_start(classifier, given.train, criteria)
   if wrong_start and not config.force:
     raise InputError(f"initial_params: {wrong_start}")
-  fit = description.check(classifier, given.train, given.held_out, config.criteria)
+  fit = description.check(classifier, given.train, given.held_out, criteria)
   remarks = given.remarks
   if fit is not None:
     _LOG.info("%s", fit)
@@ -122,7 +122,7 @@ def audit(
   _LOG.info("%s", examination)
   obeyed, residuals = examination.explained, None
   if obeyed and given.train is not None:
-    residuals = description.residuals(examination, given.train, given.held_out, config.criteria)
+    residuals = description.residuals(examination, given.train, given.held_out, criteria)
   if residuals is not None:
     _LOG.info("%s", residuals)
     obeyed = not residuals.disobey
@@ -132,13 +132,11 @@ def audit(
     if given.train is not None and given.held_out is not None:
       _LOG.info("training the class-level baseline: samples for classification only")
       likeness = config.train("class_likeness", examination, _class_likeness(recipe, reconstruction), seed + 2)
-  scored = scored_candidates = None
+  scored = above = None
   if given.held_out is not None:
     _LOG.info("scoring single samples for membership inference")
-    if given.train is not None:
-      scored = membership.score(examination, given.train, given.held_out, config.criteria)
-    if asked is not None:
-      scored_candidates = membership.suspects(examination, asked, asked.names, given.held_out, config.criteria)
+    scored = None if given.train is None else membership.score(examination, given.train, given.held_out, criteria)
+    above = None if asked is None else membership.suspects(examination, asked, asked.names, given.held_out, criteria)
   report = AuditReport(
     verdict=verdict.refusal(examination.bound),
     examination=examination,
@@ -148,8 +146,8 @@ def audit(
     fit=fit,
     residuals=residuals,
     scored=scored,
-    candidates=scored_candidates,
-    criteria=config.criteria,
+    candidates=above,
+    criteria=criteria,
   )
   return _concluded(report, given.held_out, likeness)
 
