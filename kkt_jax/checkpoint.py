@@ -3,7 +3,7 @@
 A checkpoint holds a pytree of arrays (PRNG keys too) and a digest of it. Nothing is pickled. A checkpoint that was
 damaged or only half written is recognised by its digest and passed over in favour of the one before.
 
-Of several processes (`jax.distributed`) the first alone reads and writes; the others are told what it read.
+With several processes (`jax.distributed`) only process 0 reads and writes; what it read is broadcast.
 """
 
 import base64

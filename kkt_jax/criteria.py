@@ -88,7 +88,7 @@ class AnalysisCriteria:
     many: subspace: directions for each class that are too few where the fall is not sharp.
     groups: subspace: directions beyond two for each class that are too few where it is, or above noise; samples of a
       class that open one of few sets of gates are fitted alike, and 6 directions of two classes were measured.
-    faint: noise: the most that it may reach for a subspace to be told above it, of the greatest singular value.
+    faint: noise: the most that it may reach for a subspace to be recognised above it, of the greatest singular value.
     sure: noise: Tracy-Widom's law (beta = 1) lies below it with a probability of 99.9 %.
     like_noise: noise: greatest difference of the spectrum's quantiles from the law's, in units of its edge; of K values
       one more K-th.
@@ -131,7 +131,7 @@ class AuditCriteria:
     equal: verdict: structural similarity above which two images are the same.
     false_discovery_rate: scores: the expected share of non-members among those that are named as members, at most.
     scored: scores: most samples of each kind that are scored together; the cost grows with their square.
-    most_ratio: leaks: greatest ratio of distances that is told from a greater one.
+    most_ratio: leaks: greatest ratio of distances; greater ones count as this.
     sources_samples: sources: most samples of each kind that are compared.
     sources_values: sources: most values of a sample that are compared.
     components: sources: principal components of the values that the linear classifier sees.

@@ -47,7 +47,7 @@ def use(classifier, name):
       diagnostics.diagnose(classifier, CONDITIONS, X, CLASSES, num_steps=2)
       diagnostics.nonnegative_multipliers(apply_fn, PARAMS, X, CLASSES, CONDITIONS, num_steps=2)
     case "candidates":
-      candidates.hinge_shares(classifier, X)
+      candidates.boundary_fractions(classifier, X)
     case _:
       pretrain.gradient_descent(apply_fn, PARAMS, X, CLASSES, pretrain.Descent(num_steps=2, learning_rate=0.1))
 

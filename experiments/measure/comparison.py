@@ -141,8 +141,8 @@ def _neighbourhoods(
   return {f"{name}_{space}_k{_NEIGHBOURS}": value for name, value in own.items()}
 
 
-def hinges(classifiers: Sequence[Classifier], train: Samples, others: Samples) -> list[dict[str, float]]:
-  """Whether the kinks on which images sit tell those that a classifier was trained on from others, for each classifier.
+def boundaries(classifiers: Sequence[Classifier], train: Samples, others: Samples) -> list[dict[str, float]]:
+  """Membership inference by the activation boundaries on which images lie, for each classifier.
 
   Args:
     classifiers: with gates; the others are left out.
@@ -150,8 +150,8 @@ def hinges(classifiers: Sequence[Classifier], train: Samples, others: Samples) -
     others: real images that were not trained on.
 
   Returns:
-    The median share of gates on whose kinks ``train`` and ``others`` sit
-    (`kkt_jax.membership.candidates.hinge_shares`), and the area under the curve ``auc`` of true against false
+    The median fraction of units on whose activation boundary ``train`` and ``others`` lie
+    (`kkt_jax.membership.candidates.boundary_fractions`), and the area under the curve ``auc`` of true against false
     positives: .5 says nothing, 1 all.
   """
   results = []
@@ -159,7 +159,7 @@ def hinges(classifiers: Sequence[Classifier], train: Samples, others: Samples) -
     if not relaxation.gates(classifier.predict_fn, classifier.params, jnp.zeros((2, *classifier.input_shape))):
       continue
     own, other = (images.x[np.isin(images.y, classifier.labels)] for images in (train, others))
-    shares = candidates.hinge_shares(classifier, classifier.from_unit(jnp.concatenate([own, other])))
+    shares = candidates.boundary_fractions(classifier, classifier.from_unit(jnp.concatenate([own, other])))
     inside, outside = shares[: len(own)], shares[len(own) :]
     auc = metrics.roc(inside, outside).auc
     results.append({"train": float(np.median(inside)), "others": float(np.median(outside)), "auc": auc})

@@ -39,8 +39,8 @@ _NOVELTY = (
   " neither (structural similarity above .9)."
 )
 _MEMBERSHIP = (
-  "The median training image sits on {train:.2%} of the kinks of its ReLUs, another real image on {others:.2%}; this"
-  " tells them apart with an AUC of {auc:.3f}."
+  "The median training image lies on {train:.2%} of the activation boundaries, another real image on {others:.2%}; this"
+  " distinguishes them with an AUC of {auc:.3f}."
 )
 _CERTIFICATES = (
   "The weights alone certify {certified} of at most {most} training images (framed); {exact} of these are exact,"
@@ -116,7 +116,7 @@ def evaluate(
     "final_losses": out.last_logged(),
   }
   results["novelty"] = comparison.novelty(samples, data.train)
-  results["hinges"] = comparison.hinges(classifiers, data.train, data.held_out)
+  results["boundaries"] = comparison.boundaries(classifiers, data.train, data.held_out)
   results["certificates"], certified = matching.exactness(reconstruction, data.train)
   results["criteria"] = [dataclasses.asdict(own.criteria) for own in reconstruction.exact]
   columns = pictures.COLUMNS // len(labels)
@@ -125,7 +125,7 @@ def evaluate(
   measured = {name: row for name, row in results.items() if isinstance(row, dict) and "eval_accuracy" in row}
   summary = [matching.table(measured, _SHOWN), _NOVELTY.format_map(results["novelty"])]
   summary += [_CERTIFICATES.format_map(own) for own in results["certificates"] if own["most"]]
-  summary += [_MEMBERSHIP.format_map(own) for own in results["hinges"]]
+  summary += [_MEMBERSHIP.format_map(own) for own in results["boundaries"]]
   return results | {"summary": "\n\n".join(summary), "pictures": [picture]}
 
 

@@ -1,4 +1,4 @@
-"""What layers of any network are told apart by: gradients of single inputs, shapes and digits of tensors."""
+"""What distinguishes the layers of any network: gradients of single inputs, shapes and digits of tensors."""
 
 import functools
 

@@ -39,7 +39,7 @@ class FirstLayer:
     turned: whether it is stored as [F, D], as PyTorch does.
     gain: what the inputs are multiplied by before the stored kernel, as far as a bias tells; else 1.
     bias: of the layer [F], if it has one whose weight decay is not known to be another than the kernel's.
-    rank: how many directions the kernel holds, the others being rounding errors; 0 if that cannot be told.
+    rank: how many directions the kernel holds, the others being rounding errors; 0 if that is undetermined.
     decay: the kernel's weight decay; 1 if it is unknown.
     criteria: by which its bias counts as one sum with its kernel.
   """
@@ -76,8 +76,8 @@ class FirstLayer:
     bias = np.asarray(self.bias, np.float64)
     inside = bias @ rows.T
     most = self.criteria.bias_outside * np.linalg.norm(bias)
-    told = np.linalg.norm(bias) > 0 and np.linalg.norm(bias - inside @ rows) <= most
-    return u @ (inside / s) if told else None
+    determined = np.linalg.norm(bias) > 0 and np.linalg.norm(bias - inside @ rows) <= most
+    return u @ (inside / s) if determined else None
 
 
 def origin_of(classifier: Classifier, start: jax.Array | None) -> jax.Array:
@@ -157,8 +157,8 @@ def _subspace(
   origin: jax.Array, basis: np.ndarray, values: np.ndarray, rank: int, criteria: AnalysisCriteria
 ) -> Subspace:
   """That of the first singular vectors."""
-  kept, told = jnp.asarray(basis[:, :rank], jnp.float32), jnp.asarray(values[:rank], jnp.float32)
-  return Subspace(origin, kept, told, criteria=criteria)
+  kept, singular_values = jnp.asarray(basis[:, :rank], jnp.float32), jnp.asarray(values[:rank], jnp.float32)
+  return Subspace(origin, kept, singular_values, criteria=criteria)
 
 
 @full_precision

@@ -96,7 +96,7 @@ def subspace_above_noise(
   """The subspace of the training inputs above what is left of a small random initialisation, see `noise_floor`.
 
   Inputs that never vary, such as black pixels at the border, have rows of W that only hold the initialisation; they are
-  told by their length, and left out, so that they blur nothing.
+  recognised by their length, and left out, so that they blur nothing.
 
   Args:
     kernel: W [D, F].

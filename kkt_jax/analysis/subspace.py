@@ -35,7 +35,7 @@ class Subspace:
     singular_values: how strongly each direction is written into the weights [r], positive, falling.
     blur: what is left of the initialisation outside of the true subspace, in the unit of ``singular_values``; 0 if
       nothing is. The angle of direction k with the true subspace is about ``blur / singular_values[k]``.
-    criteria: by which it was told, and by which values count as free.
+    criteria: by which it was recognised, and by which values count as free.
 
   Raises:
     ValueError: shapes that do not fit, or values that are not finite.

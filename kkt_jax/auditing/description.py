@@ -131,7 +131,7 @@ def check_start(classifier: Classifier, train: Samples | None, criteria: AuditCr
 
   What is left of a start stands in some kernel, of which random other weights hold one part in the root of its size;
   and training data fit the weights that were trained on them better than the start. That another start of the same
-  origin, such as an earlier or later state of the same training, was given cannot be told.
+  origin, such as an earlier or later state of the same training, was given is not detected.
   """
   if classifier.initial_params is None:
     return ""

@@ -18,9 +18,9 @@ _DEFAULT = AuditCriteria()
 _PAIRS = 10**7  # of images that are compared before the training
 SCORES = {
   "multipliers": "their multiplier in the stationarity sum",
-  "span": "their distance from the subspace of the training data",
+  "subspace": "their distance from the subspace of the training data",
   "signal": "how much of their back-propagated signal the weights lack",
-  "hinges": "the activation boundaries on which they lie",
+  "boundaries": "the activation boundaries on which they lie",
   "margin": "their distance from the margin that members share",
   "loss": "their loss",
   "change": "how far their gradient points along the change of the weights",

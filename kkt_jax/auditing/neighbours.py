@@ -77,7 +77,7 @@ def nearest(classifier: Classifier, unit: np.ndarray, y: np.ndarray, criteria: A
     options = {"maxfev": _EVALUATIONS, "initial_simplex": simplex}
     return optimize.minimize(farness, start, method="Nelder-Mead", options=options)
 
-  def shifted(log_gain: float, shift: float) -> tuple[float, float]:  # it is told far more sharply than a gain
+  def shifted(log_gain: float, shift: float) -> tuple[float, float]:  # it is far better determined than a gain
     along = lambda own: farness((log_gain, own))
     bounds = (shift - 1, shift + 1)
     found = optimize.minimize_scalar(along, bounds=bounds, method="bounded", options={"maxiter": _OF_SHIFTS})

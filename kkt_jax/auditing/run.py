@@ -98,11 +98,11 @@ def audit(
     alone=candidates is not None,
     criteria=config.criteria,
   )
-  asked = given_samples("candidates", classifier, candidates)
-  wrong_start = description.check_start(classifier, given.train, config.criteria)
+  asked, criteria = given_samples("candidates", classifier, candidates), config.criteria
+  wrong_start = description.check_start(classifier, given.train, criteria)
   if wrong_start and not config.force:
     raise InputError(f"initial_params: {wrong_start}")
-  fit = description.check(classifier, given.train, given.held_out, config.criteria)
+  fit = description.check(classifier, given.train, given.held_out, criteria)
   remarks = given.remarks
   if fit is not None:
     _LOG.info("%s", fit)
@@ -120,7 +120,7 @@ def audit(
   _LOG.info("%s", examination)
   obeyed, residuals = examination.explained, None
   if obeyed and given.train is not None:
-    residuals = description.residuals(examination, given.train, given.held_out, config.criteria)
+    residuals = description.residuals(examination, given.train, given.held_out, criteria)
   if residuals is not None:
     _LOG.info("%s", residuals)
     obeyed = not residuals.disobey
@@ -130,13 +130,11 @@ def audit(
     if given.train is not None and given.held_out is not None:
       _LOG.info("training the class-level baseline: samples for classification only")
       likeness = config.train("class_likeness", examination, _class_likeness(recipe, reconstruction), seed + 2)
-  scored = told = None
+  scored = asked_about = None
   if given.held_out is not None:
     _LOG.info("scoring single samples for membership inference")
-    if given.train is not None:
-      scored = membership.score(examination, given.train, given.held_out, config.criteria)
-    if asked is not None:
-      told = membership.suspects(examination, asked, given.held_out, config.criteria)
+    scored = None if given.train is None else membership.score(examination, given.train, given.held_out, criteria)
+    asked_about = None if asked is None else membership.suspects(examination, asked, given.held_out, criteria)
   report = AuditReport(
     verdict=verdict.refusal(examination.bound),
     examination=examination,
@@ -146,8 +144,8 @@ def audit(
     fit=fit,
     residuals=residuals,
     scored=scored,
-    candidates=told,
-    criteria=config.criteria,
+    candidates=asked_about,
+    criteria=criteria,
   )
   return _concluded(report, given.held_out, likeness)
 

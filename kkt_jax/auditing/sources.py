@@ -1,4 +1,4 @@
-"""Whether two sets of data can be told apart without any classifier's weights.
+"""Whether two sets of data are distinguishable without any classifier's weights.
 
 Scores compare training data with held-out ones; whatever else differs between the two (a pixel's shift, compression,
 brightness), weights can tell, too, without ever having seen a sample.

@@ -207,7 +207,7 @@ def _floating(x: ArrayLike) -> jax.Array:
 
 
 def _from_16_bits(params: PyTree) -> PyTree:
-  """Parameters, in float32 if some have 16 bits, in which ranks cannot be told, and which LAPACK does not know."""
+  """Parameters, in float32 if some have 16 bits, in which ranks are not determined, and which LAPACK does not know."""
   rough = any(jnp.result_type(leaf).itemsize < 4 for leaf in jax.tree.leaves(params))
   return jax.tree.map(_checks.floats, params) if rough else params
 

@@ -51,7 +51,7 @@ def read_weights(path: str | os.PathLike[str], like: PyTree) -> PyTree:
     WeightsError: no such file, one that cannot be read, another format, other names or shapes than ``like``, a file
       larger than they can be, a damaged one, numbers that are not finite, or numbers that only stand for parameters
       (quantised to integers or to 8 bits).
-    RuntimeError: JAX has no such backend as it is told to use.
+    RuntimeError: JAX has no backend of the name that it is to use.
 
   >>> import tempfile
   >>> path = pathlib.Path(tempfile.mkdtemp(), "weights.msgpack")

@@ -174,7 +174,7 @@ class Relaxed:
 def given_gates(
   apply_fn: Callable[[PyTree, jax.Array], Result],
 ) -> Callable[[PyTree, jax.Array, Sequence[jax.Array]], Result]:
-  """The same function with a derivative whose gates are given, instead of told by the sign of their arguments.
+  """The same function with a derivative whose gates are given, instead of decided by the sign of their arguments.
 
   At a kink the gate of a stationary point is any number from 0 to 1: there gradient descent rests between the slopes.
 

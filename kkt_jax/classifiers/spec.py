@@ -37,7 +37,7 @@ class Subject:
 
   Attributes:
     apply_fn: ``(variables, x[M, *input_shape]) -> logits[M, C]`` at inference, where samples do not interact; [M, 1] or
-      [M] for two classes told apart by one logit. Whatever preprocessing the inputs go through belongs into this
+      [M] for two classes with one logit. Whatever preprocessing the inputs go through belongs into this
       function.
     init_fn: ``() -> variables``, a tree of nested dicts with the names and shapes of what is stored; only the shapes
       are looked at. Either the parameters alone, or ``{"params": ..., ...}`` with constants beside them; with batch
@@ -138,7 +138,9 @@ class Subject:
         return Evaluation(logits, None, features)
 
       own = lambda params, x: featured(params, stored.statistics, x)
-      result_shape("features_fn", own, stored.params, self.input_shape)
+      whole = stored.whole(stored.params, stored.statistics)
+      for name, function in (("apply_fn", self.apply_fn), ("features_fn", features_fn)):
+        result_shape(name, function, whole, self.input_shape)
       if _normalised.feeds_last_layer(own, stored.params, self.input_shape):
         return featured, True
     return lambda params, statistics, x: Evaluation(self.apply_fn(stored.whole(params, statistics), x)), False

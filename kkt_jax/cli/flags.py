@@ -239,7 +239,7 @@ class _Folder:
   compilation_cache: str = flag(
     "",
     "Folder in which later runs find what was compiled; off for none. ~/.cache/kkt_jax, which can be deleted at any"
-    " time, or what JAX is told.",
+    " time, or how JAX is configured.",
   )
 
 

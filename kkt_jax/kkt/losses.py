@@ -365,8 +365,8 @@ def mean_relative_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
 def cosine_distance(conditions: Conditions, sums: PyTree) -> jax.Array:
   """Scale-free stationarity, ``1 - cos |cos|`` of the angle between the target and the sum over all masked parameters.
 
-  If the sum points towards the target, it is the relative residual at the `best_scale`. Multipliers that shrink to 0
-  gain nothing, and it keeps a gradient if the sum points away.
+  If the sum points towards the target, it is the relative residual at the scale of all multipliers that fits best.
+  Multipliers that shrink to 0 gain nothing, and it keeps a gradient if the sum points away.
 
   Args:
     conditions: target and mask.
@@ -380,31 +380,10 @@ def cosine_distance(conditions: Conditions, sums: PyTree) -> jax.Array:
   >>> [round(float(cosine_distance(conditions, {"w": scale * jnp.array([3.0, 4.0])})), 6) for scale in (10.0, -1.0)]
   [0.0, 2.0]
   """
-  (target, _), (sums, _) = _masked_in_units(conditions, sums)
+  target, sums = _masked_in_units(conditions, sums)
   product = optax.tree.vdot(target, sums)
   sizes = optax.tree.norm(sums, squared=True) * optax.tree.norm(target, squared=True)
   return 1.0 - product * jnp.abs(product) / _nonzero(sizes)
-
-
-def best_scale(conditions: Conditions, sums: PyTree) -> jax.Array:
-  """The factor on all multipliers that makes a stationarity sum fit its target best: ``<target, sum> / |sum|^2``.
-
-  It makes a residual scale-free: neither the factor of Lambda-bar nor a weight decay need be known.
-
-  Args:
-    conditions: target and mask.
-    sums: `stationarity_sum`.
-
-  Returns:
-    A scalar; 0 if the sum is 0, and below 0 if it points away from the target.
-
-  >>> import jax.numpy as jnp
-  >>> conditions = Conditions(target={"w": jnp.array([3.0, 4.0])}, mask={"w": jnp.ones(2)})
-  >>> float(best_scale(conditions, {"w": jnp.array([6.0, 8.0])}))
-  0.5
-  """
-  (target, target_unit), (sums, unit) = _masked_in_units(conditions, sums)
-  return optax.tree.vdot(target, sums) / _nonzero(optax.tree.norm(sums, squared=True)) * (target_unit / unit)
 
 
 def _checked(logits: ArrayLike, classes: ArrayLike) -> tuple[jax.Array, jax.Array]:
@@ -421,12 +400,6 @@ def _checked(logits: ArrayLike, classes: ArrayLike) -> tuple[jax.Array, jax.Arra
   return logits, _checks.integers(classes)
 
 
-def _masked(conditions: Conditions, sums: PyTree) -> tuple[PyTree, PyTree]:
-  """Target and sum, each times the mask."""
-  target, mask, sums = _in_floats(conditions, sums)
-  return jax.tree.map(jnp.multiply, mask, target), jax.tree.map(jnp.multiply, mask, sums)
-
-
 def _in_floats(conditions: Conditions, sums: PyTree) -> tuple[PyTree, PyTree, PyTree]:
   """Target, mask and sum, of at least single precision."""
   _checks.check_same_shapes("sums", sums, "conditions.target", conditions.target)
@@ -436,8 +409,9 @@ def _in_floats(conditions: Conditions, sums: PyTree) -> tuple[PyTree, PyTree, Py
 
 def _tensor_norms(conditions: Conditions, sums: PyTree) -> tuple[jax.Array, jax.Array]:
   """For each tensor the norm of its error and of its target, masked: [U] and [U]."""
-  target, masked_sums = _masked(conditions, sums)
-  return _norms(jax.tree.map(jnp.subtract, target, masked_sums)), _norms(target)
+  target, mask, sums = _in_floats(conditions, sums)
+  target, sums = (jax.tree.map(jnp.multiply, mask, tree) for tree in (target, sums))
+  return _norms(jax.tree.map(jnp.subtract, target, sums)), _norms(target)
 
 
 def _norms(tree: PyTree) -> jax.Array:
@@ -448,8 +422,8 @@ def _norms(tree: PyTree) -> jax.Array:
   return jnp.where(squared == 0, 0.0, units * jnp.sqrt(_nonzero(squared)))
 
 
-def _masked_in_units(conditions: Conditions, sums: PyTree) -> list[tuple[PyTree, jax.Array]]:
-  """Target and sum, each in units of its largest entry and then times the mask, and that unit.
+def _masked_in_units(conditions: Conditions, sums: PyTree) -> list[PyTree]:
+  """Target and sum, each in units of its largest entry and then times the mask.
 
   Squares then neither under- nor overflow, unless what is left out is 1e18 times as large as the rest.
   """
@@ -457,7 +431,7 @@ def _masked_in_units(conditions: Conditions, sums: PyTree) -> list[tuple[PyTree,
   found = []
   for tree in (target, sums):
     unit = _nonzero(jnp.max(jnp.stack([_largest(leaf) for leaf in jax.tree.leaves(tree)])))
-    found.append((jax.tree.map(lambda mask, leaf, unit=unit: mask * (leaf / unit), mask, tree), unit))
+    found.append(jax.tree.map(lambda mask, leaf, unit=unit: mask * (leaf / unit), mask, tree))
   return found
 
 

@@ -25,9 +25,7 @@ from kkt_jax.kkt import losses
 from kkt_jax.kkt.conditions import Conditions
 from kkt_jax.membership._gram import gram as gram_of
 
-_RIDGE = 0.1  # of the unexplained share of the target, relative to an atom's own square
-_LEAST_RIDGE = 1e-9
-_NEIGHBOURS = 10  # margins that lie together where a common one is looked for
+_LEAST_RIDGE = 1e-9  # relative to an atom's own square: keeps a factorisation possible
 
 
 @full_precision
@@ -41,11 +39,12 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
 
   Returns:
     By name, each [M]: ``multipliers`` (`multipliers`, on the kernel of a fully connected first layer alone if it has a
-    target, for what is left of the initialisation hides that least); ``span``, minus the share of a candidate outside
-    the subspace of the training data, where that is told; ``signal``, minus the distance of a candidate's own
-    signal from the row space of the first kernel (`kkt_jax.extraction.signals`), which needs no other sample, where
-    weight decay has made that space; ``hinges`` (`hinge_shares`), where there are gates; ``margin`` (`common_margin`),
-    where training drove all margins to one value; and what needs no theory, ``loss``, minus the cross-entropy.
+    target, for what is left of the initialisation hides that least); ``subspace``, minus the share of a candidate
+    outside the subspace of the training data, where that is revealed; ``signal``, minus the distance of a candidate's
+    own signal from the row space of the first kernel (`kkt_jax.extraction.signals`), which needs no other sample, where
+    weight decay has made that space; ``boundaries`` (`boundary_fractions`), where there are gates; ``margin``
+    (`common_margin`), where training drove all margins to one value; and what needs no theory, ``loss``, minus the
+    cross-entropy.
   """
   classifier = examination.classifier
   x = jnp.asarray(x)
@@ -53,11 +52,11 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
   labels = jnp.asarray(classifier.labels)[jnp.argmax(logits, axis=1)] if labels is None else labels
   found = {"multipliers": multipliers(classifier, _of_first_kernel(examination), x, labels)}
   if examination.subspace is not None:
-    found["span"] = -np.asarray(examination.subspace.distance(classifier.to_unit(x)))
+    found["subspace"] = -np.asarray(examination.subspace.distance(classifier.to_unit(x)))
   if certificates.applicable(examination):
     found["signal"] = -signals.signals(examination, x, labels).distance
   if relaxation.gates(classifier.predict_fn, classifier.params, x[:2]):
-    found["hinges"] = hinge_shares(classifier, x)
+    found["boundaries"] = boundary_fractions(classifier, x)
   classes = classifier.classes_of(labels)
   if examination.form == "max_margin":
     found["margin"] = common_margin(losses.runner_up_margin(logits, classes), examination.margin)
@@ -66,7 +65,13 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
 
 @full_precision
 def multipliers(
-  classifier: Classifier, conditions: Conditions, x: ArrayLike, labels: ArrayLike, *, chunk_size: int = 32
+  classifier: Classifier,
+  conditions: Conditions,
+  x: ArrayLike,
+  labels: ArrayLike,
+  *,
+  ridge: float = 0.1,
+  chunk_size: int = 32,
 ) -> np.ndarray:
   """The part of each candidate in the stored weights, if these are a sum over few of them.
 
@@ -80,6 +85,7 @@ def multipliers(
     conditions: the stationarity condition.
     x: candidates [M, *input_shape], in the classifier's units.
     labels: their labels [M], among the classifier's.
+    ridge: on unit gradients, at most: times the share of the target that remains unexplained.
     chunk_size: candidates whose gradients are in memory at once. Dense layers need one pass over the candidates, of any
       number; other layers one for every GiB of their gradients.
 
@@ -92,7 +98,7 @@ def multipliers(
   """
   x = jnp.asarray(x)
   correlations = _correlations(classifier, conditions, x, labels, chunk_size)
-  return _scaled_parts(classifier, correlations, x, labels)
+  return _scaled_parts(classifier, correlations, x, labels, ridge)
 
 
 @full_precision
@@ -124,7 +130,7 @@ def change_scores(before: Classifier, after: Classifier, x: ArrayLike, labels: A
   correlations = _correlations(before, conditions, x, labels, 32)
   return {
     "change": correlations.products / correlations.length,
-    "change_multipliers": _scaled_parts(before, correlations, x, labels),
+    "change_multipliers": _scaled_parts(before, correlations, x, labels, 0.1),
   }
 
 
@@ -162,15 +168,17 @@ def _correlations(
   return _Correlations(gram / np.outer(size, size), products / size, length)
 
 
-def _scaled_parts(classifier: Classifier, correlations: _Correlations, x: jax.Array, labels: ArrayLike) -> np.ndarray:
+def _scaled_parts(
+  classifier: Classifier, correlations: _Correlations, x: jax.Array, labels: ArrayLike, ridge: float
+) -> np.ndarray:
   """The multipliers times the probabilities of the labels; where they are 0, the slope of the least squares."""
   from scipy import linalg, optimize  # type: ignore[import-untyped]
 
   gram, products, length = correlations
   unexplained = 0.0
   for _ in range(2):
-    ridge = _LEAST_RIDGE + _RIDGE * unexplained
-    factor = np.linalg.cholesky(gram + ridge * np.eye(len(x)))
+    used = _LEAST_RIDGE + ridge * unexplained
+    factor = np.linalg.cholesky(gram + used * np.eye(len(x)))
     wanted = linalg.solve_triangular(factor, products, lower=True)
     parts = optimize.nnls(factor.T, wanted, maxiter=100 * len(x))[0]
     unexplained = np.clip(1 + parts @ (gram @ parts - 2 * products) / length**2, 0.0, 1.0)
@@ -178,12 +186,13 @@ def _scaled_parts(classifier: Classifier, correlations: _Correlations, x: jax.Ar
   return np.where(parts > 0, parts * probability, np.minimum(products - gram @ parts, 0.0))
 
 
-def common_margin(margins: ArrayLike, margin: float | None = None) -> np.ndarray:
+def common_margin(margins: ArrayLike, margin: float | None = None, *, neighbours: int = 10) -> np.ndarray:
   """How near each margin comes to the one that all training samples share (Eq. 2b): minus the logarithm of their ratio.
 
   Args:
     margins: of candidates to the runner-up [M].
     margin: the training samples', positive; where the candidates' positive margins are densest if None.
+    neighbours: how many margins that lie together are the densest.
 
   Returns:
     Scores [M], at most 0; minus infinity where the margin is not positive.
@@ -196,7 +205,7 @@ def common_margin(margins: ArrayLike, margin: float | None = None) -> np.ndarray
   logs[values > 0] = np.log(values[values > 0])
   own = np.sort(logs[values > 0])
   if margin is None and own.size:
-    reach = min(_NEIGHBOURS, own.size - 1)
+    reach = min(neighbours, own.size - 1)
     wide = own[reach:] - own[: own.size - reach]
     narrowest = int(np.argmin(wide))
     centre = float(np.median(own[narrowest : narrowest + reach + 1]))
@@ -217,11 +226,11 @@ def _of_first_kernel(examination: Examination) -> Conditions:
 
 
 @full_precision
-def hinge_shares(classifier: Classifier, x: ArrayLike, *, within: float = 0.001) -> np.ndarray:
-  """The share of all gates whose kink each sample sits on.
+def boundary_fractions(classifier: Classifier, x: ArrayLike, *, within: float = 0.001) -> np.ndarray:
+  """The fraction of all units on whose activation boundary each sample lies.
 
-  Gradient descent with weight decay comes to rest where ReLU kinks lie exactly on training samples, as a ball does in a
-  valley. So a sample that sits on many more kinks than others do was most likely trained on.
+  Gradient descent with weight decay comes to rest where activation boundaries lie exactly on training samples, as a
+  ball does in a valley. So a sample that lies on many more boundaries than others do was most likely trained on.
 
   Args:
     classifier: any whose gates `kkt_jax.classifiers.relaxation` recognises.

@@ -1,4 +1,4 @@
-"""The loop around a training step: what is logged, what is saved, and who is told."""
+"""The loop around a training step: logging, saving and callbacks."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -36,7 +36,7 @@ def _ignore(*_: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Observer:
-  """Who is told how a reconstruction goes, and how often; none of it changes the result.
+  """Callbacks for the progress of a reconstruction, and how often they are called; none of it changes the result.
 
   Attributes:
     log_every: training steps between logged metrics.

@@ -124,8 +124,8 @@ class Schedule:
     restarts: generators that are started; the one with the least loss without stationarity and without terms that have
       a schedule goes on.
     restart_steps: steps of each before the choice; stationarity does not count in them.
-    polish_rounds: most rounds of polishing after the training, where the subspace of the data is told and the generator
-      is finite; 0 leaves it out. See `kkt_jax.reconstruction.polish`.
+    polish_rounds: most rounds of polishing after the training, where the subspace of the data is revealed and the
+      generator is finite; 0 leaves it out. See `kkt_jax.reconstruction.polish`.
     match_steps: steps of fitting a network of continuous noise to the generator's samples; 0 keeps the generator.
       See `kkt_jax.reconstruction.distil`.
     tables: how often the generator is trained, from different starts, for that network to be fitted to the samples of

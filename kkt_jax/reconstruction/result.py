@@ -161,8 +161,8 @@ class Reconstruction:
   ) -> "Reconstruction":
     """What `save` wrote, for the same classifiers and recipe.
 
-    Whether they are the same is told by the classifiers' parameters, labels, input shape and range, and by the names
-    and settings of the recipe's functions; what a function of your own computes cannot be told.
+    Whether they are the same is decided by the classifiers' parameters, labels, input shape and range, and by the names
+    and settings of the recipe's functions; what a function of your own computes is not compared.
 
     Args:
       folder: what `save` was given.
@@ -191,9 +191,9 @@ class Reconstruction:
     sizes = {len(own.get("criteria", ())) for own in proofs}
     if not all(set(own) == set(Exact._fields) for own in proofs) or sizes - {len(dataclasses.fields(Criteria))}:
       raise CheckpointError(f"what is certified in {os.fspath(folder)} was written by another version of kkt_jax.")
-    proven = tuple(Exact(**{**own, "criteria": Criteria(*own["criteria"].tolist())}) for own in proofs)
+    certified = tuple(Exact(**{**own, "criteria": Criteria(*own["criteria"].tolist())}) for own in proofs)
     trainer.check(restored[1])
-    return cls(trainer, restored[1], proven)
+    return cls(trainer, restored[1], certified)
 
   def _knows(self, y: Any) -> Any:
     """[S, T]: whether each classifier knows each label; a NumPy array unless labels are traced."""

@@ -53,7 +53,7 @@ def reconstruct(
     microbatch_size: samples for each classifier that are in memory at once; see `kkt_jax.reconstruction.Problem`.
     mesh: devices over which the samples are split, from `kkt_jax.sharding.device_mesh`.
     saver: keeps the state, and has the one to resume from, such as an open `kkt_jax.checkpoint.Checkpointer`.
-    observer: who is told how it goes, and how often the state is kept.
+    observer: callbacks for progress, and how often the state is saved.
 
   Returns:
     The trained `Reconstruction`.
@@ -219,7 +219,7 @@ def distil(
 
 
 def _later(observer: Observer, schedule: Schedule, tables: int) -> Observer:
-  """The same observer, told of steps and restarts that follow on those of some tables."""
+  """The same observer, whose steps and restarts go on counting after those of some tables."""
   steps, restarts = tables * schedule.steps, tables * schedule.restarts
   return dataclasses.replace(
     observer,

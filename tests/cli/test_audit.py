@@ -496,7 +496,7 @@ def test_every_score_has_a_name_in_words():
   found = examined(flax_classifier)
   subspace = Subspace(found.origin, jnp.eye(64)[:, :9], jnp.ones(9))
   scores = candidates.scores(dataclasses.replace(found, subspace=subspace), drawings(1, 3)[0])
-  assert {"span", "signal", "hinges"} <= set(scores) <= set(membership.SCORES)
+  assert {"subspace", "signal", "boundaries"} <= set(scores) <= set(membership.SCORES)
 
 
 @pytest.mark.slow

@@ -336,14 +336,12 @@ def test_residuals_by_hand():
     assert float(measure(CONDITIONS, SUMS)) == pytest.approx(values[name], rel=1e-5)
   assert float(residual.absolute) == pytest.approx(5**0.5)
   assert float(residual.relative) == pytest.approx(5 / 25)
-  assert float(losses.best_scale(CONDITIONS, SUMS)) == pytest.approx(17 / 14, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_what_is_left_out_may_be_far_larger_than_the_rest(name):
   large = SUMS | {"c": jnp.array([1e15])}
   assert float(MEASURES[name](CONDITIONS, large)) == pytest.approx(float(MEASURES[name](CONDITIONS, SUMS)), rel=1e-5)
-  assert float(losses.best_scale(CONDITIONS, large)) == pytest.approx(17 / 14, rel=1e-5)
 
 
 def test_mean_over_tensors_weighs_each_by_the_greatest_of_its_squared_mask():
@@ -412,14 +410,13 @@ def test_residual_of_a_zero_target_is_measured_against_1():
   assert float(losses.cosine_distance(nothing, SUMS)) == 1.0
 
 
-def test_cosine_distance_and_best_scale_by_hand():
+def test_cosine_distance_by_hand():
   conditions = Conditions({"w": jnp.array([3.0, 4.0])}, {"w": jnp.ones(2)})
   # cos of (3, 4) and (1, 0) is 3/5: 1 - 9/25.
-  cases = {(7, 0): (16 / 25, 3 / 7), (0.3, 0.4): (0, 10), (4, -3): (1, 0), (-3, -4): (2, -1), (0, 0): (1, 0)}
-  for sums, (distance, scale) in cases.items():
+  cases = {(7, 0): 16 / 25, (0.3, 0.4): 0, (4, -3): 1, (-3, -4): 2, (0, 0): 1}
+  for sums, distance in cases.items():
     sums = {"w": jnp.array(sums, jnp.float32)}
     assert float(losses.cosine_distance(conditions, sums)) == pytest.approx(distance, abs=1e-6)
-    assert float(losses.best_scale(conditions, sums)) == pytest.approx(scale, rel=1e-5, abs=1e-6)
 
 
 def test_cosine_distance_has_a_gradient_if_the_sum_points_away():
@@ -430,7 +427,7 @@ def test_cosine_distance_has_a_gradient_if_the_sum_points_away():
 
 
 def test_relative_residual_at_the_best_scale_is_the_cosine_distance():
-  scale = losses.best_scale(CONDITIONS, SUMS)
+  scale = 17 / 14  # <target, sum> / |sum|^2
   relative = lambda k: float(losses.relative_residual(CONDITIONS, jax.tree.map(lambda s: k * s, SUMS)))
   assert relative(scale) == pytest.approx(float(losses.cosine_distance(CONDITIONS, SUMS)), rel=1e-4)
   assert relative(0.95 * scale) > relative(scale) < relative(1.05 * scale)
@@ -445,7 +442,6 @@ def test_sums_of_any_size_have_the_right_value_and_gradient(size):
     value, gradient = jax.value_and_grad(lambda s: losses.cosine_distance(conditions, s))(sums)
     assert float(value) == pytest.approx(16 / 25, rel=1e-5)
     np.testing.assert_allclose(np.float64(gradient) * size, tilted, rtol=1e-5, atol=1e-6)
-  assert float(losses.best_scale(large, sums)) == pytest.approx(3 / size, rel=1e-5)
   # The error is (2, 4) in these units, of length 20^.5: its direction is the gradient.
   value, gradient = jax.value_and_grad(lambda s: losses.absolute_residual(small, s))(sums)
   assert float(value) == pytest.approx(20**0.5 * size, rel=1e-5)
@@ -473,7 +469,7 @@ def test_softmax_multipliers_of_a_sure_classifier_keep_their_gradient():
   assert float(jnp.max(jnp.abs(by_x))) > 1e-3
 
 
-@pytest.mark.parametrize("function", [*MEASURES.values(), losses.stationarity_residual, losses.best_scale])
+@pytest.mark.parametrize("function", [*MEASURES.values(), losses.stationarity_residual])
 def test_sums_that_do_not_fit_are_refused(function):
   with pytest.raises(ValueError, match=r"^sums must have the tree structure of conditions.target"):
     function(CONDITIONS, {"a": jnp.ones(2)})
@@ -502,7 +498,7 @@ def test_numbers_in_16_bits_are_computed_with_in_single_precision(dtype):
   def everything(params, x, mu, logits):
     sums = losses.stationarity_sum(relu_network, params, x, classes, mu)
     conditions = Conditions(params, jax.tree.map(jnp.ones_like, params))
-    measures = [measure(conditions, params) for measure in (*MEASURES.values(), losses.best_scale)]
+    measures = [measure(conditions, params) for measure in MEASURES.values()]
     return sums, measures, everything_of_logits(logits, classes, mu)
 
   chex.assert_trees_all_equal(everything(*rough), everything(*same))  # dtypes, too
@@ -513,7 +509,7 @@ def test_types_may_meet_when_promotion_is_strict():
   with jax.numpy_dtype_promotion("strict"):
     everything_of_logits(normal(5, 3).astype(jnp.bfloat16), classes.astype(jnp.uint8), mu)
     sums = losses.stationarity_sum(relu_network, params, x, classes.astype(jnp.uint8), mu.astype(jnp.bfloat16))
-    for measure in (*MEASURES.values(), losses.best_scale):
+    for measure in MEASURES.values():
       measure(Conditions(params, jax.tree.map(lambda leaf: jnp.ones_like(leaf, jnp.bfloat16), params)), sums)
 
 
@@ -523,7 +519,7 @@ def test_double_precision_is_kept():
     conditions = Conditions(params, jax.tree.map(jnp.ones_like, params))
     sums = losses.stationarity_sum(relu_network, params, x, classes, mu)
     explicit = losses.stationarity_sum_from_jacobians(per_sample_jacobians(relu_network, params, x), classes, mu)
-    others = [losses.best_scale(conditions, sums), losses.duality_loss(logits, classes, jnp.array(0.1), delta=0.1)]
+    others = [losses.duality_loss(logits, classes, jnp.array(0.1), delta=0.1)]
     return sums, explicit, [measure(conditions, sums) for measure in MEASURES.values()] + others
 
   with jax.enable_x64(True):

@@ -31,7 +31,7 @@ def with_kinks_on(x, number=60, seed=0):
 def test_those_on_kinks_are_told_from_others():
   random = np.random.default_rng(1)
   own, others = random.normal(size=(2, 20, 5)).astype(np.float32)
-  shares = candidates.hinge_shares(with_kinks_on(own), np.concatenate([own, others]))
+  shares = candidates.boundary_fractions(with_kinks_on(own), np.concatenate([own, others]))
   np.testing.assert_allclose(shares[:20], 1 / 20, atol=0.04)
   assert shares[:20].min() > shares[20:].max()
 
@@ -40,14 +40,14 @@ def test_it_needs_gates_two_candidates_and_a_distance():
   x = np.zeros((3, 5), np.float32)
   linear = make_classifier(lambda w, x: x @ w, jnp.ones((5, 2)), (5,))
   with pytest.raises(ValueError, match="must have gates such as ReLU"):
-    candidates.hinge_shares(linear, x)
+    candidates.boundary_fractions(linear, x)
   own = with_kinks_on(x[:1] + 1)
   with pytest.raises(ValueError, match="number of candidates must be at least 2; got 1"):
-    candidates.hinge_shares(own, x[:1])
+    candidates.boundary_fractions(own, x[:1])
   with pytest.raises(ValueError, match="within must be"):
-    candidates.hinge_shares(own, x, within=0.0)
+    candidates.boundary_fractions(own, x, within=0.0)
   with pytest.raises(ValueError, match="input_shape"):
-    candidates.hinge_shares(own, x[:, :4])
+    candidates.boundary_fractions(own, x[:, :4])
 
 
 def a_sum_over(x, classes, number):
@@ -91,4 +91,4 @@ def test_all_scores_that_a_classifier_allows(members):
   random = np.random.default_rng(1)
   relu = with_kinks_on(random.normal(size=(6, 5)).astype(np.float32))
   names = candidates.scores(kkt_jax.examine(relu, form="max_margin"), random.normal(size=(4, 5)).astype(np.float32))
-  assert list(names) == ["multipliers", "hinges", "margin", "loss"]
+  assert list(names) == ["multipliers", "boundaries", "margin", "loss"]
