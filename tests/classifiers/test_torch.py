@@ -1,5 +1,8 @@
 """PyTorch modules are the classifiers that they are in PyTorch; `make test-torch` installs what it takes."""
 
+import copy
+import pathlib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -267,6 +270,39 @@ def test_frozen_tensors_and_buffers_are_constants_and_a_start_is_known():
   np.testing.assert_array_equal(own.initial_params["3"]["bias"], start.module[3].bias.detach().numpy())
   expected = module(torch.tensor(X - 0.5 * X[:1])).detach().numpy()
   np.testing.assert_allclose(own.predict(LAST), expected, atol=1e-5)
+
+
+def test_a_merged_adapter_is_a_fine_tuned_module_of_low_rank():
+  public = dense()
+  merged = copy.deepcopy(public)
+  with torch.no_grad():
+    merged[1].weight += torch.randn(12, 2) @ torch.randn(2, 64)  # alpha / r is in them
+  own = kkt_jax.from_torch(merged, input_shape=(1, 8, 8), initial=public.state_dict())
+  change = own.params["1"]["weight"] - own.initial_params["1"]["weight"]
+  assert np.linalg.matrix_rank(change, rtol=1e-5) == 2
+  chex.assert_trees_all_equal(own.params["3"], own.initial_params["3"])
+  examination = kkt_jax.examine(own)
+  assert examination.form == "change" and examination.subspace is None  # the rank is the adapter's
+  with pytest.raises(ValueError, match="^initial must have the tensors of module; it lacks .'1.bias', '3.bias'"):
+    kkt_jax.from_torch(merged, input_shape=(1, 8, 8), initial={"1.weight": 0, "3.weight": 0})
+
+
+def test_the_first_audit_of_the_documentation_is_what_it_says(tmp_path, monkeypatch):
+  """The code of docs/frameworks.md, on weights that PyTorch has saved."""
+  code = (pathlib.Path(__file__).parents[2] / "docs" / "frameworks.md").read_text().split("```python\n")[1]
+  monkeypatch.chdir(tmp_path)
+  module = nn.Sequential(nn.Flatten(), nn.Linear(784, 12), nn.ReLU(), nn.Linear(12, 10))
+  images = np.kron(X, np.ones((1, 1, 4, 4)))[..., 2:-2, 2:-2].astype(np.float32)
+  optimizer = torch.optim.Adam(module.parameters(), 1e-2)
+  for _ in range(200):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(module(torch.tensor(images[:50])), torch.tensor(Y[:50])).backward()
+    optimizer.step()
+  torch.save(module.state_dict(), "weights.pt")
+  given = {"x_train": images[:50], "y_train": Y[:50], "x_held_out": images[50:], "y_held_out": Y[50:]}
+  space = given | {"torch": torch, "module": copy.deepcopy(module)}
+  exec(code.partition("```")[0], space)
+  assert space["report"].scored is not None and (tmp_path / "runs/audit/report.html").exists()
 
 
 def test_one_logit_is_two_classes():
