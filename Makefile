@@ -54,7 +54,7 @@ test-oldest: $(OLDEST)/.installed ## the tests with the oldest versions that pyp
 	PYTEST_ADDOPTS="-W default" $(call PYTEST,$(OLDEST))
 
 test-torch: $(TORCH)/.installed ## the tests of from_torch, in .venv-torch, with PyTorch and torchax
-	$(call PYTEST,$(TORCH)) tests/classifiers/test_torch.py
+	$(call PYTEST,$(TORCH)) tests/classifiers/test_torch.py tests/classifiers/test_bridges.py
 
 docs: $(VENV)/.docs build/docs/.library ## the documentation in build/docs/html; runs its notebooks, warnings are errors
 	$(PY) -m sphinx -q -W --keep-going -d build/docs/doctrees docs build/docs/html

@@ -110,7 +110,7 @@ def other_decay(classifier: Classifier, x: np.ndarray, y: np.ndarray, criteria: 
     return ""
   return (
     f"With these training data the weights are where {ratio:.2g} times the weight_decay that was described would hold"
-    " them; docs/audit.md tells what it is in other libraries' names."
+    " them; docs/frameworks.md tells what it is in other libraries' names."
   )
 
 

@@ -64,6 +64,7 @@ def bridged(
   reference: Callable[[np.ndarray], ArrayLike],
   *,
   input_shape: Sequence[int],
+  training: Callable[[np.ndarray], ArrayLike | None] | None = None,
   turned: bool = False,
   probabilities: bool = False,
   samples: np.ndarray | None = None,
@@ -82,6 +83,7 @@ def bridged(
       batch norm on the batch.
     reference: the framework's own outputs at inference, of inputs [M, *shape of the framework].
     input_shape: shape of one input as the framework has it.
+    training: the framework's own outputs in training, but for random numbers; None if it cannot go without.
     turned: whether these are channels, rows, columns, which become rows, columns, channels.
     probabilities: whether the reference gives softmax or sigmoid of the logits.
     samples: inputs [M, *input_shape] to compare; random ones within ``value_range`` if None.
@@ -132,6 +134,9 @@ def bridged(
   with jax.numpy_rank_promotion("allow"):
     theirs = np.asarray(reference(arranged(x)))
   _compare(argument, classifier.predict(jnp.asarray(x)), theirs, probabilities)
+  if training is not None and (trained := training(arranged(x))) is not None:
+    logits = classifier.apply_fn(classifier.params, jnp.asarray(x))
+    _compare(f"{argument}, in training,", logits, np.asarray(trained), probabilities)
   return classifier
 
 
@@ -152,5 +157,6 @@ def _compare(argument: str, logits: jax.Array, theirs: np.ndarray, probabilities
   if not apart <= _APART:
     raise ValueError(
       f"{argument} must give the same outputs in JAX as in its framework; they differ by {apart:.1e} of the greatest."
-      " Does it draw random numbers at inference, keep a state, or end in probabilities that are no softmax?"
+      " Does it draw random numbers at inference, keep a state, normalise by the batch in no layer of batch norm, or"
+      " end in probabilities that are no softmax?"
     )

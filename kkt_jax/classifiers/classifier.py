@@ -66,7 +66,7 @@ class Classifier:
     value_range: least and greatest value of an input; None if unbounded.
     weight_decay: the strength w of the weight decay that the classifier was trained with, if known: a number, or a
       `WeightDecay` if it differs from tensor to tensor. The gradient of the mean cross-entropy is -w times the tensor
-      where training ends; docs/audit.md tells what that is in other libraries' names.
+      where training ends; docs/frameworks.md tells what that is in other libraries' names.
     initial_params: the parameters from which it was trained, a tree like ``params``, if known: those of a public
       network that was fine-tuned. Then the data account for the change.
   """

@@ -33,7 +33,7 @@ def from_sklearn(estimator: Any, *, labels: Sequence[int] | None = None, **known
     labels: the label of each output; if None the estimator's ``classes_`` if they are integers, else 0..C-1 in their
       order.
     **known: ``value_range`` (None unless given), ``offset`` and ``weight_decay`` of `kkt_jax.from_linen`. Of alpha and
-      C, docs/audit.md tells what weight decay they are.
+      C, docs/frameworks.md tells what weight decay they are.
 
   Returns:
     The `Classifier`, for inputs of ``(n_features_in_,)``.

@@ -1,6 +1,6 @@
 """From a PyTorch module to a `Classifier`, by way of torchax."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import copy
 from typing import Any
 
@@ -37,7 +37,8 @@ def from_torch(
     channels_first: whether the first of three axes are channels, as PyTorch's convolutions have them; they become the
       last, here and in the data.
     labels: the label of each output; 0..C-1 if None.
-    initial: a module of the same architecture with the weights from which it was trained, if known.
+    initial: a module of the same architecture with the weights from which it was trained, or its ``state_dict()``, if
+      known.
     **known: ``value_range``, ``offset`` and ``weight_decay`` of `kkt_jax.from_linen`.
 
   Returns:
@@ -54,13 +55,17 @@ def from_torch(
     import torchax
   except Exception as error:  # of another age, it fails in many ways
     raise ImportError(f"from_torch needs torchax, and a torch that it fits to: {_PAIR} do; {error}") from error
-  module = getattr(module, "_orig_mod", module)  # that torch.compile wraps
+  module = _bare(module)
   scripted = lambda own: any(isinstance(inner, torch.jit.ScriptModule) for inner in own.modules())
   if not isinstance(module, torch.nn.Module) or scripted(module):
     raise ValueError(f"module must be a torch.nn.Module that was not scripted; got {type(module).__name__}.")
   norms = {name: own for name, own in module.named_modules() if isinstance(own, torch.nn.modules.batchnorm._BatchNorm)}
   if untracked := [name for name, own in norms.items() if own.running_mean is None]:
     raise ValueError(f"module must have batch norm with track_running_stats=True; got False in {untracked}.")
+  if old := [name for name, own in module.named_modules() if any(map(_computes, own._forward_pre_hooks.values()))]:
+    raise ValueError(
+      f"module must have weight_norm and spectral_norm of torch.nn.utils.parametrizations; {old} do not."
+    )
   dtype = getattr(torch, jnp.result_type(float).name)
   copied = lambda: copy.deepcopy(module).to("cpu", dtype).eval()
   resting, training = copied(), copied()
@@ -76,38 +81,53 @@ def from_torch(
 
   for name in norms:
     training.get_submodule(name).train().register_forward_pre_hook(hook_of(name))
-  states, rested = torchax.extract_jax(resting)
-  trained = torchax.extract_jax(training)[1]
+  states, rested = _extract(torchax, resting)
+  trained = _extract(torchax, training)[1]
   names = [name for name, own in resting.named_parameters() if own.requires_grad]
   running = [f"{name}.{own}" for name in norms for own in _STORED]
   constants = {name: value for name, value in states.items() if name not in {*names, *running}}
 
   def variables_of(own: Any) -> dict[str, PyTree]:
-    held = {name: jnp.asarray(value.detach().to("cpu", dtype).numpy()) for name, value in own.state_dict().items()}
+    state = own if isinstance(own, Mapping) else _bare(own).state_dict()
+    if lacking := sorted({*names, *running} - {*state}):
+      raise ValueError(f"initial must have the tensors of module; it lacks {lacking}.")
+    held = {name: jnp.asarray(state[name].detach().to("cpu", dtype).numpy()) for name in (*names, *running)}
     parts = {"params": names, "batch_stats": running}
     return {part: nested({name: held[name] for name in own}, ".") for part, own in parts.items() if own}
 
   def run(variables: Any, x: jax.Array, on_batch: bool) -> tuple[jax.Array, PyTree]:
     given = constants | flat(variables["params"], ".") | flat(variables.get("batch_stats", {}), ".")
     if not on_batch:
-      return rested(given, (x,)), {}
+      return rested(given, x), {}
     seen.clear()
-    logits = trained(given, (x,))
+    logits = trained(given, x)
     found = nested({f"{name}.{own}": value for name, pair in seen.items() for own, value in pair.items()}, ".")
     seen.clear()
     return logits, found
 
-  def reference(x: np.ndarray) -> np.ndarray:
+  def outputs(own: Any, x: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-      return resting(torch.from_numpy(np.ascontiguousarray(x)).to(dtype)).numpy()
+      found = own(torch.from_numpy(np.array(x, order="C")).to(dtype))
+    if not isinstance(found, torch.Tensor):
+      raise ValueError(f"module must give logits alone, in training, too; it gives a {type(found).__name__}.")
+    return found.numpy()
+
+  def in_training(x: np.ndarray) -> np.ndarray | None:
+    watched = copied().train()
+    for own in watched.modules():
+      if isinstance(own, (torch.nn.modules.dropout._DropoutNd, torch.nn.utils.parametrize.ParametrizationList)):
+        own.eval()
+    first, second = (outputs(watched, x) for _ in range(2))
+    return first if np.array_equal(first, second) else None
 
   try:
     return bridged(
       "module",
       run,
       variables_of(module),
-      reference,
+      lambda x: outputs(resting, x),
       input_shape=input_shape,
+      training=in_training,
       turned=channels_first and len(input_shape) == 3,
       labels=labels,
       initial=None if initial is None else variables_of(initial),
@@ -116,3 +136,35 @@ def from_torch(
   except jax.errors.UnexpectedTracerError as error:
     torchax.default_env().manual_seed(0)  # its generator holds what JAX traced
     raise ValueError("module must draw no random numbers at inference; it does.") from error
+
+
+def _bare(module: Any) -> Any:
+  """The module that ``torch.compile`` or the parallel ones wrap."""
+  import torch
+
+  module = getattr(module, "_orig_mod", module)
+  parallel = isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel))
+  return module.module if parallel else module
+
+
+def _computes(hook: Any) -> bool:
+  """Whether a hook sets a weight before each call, as ``torch.nn.utils.weight_norm`` (not of parametrizations) does."""
+  return type(hook).__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
+
+
+def _extract(torchax: Any, module: Any) -> tuple[dict[str, jax.Array], Any]:
+  """All tensors of a module, and the function of them and of inputs [M, ...] that it is, as ``torchax.extract_jax``.
+
+  Not among them is what a parametrization computes from its own tensors, which extract_jax takes for buffers.
+  """
+  own, environment = torchax.interop.JittableModule(module), torchax.default_env()
+  for name, layer in module.named_modules():
+    for computed in getattr(layer, "parametrizations", {}):
+      own.buffers.pop(f"{name}.{computed}".lstrip("."))
+
+  def function(states: Any, x: jax.Array) -> jax.Array:
+    held, inputs = environment.j2t_iso((states, x))
+    with environment:
+      return environment.t2j_iso(own.functional_call("forward", held, {}, inputs))
+
+  return environment.t2j_copy(own.params | own.buffers), function

@@ -164,10 +164,10 @@ _Parts = dict[str, dict[str, float]]  # squared length of what the target has in
 def _changes(apply_fn: ApplyFn, params: PyTree, x: jax.Array) -> _Change:
   """How margins change along a direction, given by the tensors it moves: the logits' change less its class mean."""
   leaves, structure = jax.tree.flatten(params)
+  still = [jnp.zeros_like(leaf) for leaf in leaves]
 
   def change(moved: Mapping[int, np.ndarray]) -> np.ndarray:
-    zeros = [moved[i] if i in moved else np.zeros(leaf.shape) for i, leaf in enumerate(leaves)]
-    tangents = [jnp.asarray(z, leaf.dtype) for z, leaf in zip(zeros, leaves, strict=True)]
+    tangents = [jnp.asarray(moved[i], zeros.dtype) if i in moved else zeros for i, zeros in enumerate(still)]
     return np.asarray(_margins_along(apply_fn, params, x, jax.tree.unflatten(structure, tangents)), np.float64)
 
   return change

@@ -1,4 +1,4 @@
-"""Weight decay as optimizers name it: which strength the stationarity condition sees, row by row of docs/audit.md."""
+"""Weight decay as optimizers name it: which strength the condition sees, row by row of docs/frameworks.md."""
 
 import dataclasses
 import functools
