@@ -5,6 +5,7 @@ static facts (shapes, dtypes) are always checked, values only where they are kno
 """
 
 from collections.abc import Collection
+import operator
 from typing import Any
 
 import jax
@@ -61,6 +62,18 @@ def check_floating(name: str, value: Any) -> None:
     raise ValueError(f"{name} must be floating point; got dtype {_dtype(value)}.")
 
 
+def check_all_floating(name: str, tree: PyTree) -> None:
+  """Raises ValueError naming the first leaf of a pytree that does not hold floating-point numbers."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    check_floating(f"{name}, at {_where(path)},", leaf)
+
+
+def arrays(name: str, tree: PyTree) -> PyTree:
+  """A pytree whose numbers of Python's own are arrays; a ValueError that names a leaf that is not floating point."""
+  check_all_floating(name, tree)
+  return jax.tree.map(lambda own: own if hasattr(own, "shape") else jnp.asarray(own, jnp.result_type(float)), tree)
+
+
 def check_labels(name: str, value: Any, num_samples: int) -> None:
   """Raises ValueError unless ``value`` is an integer vector of length ``num_samples``."""
   check_shape(name, value, (num_samples,), "[M]")
@@ -89,7 +102,22 @@ def floats(value: Any) -> jax.Array:
 
 
 def _dtype(value: Any) -> Any:
-  return jnp.result_type(value if hasattr(value, "dtype") else jnp.asarray(value))
+  try:
+    return jnp.result_type(value if hasattr(value, "dtype") else jnp.asarray(value))
+  except (TypeError, ValueError):  # strings and objects, which JAX does not know
+    return np.dtype(object)
+
+
+def sizes(name: str, value: Any) -> tuple[int, ...]:
+  """A sequence of integers, as a tuple; a ValueError that names it if it is none.
+
+  >>> sizes("input_shape", np.array([28, 28, 1]))
+  (28, 28, 1)
+  """
+  try:
+    return tuple(operator.index(own) for own in value)
+  except TypeError as error:
+    raise ValueError(f"{name} must be a sequence of integers; got {value!r}.") from error
 
 
 def check_label_range(name: str, value: Any, num_classes: int) -> None:
@@ -143,8 +171,8 @@ def check_params(name: str, params: PyTree) -> None:
   """Raises ValueError unless a pytree holds tensors, all of them floating point, finite, and with entries."""
   if not jax.tree.leaves(params):
     raise ValueError(f"{name} must hold at least one tensor; got {params!r}.")
+  check_all_floating(name, params)
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    check_floating(f"{name}, at {_where(path)},", leaf)
     if jnp.size(leaf) == 0:
       raise ValueError(f"{name} must hold no tensor without entries; got shape {jnp.shape(leaf)} at {_where(path)}.")
   check_finite(name, params)

@@ -11,9 +11,9 @@ from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.criteria import AnalysisCriteria
 
 
-def gradients(classifier: Classifier, weights: jax.Array, samples: jax.Array) -> list[list[np.ndarray]]:
+def gradients(classifier: Classifier, weights: np.ndarray, samples: jax.Array) -> list[list[np.ndarray]]:
   """For each sample the gradient of ``weights . logits`` at inference by every tensor."""
-  found = [_gradient(classifier.predict_fn, classifier.params, weights, sample) for sample in samples]
+  found = [_gradient(classifier.predict_fn, classifier.params, weights, sample) for sample in np.asarray(samples)]
   return [[np.asarray(g, np.float64) for g in jax.tree.leaves(own)] for own in found]
 
 
@@ -30,9 +30,9 @@ def matrices(leaves: list[jax.Array], size: int, *, axis: int) -> list[tuple[int
 
 def rounded(params: PyTree, criteria: AnalysisCriteria) -> bool:
   """Whether all matrices of a tree hold values of 16 bits."""
-  leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params) if np.ndim(leaf) > 1]
-  alike = lambda leaf, dtype: bool(jnp.all(leaf == leaf.astype(dtype).astype(leaf.dtype)))
-  few = lambda leaf: len(np.unique(np.asarray(leaf))) < criteria.few_values  # such as ones
-  return any(
-    all(alike(leaf, dtype) for leaf in leaves) and not all(map(few, leaves)) for dtype in (jnp.bfloat16, jnp.float16)
-  )
+  leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params) if np.ndim(leaf) > 1]
+  alike = lambda leaf, dtype: bool(np.all(leaf == leaf.astype(dtype).astype(leaf.dtype)))
+  few = lambda leaf: len(np.unique(leaf)) < criteria.few_values  # such as ones
+  with np.errstate(over="ignore"):
+    held = any(all(alike(leaf, dtype) for leaf in leaves) for dtype in (jnp.bfloat16, jnp.float16))
+  return held and not all(map(few, leaves))

@@ -21,9 +21,9 @@ from kkt_jax._typing import PyTree
 from kkt_jax.analysis import _probing, forms
 from kkt_jax.analysis.first_layer import FirstLayer, origin_of, read_first_layer
 from kkt_jax.analysis.forms import FORMS
-from kkt_jax.analysis.last_layer import collapsed_features, LastLayer, margin_of, read_last_layer
+from kkt_jax.analysis.last_layer import collapsed_features, decay_limit, LastLayer, margin_of, read_last_layer
 from kkt_jax.analysis.subspace import is_image, Subspace
-from kkt_jax.classifiers.classifier import Classifier
+from kkt_jax.classifiers.classifier import check_classifier, Classifier
 from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import symmetries
 from kkt_jax.kkt.conditions import Conditions
@@ -61,6 +61,8 @@ class Examination:
       ``"other"``.
     last: the last dense layer, or None.
     margin: the typical margin of the training data in logits as the last layer reveals it, or None.
+    most_weight_decay: the greatest weight decay with which training can have ended at the last layer, or None. Weights
+      alone do not tell whether a smaller one is right.
     probes: the random inputs that were tried [K, *input_shape].
     criteria: by which all this was decided.
   """
@@ -81,6 +83,7 @@ class Examination:
   roles: PyTree
   last: LastLayer | None
   margin: float | None
+  most_weight_decay: float | None
   probes: jax.Array
   criteria: AnalysisCriteria = _DEFAULT
 
@@ -122,6 +125,15 @@ class Examination:
       return None
     return collapsed_features(last.kernel, last.scale, last.shift), last.scale
 
+  def _decay(self) -> str:
+    """What the weights tell of the weight decay that they are said to have had."""
+    own, most = self.classifier.weight_decay, self.most_weight_decay
+    if own is None or most is None or self.form != "weight_decay":
+      return ""
+    if own > most:
+      return f" That is too much: where training ends, such a last layer has had {most:.2g} at most."
+    return f" They do not tell whether that is right; up to {most:.2g} it can be."
+
   def _left_out(self) -> list[str]:
     names = ", ".join(f"{name} ({share:.0%} of everything)" for name, share in self.left_out.items())
     return [f"Left out, because no data whatever could have caused them: {names}."] if names else []
@@ -154,6 +166,7 @@ class Examination:
     params, limit = self.classifier.params, self.criteria.unexplained
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     rounded = ["They are rounded to 16 bits, which hides whatever is fainter."]
+    rough = jax.eval_shape(self.classifier.apply_fn, params, self.probes[:2]).dtype.itemsize < 4
     trained = {
       "weight_decay": "weights trained to convergence with weight decay",
       "max_margin": "weights that gradient descent drove to a maximal margin",
@@ -162,9 +175,10 @@ class Examination:
     lines = [
       f"{count:,} parameters, {self.classifier.num_classes} classes,"
       f" {'batch norm' if self.classifier.batch_coupled else 'no batch norm'}.",
-      f"They are examined as {trained}, because {self.why}.",
+      f"They are examined as {trained}, because {self.why}.{self._decay()}",
       *([f"The function never uses {', '.join(self.unused)}."] if self.unused else []),
       *(rounded if _probing.rounded(params, self.criteria) else []),
+      *(["The function computes in 16 bits, which hides whatever is fainter."] if rough else []),
       *self._left_out(),
       f"Share of {'the others' if self.left_out else 'them'} that no data whatever could have caused: {self.bound:.2%}"
       f" ({'so data are not excluded' if self.explained else 'too much'}; the limit is {limit:.0%}).",
@@ -191,9 +205,9 @@ def _blurred(subspace: Subspace) -> str:
 def _subtracted(start: jax.Array | None, alike: float) -> str:
   if start is None:
     return "What the network subtracts from its inputs is not revealed."
-  if float(jnp.std(start)) > alike:
+  if float(np.std(start)) > alike:
     return "The network subtracts an image from its inputs, taken for the mean of the data."
-  value = float(jnp.mean(start))
+  value = float(np.mean(start))
   return (
     f"The network subtracts {value:.3g} from its inputs."
     if abs(value) > alike
@@ -226,22 +240,19 @@ def examine(
   >>> examine(relu, form="max_margin").rates.rates["w1"][0, 0].round(3)
   Array(0.5, dtype=float32)
   """
+  check_classifier("classifier", classifier)
   if form is not None:
     _checks.check_choice("form", form, FORMS)
   if form == "change" and classifier.initial_params is None:
     raise ValueError("form must not be 'change' for a classifier without initial_params.")
   params = classifier.params
-  key, shape = jax.random.key(seed), (_PROBES, *classifier.input_shape)
-  bounded = classifier.value_range is not None
-  probes = classifier.from_unit(jax.random.uniform(key, shape)) if bounded else jax.random.normal(key, shape)
-  _check_outputs(classifier, probes)
+  probes, unused = _probes(classifier, seed), check_outputs(classifier, seed=seed)
   rates = kkt.balanced(kkt.derivative_equations(classifier.apply_fn, params, probes), params)
   alphas = jnp.linspace(-0.5, 0.5, 5)
   scaling = jax.jit(functools.partial(kkt.scaling_error, classifier.apply_fn))
   error = float(scaling(params, rates.rates, probes, alphas))
   free = symmetries.scale_invariant(classifier.apply_fn, params, probes)
   start, layer, subspace, first, left = read_first_layer(classifier, probes, criteria)
-  unused = _unused(classifier, probes)
   tried = [form] if form else FORMS[2:] if classifier.initial_params is not None else FORMS[:2]
   conditions = forms.possible_conditions(classifier, rates, free, unused, left)
   possible = {name: forms.attainable(classifier, conditions[name], probes, first, criteria) for name in tried}
@@ -255,6 +266,9 @@ def examine(
   if possible[form].bound > criteria.unexplained or (first is not None and names[first] in possible[form].left_out):
     subspace = None  # a rank alone is no subspace of data
   last = read_last_layer(classifier, probes, criteria)
+  most_decay, beyond = decay_limit(classifier, last)
+  if beyond and form == "weight_decay":
+    possible[form] = forms.short_of(possible[form], beyond)
   leaves, structure = jax.tree.flatten(params)
   roles = ["kernel" if leaf.ndim > 1 else "other" for leaf in leaves]
   if first is not None:
@@ -278,14 +292,49 @@ def examine(
     roles=jax.tree.unflatten(structure, roles),
     last=last.layer,
     margin=margin_of(classifier, last),
+    most_weight_decay=most_decay,
     probes=probes,
     criteria=criteria,
   )
 
 
-def _check_outputs(classifier: Classifier, probes: jax.Array) -> None:
-  """Raises a ValueError where outputs are no logits, or the same for all inputs."""
+def _probes(classifier: Classifier, seed: int) -> jax.Array:
+  """Random inputs [K, *input_shape], in the classifier's units."""
+  key, shape = jax.random.key(seed), (_PROBES, *classifier.input_shape)
+  if classifier.value_range is None:
+    return jax.random.normal(key, shape)
+  return classifier.from_unit(jax.random.uniform(key, shape))
+
+
+def check_outputs(classifier: Classifier, *, seed: int = 0) -> tuple[str, ...]:
+  """Whether the outputs are logits, of which each follows from its own input and from the parameters.
+
+  Args:
+    classifier: the classifier.
+    seed: of the random inputs that are tried.
+
+  Returns:
+    The names of the tensors on which no logit depends.
+
+  Raises:
+    ValueError: logits that are not finite, the same for all inputs, probabilities, different in another batch (batch
+      norm on batch statistics, dropout) or independent of all parameters.
+
+  >>> from kkt_jax.classifiers.classifier import make_classifier
+  >>> check_outputs(make_classifier(lambda p, x: x @ p["w"], {"w": jnp.eye(2), "step": jnp.ones(())}, (2,)))
+  ('step',)
+  """
+  check_classifier("classifier", classifier)
+  probes = _probes(classifier, seed)
   logits = np.asarray(classifier.predict(probes), np.float64)
+  if not np.isfinite(logits).all():
+    raise ValueError("classifier must give finite logits; of random inputs in its range some are NaN or infinite.")
+  apart = np.abs(logits[::-2] - np.asarray(classifier.predict(probes[::-2]), np.float64)).max()
+  if apart > 0.01 * np.abs(logits).max():
+    raise ValueError(
+      "classifier must give each input its own logits at inference (predict_fn); those of random inputs change with the"
+      f" rest of their batch, by up to {apart:.2g}. Is batch norm on batch statistics, or dropout on?"
+    )
   if not np.ptp(logits, axis=0).any():
     raise ValueError(
       "classifier must tell inputs apart; it gives all random inputs the same logits: its units are dead, or its"
@@ -293,13 +342,17 @@ def _check_outputs(classifier: Classifier, probes: jax.Array) -> None:
     )
   wide = [logits, *(np.asarray(classifier.predict(probes * factor), np.float64) for factor in (30.0, 1000.0))]
   difference = [own[:, 1] - own[:, 0] for own in wide]
-  many = all(np.all((own >= 0) & (own <= 1)) and np.allclose(own.sum(axis=1), 1, atol=1e-3) for own in wide)
+  many = all(np.all((own >= 0) & (own <= 1)) for own in wide)
   one = classifier.num_classes == 2 and np.ptp(difference) > 0 and all(np.all((d >= 0) & (d <= 1)) for d in difference)
   if many or one:
     raise ValueError(
-      f"classifier must return logits; its outputs are in [0, 1]{' and add up to 1' if many else ''} for every input,"
-      " as probabilities are. Leave out the softmax or sigmoid at its end (in Keras: activation=None)."
+      "classifier must return logits; its outputs are in [0, 1] for every input, as probabilities are. Leave out the"
+      " softmax or sigmoid at its end (in Keras: activation=None)."
     )
+  unused = _unused(classifier, probes)
+  if len(unused) == len(jax.tree.leaves(classifier.params)):
+    raise ValueError("apply_fn must compute the logits from params; they do not depend on any of them.")
+  return unused
 
 
 def _unused(classifier: Classifier, probes: jax.Array) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kkt_jax import kkt
 from kkt_jax._tree import tensor_names
@@ -89,6 +90,14 @@ def attainable(
   if found.value > criteria.unexplained:
     return Attainable(conditions, {}, whole.value)
   return Attainable(without(left), {name: whole.by_tensor.get(name, 0.0) for name in left}, found.value)
+
+
+def short_of(found: Attainable, least: float) -> Attainable:
+  """The same, if of the target at least so much is out of reach for another reason, squared and absolute."""
+  trees = (found.conditions.target, found.conditions.mask)
+  parts = zip(*([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)] for tree in trees), strict=True)
+  whole = sum(float(np.sum(np.square(target * mask))) for target, mask in parts)
+  return found._replace(bound=max(found.bound, min(1.0, least / max(whole, 1e-300))))
 
 
 def choose(

@@ -72,7 +72,7 @@ def typical_margin(kernel: ArrayLike, *, weight_decay: float, competitors: float
   _checks.check_positive("competitors", others)
   from scipy import optimize, special  # type: ignore[import-untyped]
 
-  wanted = weight_decay * float(jnp.sum(jnp.square(jnp.asarray(kernel))))
+  wanted = weight_decay * float(np.sum(np.square(np.asarray(kernel, np.float64))))
   low = 1 + float(special.lambertw(others / math.e).real)
 
   def excess(q: float) -> float:
@@ -82,6 +82,28 @@ def typical_margin(kernel: ArrayLike, *, weight_decay: float, competitors: float
     return math.nan
   # q k / (k + e^q) < q k / e^q < wanted as soon as q - log q > log(k / wanted), and log q < q / 2.
   return optimize.brentq(excess, low, low + 2 * math.log(others / wanted))
+
+
+def most_weight_decay(kernel: ArrayLike) -> float:
+  """The greatest weight decay with which training can have ended at a last kernel, whatever the data.
+
+  The right-hand side of the equation in `typical_margin` is greatest where all samples are equally sure and all C - 1
+  other classes equally likely: Lambert's W((C - 1) / e). So ``w <= W((C - 1) / e) / |W|^2``.
+
+  Args:
+    kernel: W [F, C].
+
+  Returns:
+    w; infinite for a kernel of zeros.
+
+  >>> round(most_weight_decay(jnp.eye(2)), 4)  # W(1 / e) = .2785; |W|^2 = 2
+  0.1392
+  """
+  from scipy import special
+
+  size = float(np.sum(np.square(np.asarray(kernel, np.float64))))
+  peak = float(special.lambertw((np.shape(kernel)[1] - 1) / math.e).real)
+  return peak / size if size else math.inf
 
 
 def collapsed_features(kernel: ArrayLike, scale: ArrayLike, shift: ArrayLike) -> jax.Array:
@@ -162,7 +184,7 @@ def read_last_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCrit
   """
   leaves = jax.tree.leaves(classifier.params)
   classes = classifier.num_classes
-  weights = [jnp.linspace(-1.0, 1.0, classes), jnp.cos(jnp.arange(float(classes)))]
+  weights = [np.linspace(-1.0, 1.0, classes, dtype=np.float32), np.cos(np.arange(classes, dtype=np.float32))]
   found = [_probing.gradients(classifier, own, x[:1])[0] for own in weights]
   v = [np.asarray(own, np.float64) for own in weights]
   alike = lambda a, b: bool(np.linalg.norm(a - b) <= criteria.alike * max(float(np.linalg.norm(a)), 1e-30))
@@ -204,6 +226,21 @@ def _last_norm(
       if scale != shift and np.linalg.norm(value - features) <= alike * np.linalg.norm(features):
         return leaves[scale], leaves[shift]
   return None, None
+
+
+def decay_limit(classifier: Classifier, reading: LastReading) -> tuple[float | None, float]:
+  """The most that ``weight_decay`` can have been, None if that is unknown, and what more than it leaves of the target.
+
+  The latter is squared and absolute: with ``own > most``, no data reach more than ``most W`` of ``own W``, along W.
+  """
+  if reading.layer is None or reading.kernel is None:
+    return None, 0.0
+  most = most_weight_decay(reading.layer.kernel)
+  if classifier.weight_decay is None:
+    return most, 0.0
+  own = float(jax.tree.leaves(decay_of_tensors(classifier.weight_decay, classifier.params))[reading.kernel])
+  size = float(np.sum(np.square(np.asarray(reading.layer.kernel, np.float64))))
+  return (float(classifier.weight_decay) * most / own, max(own - most, 0.0) ** 2 * size) if own else (None, 0.0)
 
 
 def margin_of(classifier: Classifier, reading: LastReading) -> float | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from kkt_jax import metrics
 from kkt_jax._errors import InputError
-from kkt_jax.analysis.examination import Examination, examine
+from kkt_jax.analysis.examination import check_outputs, Examination, examine
 from kkt_jax.auditing import data, description, matching, membership, pictures, verdict
 from kkt_jax.auditing.report import AuditReport, CONTROLS, Leak, ROWS
 from kkt_jax.auditing.samples import Given, given_samples, Samples
@@ -76,7 +76,7 @@ def audit(
   Args:
     classifier: the classifier.
     train: its training data: `Samples`, or a pair of ``x`` [N, *input_shape], bytes or in the classifier's units, and
-      integer classes ``y`` [N] from 0.
+      its labels ``y`` [N], integers from 0 unless it has others.
     held_out: non-members: other data of the same source, none of them in the training data.
     candidates: samples whose membership is to be inferred: `Samples` or ``x``; needs ``held_out``.
     config: how it is done.
@@ -89,6 +89,10 @@ def audit(
     InputError: (a `ValueError`) data that do not fit the classifier or one another, or a classifier that does not know
       its training data as it is described, unless ``config.force``.
   """
+  try:
+    check_outputs(classifier, seed=seed)
+  except ValueError as error:
+    raise InputError(str(error)) from error
   if candidates is not None and held_out is None:
     raise InputError("candidates needs held_out: a score means nothing without those of non-members.")
   given = data.compared(
@@ -99,6 +103,7 @@ def audit(
     criteria=config.criteria,
   )
   asked, criteria = given_samples("candidates", classifier, candidates), config.criteria
+  classifier = dataclasses.replace(classifier, labels=tuple(range(classifier.num_classes)))  # as those of samples are
   wrong_start = description.check_start(classifier, given.train, criteria)
   if wrong_start and not config.force:
     raise InputError(f"initial_params: {wrong_start}")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 import hashlib
 
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
@@ -52,26 +53,47 @@ class Samples:
       name: of the argument, for errors.
       classifier: whose samples they are.
       x: [N, *input_shape]: bytes from 0 to 255, or floating point in the classifier's own units.
-      y: integer classes [N] from 0; what the classifier takes the samples for if None.
+      y: their labels [N], of the classifier's ``labels``: 0 to C - 1 unless it has others; what the classifier takes
+        the samples for if None.
       names: of the samples.
 
     Raises:
       InputError: shapes, dtypes or values that do not fit; the message begins with the name.
     """
-    x, shape = np.asarray(x), classifier.input_shape
+    try:
+      x, shape = np.asarray(x), classifier.input_shape
+    except ValueError as error:
+      raise InputError(f"{name}: x must be one array; {error}") from error
     if x.shape[1:] != shape or x.ndim != len(shape) + 1:
       wanted = ", ".join(map(str, shape))
       raise InputError(f"{name}: x must have shape [N, {wanted}]; got {x.shape}.")
-    if not (x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating)):
+    if not (x.dtype == np.uint8 or jnp.issubdtype(x.dtype, jnp.floating)):
       raise InputError(f"{name}: x must be uint8 or floating point; got {x.dtype}.")
     unit = _unit(name, x, classifier)
-    labels = np.argmax(classifier.predict(classifier.from_unit(unit)), axis=1) if y is None else np.asarray(y)
+    if y is None:
+      return cls(unit, np.argmax(classifier.predict(classifier.from_unit(unit)), axis=1).astype(np.int32), tuple(names))
+    labels, known = np.asarray(y), classifier.labels
     if labels.shape != x.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
       raise InputError(f"{name}: y must be {len(x)} integers; got {labels.dtype} of shape {labels.shape}.")
-    if not len(labels) or labels.min() < 0 or labels.max() >= classifier.num_classes:
+    if not len(labels) or not np.isin(labels, known).all():
       found = f"{labels.min()} to {labels.max()}" if len(labels) else "none"
-      raise InputError(f"{name}: labels must lie in 0 to {classifier.num_classes - 1}; got {found}.")
-    return cls(unit, labels.astype(np.int32), tuple(names))
+      own = known == tuple(range(len(known)))
+      wanted = f"lie in 0 to {len(known) - 1}" if own else f"be among the classifier's, {known}"
+      raise InputError(f"{name}: labels must {wanted}; got {found}.")
+    return cls(unit, np.asarray(classifier.classes_of(labels), np.int32), tuple(names))
+
+  def checked(self, name: str, classifier: Classifier) -> "Samples":
+    """These samples, if they are such as `of` makes for this classifier; an `InputError` if not."""
+    x, y = np.asarray(self.x), np.asarray(self.y)
+    wanted = classifier.input_shape
+    if not (x.ndim == len(wanted) + 1 and x.shape[1:] == wanted and jnp.issubdtype(x.dtype, jnp.floating)):
+      raise InputError(f"{name}: x must be floating point, [N, *{wanted}]; got {x.dtype} of shape {x.shape}.")
+    unit = classifier.value_range is not None
+    if not np.isfinite(x).all() or (unit and x.size and not -1e-3 <= x.min() <= x.max() <= 1 + 1e-3):
+      raise InputError(f"{name}: x of Samples must be finite{' and lie in [0, 1]' if unit else ''}; see Samples.of.")
+    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or not np.isin(y, range(classifier.num_classes)).all():
+      raise InputError(f"{name}: y of Samples must be classes, from 0 to {classifier.num_classes - 1}.")
+    return self
 
   def only(self, places: np.ndarray) -> "Samples":
     """Some of them, by their places."""
@@ -87,12 +109,14 @@ Given = Samples | ArrayLike | tuple[ArrayLike, ArrayLike]
 
 def given_samples(name: str, classifier: Classifier, given: Given | None) -> Samples | None:
   """Samples as an argument of that name gives them: themselves, or a pair of x and y; of candidates x alone will do."""
-  if given is None or isinstance(given, Samples):
-    return given
-  x, y = given if isinstance(given, tuple) else (given, None)
-  if y is None and name != "candidates":
+  if given is None:
+    return None
+  if isinstance(given, Samples):
+    return given.checked(name, classifier)
+  x, y = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+  if isinstance(x, tuple) or (y is None and name != "candidates"):
     raise InputError(f"{name} must be Samples or a pair of x and y; got {type(given).__name__}.")
-  names = [f"candidate {place}" for place in range(np.shape(x)[0])] if name == "candidates" else ()
+  names = [f"candidate {place}" for place in range(len(np.asarray(x)))] if name == "candidates" else ()
   return Samples.of(name, classifier, x, y, names)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import math
-import operator
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -201,15 +200,33 @@ class Classifier:
       )
 
 
+def check_classifier(name: str, value: Any) -> None:
+  """Raises ValueError unless a value is a `Classifier`."""
+  if not isinstance(value, Classifier):
+    cure = " Its classifier(variables) makes one." if hasattr(value, "variables_like") else ""
+    raise ValueError(f"{name} must be a kkt_jax.Classifier; got {type(value).__name__}.{cure}")
+
+
 def _floating(x: ArrayLike) -> jax.Array:
   x = jnp.asarray(x)
   return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
 
 
-def _from_16_bits(params: PyTree) -> PyTree:
+def _in_32_bits(params: PyTree) -> PyTree:
   """Parameters, in float32 if some have 16 bits, in which ranks are not determined, and which LAPACK does not know."""
   rough = any(jnp.result_type(leaf).itemsize < 4 for leaf in jax.tree.leaves(params))
   return jax.tree.map(_checks.floats, params) if rough else params
+
+
+def _range(value_range: Any) -> tuple[float, float]:
+  """The least and the greatest value of an input; a ValueError if they are not two numbers in order."""
+  try:
+    low, high = map(float, () if isinstance(value_range, str) else value_range)
+  except (TypeError, ValueError):
+    low = high = math.nan
+  if not -math.inf < low < high < math.inf:
+    raise ValueError(f"value_range must be (least, greatest), two numbers, or None if unbounded; got {value_range}.")
+  return low, high
 
 
 def result_shape(name: str, function: Callable[[PyTree, jax.Array], Any], params: PyTree, input_shape: Any) -> Any:
@@ -318,13 +335,11 @@ def make_classifier(
   >>> linear.num_classes, linear.labels
   (3, (0, 1, 2))
   """
-  input_shape = tuple(operator.index(size) for size in input_shape)
+  input_shape = _checks.sizes("input_shape", input_shape)
   own = _checked_params(params, initial_params)
   forward, num_classes = _checked_forward(apply_fn, own["params"], input_shape, statistics)
   if value_range is not None:
-    low, high = value_range = (float(value_range[0]), float(value_range[1]))
-    if not low < high or math.isinf(low) or math.isinf(high):
-      raise ValueError(f"value_range must be (least, greatest), or None if unbounded; got {value_range}.")
+    value_range = _range(value_range)
   if weight_decay is not None:
     strengths = jax.tree.leaves(decay_of_tensors(weight_decay, own["params"]))
     weight_decay = strengths[0] if all(own == strengths[0] for own in strengths) else WeightDecay(strengths)
@@ -347,10 +362,11 @@ def _checked_params(params: PyTree, initial_params: PyTree | None) -> dict[str, 
       f"params must hold no running statistics of batch norm, which are no parameters; got"
       f" {_statistics.some_names(running)}. kkt_jax.Subject with a train_fn takes them, see docs/audit.md."
     )
-  params, initial_params = map(_from_16_bits, (params, initial_params))
+  params = _in_32_bits(_checks.arrays("params", params))
   if initial_params is not None:
+    _checks.check_params("initial_params", initial_params)
+    initial_params = _in_32_bits(_checks.arrays("initial_params", initial_params))
     _checks.check_same_shapes("initial_params", initial_params, "params", params)
-    _checks.check_finite("initial_params", initial_params)
     pairs = zip(*map(jax.tree.leaves, (initial_params, params)), strict=True)
     if all(bool(jnp.array_equal(a, b)) for a, b in pairs):
       raise ValueError("initial_params must differ from params; nothing was trained.")
@@ -359,7 +375,7 @@ def _checked_params(params: PyTree, initial_params: PyTree | None) -> dict[str, 
 
 def _checked_labels(labels: Sequence[int] | None, num_classes: int) -> tuple[int, ...]:
   """C distinct integers, 0..C-1 if None; a ValueError otherwise."""
-  labels = tuple(range(num_classes) if labels is None else (operator.index(label) for label in labels))
+  labels = tuple(range(num_classes)) if labels is None else _checks.sizes("labels", labels)
   if max(map(abs, labels), default=0) >= 2**31:
     raise ValueError(f"labels must be less than 2^31 in size; got {labels}.")
   if len(set(labels)) != num_classes or len(labels) != num_classes:
@@ -374,6 +390,8 @@ def _checked_forward(
   forward = _Forward(apply_fn, statistics is not None)
   shape_of = lambda train: result_shape("apply_fn", lambda p, x: forward(p, x, train), params, input_shape)
   whole = shape_of(False)
+  if not jnp.issubdtype(getattr(whole.logits, "dtype", jnp.float32), jnp.floating):
+    raise ValueError(f"apply_fn must return logits, in floating point; got dtype {whole.logits.dtype}.")
   if getattr(whole.logits, "shape", None) in ((2,), (2, 1)):
     forward = dataclasses.replace(forward, one_logit=True)
     whole = shape_of(False)

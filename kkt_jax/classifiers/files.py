@@ -60,7 +60,10 @@ def read_weights(path: str | os.PathLike[str], like: PyTree) -> PyTree:
   [1. 1.]
   """
   path = pathlib.Path(path)
-  jax.devices()  # a backend that is not there is no fault of the file
+  try:
+    jax.devices()  # a backend that is not there is no fault of the file
+  except Exception as error:  # for some JAX raises errors without a word
+    raise RuntimeError(f"JAX has no device to run on ({type(error).__name__}: {error}); see JAX_PLATFORMS.") from error
   needed = dict(zip(tensor_names(like), jax.tree.leaves(like), strict=True))
   try:
     _check_files(path, needed)

@@ -109,7 +109,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
 
   try:
     jax.devices()
-  except Exception as error:  # JAX raises several kinds
+  except Exception as error:  # several kinds
     raise UsageError(f"JAX has no device to run on ({type(error).__name__}: {error}); see JAX_PLATFORMS.") from error
   say_what_is_logged()
   classifier = load(config.classifier, config.checkpoint, config.initial_checkpoint)

@@ -40,6 +40,7 @@ def per_sample_jacobians(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, chu
   """
   x = jnp.asarray(x)
   _checks.check_batch("x", x)
+  _checks.check_all_floating("params", params)
   if chunk_size is not None:
     _checks.check_at_least("chunk_size", chunk_size, 1)
   alone = apply_fn(params, x[:1])[0]

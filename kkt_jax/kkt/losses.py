@@ -57,7 +57,7 @@ def margins(logits: ArrayLike, classes: ArrayLike) -> jax.Array:
   >>> print(margins(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([0])))
   [[inf  2.  1.]]
   """
-  logits, classes = _checked(logits, classes)
+  logits, classes = checked(logits, classes)
   true = jnp.take_along_axis(logits, classes[:, None], axis=1)
   return jnp.where(is_true_class(logits, classes), jnp.inf, true - logits)
 
@@ -191,9 +191,18 @@ def stationarity_sum(gradient_fn: ApplyFn, params: PyTree, x: ArrayLike, classes
   >>> print(stationarity_sum(linear, jnp.ones((1, 2)), x, classes, mu))  # 3 * (2 on class 0, -2 on class 1)
   [[ 6. -6.]]
   """
+  _checks.check_all_floating("params", params)
   params, x = jax.tree.map(_checks.floats, params), _checks.floats(x)
   _checks.check_batch("x", x)
-  logits, pull_back = jax.vjp(lambda p: _checks.floats(gradient_fn(p, x)), params)
+
+  def logits_of(params: PyTree) -> jax.Array:
+    logits = gradient_fn(params, x)
+    if not jnp.issubdtype(getattr(logits, "dtype", object), jnp.floating):
+      got = getattr(logits, "dtype", f"a {type(logits).__name__}")
+      raise ValueError(f"gradient_fn must return logits [M, C], one array in floating point; got {got}.")
+    return _checks.floats(logits)
+
+  logits, pull_back = jax.vjp(logits_of, params)
   return pull_back(cotangent(logits, classes, mu).astype(logits.dtype))[0]
 
 
@@ -215,10 +224,10 @@ def cotangent(logits: ArrayLike, classes: ArrayLike, mu: ArrayLike) -> jax.Array
   >>> print(cotangent(jnp.zeros((1, 3)), jnp.array([0]), jnp.array([[9.0, 1.0, 2.0]])))
   [[ 3. -1. -2.]]
   """
-  logits, classes = _checked(logits, classes)
+  logits, classes = checked(logits, classes)
   _checks.check_shape("mu", mu, logits.shape, "[M, C]")
   true = is_true_class(logits, classes)
-  others = jnp.where(true, 0.0, _checks.floats(mu))
+  others = jnp.where(true, 0.0, _known(_checks.floats(mu), classes))
   return jnp.where(true, jnp.sum(others, axis=1, keepdims=True), -others) / logits.shape[0]
 
 
@@ -386,8 +395,8 @@ def cosine_distance(conditions: Conditions, sums: PyTree) -> jax.Array:
   return 1.0 - product * jnp.abs(product) / _nonzero(sizes)
 
 
-def _checked(logits: ArrayLike, classes: ArrayLike) -> tuple[jax.Array, jax.Array]:
-  """Both as arrays. Raises ValueError if they do not fit; the range of classes is checked unless it is hidden."""
+def checked(logits: ArrayLike, classes: ArrayLike) -> tuple[jax.Array, jax.Array]:
+  """Both as arrays. Raises ValueError if they do not fit; where jit hides classes out of range, their rows are NaN."""
   logits = _checks.floats(logits)
   _checks.check_rank("logits", logits, 2, "[M, C]")
   num_samples, num_classes = logits.shape
@@ -397,7 +406,14 @@ def _checked(logits: ArrayLike, classes: ArrayLike) -> tuple[jax.Array, jax.Arra
   values = _checks.integers(classes) if isinstance(classes, jax.Array) else np.asarray(classes)
   if _checks.concrete(((values >= 0) & (values < num_classes)).all()) is False:
     raise ValueError(f"classes must lie in 0..{num_classes - 1}; got {values.min()}..{values.max()}.")
-  return logits, _checks.integers(classes)
+  classes = _checks.integers(classes)
+  return _known(logits, classes), classes
+
+
+def _known(values: jax.Array, classes: jax.Array) -> jax.Array:
+  """Values [M, C], NaN for classes out of range; concrete ones are checked already."""
+  known = (classes >= 0) & (classes < values.shape[1])
+  return values if _checks.concrete(known.all()) else jnp.where(known[:, None], values, jnp.nan)
 
 
 def _in_floats(conditions: Conditions, sums: PyTree) -> tuple[PyTree, PyTree, PyTree]:

@@ -127,10 +127,9 @@ def softmax_distance(mu: ArrayLike, logits: ArrayLike, classes: ArrayLike) -> ja
   >>> print(softmax_distance(jnp.ones((1, 3)), logits, classes).round(6))  # the variance of 0 and 1
   0.25
   """
-  _checks.check_rank("logits", logits, 2, "[M, C]")
+  logits, classes = losses.checked(logits, classes)
   _checks.check_same_shapes("mu", mu, "logits", logits)
-  _checks.check_labels("classes", classes, jnp.shape(logits)[0])
-  gap = jnp.log(jnp.maximum(_checks.floats(mu), 1e-30)) - jax.nn.log_softmax(_checks.floats(logits))
+  gap = jnp.log(jnp.maximum(_checks.floats(mu), 1e-30)) - jax.nn.log_softmax(logits)
   return jnp.var(gap, where=~losses.is_true_class(gap, classes))
 
 

@@ -84,7 +84,7 @@ def least_residual(apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x:
   >>> round(least_residual(net, weights, weight_decay_conditions(weights), x).value, 2)
   0.64
   """
-  x = jnp.asarray(x)
+  params, x = _checks.arrays("params", params), jnp.asarray(x)
   _checks.check_batch("x", x)
   trees = (conditions.target, conditions.mask)
   wanted, masks = ([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)] for tree in trees)
@@ -126,7 +126,7 @@ def scale_invariant(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> PyTree:
   """
   from scipy import optimize  # type: ignore[import-untyped]
 
-  x = jnp.asarray(x)
+  params, x = _checks.arrays("params", params), jnp.asarray(x)
   _checks.check_batch("x", x)
   names = tensor_names(params)
   scalable = [t for t in _tensors(params, [np.zeros(0)] * len(names)) if np.any(t.value)]

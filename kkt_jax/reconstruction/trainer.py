@@ -14,12 +14,18 @@ from kkt_jax import sharding
 from kkt_jax._precision import full_precision
 from kkt_jax.analysis.examination import Examination, examine
 from kkt_jax.checkpoint import CheckpointError, fingerprint
-from kkt_jax.classifiers.classifier import Classifier
+from kkt_jax.classifiers.classifier import check_classifier, Classifier
 from kkt_jax.classifiers.relaxation import relaxed
 from kkt_jax.kkt.conditions import Conditions
 from kkt_jax.reconstruction import recipes
 from kkt_jax.reconstruction.recipes import Recipe
 from kkt_jax.reconstruction.step import class_sequence, init_state, make_train_step, Problem, TrainState
+
+
+def _of_one(one: Classifier, other: Classifier) -> bool:
+  """Whether two classifiers have the same parameters, so that what weights say of one is true of the other."""
+  leaves, others = (jax.tree.leaves(own.params) for own in (one, other))
+  return len(leaves) == len(others) and all(a is b or np.array_equal(a, b) for a, b in zip(leaves, others, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +55,13 @@ class Trainer:
     mesh: Mesh | None = None,
   ) -> "Trainer":
     """That of some classifiers; arguments and errors are those of `kkt_jax.reconstruct`."""
-    if not classifiers:
-      raise ValueError("classifiers must hold at least one classifier; got none.")
+    if not isinstance(classifiers, Sequence) or not classifiers:
+      got = "none" if isinstance(classifiers, Sequence) else f"a {type(classifiers).__name__}"
+      raise ValueError(f"classifiers must hold at least one classifier, in a sequence; got {got}.")
+    for classifier in classifiers:
+      check_classifier("each of classifiers", classifier)
+    if not isinstance(recipe, Recipe | None):
+      raise ValueError(f"recipe must be a kkt_jax.Recipe; got a {type(recipe).__name__}.")
     shapes = {classifier.input_shape for classifier in classifiers}
     if len(shapes) > 1:
       raise ValueError(f"classifiers must have inputs of one shape; got {sorted(shapes)}.")
@@ -60,7 +71,10 @@ class Trainer:
       raise ValueError(
         f"examinations must hold one for each of {len(classifiers)} classifiers; got {len(examinations)}."
       )
-    pairs = zip(examinations, classifiers, strict=True)
+    pairs = list(zip(examinations, classifiers, strict=True))
+    for examination, classifier in pairs:
+      if not _of_one(examination.classifier, classifier):
+        raise ValueError("examinations must be those of the classifiers, in their order; one is of other parameters.")
     own = tuple(dataclasses.replace(examination, classifier=classifier) for examination, classifier in pairs)
     return cls(own, recipes.complete(recipe or Recipe(), own), microbatch_size, mesh)
 

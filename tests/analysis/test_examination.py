@@ -557,6 +557,60 @@ class TestSilence:
     with pytest.raises(ValueError, match=r"classifier must return logits; its outputs are in \[0, 1\].*Leave out the"):
       examine(classifier)
 
+  def test_probabilities_of_several_labels_are_refused(self):
+    params = {"w": random((20, 64)), "v": random((64, 3), 1)}
+    classifier = kkt_jax.make_classifier(lambda p, x: jax.nn.sigmoid(self.network(p, x)), params, (20,))
+    with pytest.raises(ValueError, match=r"classifier must return logits; its outputs are in \[0, 1\]"):
+      examine(classifier)
+
+  @pytest.mark.parametrize(
+    ("before", "message"),
+    [
+      (
+        lambda x: x - jnp.mean(x, axis=0, keepdims=True),
+        "classifier must give each input its own logits .* batch norm",
+      ),
+      (lambda x: x * jax.random.bernoulli(jax.random.key(0), 0.5, x.shape), "classifier must give each input its own"),
+      (lambda x: jnp.log(x - 0.5), "classifier must give finite logits"),
+    ],
+    ids=["batch mean", "dropout", "not finite"],
+  )
+  def test_logits_that_are_not_those_of_their_input_are_refused(self, before, message):
+    params = {"w": random((20, 64)), "v": random((64, 3), 1)}
+    classifier = kkt_jax.make_classifier(lambda p, x: self.network(p, before(x)), params, (20,))
+    with pytest.raises(ValueError, match=message):
+      examine(classifier)
+
+  def test_a_function_of_other_parameters_is_refused(self):
+    params = {"w": random((20, 64)), "v": random((64, 3), 1)}
+    classifier = kkt_jax.make_classifier(lambda p, x: self.network(params, x), params, (20,))
+    with pytest.raises(ValueError, match="apply_fn must compute the logits from params"):
+      examine(classifier)
+
+  def test_what_is_no_classifier_is_refused(self):
+    with pytest.raises(ValueError, match=r"^classifier must be a kkt_jax.Classifier; got Subject. Its classifier\("):
+      examine(kkt_jax.Subject(mlp, lambda: mlp_params(random((20, 16))), (20,)))
+
+  def test_logits_in_16_bits_are_said_to_be(self):
+    params = in_balance(random((20, 16)))
+    classifier = kkt_jax.make_classifier(lambda p, x: mlp(p, x).astype(jnp.bfloat16), params, (20,))
+    assert "The function computes in 16 bits" in str(examine(classifier, form="weight_decay"))
+
+  def test_a_weight_decay_that_no_data_bear_is_refused_and_of_others_it_is_said_that_weights_do_not_tell(self):
+    # Three classes: w |V|^2 is at most W(2 / e) = .4631, the peak of 2 q / (2 + e^q), at q = 1.4631.
+    params = in_balance(random((20, 16)))
+    sizes = {name: float(np.sum(np.square(own))) for name, own in params.items()}
+    most = 0.463056 / sizes["v"]
+    given = lambda decay: examine(kkt_jax.make_classifier(mlp, params, (20,), weight_decay=decay))
+    found = given(0.9 * most)
+    assert found.most_weight_decay == pytest.approx(most, rel=1e-4) and found.explained
+    assert f"They do not tell whether that is right; up to {most:.2g} it can be." in str(found)
+    found = given(10 * most)
+    # Of the last kernel at most a tenth can be reached: .9^2 of it is left.
+    assert found.bound == pytest.approx(0.81 * sizes["v"] / sum(sizes.values()), rel=1e-3) and not found.explained
+    assert f"That is too much: where training ends, such a last layer has had {most:.2g} at most." in str(found)
+    assert given(1.1 * most).explained
+
   def test_a_network_whose_units_are_dead_is_refused(self):
     params = mlp_params(random((20, 16))) | {"b": jnp.full(16, -1e4)}
     with pytest.raises(ValueError, match="classifier must tell inputs apart; .* its units are dead"):

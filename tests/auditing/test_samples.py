@@ -25,6 +25,51 @@ def test_labels_and_names_that_are_not_one_for_each_are_refused(y, names, said):
     Samples(X, y, names)
 
 
+def linear(labels=None):
+  return kkt_jax.make_classifier(lambda w, x: x @ w, jnp.ones((4, 2)), (4,), labels=labels)
+
+
+def test_labels_are_the_classifier_s_own():
+  own = linear(labels=(8, 3))
+  np.testing.assert_array_equal(
+    Samples.of("train", own, np.abs(X) / 4, np.array([3, 8, 8, 3, 3, 8])).y, [1, 0, 0, 1, 1, 0]
+  )
+  with pytest.raises(ValueError, match=r"^train: labels must be among the classifier's, \(8, 3\); got 0 to 1"):
+    Samples.of("train", own, np.abs(X) / 4, Y)
+
+
+@pytest.mark.parametrize(
+  ("x", "y", "said"),
+  [
+    (255 * np.ones((6, 4), np.float32), Y, "^train: x of Samples must be finite and lie in"),
+    (np.full((6, 4), np.nan, np.float32), Y, "^train: x of Samples must be finite"),
+    (np.ones((6, 4), np.uint8), Y, "^train: x must be floating point, .* got uint8"),
+    (np.ones((6, 5), np.float32), Y, r"^train: x must be floating point, .* got float32 of shape \(6, 5\)"),
+    (np.ones((6, 4), np.float32), Y + 1, "^train: y of Samples must be classes, from 0 to 1"),
+  ],
+)
+def test_samples_that_somebody_made_otherwise_are_refused(x, y, said):
+  with pytest.raises(ValueError, match=said):
+    kkt_jax.audit(random_linear(), Samples(x, y))
+
+
+@pytest.mark.parametrize("given", [(X, Y, Y), [X, Y], {"x": X, "y": Y}, X])
+def test_what_is_no_pair_is_refused(given):
+  with pytest.raises(ValueError, match="^train must be Samples or a pair of x and y"):
+    kkt_jax.audit(random_linear(), given)
+
+
+def test_lists_of_other_lengths_are_refused_and_bfloat16_is_taken():
+  with pytest.raises(ValueError, match="^train: x must be one array"):
+    Samples.of("train", linear(), [[1.0, 2.0], [3.0]], [0, 1])
+  taken = Samples.of("train", linear(), jnp.full((6, 4), 0.5, jnp.bfloat16), Y)
+  np.testing.assert_array_equal(taken.x, np.full((6, 4), 0.5, np.float32))
+
+
+def random_linear():
+  return kkt_jax.make_classifier(lambda w, x: x @ w, jnp.asarray(X[:4, :2]), (4,))
+
+
 def test_repeated_samples_without_names_are_told_by_their_places():
   own = kkt_jax.make_classifier(lambda w, x: x @ w, jnp.ones((4, 2)), (4,), value_range=None)
   twice = Samples(np.concatenate([X, X[:1]]), np.concatenate([Y, Y[:1]]))

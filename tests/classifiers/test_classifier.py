@@ -89,6 +89,14 @@ REFUSED = {
   "no labels": ({"labels": ()}, r"^labels must be 3 distinct integers"),
   "bare NaN": ({"params": jnp.full((2, 3), jnp.nan)}, r"^params must be finite; .* holds"),
   "integers": ({"params": jnp.ones((2, 3), int)}, r"^params.* must be floating point"),
+  "a name": ({"params": {"w": jnp.ones((2, 3)), "name": "mlp"}}, r"^params, at name, must be floating point"),
+  "an integer start": ({"initial_params": jnp.ones((2, 3), int)}, r"^initial_params.* must be floating point"),
+  "classes": ({"apply_fn": lambda w, x: jnp.argmax(x @ w, axis=1)}, r"^apply_fn must return logits.*got dtype int32"),
+  "a number of inputs": ({"input_shape": 2}, r"^input_shape must be a sequence of integers; got 2"),
+  "names of classes": ({"labels": ("cat", "dog", "cow")}, r"^labels must be a sequence of integers; got \('cat'"),
+  "a range of one": ({"value_range": (1,)}, r"^value_range must be \(least, greatest\)"),
+  "a range of channels": ({"value_range": (np.zeros(3), np.ones(3))}, r"^value_range must be \(least, greatest\)"),
+  "a range of digits": ({"value_range": "01"}, r"^value_range must be \(least, greatest\)"),
   "no parameters": ({"params": {}}, r"^params must hold"),
   "no batch axis": ({"apply_fn": lambda w, x: jnp.sum(x @ w, axis=0)}, r"^apply_fn must return logits .*\(3,\)"),
   "a tuple": ({"apply_fn": lambda w, x: (x @ w, x)}, r"^apply_fn must return logits .*a tuple"),
@@ -231,3 +239,9 @@ def test_bytes_are_not_taken_for_inputs_up_to_1():
   np.testing.assert_array_equal(own.to_unit(np.array([[0, 1]])), [[0.0, 1.0]])
   wide = make_classifier(lambda w, x: x @ w, jnp.ones((2, 3)), (2,), value_range=(0, 255))
   np.testing.assert_array_equal(wide.to_unit(np.array([[0, 255]], np.uint8)), [[0.0, 1.0]])
+
+
+def test_numbers_of_python_s_own_are_parameters():
+  scaled = lambda p, x: p["scale"] * (x @ p["kernel"])
+  made = make_linear(apply_fn=scaled, params={"kernel": jnp.ones((2, 3)), "scale": 2.0})
+  assert made.params["scale"].shape == () and made.params["scale"].dtype == jnp.float32

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kkt_jax.kkt import Conditions, losses, multipliers, per_sample_jacobians
+from kkt_jax.kkt import Conditions, losses, multipliers, per_sample_jacobians, symmetries, weight_decay_conditions
 from kkt_jax.kkt.multipliers import from_softmax
 
+PARAMS = {"w": jnp.ones((2, 3)), "v": jnp.ones(3)}
 MEASURES = {
   "cosine_distance": losses.cosine_distance,
   "absolute_residual": losses.absolute_residual,
@@ -528,3 +529,39 @@ def test_double_precision_is_kept():
     assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(results))
     for one, other in zip(*map(jax.tree.leaves, results[:2]), strict=True):
       np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+  "function",
+  [
+    lambda p, x, y: losses.stationarity_sum(lambda p, x: x @ p["w"], p, x, y, jnp.ones((4, 3))),
+    lambda p, x, y: per_sample_jacobians(lambda p, x: x @ p["w"], p, x),
+    lambda p, x, y: symmetries.scale_invariant(lambda p, x: x @ p["w"], p, x),
+    lambda p, x, y: symmetries.least_residual(lambda p, x: x @ p["w"], p, weight_decay_conditions(PARAMS), x),
+  ],
+)
+@pytest.mark.parametrize("wrong", [jnp.ones(3, int), "mlp"])
+def test_parameters_that_are_no_floats_are_named(function, wrong):
+  x, y = normal(4, 2), jnp.arange(4) % 3
+  with pytest.raises(ValueError, match="^params, at v, must be floating point; got dtype (int32|object)"):
+    function({**PARAMS, "v": wrong}, x, y)
+  function({**PARAMS, "v": 2.0}, x, y)  # a number of Python's own
+
+
+@pytest.mark.parametrize(
+  ("end", "got"), [(lambda z: jnp.round(z).astype(int), "int32"), (lambda z: (z, None), "a tuple")]
+)
+def test_outputs_without_a_derivative_are_refused(end, got):
+  with pytest.raises(ValueError, match=f"^gradient_fn must return logits .* in floating point; got {got}"):
+    losses.stationarity_sum(lambda w, x: end(x @ w), PARAMS["w"], normal(4, 2), jnp.arange(4) % 3, jnp.ones((4, 3)))
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_classes_out_of_range_that_jit_hides_make_their_rows_nan(wrong):
+  logits, classes = normal(2, 3), jnp.array([0, wrong])
+  for function in (losses.runner_up_margin, lambda z, y: losses.duality_loss(z, y, 0.0, delta=0.1)):
+    np.testing.assert_array_equal(jnp.isnan(jax.jit(function)(logits, classes)), [False, True])
+  weights = jax.jit(lambda y: losses.cotangent(logits, y, jnp.ones((2, 3))))(classes)
+  np.testing.assert_array_equal(jnp.isnan(weights), [[False] * 3, [True] * 3])
+  with pytest.raises(ValueError, match=r"^classes must lie in 0..2; got"):
+    multipliers.softmax_distance(jnp.ones((2, 3)), logits, classes)

@@ -300,8 +300,9 @@ def test_a_saver_of_other_classifiers_is_refused(tmp_path):
   with Checkpointer(tmp_path) as saver:
     run(saver=saver, observer=Observer(save_every=3))
     other = [plane((0, 1, 2), 7), two()[0][1]]
+    told = [dataclasses.replace(own, classifier=new) for own, new in zip(two()[1], other, strict=True)]
     with pytest.raises(CheckpointError, match=r"^classifiers must be what the saved state was trained with"):
-      reconstruct(other, tiny(), examinations=two()[1], saver=saver)
+      reconstruct(other, tiny(), examinations=told, saver=saver)
 
 
 @pytest.mark.slow
@@ -458,6 +459,10 @@ def test_the_derivatives_are_those_of_the_function_in_training(sharpness):
   ("make", "message"),
   [
     (lambda c, e: reconstruct([]), "classifiers must hold at least one classifier"),
+    (lambda c, e: reconstruct(c[0]), "classifiers must hold at least one classifier, in a sequence; got a Classifier"),
+    (lambda c, e: reconstruct([e[0]]), "each of classifiers must be a kkt_jax.Classifier; got Examination"),
+    (lambda c, e: reconstruct(c, {"steps": 2}), "recipe must be a kkt_jax.Recipe; got a dict"),
+    (lambda c, e: reconstruct(c, examinations=e[::-1]), "examinations must be those of the classifiers"),
     (
       lambda c, e: reconstruct([c[0], kkt_jax.make_classifier(lambda w, x: x @ w, jnp.ones((3, 2)), (3,))]),
       r"classifiers must have inputs of one shape; got \[\(2,\), \(3,\)\]",
