@@ -174,7 +174,8 @@ def test_modules_come_with_their_numbers():
   variables = module.init(jax.random.key(0), x)
   classifier = from_linen(module, variables, input_shape=(2,), labels=(7, 8, 9))
   np.testing.assert_array_equal(classifier.predict(x), module.apply(variables, x))
-  assert classifier.params is variables["params"] and classifier.labels == (7, 8, 9) and not classifier.batch_coupled
+  chex.assert_trees_all_equal(classifier.params, variables["params"])
+  assert classifier.labels == (7, 8, 9) and not classifier.batch_coupled
   model = Nnx(nnx.Rngs(0), dropout=0.5)  # with random numbers, which a traced function must not share with it
   classifier = from_nnx(model, input_shape=(2,))
   doubled = jax.tree.map(lambda leaf: 2 * leaf, classifier.params)
