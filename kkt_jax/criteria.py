@@ -26,7 +26,8 @@ class Criteria:
     contrast: range: the same where black may become one grey, and white another; less can be made brighter or darker.
     levels: levels: steps of the range, 255 for 8-bit images.
     off_level: levels: steps from a level up to which a value is on it.
-    grey_values: levels: least number of values between the ends; those at the ends say nothing of levels.
+    grey_values: levels: least number of values between the ends, beyond one for each direction that the values at the
+      surer end leave open; those at the ends say nothing of levels.
     grey_levels: levels: least number of different levels among them; sums of samples of few levels are on levels, too.
     same: greatest difference of a value of two samples that are one.
     new: least share of a sample that others do not account for.

@@ -197,10 +197,12 @@ def gather(
     whole, off = vertices.to_levels(unit[distinct], subspace, criteria)
   grey = np.round(whole.reshape(len(whole), math.prod(shape)) * criteria.levels)
   inner = [row[(row > 0) & (row < criteria.levels)] for row in grey]
-  rich = np.array([len(r) >= criteria.grey_values and len(set(r)) >= criteria.grey_levels for r in inner], bool)
   bits = off < criteria.off_level
-  evidence = np.where(told, 0, np.where(bits & rich, 1, np.where(found.certified[distinct], 2, len(EVIDENCE))))
-  doubt = np.where(told, misfit, np.where(bits & rich, off, -found.tight[distinct]))
+  rich = bits & np.array([len(set(own)) >= criteria.grey_levels for own in inner], bool)
+  says = np.array([len(own) for own in inner], int)[rich] - vertices.left_open(whole[rich], subspace, criteria)
+  rich[rich] = says >= criteria.grey_values
+  evidence = np.where(told, 0, np.where(rich, 1, np.where(found.certified[distinct], 2, len(EVIDENCE))))
+  doubt = np.where(told, misfit, np.where(rich, off, -found.tight[distinct]))
   kept = evidence < len(EVIDENCE)
   moved = np.abs(whole - unit[distinct]).reshape(len(whole), math.prod(shape)).max(axis=1, initial=0.0)
   bits &= ~told | (moved < criteria.same)

@@ -31,7 +31,11 @@ _ALONE = 0.75  # share of a pixel's distance from its end that is its own; the r
 _NEAREST = 8  # neighbours that are asked where a value will end
 _REACHED = 0.15  # from an end of the range, up to which a neighbour's value is taken to be there
 _UNSURE = 0.05  # least share of the neighbours that a value is given at either end
-_DARKEST, _DARK = 0.05, (2e-4, 1e-4)  # most that a black value may have come to, and distances that count as none
+_DARKEST, _DARK = 12.0, (0.1, 0.03)  # steps: most that a black value may have come to; distances that count as none
+_WHITE, _NEARLY, _BEYOND = 0.97, 1.2, 2.0  # nearly white: from there; so many steps off, or more
+_BENT = 60.0  # steps that polishing may have bent a direction
+_KNOWN = 0.03  # steps: deviation of what is known
+_TRIES, _MOVES = 3, 50  # fits to levels, and values that are moved a step after each
 _DEFAULT = Criteria()
 
 
@@ -174,9 +178,11 @@ def _least_singular(rows: np.ndarray) -> float:
 def to_levels(x: ArrayLike, subspace: Subspace, criteria: Criteria = _DEFAULT) -> tuple[np.ndarray, np.ndarray]:
   """Images of whole levels, such as 8-bit ones, from polished samples: bit for bit, where they are training images.
 
-  Nearly white values that polishing took for white bend a sample a little. So it is fitted to its black values alone,
-  by reweighted least squares, and then in turn to its values rounded to levels. A point of the subspace has as many
-  values to choose as there are dimensions. That all others are whole levels, too, is no chance.
+  Nearly white values that polishing took for white bend a sample a little. So it is fitted to its black values, by
+  reweighted least squares that knows white ones to a step or two only. Then the values that are left are put on their
+  levels one after the other, the surest first, and all others follow (Babai, 1986); and again from there, if need be.
+  A point of the subspace has as many values to choose as there are dimensions. That all others are whole levels, too,
+  is no chance.
 
   Args:
     x: certified samples [M, ...] in units of the range.
@@ -185,32 +191,101 @@ def to_levels(x: ArrayLike, subspace: Subspace, criteria: Criteria = _DEFAULT) -
 
   Returns:
     The samples in whole levels [M, ...], and the greatest distance of a value of the point from its level [M], in
-    steps: of the training images that were found at most .23, of all else at least .21 (docs/lab/exact.md); .5 for what
-    has become another image.
+    steps: of the training images that were found at most .08, of all else at least .24 (docs/certificates.md); .5 for
+    what has become another image.
 
   Raises:
     ValueError: see `polish`.
   """
   x, levels = _checked(x, subspace), criteria.levels
-  basis, origin = np.asarray(subspace.basis, np.float64), np.asarray(subspace.origin, np.float64).reshape(-1)
-  points = np.asarray(x, np.float64).reshape(x.shape[0], -1).copy()
-  rounded = lambda point: np.clip(np.round(point * levels), 0, levels) / levels
+  basis, origin = np.asarray(subspace.basis, np.float64), levels * np.asarray(subspace.origin, np.float64).reshape(-1)
+  varies = np.linalg.norm(basis, axis=1) > subspace.criteria.moves
+  unit = np.asarray(x, np.float64).reshape(x.shape[0], -1)
+  points = levels * unit
   for index, point in enumerate(points):
-    light = np.mean(point) > 0.5  # then its white values are the surest
-    point, flat = (1 - point, 1 - origin) if light else (point, origin)
-    for smooth in np.geomspace(*_DARK, 6):
-      weights = np.where(point < _DARKEST, smooth**2 / (np.square(point) + smooth**2), 0.0)
-      weighed = basis * weights[:, None]
-      gram = weighed.T @ basis
-      gram += 1e-12 * (np.trace(gram) + 1e-300) * np.eye(len(gram))
-      point = flat - basis @ np.linalg.solve(gram, weighed.T @ flat)
-    for _ in range(4):
-      point = flat + basis @ (basis.T @ (rounded(point) - flat))
-    points[index] = 1 - point if light else point
-  off = np.abs(levels * (points - rounded(points))).max(axis=1, initial=0.0)
-  moved = np.abs(rounded(points) - np.asarray(x).reshape(points.shape)).max(axis=1, initial=0.0)
+    light = np.mean(point) > levels / 2  # then its white values are the surest
+    point, flat = (levels - point, levels - origin) if light else (point, origin)
+    for _ in range(_TRIES):  # from where it came to, if that is not on levels
+      point[varies] = _on_levels(point[varies], flat[varies], basis[varies], levels)
+      point = _settled(point, flat, basis, levels)
+      if np.abs(point - _rounded(point, levels)).max() < criteria.off_level:
+        break
+    points[index] = levels - point if light else point
+  off = np.abs(points - _rounded(points, levels)).max(axis=1, initial=0.0)
+  moved = np.abs(_rounded(points, levels) / levels - unit).max(axis=1, initial=0.0)
   off = np.where(moved < criteria.bent, np.minimum(off, 0.5), 0.5)  # all black, for instance, is whole levels, too
-  return rounded(points).reshape(x.shape).astype(np.float32), off
+  return (_rounded(points, levels) / levels).reshape(x.shape).astype(np.float32), off
+
+
+def _on_levels(point: np.ndarray, origin: np.ndarray, basis: np.ndarray, levels: int) -> np.ndarray:
+  """The point of the subspace whose values [D], in steps, are put on levels in turn, the surest first."""
+  white, held = point > _WHITE * levels, basis.T @ (point - origin) / _BENT**2
+  wanted = np.where(white, levels - 1.0, 0.0)
+  for smooth in np.geomspace(*_DARK, 6):
+    black = np.where(point < _DARKEST, _DARK[0] ** -0.5 * (np.square(point) + smooth**2) ** -0.75, 0.0)
+    black *= np.where(point < 0, 3.0, 1.0)  # nothing is blacker than black
+    beyond = np.maximum(np.abs(point - wanted) - _BEYOND, 0.0)
+    weights = np.where(white, 1 / (_NEARLY**2 + beyond**2), black)
+    weighed = basis * weights[:, None]
+    gram = weighed.T @ basis + np.eye(basis.shape[1]) / _BENT**2
+    point = origin + basis @ np.linalg.solve(gram, weighed.T @ (wanted - origin) + held)
+  precision, directions = np.linalg.eigh(gram)
+  open_ = precision < _KNOWN**-2
+  rows, covariance = basis @ directions[:, open_], np.diag(1 / precision[open_])
+  variances, free = np.square(rows) @ (1 / precision[open_]), np.ones(len(point), bool)
+  for _ in range(len(point)):
+    wanted = _rounded(point, levels)
+    free &= variances > _KNOWN**2
+    if not free.any():
+      break
+    distances = np.minimum(np.abs(point - wanted), 0.5)
+    next_ = int(np.argmax(np.where(free, (1 - 2 * distances) / np.maximum(variances, 1e-12), -1.0)))  # by its odds
+    free[next_] = False
+    gain = covariance @ rows[next_]
+    moves, variance = rows @ gain, rows[next_] @ gain + _KNOWN**2 / 4
+    point = point + moves * (wanted[next_] - point[next_]) / variance
+    covariance -= np.outer(gain, gain) / variance
+    variances = variances - moves**2 / variance
+  return point
+
+
+def _rounded(point: np.ndarray, levels: int) -> np.ndarray:
+  return np.asarray(np.clip(np.round(point), 0, levels))
+
+
+def _settled(point: np.ndarray, origin: np.ndarray, basis: np.ndarray, levels: int) -> np.ndarray:
+  """The point of the subspace nearest to a point's levels, moved a step one by one while that brings them nearer."""
+  for _ in range(4):
+    wanted = _rounded(point, levels)
+    point = origin + basis @ (basis.T @ (wanted - origin))
+  alone = 1 - np.sum(np.square(basis), axis=1)  # squared distance that a step of one value brings
+  wanted = _rounded(point, levels)
+  rest = wanted - origin - basis @ (basis.T @ (wanted - origin))
+  for _ in range(_MOVES):
+    steps = -np.sign(rest)
+    inside = (wanted + steps >= 0) & (wanted + steps <= levels)
+    gains = np.where(inside, 2 * np.abs(rest) - alone, 0.0)
+    best = int(np.argmax(gains))
+    if gains[best] < 1e-9:
+      break
+    wanted[best] += steps[best]
+    rest -= steps[best] * (basis @ basis[best])
+    rest[best] += steps[best]
+  return wanted - rest
+
+
+def left_open(x: np.ndarray, subspace: Subspace, criteria: Criteria = _DEFAULT) -> np.ndarray:
+  """How many directions of the subspace the black values of images leave open [M]; of light ones the white values.
+
+  Args:
+    x: images [M, ...] in whole levels, in units of the range.
+    subspace: of the training data.
+    criteria: a direction is open where the least singular value is below ``firmness``.
+  """
+  basis, flat = np.asarray(subspace.basis, np.float64), x.reshape(len(x), subspace.origin.size)
+  ends = flat == (np.mean(flat, axis=1, keepdims=True) > 0.5)
+  grams = (basis[own].T @ basis[own] for own in ends)
+  return np.array([np.sum(np.linalg.eigvalsh(gram) < criteria.firmness**2) for gram in grams], int)
 
 
 def promising(x: ArrayLike, subspace: Subspace) -> np.ndarray:

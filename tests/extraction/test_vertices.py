@@ -129,6 +129,29 @@ def test_images_of_whole_levels_are_found_to_the_bit_and_nothing_else_is():
   assert ((off > Criteria().off_level) | same).all() and not same.all()
 
 
+def test_images_come_to_their_levels_where_black_values_alone_leave_directions_open():
+  random = np.random.default_rng(0)
+  x = random.integers(20, 120, size=(NUM, 300)) / 255
+  x[:, :5], x[:, 5:60] = 0, random.integers(252, 256, size=(NUM, 55)) / 255
+  x = random.permuted(x, axis=1)
+  subspace = around_mean(x).in_float64
+  assert (vertices.left_open(x, subspace) == subspace.dimension - 5).all()
+  bent = []
+  for own in x:  # as polishing leaves them: black and white are where they can be
+    ends = (own == 0) | (own > 0.98)
+    c, *_ = np.linalg.lstsq(subspace.basis[ends], (np.round(own) - subspace.origin)[ends])
+    bent.append(subspace.points(c[None])[0])
+  assert np.abs(np.array(bent) - x).max() > 1 / 255
+  found, off = vertices.to_levels(np.array(bent), subspace)
+  np.testing.assert_allclose(found, x, atol=1e-7)
+  assert off.max() < 0.05
+
+
+def test_white_values_are_the_surest_of_light_images():
+  images = np.array([[0.0, 0.0, 1.0, 0.2], [1.0, 1.0, 1.0, 0.8]])
+  assert vertices.left_open(images, Subspace.whole(jnp.full(4, 0.5))).tolist() == [2, 1]
+
+
 def test_values_that_always_move_together_count_once(monkeypatch):
   x, subspace, _ = data()
   basis = jnp.concatenate([subspace.basis, subspace.basis[:1], -2 * subspace.basis[1:2], 0 * subspace.basis[:1]]) / 2
