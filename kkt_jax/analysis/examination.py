@@ -28,7 +28,6 @@ from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import symmetries
 from kkt_jax.kkt.conditions import Conditions
 
-_PROBES = 24
 _DEFAULT = AnalysisCriteria()
 
 
@@ -231,7 +230,7 @@ def examine(
   if form == "change" and classifier.initial_params is None:
     raise ValueError("form must not be 'change' for a classifier without initial_params.")
   params = classifier.params
-  key, shape = jax.random.key(seed), (_PROBES, *classifier.input_shape)
+  key, shape = jax.random.key(seed), (criteria.probes, *classifier.input_shape)
   bounded = classifier.value_range is not None
   probes = classifier.from_unit(jax.random.uniform(key, shape)) if bounded else jax.random.normal(key, shape)
   _check_outputs(classifier, probes)
@@ -239,7 +238,7 @@ def examine(
   alphas = jnp.linspace(-0.5, 0.5, 5)
   scaling = jax.jit(functools.partial(kkt.scaling_error, classifier.apply_fn))
   error = float(scaling(params, rates.rates, probes, alphas))
-  free = symmetries.scale_invariant(classifier.apply_fn, params, probes)
+  free = symmetries.scale_invariant(classifier.apply_fn, params, probes, tolerance=criteria.symmetric)
   start, layer, subspace, first, left = read_first_layer(classifier, probes, criteria)
   unused = _unused(classifier, probes)
   tried = [form] if form else FORMS[2:] if classifier.initial_params is not None else FORMS[:2]
