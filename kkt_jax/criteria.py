@@ -80,6 +80,8 @@ class AnalysisCriteria:
     missing: form: share of the balance that weight decay brings about, up to which it may be missing.
     left_out: form: most tensors that are left out.
     tried: form: of how many of the worst tensors the first possible one is left out.
+    symmetric: form: change of the margins, next to that along a generic direction, that counts as none.
+    probes: random inputs on which functions are tried.
     alike: relative error up to which two gradients are the same; deviation of an image up to which it is one value.
     few_values: a tensor of fewer values than this says nothing of whether weights are rounded to 16 bits.
     filled: subspace: greatest share of a layer's directions that data may fill for their subspace to be recognised.
@@ -105,6 +107,8 @@ class AnalysisCriteria:
   missing: float = 0.01
   left_out: int = 8
   tried: int = 3
+  symmetric: float = 1e-4
+  probes: int = 24
   alike: float = 1e-3
   few_values: int = 16
   filled: float = 0.9

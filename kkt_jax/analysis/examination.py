@@ -28,7 +28,6 @@ from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import symmetries
 from kkt_jax.kkt.conditions import Conditions
 
-_PROBES = 24
 _DEFAULT = AnalysisCriteria()
 
 
@@ -246,12 +245,12 @@ def examine(
   if form == "change" and classifier.initial_params is None:
     raise ValueError("form must not be 'change' for a classifier without initial_params.")
   params = classifier.params
-  probes, unused = _probes(classifier, seed), check_outputs(classifier, seed=seed)
+  probes, unused = _probes(classifier, seed, criteria.probes), check_outputs(classifier, seed=seed)
   rates = kkt.balanced(kkt.derivative_equations(classifier.apply_fn, params, probes), params)
   alphas = jnp.linspace(-0.5, 0.5, 5)
   scaling = jax.jit(functools.partial(kkt.scaling_error, classifier.apply_fn))
   error = float(scaling(params, rates.rates, probes, alphas))
-  free = symmetries.scale_invariant(classifier.apply_fn, params, probes)
+  free = symmetries.scale_invariant(classifier.apply_fn, params, probes, tolerance=criteria.symmetric)
   start, layer, subspace, first, left = read_first_layer(classifier, probes, criteria)
   tried = [form] if form else FORMS[2:] if classifier.initial_params is not None else FORMS[:2]
   conditions = forms.possible_conditions(classifier, rates, free, unused, left)
@@ -298,9 +297,9 @@ def examine(
   )
 
 
-def _probes(classifier: Classifier, seed: int) -> jax.Array:
+def _probes(classifier: Classifier, seed: int, count: int = AnalysisCriteria().probes) -> jax.Array:
   """Random inputs [K, *input_shape], in the classifier's units."""
-  key, shape = jax.random.key(seed), (_PROBES, *classifier.input_shape)
+  key, shape = jax.random.key(seed), (count, *classifier.input_shape)
   if classifier.value_range is None:
     return jax.random.normal(key, shape)
   return classifier.from_unit(jax.random.uniform(key, shape))

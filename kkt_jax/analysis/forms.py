@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -72,7 +73,8 @@ def attainable(
     return dataclasses.replace(conditions, mask=jax.tree.unflatten(structure, masks))
 
   def judge(left: Sequence[str]) -> symmetries.LeastResidual:
-    return symmetries.least_residual(classifier.apply_fn, classifier.params, without(left), probes)
+    bound = functools.partial(symmetries.least_residual, tolerance=criteria.symmetric)
+    return bound(classifier.apply_fn, classifier.params, without(left), probes)
 
   def tells(found: symmetries.LeastResidual) -> bool:
     known = first is not None and names[first] in found.by_tensor

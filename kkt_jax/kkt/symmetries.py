@@ -20,7 +20,7 @@ and with p the products and G the Gram matrix of all directions, ``p' G^-1 p`` i
 has in them. ``_units`` finds the coefficients (here 1 and -1) by trying, ``_along_units`` adds up p and G.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 
@@ -33,9 +33,10 @@ from kkt_jax import _checks
 from kkt_jax._precision import full_precision
 from kkt_jax._tree import tensor_names
 from kkt_jax._typing import ApplyFn, PyTree
+from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt.conditions import Conditions
 
-_TOLERANCE = 1e-4  # change of the margins, next to that along a generic direction, which counts as none
+_TOLERANCE = AnalysisCriteria().symmetric
 _MOVED = 1e-3  # part of a relation up to which it does not move a tensor
 
 
@@ -56,7 +57,9 @@ class LeastResidual:
 
 
 @full_precision
-def least_residual(apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x: ArrayLike) -> LeastResidual:
+def least_residual(
+  apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x: ArrayLike, *, tolerance: float = _TOLERANCE
+) -> LeastResidual:
   """The least relative residual that any data could leave, by the network's own symmetries.
 
   Near 0, the classifier may be at a KKT point; it need not be. Well above 0, it is not at one, and no generator that
@@ -67,6 +70,7 @@ def least_residual(apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x:
     params: zeta.
     conditions: the stationarity condition. Symmetries that move a parameter without a condition do not count.
     x: inputs [K, ...], any: random ones will do. They only tell which directions are symmetries.
+    tolerance: change of the margins, next to that along a generic direction, that counts as none.
 
   Returns:
     A `LeastResidual`.
@@ -92,7 +96,7 @@ def least_residual(apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x:
   usable = [bool(np.all(m == 1)) for m in masks]
   total = sum(float(np.sum(t * t)) for t in targets)
   tensors = [own for own in _tensors(params, targets) if usable[own.index]]
-  change = _changes(apply_fn, params, x)
+  change = _Change(apply_fn, params, x, tolerance)
   num_classes = jax.eval_shape(apply_fn, params, x).shape[1]
   scalable = [t for t in tensors if np.any(t.value)]  # what is 0 has no scale
   parts = _shifts(tensors, num_classes, change) | _whole_tensors(scalable, change) | _units(scalable, change)
@@ -105,7 +109,7 @@ def least_residual(apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x:
 
 
 @full_precision
-def scale_invariant(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> PyTree:
+def scale_invariant(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, tolerance: float = _TOLERANCE) -> PyTree:
   """Which tensors can be scaled up, alone or together with others, without any change of the margins.
 
   Such are the weights before batch norm or layer norm. Weight decay shrinks them for ever: they are at no stationary
@@ -115,6 +119,7 @@ def scale_invariant(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> PyTree:
     apply_fn: ``(params, x[K, ...]) -> logits[K, C]`` with exact derivatives; samples may interact.
     params: zeta.
     x: inputs [K, ...], any.
+    tolerance: as in `least_residual`.
 
   Returns:
     A pytree of Python bools like ``params``.
@@ -130,8 +135,8 @@ def scale_invariant(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> PyTree:
   _checks.check_batch("x", x)
   names = tensor_names(params)
   scalable = [t for t in _tensors(params, [np.zeros(0)] * len(names)) if np.any(t.value)]
-  change = _changes(apply_fn, params, x)
-  null = _null_space([change({t.index: t.value}) for t in scalable], [_generic(t, change) for t in scalable])
+  change = _Change(apply_fn, params, x, tolerance)
+  null = _null_space([change({t.index: t.value}) for t in scalable], [_generic(t, change) for t in scalable], tolerance)
   found = dict.fromkeys(range(len(names)), False)
   for place, tensor in enumerate(scalable if null.shape[1] else []):
     # Is there a combination of null vectors that scales this tensor up and none down?
@@ -157,20 +162,27 @@ def _tensors(params: PyTree, targets: Sequence[np.ndarray]) -> list[_Tensor]:
   return [_Tensor(index, name, np.asarray(leaf, np.float64), target) for index, (name, leaf, target) in parts]
 
 
-_Change = Callable[[Mapping[int, np.ndarray]], np.ndarray]
 _Parts = dict[str, dict[str, float]]  # squared length of what the target has in a family, by tensor that it moves
 
 
-def _changes(apply_fn: ApplyFn, params: PyTree, x: jax.Array) -> _Change:
+@dataclasses.dataclass(frozen=True)
+class _Change:
   """How margins change along a direction, given by the tensors it moves: the logits' change less its class mean."""
-  leaves, structure = jax.tree.flatten(params)
-  still = [jnp.zeros_like(leaf) for leaf in leaves]
 
-  def change(moved: Mapping[int, np.ndarray]) -> np.ndarray:
-    tangents = [jnp.asarray(moved[i], zeros.dtype) if i in moved else zeros for i, zeros in enumerate(still)]
-    return np.asarray(_margins_along(apply_fn, params, x, jax.tree.unflatten(structure, tangents)), np.float64)
+  apply_fn: ApplyFn
+  params: PyTree
+  x: jax.Array
+  tolerance: float
 
-  return change
+  def __call__(self, moved: Mapping[int, np.ndarray]) -> np.ndarray:
+    structure = jax.tree.structure(self.params)
+    tangents = [jnp.asarray(moved[i], a.dtype) if i in moved else a for i, a in enumerate(self._still)]
+    found = _margins_along(self.apply_fn, self.params, self.x, jax.tree.unflatten(structure, tangents))
+    return np.asarray(found, np.float64)
+
+  @functools.cached_property
+  def _still(self) -> list[jax.Array]:
+    return [jnp.zeros_like(leaf) for leaf in jax.tree.leaves(self.params)]
 
 
 @functools.partial(jax.jit, static_argnames="apply_fn")  # here, so that it is compiled once for all that is tried
@@ -188,7 +200,7 @@ def _shifts(tensors: Sequence[_Tensor], num_classes: int, change: _Change) -> _P
       continue
     direction = np.broadcast_to(random.normal(size=(*tensor.value.shape[:-1], 1)), tensor.value.shape)
     one_sided = direction * (np.arange(num_classes) == 0)
-    if np.linalg.norm(change({tensor.index: direction})) <= _TOLERANCE * np.linalg.norm(
+    if np.linalg.norm(change({tensor.index: direction})) <= change.tolerance * np.linalg.norm(
       change({tensor.index: one_sided})
     ):
       parts[f"shift of {tensor.name}"] = {tensor.name: float(np.sum(tensor.target.mean(axis=-1) ** 2) * num_classes)}
@@ -197,7 +209,9 @@ def _shifts(tensors: Sequence[_Tensor], num_classes: int, change: _Change) -> _P
 
 def _whole_tensors(tensors: Sequence[_Tensor], change: _Change) -> _Parts:
   """The same in rescalings of whole tensors against one another."""
-  null = _null_space([change({t.index: t.value}) for t in tensors], [_generic(t, change) for t in tensors])
+  null = _null_space(
+    [change({t.index: t.value}) for t in tensors], [_generic(t, change) for t in tensors], change.tolerance
+  )
   if not null.shape[1]:
     return {}
   products = np.array([float(np.sum(t.value * t.target)) for t in tensors]) @ null
@@ -222,7 +236,7 @@ def _units(tensors: Sequence[_Tensor], change: _Change) -> _Parts:
     columns = [
       np.concatenate([change({t.index: _scaled(t.value, v, outgoing)}) for v in trials]) for t, outgoing in parts
     ]
-    null = _null_space(columns, [len(trials) ** 0.5 * generic[t.index] for t, _ in parts])
+    null = _null_space(columns, [len(trials) ** 0.5 * generic[t.index] for t, _ in parts], change.tolerance)
     if null.shape[1]:
       coefficients = _coefficients(*_along_units(parts, null, width)).reshape(null.shape[1], width)
       moved = {t.index: t for (t, _), weights in zip(parts, null, strict=True) if np.abs(weights).max() > _MOVED}
@@ -276,7 +290,7 @@ def _generic(tensor: _Tensor, change: _Change) -> float:
   )
 
 
-def _null_space(columns: Sequence[np.ndarray], sizes: Sequence[float]) -> np.ndarray:
+def _null_space(columns: Sequence[np.ndarray], sizes: Sequence[float], tolerance: float) -> np.ndarray:
   """Orthonormal combinations [U, K] of U columns that vanish next to the sizes that generic columns would have."""
   if not columns:
     return np.zeros((0, 0))
@@ -284,7 +298,7 @@ def _null_space(columns: Sequence[np.ndarray], sizes: Sequence[float]) -> np.nda
   matrix = np.stack(columns, axis=1) / scale
   # Only a wide matrix needs full factors for its null space; of a tall one they hold (probes x classes)^2 numbers.
   _, values, rows = np.linalg.svd(matrix, full_matrices=len(matrix) < len(columns))
-  small = np.concatenate([values <= _TOLERANCE, np.ones(len(rows) - len(values), bool)])
+  small = np.concatenate([values <= tolerance, np.ones(len(rows) - len(values), bool)])
   basis = rows[small].T / scale[:, None]
   return np.linalg.qr(basis)[0] if basis.size else basis
 
