@@ -338,13 +338,18 @@ def _other_inputs(classifier: Classifier, own: _Answers, other: _Answers | None,
 
 
 def _p_value_of_areas(given: tuple[_Answers, _Answers], changed: tuple[_Answers, _Answers]) -> float:
-  """Whether margins tell one kind of samples from another better than before: paired areas (DeLong et al. 1988)."""
+  """Whether margins tell one kind of samples from another better than before: paired areas (DeLong et al. 1988).
+
+  The others are weighted so that both kinds have the same mixture of classes, on which margins depend, too.
+  """
+  counts = [np.bincount(own.images.y, minlength=own.num_classes) for own in given]
+  weights = (counts[0] / np.maximum(counts[1], 1))[given[1].images.y]
+  weights /= weights.sum()
   parts = []
   for own, other in (given, changed):
-    ranks = stats.rankdata(np.concatenate([own.margins, other.margins]))
-    above = (ranks[: len(own.hits)] - stats.rankdata(own.margins)) / len(other.hits)
-    below = 1 - (ranks[len(own.hits) :] - stats.rankdata(other.margins)) / len(own.hits)
-    parts.append((above, below))
-  gains = [after - before for before, after in zip(*parts, strict=True)]
-  error = sum(gain.var() / len(gain) for gain in gains) ** 0.5
-  return float(stats.norm.sf(gains[0].mean() / max(error, 1e-9)))
+    one, two = own.margins[:, None], other.margins[None]
+    wins = (one > two) + 0.5 * (one == two)
+    parts.append((wins @ weights, wins.mean(axis=0)))
+  above, below = (after - before for before, after in zip(*parts, strict=True))
+  error = (above.var() / len(above) + float(np.sum(np.square(weights * (below - above.mean()))))) ** 0.5
+  return float(stats.norm.sf(above.mean() / max(error, 1e-9)))

@@ -231,7 +231,7 @@ def _range(value_range: Any) -> tuple[float, float]:
 
 def result_shape(name: str, function: Callable[[PyTree, jax.Array], Any], params: PyTree, input_shape: Any) -> Any:
   """The shapes [M, ...] of what a function of parameters and inputs returns for M = 2; a ValueError if it fails."""
-  probe = jax.ShapeDtypeStruct((2, *input_shape), jnp.result_type(float))
+  probe = jax.ShapeDtypeStruct((2, *_checks.sizes("input_shape", input_shape)), jnp.result_type(float))
   try:
     return jax.eval_shape(function, params, probe)
   except Exception as error:  # whatever somebody else's function may raise

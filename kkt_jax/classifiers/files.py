@@ -25,6 +25,7 @@ FORMATS = ".safetensors file or the .index.json of several, a flax .msgpack file
 _OVERHEAD = 1 << 20  # bytes for names and shapes, beside the numbers themselves
 _DTYPES = {"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16")}
 _DTYPES |= {"BF16": jnp.dtype("bfloat16"), "I64": np.dtype("int64"), "I32": np.dtype("int32")}
+_PARENTS = ("params", "model", "state_dict", "model_state_dict", "net")  # of parameters in checkpoints of a training
 _SHOWN = 5  # names in a message
 _INDEX = ".safetensors.index.json"
 
@@ -220,9 +221,10 @@ def _check_tensors(found: Mapping[str, tuple[Sequence[int], Any]], needed: Mappi
       f"{what} {_some(names)}" for what, names in (("it lacks", missing), ("it has too much:", unknown)) if names
     ]
     below = lambda first: [name.partition("/")[2] for name in found if name.partition("/")[0] == first]
-    parents = sorted({name.partition("/")[0] for name in found}, key=lambda first: (first != "params", first))
-    fitting = [first for first in parents if _places(below(first), needed)][:1]  # an optimizer's state may fit, too
-    hint = f"; those below {fitting[0][:60]!r} are: store these alone" if fitting else ""
+    fitting = [first for first in sorted({name.partition("/")[0] for name in found}) if _places(below(first), needed)]
+    named = [first for first in fitting if first in _PARENTS] or fitting  # an optimizer's state, or averages, may fit
+    shown = " or ".join(repr(first[:60]) for first in named[:_SHOWN])
+    hint = f"; those below {shown} are: store these alone" if shown else ""
     raise WeightsError(f"its tensors are not the classifier's: {'; '.join(parts)}{hint}")
   for name, leaf in needed.items():
     if not places[name]:

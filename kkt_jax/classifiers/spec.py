@@ -67,6 +67,12 @@ class Subject:
   offset: ArrayLike | None = None
   weight_decay: DecayLike | None = None
 
+  def __post_init__(self) -> None:
+    """Refuses what cannot be called."""
+    for name in ("apply_fn", "init_fn"):
+      if not callable(getattr(self, name)):
+        raise ValueError(f"{name} must be a function; got a {type(getattr(self, name)).__name__}.")
+
   def variables_like(self) -> PyTree:
     """The shapes of the variables, without any memory for them."""
     return jax.eval_shape(self.init_fn)
@@ -181,6 +187,8 @@ class Subject:
     >>> subject.num_classes, subject.variables_like()["kernel"].shape
     (3, (2, 3))
     """
+    if not isinstance(module, nn.Module):
+      raise ValueError(f"module must be a flax linen module, an instance; got {module!r:.80}.")
     arguments, fields = _arguments(module, train_argument), {field.name for field in dataclasses.fields(module)}
     switches = _switches(train_argument).items()
     attributes = {name: on for name, on in switches if name in fields and name not in arguments}
@@ -374,6 +382,8 @@ def from_nnx(
   >>> from_nnx(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), input_shape=(2,), labels=(7, 8, 9)).labels
   (7, 8, 9)
   """
+  if not isinstance(model, nnx.Module):
+    raise ValueError(f"model must be a flax nnx module, an instance; got {model!r:.80}.")
   subject = Subject.from_nnx(lambda _: nnx.clone(model), input_shape=input_shape, **known)
   return subject.classifier(subject.init_fn(), labels)
 

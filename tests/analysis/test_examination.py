@@ -261,6 +261,7 @@ def test_it_prints_what_it_found(by_flax):
   assert lines[0] == "4,355 parameters, 3 classes, no batch norm."
   assert lines[1] == (
     "They are examined as weights trained to convergence with weight decay, because their weight decay is known, 0.01."
+    f" They do not tell whether that is right; up to {by_flax.most_weight_decay:.2g} it can be."
   )
   assert lines[2] == (
     "Share of them that no data whatever could have caused: 0.00% (so data are not excluded; the limit is 5%)."

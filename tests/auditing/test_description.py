@@ -253,6 +253,19 @@ def test_a_correct_description_of_a_poor_classifier_is_not_refused(case):
   assert not fit.refusal
 
 
+def test_another_mixture_of_classes_among_held_out_data_is_no_sign_of_a_wrong_description():
+  """A shift of the inputs raises the margins of class 0, of which one set has more, and lowers those of class 1."""
+  own, random = kkt_jax.make_classifier(lambda w, x: x @ w, jnp.array([[1.0, -1.0]]), (1,), value_range=None), {}
+  for name, counts in (("train", (150, 10)), ("held out", (10, 150))):
+    y = np.repeat([0, 1], counts).astype(np.int32)
+    x = np.random.default_rng(len(name)).normal(size=(160, 1)).astype(np.float32) + 2 - 4 * y[:, None]
+    random[name] = Samples(x.astype(np.float32), y)
+  answers = lambda shift: tuple(description._Answers(own, each, each.x + shift) for each in random.values())
+  assert description._p_value_of_areas(answers(0.0), answers(1.0)) == pytest.approx(0.5, abs=0.1)
+  better = answers(0.0)[0], description._Answers(own, random["held out"], -random["held out"].x)
+  assert description._p_value_of_areas(answers(0.0), better) < 1e-3
+
+
 # The audit.
 
 

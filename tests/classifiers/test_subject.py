@@ -210,6 +210,14 @@ def test_what_does_not_fit_is_named():
     from_linen(Linen(), variables, input_shape=(3,))
   with pytest.raises(ValueError, match=r"^module must take a batch of inputs of input_shape = \(3,\); it raised"):
     from_linen(ConvClassifier(num_classes=3), variables, input_shape=(3,))
+  with pytest.raises(ValueError, match="^input_shape must be a sequence of integers; got 3"):
+    from_linen(nn.Dense(3), {"params": {}}, input_shape=3)
+  with pytest.raises(ValueError, match="^module must be a flax linen module, an instance; got <class"):
+    from_linen(nn.Dense, {"params": {}}, input_shape=(3,))
+  with pytest.raises(ValueError, match="^model must be a flax nnx module, an instance; got Dense"):
+    from_nnx(nn.Dense(3), input_shape=(3,))
+  with pytest.raises(ValueError, match="^init_fn must be a function; got a dict"):
+    Subject(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, (3,))
   with pytest.raises(ValueError, match="^train_fn must return running averages that follow the batch"):
     from_linen(Linen(momentum=1.0), variables, input_shape=(2,))
 

@@ -345,6 +345,15 @@ def test_folders_that_are_no_checkpoint_say_what_to_name(tmp_path):
     read_weights(tmp_path / "hub", like)
 
 
+@pytest.mark.parametrize(
+  ("first", "second", "said"), [("ema", "model", "'model' are"), ("student", "teacher", "'student' or 'teacher' are")]
+)
+def test_of_two_that_fit_the_parameters_or_both_are_named(tmp_path, first, second, said):
+  path = write("safetensors", tmp_path, {first: nested(FLAT), second: nested(FLAT)})
+  with pytest.raises(WeightsError, match=f"; those below {said}: store these alone"):
+    read_weights(path, jax.eval_shape(lambda: nested(FLAT)))
+
+
 def test_a_backend_that_is_not_there_is_no_fault_of_the_file(tmp_path, monkeypatch):
   def missing():
     raise AssertionError  # as JAX does for cuda without its plugin

@@ -69,7 +69,7 @@ def straight():
   """A linear classifier with random weights that add up to 0 over classes, and over pixels."""
   centred = lambda size: jnp.eye(size) - 1 / size
   start = lambda: centred(64) @ jax.random.normal(jax.random.key(0), (64, 3)) @ centred(3)
-  return kkt_jax.Subject(lambda w, x: x.reshape(len(x), -1) @ w, start, SHAPE, weight_decay=0.01)
+  return kkt_jax.Subject(lambda w, x: x.reshape(len(x), -1) @ w, start, SHAPE, weight_decay=0.001)
 
 
 def probabilities():
@@ -196,7 +196,7 @@ def test_what_cannot_be_audited_is_named_and_leaves_no_folder(stored, tmp_path, 
 def test_what_has_its_parameters_needs_no_checkpoint(stored):
   own = audit.load("test_audit:ready", "")
   chex.assert_trees_all_equal(own.params, ready().params)
-  assert own.weight_decay == 0.01
+  assert own.weight_decay == 0.001
   assert audit.load("test_audit:ready_with_batch_norm", "").batch_coupled
   found = audit.load("test_audit:estimator", "")
   assert (found.input_shape, found.labels) == ((64,), (0, 1, 2))
