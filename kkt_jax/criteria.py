@@ -12,10 +12,11 @@ class Criteria:
     distance: equations: of a signal from the row space of the first kernel, relative. Training digits .0005 to .002
       (two layers, float32, 20,000 steps), .002 to .004 (three), other digits from .006.
     scale: equations: of a signal's scale from 1. Training digits .95 to 1.03; 5 % darker ones .2 or more away.
-    unrest: equations: median distance of units between their slopes from their kink, in standard deviations; of nine
-      of ten training digits less than 1e-4 (two layers) and 5e-4 (three), of nine of ten 5 % blends more than 3e-4.
-    restless: equations: so many times the median unrest of samples that fulfil the rest is allowed, if that is more.
-    most_unrest: equations: the most that is allowed by that.
+    unrest: equations: distance from its kink of the unit that is the second nearest, in standard deviations; of 98 of
+      100 training digits less, the median 1e-6, of every third to second 5 % blend more.
+    usual: equations: so many times the median distance of samples that fulfil the rest is allowed, if that is less.
+    shaken: equations: most that an error of the signal within the row space, as great as the one outside, may change
+      the scale by. Training digits .02 to .4 (three layers; two: .02 to .1), half-and-half blends from .4.
     affine: equations: what the bias leaves of ``normal . (x - start) = 1``; training digits 1e-4.
     outside: equations: share of a sample outside of the subspace.
     refuted: range: misfit of the equations from which a sample is none, where others are certified by them.
@@ -40,12 +41,12 @@ class Criteria:
     side: least cosine of a sample with the guesses' mean that tells a sample from its mirror image.
   """
 
-  kink: float = 1e-2
+  kink: float = 3e-3
   distance: float = 4e-3
   scale: float = 0.05
   unrest: float = 3e-4
-  restless: float = 2.5
-  most_unrest: float = 2e-3
+  usual: float = 2.0
+  shaken: float = 0.5
   affine: float = 3e-3
   outside: float = 1e-2
   refuted: float = 6.0

@@ -86,10 +86,11 @@ def by_equations(
 ) -> tuple[np.ndarray, np.ndarray]:
   """How far samples are from their own equations, and their duals; certified below 1.
 
-  The root of the sum of squares of: the distance of the signal from the row space, its scale's from 1, the unrest of
-  its kinks, the part of the sample outside of the subspace, and what the bias says of its brightness, each over what
-  `Criteria` allow. The scale is that of most samples that fulfil the rest, if the weight decay or the number of
-  training samples is not known: five at least that agree.
+  The root of the sum of squares of: the distance of the signal from the row space, its scale's from 1, what as great
+  an error within the row space would change the scale by, the unrest of its kinks, the part of the sample outside of
+  the subspace, and what the bias says of its brightness, each over what `Criteria` allow. The scale is that of most
+  samples that fulfil the rest, if the weight decay or the number of training samples is not known: five at least that
+  agree. Five that fulfil the rest also say what distance is usual: those of training samples are all alike.
 
   Args:
     examination: of the classifier.
@@ -106,21 +107,34 @@ def by_equations(
     return np.full(len(unit), np.inf), np.zeros((len(unit), size))
   assert first is not None
   x = examination.classifier.from_unit(jnp.asarray(unit, jnp.float32))
-  found = signals.signals(examination, x, labels, kink=criteria.kink)
   offsets = np.asarray(x, np.float64).reshape(len(unit), -1) - first.start
   u, _, _ = first.factors
   lengths = np.maximum(np.linalg.norm(offsets, axis=1), 1e-300)
   outside = np.linalg.norm(offsets - (offsets @ u) @ u.T, axis=1) / lengths
-  parts = [found.distance / criteria.distance, outside / criteria.outside]
+  beside = outside / criteria.outside
   if first.normal is not None:
-    parts.append((offsets @ first.normal - 1) / criteria.affine)
-  rest = np.sqrt(np.sum(np.square(parts), axis=0))
-  rest = np.hypot(rest, found.unrest / _allowed_unrest(found.unrest[rest < 1], criteria))
+    beside = np.hypot(beside, (offsets @ first.normal - 1) / criteria.affine)
+  found = signals.signals(examination, x, labels, kink=criteria.kink)
+  rest = _beside_scale(found, beside, criteria)
   factor = _common_scale(found.scale[rest < 1], criteria)
+  if examination.classifier.weight_decay is not None and (factor is None or abs(factor - 1) < criteria.scale):
+    factor = 1.0
   if factor is None:
-    factor = math.nan if examination.classifier.weight_decay is None else 1.0
-  misfit = np.hypot(rest, (found.scale / factor - 1) / criteria.scale)
+    return np.full(len(unit), np.inf), found.duals
+  wanted = factor, criteria.scale / criteria.distance
+  found = signals.signals(examination, x, labels, kink=criteria.kink, scale=wanted)
+  shaken = found.leverage * found.distance / factor / criteria.shaken
+  off = np.hypot(shaken, (found.scale / factor - 1) / criteria.scale)
+  misfit = np.hypot(_beside_scale(found, beside, criteria), off)
   return np.where(np.isfinite(misfit), misfit, np.inf), found.duals / factor
+
+
+def _beside_scale(found: signals.Signals, beside: np.ndarray, criteria: Criteria) -> np.ndarray:
+  """The misfit [M] of all but the scale: the distance, the unrest, and what does not depend on signals."""
+  beside = np.hypot(beside, found.unrest / criteria.unrest)
+  alike = found.distance[np.hypot(found.distance / criteria.distance, beside) < 1]
+  usual = criteria.usual * float(np.median(alike)) if len(alike) >= criteria.agreeing else math.inf
+  return np.hypot(found.distance / min(criteria.distance, usual), beside)
 
 
 def calibrated(examination: Examination, unit: np.ndarray, criteria: Criteria) -> Criteria:
@@ -145,15 +159,6 @@ def calibrated(examination: Examination, unit: np.ndarray, criteria: Criteria) -
   distances = signals.signals(examination, x, kink=criteria.kink).distance
   distance = max(criteria.distance, criteria.of_halves * float(np.quantile(distances, 0.1)))
   return dataclasses.replace(criteria, distance=distance, scale=max(criteria.scale, criteria.of_distance * distance))
-
-
-def _allowed_unrest(unrest: np.ndarray, criteria: Criteria) -> float:
-  """What is allowed of the kinks' unrest, from that of samples that fulfil the rest, if there are enough.
-
-  The less training has converged, the farther from their kinks units come to rest, for all samples alike.
-  """
-  usual = criteria.restless * float(np.median(unrest)) if len(unrest) >= criteria.agreeing else 0.0
-  return min(max(criteria.unrest, usual), criteria.most_unrest)
 
 
 def _common_scale(scales: np.ndarray, criteria: Criteria) -> float | None:

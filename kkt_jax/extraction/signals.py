@@ -49,8 +49,9 @@ class Signals(NamedTuple):
     duals: q [M, D] with ``q . x_j`` = 0 for every other training sample x_j (less what is subtracted), and `scale` for
       the sample itself.
     kinks: how many units of the first layer rest on their kink at each sample [M], units without weights not counted.
-    unrest: how far from their kink units are whose gate is between 0 and 1, in standard deviations of their layer's
-      arguments, a median weighed by t (1 - t) [M]; of a training sample near 0, for descent rests exactly there.
+    unrest: how far the unit that is the second nearest to its kink is from it, in standard deviations of its layer's
+      arguments [M]; of a training sample near 0, for descent rests exactly there.
+    leverage: ``|s| |W^+ x| / (w N)`` [M]: how much an error of the signal moves the scale, both relative.
   """
 
   distance: np.ndarray
@@ -58,11 +59,17 @@ class Signals(NamedTuple):
   duals: np.ndarray
   kinks: np.ndarray
   unrest: np.ndarray
+  leverage: np.ndarray
 
 
 @full_precision
 def signals(
-  examination: Examination, x: ArrayLike, labels: ArrayLike | None = None, *, kink: float = Criteria().kink
+  examination: Examination,
+  x: ArrayLike,
+  labels: ArrayLike | None = None,
+  *,
+  kink: float = Criteria().kink,
+  scale: tuple[float, float] | None = None,
 ) -> Signals:
   """The signals of samples in the first layer, with free gates at kinks, beside what the weights hold.
 
@@ -71,6 +78,9 @@ def signals(
     x: samples [M, *input_shape], in the classifier's units.
     labels: their labels [M]; what the classifier takes them for if None.
     kink: up to which a gate's argument is at its kink, in standard deviations of the arguments of its unit; positive.
+    scale: the scale c of training samples and the relative error of it that counts as much as a distance of 1, if the
+      gates are to bring the signal to that, too: among free gates above the first layer there are some that change the
+      scale by tenths and the distance by nothing. None: they see the distance only.
 
   Returns:
     `Signals`.
@@ -105,26 +115,25 @@ def signals(
   offsets = np.asarray(x, np.float64).reshape(len(x), -1) - first.start.reshape(-1)
   pixel = np.argmax(np.abs(offsets), axis=1)
   height = first.gain * offsets[np.arange(len(x)), pixel]
-  given = (x, classes, places, arguments.astype(np.float32), pixel, height.astype(np.float32))
+  duality = -((offsets @ u) / s) @ rows / (len(s) * (first.decay or 1.0))  # the scale is its product with the signal
+  sought = (0.0 if scale is None else 1 / scale[1]) * np.ones(len(x))
+  pull = (0.0 * duality if scale is None else duality / (scale[0] * scale[1])).astype(np.float32)
+  given = (x, classes, places, arguments.astype(np.float32), pixel, height.astype(np.float32), pull, sought)
   layer, space = _Layer(apply_fn, first.place, first.turned, shapes), jnp.asarray(rows, jnp.float32)
   parts = []
   for begin in range(0, len(x), _AT_ONCE):  # of one size, so that one program does for all
     part = np.resize(np.arange(begin, min(begin + _AT_ONCE, len(x))), _AT_ONCE)
     parts.append(_signals(layer, params, space, _Sample(*(jnp.asarray(own)[part] for own in given))))
-  signal, t = (np.asarray(jnp.concatenate(own)[: len(x)], np.float64) for own in zip(*parts, strict=True))
-  relative = np.abs(arguments) / np.where(spread > 0, spread, np.inf)
-  at = np.take_along_axis(np.concatenate([relative, np.zeros((len(x), 1))], axis=1), places, axis=1)
-  between = np.where(places < arguments.shape[1], t * (1 - t), 0.0)
-  order = np.argsort(at, axis=1)
-  below = np.cumsum(np.take_along_axis(between, order, axis=1), axis=1)
-  middle = np.argmax(below >= below[:, -1:] / 2, axis=1)
-  unrest = at[np.arange(len(x)), order[np.arange(len(x)), middle]]
+  signal = np.asarray(jnp.concatenate(parts)[: len(x)], np.float64)
+  relative = np.abs(arguments[:, spread > 0]) / spread[spread > 0]
+  unrest = np.partition(relative, 1)[:, 1] if relative.shape[1] > 1 else np.zeros(len(x))  # 0 without gates
   inside = signal @ rows.T
   lengths = np.maximum(np.linalg.norm(signal, axis=1), 1e-300)
   distance = np.linalg.norm(signal - inside @ rows, axis=1) / lengths
   duals = -(inside / s) @ u.T / (len(s) * (first.decay or 1.0))
   width = first.kernel.shape[1]
-  return Signals(distance, np.sum(duals * offsets, axis=1), duals, at_kink[:, :width].sum(axis=1), unrest)
+  leverage = lengths * np.linalg.norm(duality, axis=1)
+  return Signals(distance, np.sum(duals * offsets, axis=1), duals, at_kink[:, :width].sum(axis=1), unrest, leverage)
 
 
 def left_over(first: FirstLayer, x: ArrayLike, duals: ArrayLike) -> np.ndarray:
@@ -179,7 +188,10 @@ class _Layer(NamedTuple):
 
 
 class _Sample(NamedTuple):
-  """A sample: its class, the places of its free gates [K] and the arguments of all, its greatest input and where."""
+  """A sample: its class, the places of its free gates [K] and the arguments of all, its greatest input and where.
+
+  And what the signal's product with ``pull`` [F] is to be: ``sought``, in units of a distance of 1.
+  """
 
   x: jax.Array
   label: jax.Array
@@ -187,18 +199,20 @@ class _Sample(NamedTuple):
   arguments: jax.Array
   pixel: jax.Array
   height: jax.Array
+  pull: jax.Array
+  sought: jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=0)
 @full_precision
-def _signals(layer: _Layer, params: PyTree, rows: jax.Array, samples: _Sample) -> tuple[jax.Array, jax.Array]:
-  """Signals [M, F] and the free gates [M, K] that bring them nearest to the row space, ``rows`` [r, F]."""
+def _signals(layer: _Layer, params: PyTree, rows: jax.Array, samples: _Sample) -> jax.Array:
+  """Signals [M, F] with the free gates that bring them nearest to the row space, ``rows`` [r, F]."""
   leaves, structure = jax.tree.flatten(params)
   place, shapes = layer.place, layer.shapes
   free_gates = relaxation.given_gates(layer.apply_fn)
   sizes = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
 
-  def of_one(own: _Sample) -> tuple[jax.Array, jax.Array]:
+  def of_one(own: _Sample) -> jax.Array:
     dtype = own.x.dtype
 
     def signal(t: jax.Array) -> jax.Array:
@@ -213,13 +227,16 @@ def _signals(layer: _Layer, params: PyTree, rows: jax.Array, samples: _Sample) -
 
       return jax.grad(loss)(jnp.zeros(rows.shape[1], dtype)) / own.height
 
-    beyond = lambda vectors: vectors - (vectors @ rows.T) @ rows
+    def beyond(vectors: jax.Array, length: jax.Array) -> jax.Array:
+      return jnp.concatenate([vectors - (vectors @ rows.T) @ rows, (vectors @ own.pull * length)[..., None]], axis=-1)
+
     t = jnp.full(own.places.shape, 0.5, dtype)
     for _ in range(max(len(shapes), 1)):  # linear in the gates of each layer
       now, push = jax.linearize(signal, t)
-      slopes = beyond(jax.vmap(push)(jnp.eye(len(t), dtype=dtype)))
-      t = _bounded(slopes, beyond(now) - t @ slopes, t)
-    return signal(t), t
+      length = jnp.linalg.norm(now)
+      slopes = beyond(jax.vmap(push)(jnp.eye(len(t), dtype=dtype)), length)
+      t = _bounded(slopes, (beyond(now, length) - t @ slopes).at[-1].add(-own.sought * length), t)
+    return signal(t)
 
   return jax.vmap(of_one)(samples)
 
