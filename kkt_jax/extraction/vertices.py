@@ -191,7 +191,7 @@ def to_levels(x: ArrayLike, subspace: Subspace, criteria: Criteria = _DEFAULT) -
 
   Returns:
     The samples in whole levels [M, ...], and the greatest distance of a value of the point from its level [M], in
-    steps: of the training images that were found at most .08, of all else at least .24 (docs/certificates.md); .5 for
+    steps: of the training images that were found at most .08, of all else at least .14 (docs/certificates.md); .5 for
     what has become another image.
 
   Raises:
