@@ -12,8 +12,8 @@ class Criteria:
     distance: equations: of a signal from the row space of the first kernel, relative. Training digits .0005 to .002
       (two layers, float32, 20,000 steps), .002 to .004 (three), other digits from .006.
     scale: equations: of a signal's scale from 1. Training digits .95 to 1.03; 5 % darker ones .2 or more away.
-    unrest: equations: distance from its kink of the unit that is the second nearest, in standard deviations; of 98 of
-      100 training digits less, the median 1e-6, of every third to second 5 % blend more.
+    unrest: equations: distance from its kink of the unit that is the second nearest, in standard deviations; of 95 to
+      100 of 100 training digits less, the median 1e-6, of a quarter to a half of 5 % blends more.
     usual: equations: so many times the median distance of samples that fulfil the rest is allowed, if that is less.
     shaken: equations: most that an error of the signal within the row space, as great as the one outside, may change
       the scale by. Training digits .02 to .4 (three layers; two: .02 to .1), half-and-half blends from .4.
@@ -45,7 +45,7 @@ class Criteria:
   distance: float = 4e-3
   scale: float = 0.05
   unrest: float = 3e-4
-  usual: float = 2.0
+  usual: float = 1.6
   shaken: float = 0.5
   affine: float = 3e-3
   outside: float = 1e-2

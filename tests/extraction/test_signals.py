@@ -93,6 +93,17 @@ def test_a_darker_sample_fulfils_all_but_the_scale_and_what_the_bias_says():
   np.testing.assert_allclose(0.95 * x @ normal, 0.95, atol=1e-3)
 
 
+def test_free_gates_can_be_fitted_to_the_scale_as_well():
+  found, x = examined(), HIGH * jnp.asarray(samples()[0])
+  free, fitted = signals.signals(found, x), signals.signals(found, x, scale=(1.0, 12.5))
+  off = lambda own: np.abs(own.scale - 1)
+  assert np.median(off(fitted)) < 0.5 * np.median(off(free))
+  assert (fitted.distance < free.distance + 1e-3).all()
+  moved = signals.signals(found, x, scale=(2.0, 12.5))
+  assert np.abs(moved.scale - 2).max() > 0.5  # gates cannot bring it anywhere
+  np.testing.assert_allclose(fitted.leverage, free.leverage, rtol=0.05)
+
+
 def test_every_samples_dual_is_0_on_all_others():
   found, (unit, _) = examined(), samples()
   x = HIGH * np.asarray(unit, np.float64)
