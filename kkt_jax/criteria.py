@@ -26,7 +26,8 @@ class Criteria:
     firmness: range: least singular value of the rows of the basis at tight values; less can be moved.
     contrast: range: the same where black may become one grey, and white another; less can be made brighter or darker.
     levels: levels: steps of the range, 255 for 8-bit images.
-    off_level: levels: steps from a level up to which a value is on it.
+    off_level: levels: steps from a level up to which a value is on it, at most: half of what a step of any one value
+      leaves in the subspace if that is less.
     grey_values: levels: least number of values between the ends, beyond one for each direction that the values at the
       surer end leave open; those at the ends say nothing of levels.
     grey_levels: levels: least number of different levels among them; sums of samples of few levels are on levels, too.

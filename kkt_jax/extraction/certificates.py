@@ -202,7 +202,7 @@ def gather(
     whole, off = vertices.to_levels(unit[distinct], subspace, criteria)
   grey = np.round(whole.reshape(len(whole), math.prod(shape)) * criteria.levels)
   inner = [row[(row > 0) & (row < criteria.levels)] for row in grey]
-  bits = off < criteria.off_level
+  bits = off < vertices.off_level(subspace, criteria)
   rich = bits & np.array([len(set(own)) >= criteria.grey_levels for own in inner], bool)
   says = np.array([len(own) for own in inner], int)[rich] - vertices.left_open(whole[rich], subspace, criteria)
   rich[rich] = says >= criteria.grey_values

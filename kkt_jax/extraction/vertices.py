@@ -35,6 +35,7 @@ _DARKEST, _DARK = 12.0, (0.1, 0.03)  # steps: most that a black value may have c
 _WHITE, _NEARLY, _BEYOND = 0.97, 1.2, 2.0  # nearly white: from there; so many steps off, or more
 _BENT = 60.0  # steps that polishing may have bent a direction
 _KNOWN = 0.03  # steps: deviation of what is known
+_COLUMNS = 512  # of the projection out of the subspace that are in memory at once
 _TRIES, _MOVES = 3, 50  # fits to levels, and values that are moved a step after each
 _DEFAULT = Criteria()
 
@@ -201,14 +202,14 @@ def to_levels(x: ArrayLike, subspace: Subspace, criteria: Criteria = _DEFAULT) -
   basis, origin = np.asarray(subspace.basis, np.float64), levels * np.asarray(subspace.origin, np.float64).reshape(-1)
   varies = np.linalg.norm(basis, axis=1) > subspace.criteria.moves
   unit = np.asarray(x, np.float64).reshape(x.shape[0], -1)
-  points = levels * unit
+  points, bound = levels * unit, off_level(subspace, criteria)
   for index, point in enumerate(points):
     light = np.mean(point) > levels / 2  # then its white values are the surest
     point, flat = (levels - point, levels - origin) if light else (point, origin)
     for _ in range(_TRIES):  # from where it came to, if that is not on levels
       point[varies] = _on_levels(point[varies], flat[varies], basis[varies], levels)
       point = _settled(point, flat, basis, levels)
-      if np.abs(point - _rounded(point, levels)).max() < criteria.off_level:
+      if np.abs(point - _rounded(point, levels)).max() < bound:
         break
     points[index] = levels - point if light else point
   off = np.abs(points - _rounded(points, levels)).max(axis=1, initial=0.0)
@@ -272,6 +273,23 @@ def _settled(point: np.ndarray, origin: np.ndarray, basis: np.ndarray, levels: i
     rest -= steps[best] * (basis @ basis[best])
     rest[best] += steps[best]
   return wanted - rest
+
+
+def off_level(subspace: Subspace, criteria: Criteria = _DEFAULT) -> float:
+  """Steps up to which all values of a point are on their levels: half of what a step of any one value leaves at least.
+
+  Then no point with one value on another level passes beside the right one. At most ``criteria.off_level``; 0 if a
+  value can move by itself.
+  """
+  basis = np.asarray(subspace.basis, np.float64)
+  moving = np.flatnonzero(np.linalg.norm(basis, axis=1) > subspace.criteria.moves)
+  least = 2 * criteria.off_level
+  for begin in range(0, len(moving), _COLUMNS):
+    own = moving[begin : begin + _COLUMNS]
+    left = -basis @ basis[own].T
+    left[own, np.arange(len(own))] += 1
+    least = min(least, float(np.abs(left).max(axis=0).min()))
+  return least / 2
 
 
 def left_open(x: np.ndarray, subspace: Subspace, criteria: Criteria = _DEFAULT) -> np.ndarray:

@@ -129,6 +129,17 @@ def test_images_of_whole_levels_are_found_to_the_bit_and_nothing_else_is():
   assert ((off > Criteria().off_level) | same).all() and not same.all()
 
 
+def test_a_value_that_can_move_by_itself_is_on_no_level():
+  random = np.random.default_rng(0)
+  x = random.choice([0, 0, 1, 254, 255], size=(NUM, 300)) / 255
+  wide, narrow = around_mean(x), around_mean(np.concatenate([x, x[:1]]) + np.eye(NUM + 1, 300) / 255)
+  assert vertices.off_level(wide) == Criteria().off_level  # all values hold one another
+  step = narrow.basis @ narrow.basis[0]
+  left = np.abs(np.asarray(step) - np.eye(300)[0]).max()
+  assert vertices.off_level(narrow) <= left / 2 + 1e-6
+  assert vertices.off_level(Subspace(jnp.zeros(3), jnp.eye(3)[:, :1], jnp.ones(1))) == 0
+
+
 def test_images_come_to_their_levels_where_black_values_alone_leave_directions_open():
   random = np.random.default_rng(0)
   x = random.integers(20, 120, size=(NUM, 300)) / 255
