@@ -7,6 +7,8 @@ import math
 import sys
 import time
 
+from absl import logging as absl_logging
+
 
 def say(text: str) -> None:
   """Prints a line for the person who watches."""
@@ -21,6 +23,9 @@ def say_what_is_logged() -> None:
     handler.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    absl_logging.get_absl_handler().addFilter(
+      lambda record: not record.name.startswith("kkt_jax")
+    )  # would say it again
 
 
 class Clock:

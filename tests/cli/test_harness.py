@@ -295,6 +295,22 @@ def test_tensorboard_files_are_written_without_tensorflow(tmp_path):
 # Progress.
 
 
+def test_what_the_library_logs_is_said_once():
+  code = """
+from absl import app
+import logging
+from kkt_jax.cli.progress import say_what_is_logged
+def main(argv):
+  for _ in range(2):
+    say_what_is_logged()
+  logging.getLogger("kkt_jax.auditing.run").info("measuring")
+  logging.getLogger("kkt_jax.auditing.run").warning("beware")
+app.run(main)
+"""
+  said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+  assert said == "measuring\nbeware\n"
+
+
 def test_progress_shows_rate_and_time_left_in_plain_lines(capsys):
   Progress("work", 10).update(10, {"loss": 0.25})
   line = capsys.readouterr().err
