@@ -53,13 +53,7 @@ def compared(
   if held_out is not None and train is None and not alone:
     raise InputError("held_out needs train or candidates, with which it is compared.")
   if held_out is not None and train is not None:
-    known = {row.tobytes() for row in _rounded(train, classifier)}
-    twice = [i for i, row in enumerate(_rounded(held_out, classifier)) if row.tobytes() in known]
-    if twice:
-      raise InputError(
-        f"held_out must hold none of the training samples; {len(twice)} of its {len(held_out.y)} are identical to one"
-        f" of train, the first at place {twice[0]} (from 0)."
-      )
+    check_disjoint("train", train, held_out, classifier)
   remarks: list[str] = []
   for name, own in given.items():
     given[name], said = _distinct(name, own, classifier)
@@ -67,6 +61,18 @@ def compared(
   if len(given) == 2:
     remarks += membership.limits(given["train"], given["held_out"], criteria or AuditCriteria())
   return Data(given.get("train"), given.get("held_out"), remarks)
+
+
+def check_disjoint(name: str, samples: Samples, held_out: Samples, classifier: Classifier) -> None:
+  """Raises InputError if held-out data hold some of the samples that are called ``name``."""
+  known = {row.tobytes() for row in _rounded(samples, classifier)}
+  twice = [i for i, row in enumerate(_rounded(held_out, classifier)) if row.tobytes() in known]
+  if twice:
+    what = "training" if name == "train" else name
+    raise InputError(
+      f"held_out must hold none of the {what} samples; {len(twice)} of its {len(held_out.y)} are identical to one of"
+      f" {name}, the first at place {twice[0]} (from 0)."
+    )
 
 
 def _distinct(name: str, samples: Samples, classifier: Classifier) -> tuple[Samples, list[str]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kkt_jax._errors import InputError
 from kkt_jax.analysis.examination import examine
-from kkt_jax.auditing import membership, sources
+from kkt_jax.auditing import data, membership, sources
 from kkt_jax.auditing.membership import Scored, SCORES
 from kkt_jax.auditing.samples import Given, given_samples
 from kkt_jax.auditing.verdict import Verdict
@@ -107,6 +107,7 @@ def audit_unlearning(
   )
   if asked is None or others is None:
     raise InputError("forgotten and held_out must be given; got None.")
+  data.check_disjoint("forgotten", asked, others, before)
   apart = sources.p_value(asked, others, criteria)
   if apart < criteria.significant:
     raise InputError(

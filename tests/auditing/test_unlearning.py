@@ -65,6 +65,13 @@ def test_one_sample_stands_first_by_the_change(data, before):
     assert all(np.argmax(own) == 0 for own in scores.values())
 
 
+def test_a_single_sample_can_be_asked_about(data, before):
+  x, y = data["members"]
+  report = kkt_jax.audit_unlearning(before, trained(x[1:], y[1:]), (x[:1], y[:1]), data["held_out"])
+  assert report.change.level == "none" and report.difference.risks[0].p_value == pytest.approx(2 / 201)  # of two scores
+  assert report.difference.curves["change"].points[0].members == 1
+
+
 def test_what_was_not_removed_is_still_there(data, before):
   x, y = data["members"]
   other = dataclasses.replace(before, params=trained(x[:-1], y[:-1]).params)  # another sample was removed
@@ -88,6 +95,8 @@ def test_classifiers_and_data_that_do_not_fit_are_refused(data, before):
   )
   with pytest.raises(kkt_jax._errors.InputError, match="after.params must have the"):
     kkt_jax.audit_unlearning(before, smaller, data["forgotten"], data["held_out"])
+  with pytest.raises(kkt_jax._errors.InputError, match="held_out must hold none of the forgotten samples; 8 of its 40"):
+    kkt_jax.audit_unlearning(before, trained(*data["retained"]), data["forgotten"], data["members"])
   x, y = data["held_out"]
   with pytest.raises(kkt_jax._errors.InputError, match="held_out must be of the source of forgotten"):
     kkt_jax.audit_unlearning(before, trained(*data["retained"]), (x[:60] + 2, y[:60]), (x[60:], y[60:]))
