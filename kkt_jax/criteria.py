@@ -42,7 +42,7 @@ class Criteria:
     side: least cosine of a sample with the guesses' mean that tells a sample from its mirror image.
   """
 
-  kink: float = 3e-3
+  kink: float = 1e-2
   distance: float = 4e-3
   scale: float = 0.05
   unrest: float = 3e-4

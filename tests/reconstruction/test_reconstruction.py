@@ -260,7 +260,8 @@ def test_saved_loaded_and_continued_it_is_bitwise_the_same(tmp_path):
     Reconstruction.load(tmp_path, classifiers, tiny(steps=7), examinations=examinations)
   for other in (dataclasses.replace(classifiers[1], labels=(2, 5)), plane((5, 2), 9)):
     with pytest.raises(CheckpointError, match=r"^classifiers must be what the saved state was trained with"):
-      Reconstruction.load(tmp_path, [classifiers[0], other], tiny(), examinations=examinations)
+      own = [examinations[0], dataclasses.replace(examinations[1], classifier=other)]
+      Reconstruction.load(tmp_path, [classifiers[0], other], tiny(), examinations=own)
   with pytest.raises(CheckpointError, match="step 4"):
     Reconstruction.load(tmp_path, classifiers, tiny(codes=2), examinations=examinations)
   with pytest.raises(FileNotFoundError, match="folder must hold a saved reconstruction"):
