@@ -83,7 +83,11 @@ class Samples:
     return cls(unit, np.asarray(classifier.classes_of(labels), np.int32), tuple(names))
 
   def checked(self, name: str, classifier: Classifier) -> "Samples":
-    """These samples, if they are such as `of` makes for this classifier; an `InputError` if not."""
+    """These samples.
+
+    Raises:
+      InputError: they are not such as `of` makes for this classifier; the message begins with the name.
+    """
     x, y = np.asarray(self.x), np.asarray(self.y)
     wanted = classifier.input_shape
     if not (x.ndim == len(wanted) + 1 and x.shape[1:] == wanted and jnp.issubdtype(x.dtype, jnp.floating)):
