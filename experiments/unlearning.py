@@ -34,6 +34,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   from experiments.data import load_digits
   import kkt_jax
   from kkt_jax import networks
+  from kkt_jax.auditing import matching
   from kkt_jax.cli.progress import Progress
   from kkt_jax.kkt import pretrain
 
@@ -72,16 +73,12 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     progress.update(number + 1)
   rows = {
     way: {
-      "first of 501": int(np.sum(np.array(own["removed"]) < 1 / 500)),
-      "of": config.removals,
+      "first of 501": float(np.mean(np.array(own["removed"]) < 1 / 500)),
       "never in, p < .05": float(np.mean(np.array(own["never in"]) < 0.05)),
     }
     for way, own in found.items()
   }
-  columns = list(next(iter(rows.values())))
-  lines = [f"{'':28}" + "".join(f"{column:>20}" for column in columns)]
-  lines += [f"{way:28}" + "".join(f"{row[column]:20.3g}" for column in columns) for way, row in rows.items()]
-  results = {"ways": rows, "summary": "\n".join(lines)}
+  results = {"ways": rows, "summary": matching.table(rows, list(next(iter(rows.values()))))}
   out.finish(results)
   return results
 
