@@ -118,12 +118,17 @@ class AuditReport:
     return list(dict.fromkeys([*shown, *(own.name for own in self.at_risk)]))
 
   @property
+  def confounded(self) -> bool:
+    """Whether the held-out data can be distinguished from the training data without the weights."""
+    return any(isinstance(remark, Confounded) for remark in self.remarks)
+
+  @property
   def at_risk(self) -> list[Risk]:
     """Training samples and candidates that are named as members by their scores, each kind with the surest first.
 
-    None where the held-out data can be distinguished from the training data without the weights.
+    An empty list if the data are `confounded`.
     """
-    if any(isinstance(remark, Confounded) for remark in self.remarks):
+    if self.confounded:
       return []
     every = [*(() if self.scored is None else self.scored.risks), *(self.candidates or ())]
     return [own for own in every if own.q_value <= self.criteria.false_discovery_rate]

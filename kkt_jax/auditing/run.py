@@ -199,10 +199,12 @@ def _concluded(report: AuditReport, held_out: Samples | None, likeness: Reconstr
   answers = {"Reconstruction": limited(report.verdict, certified=certified_rightly)}
   if report.scored is not None:
     found = verdict.of_scores(report.scored, report.criteria)
-    named = verdict.of_risks(report.scored.risks, "members", report.criteria)
-    answers["Membership inference"] = limited(found._replace(reasons=[*found.reasons, named]))
+    if not report.confounded:
+      named = verdict.of_risks(report.scored.risks, "members", report.criteria)
+      found = found._replace(reasons=[*found.reasons, named])
+    answers["Membership inference"] = limited(found)
   answer = limited(verdict.with_scores(report.verdict, report.scored, report.criteria), certified=certified_rightly)
-  if report.candidates is not None:
+  if report.candidates is not None and not report.confounded:
     named = verdict.of_risks(report.candidates, "candidates", report.criteria)
     answer = answer._replace(reasons=[*answer.reasons, named])
   return dataclasses.replace(report, verdict=answer, answers=answers)

@@ -27,7 +27,7 @@ import kkt_jax
 from kkt_jax import auditing
 from kkt_jax._errors import InputError
 from kkt_jax.analysis import Subspace
-from kkt_jax.auditing import data, description, files, membership, Samples, verdict
+from kkt_jax.auditing import data, description, files, membership, run, Samples, verdict
 from kkt_jax.cli import audit, flags
 from kkt_jax.cli.flags import UsageError
 from kkt_jax.criteria import AuditCriteria
@@ -484,7 +484,8 @@ def test_samples_are_named_at_a_false_discovery_rate(known_members, tmp_path):
   assert (
     dataclasses.replace(found, criteria=AuditCriteria(false_discovery_rate=0.01)).members == []
   )  # 2 / 61 is the least p-value
-  assert dataclasses.replace(found, remarks=[membership.Confounded("other source")]).members == []
+  confounded = dataclasses.replace(found, remarks=[membership.Confounded("other source")], candidates=scored.risks)
+  assert confounded.members == [] and "Of 30 candidates 0 stand out as members" in confounded.to_html()
   assert "report.html" in found.save(tmp_path)
   rows = list(csv.DictReader((tmp_path / "members.csv").open()))
   assert len(rows) == 30 and {row["named_as_member"] for row in rows} == {"True"} and rows[0]["given_as"]
@@ -557,6 +558,19 @@ def test_scores_join_the_verdict(known_members):
   assert "None of the 2 members can be named" in verdict.of_risks(
     risks, "members", AuditCriteria(false_discovery_rate=0.001)
   )
+
+
+@pytest.mark.parametrize("remarks", [[], [membership.Confounded("Another source.")]])
+def test_nobody_is_named_where_the_data_differ_without_the_weights(known_members, remarks):
+  examination, members, others = known_members
+  scored = membership.score(examination, members, others)
+  report = auditing.AuditReport(
+    verdict=verdict.refusal(0.3), examination=examination, scored=scored, candidates=scored.risks, remarks=remarks
+  )
+  concluded = run._concluded(report, others, None)
+  said = f"{concluded.verdict} {concluded.answers['Membership inference']}"
+  assert ("can be named as members" in said) == (not remarks)
+  assert ("30 of the 30 candidates" in said) == (not remarks)
 
 
 def test_a_report_made_in_python_has_a_section_for_each_answer(known_members, tmp_path):
