@@ -128,8 +128,8 @@ class Schedule:
       generator is finite; 0 leaves it out. See `kkt_jax.reconstruction.polish`.
     match_steps: steps of fitting a network of continuous noise to the generator's samples; 0 keeps the generator.
       See `kkt_jax.reconstruction.distil`.
-    tables: how often the generator is trained, from different starts, for that network to be fitted to the samples of
-      all. Once is enough where any sample is certified.
+    tables: how often the generator is trained, from different starts, at most. Where samples are certified, a further
+      one brings others, until nine of ten are; else that network is fitted to the samples of all.
     joint_steps: steps of training that network by the equations.
     joint: optimizer of its parameters and of the multipliers then.
     joint_factors: factors on the weights of terms then, by name.

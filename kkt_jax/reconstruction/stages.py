@@ -27,7 +27,8 @@ from kkt_jax.reconstruction.trainer import Trainer
 
 _LOOKS = (0.4, 0.7)  # shares of the training after which it may end, if all training samples are certified
 _QUICK, _QUICK_STEPS = 4, 20  # rounds of polishing then, and steps of each
-_HOPEFUL = 0.5  # share of a few samples that polishing must certify then, and more, before all are polished
+_NEARLY_ALL = 0.9  # share of the training samples that makes another table not worth its time
+_HOPEFUL = 0.5  # share of a few samples that polishing must certify then, and of all for another look
 
 
 @full_precision
@@ -79,14 +80,20 @@ def reconstruct(
     begin = Reconstruction(trainer, restored[1])
   elif schedule.steps:
     begin = Reconstruction(trainer, _best_start(trainer, seed, observer))
-  made = _train_until_certified(begin, saver, observer)
-  if not schedule.match_steps:
-    return made
-  others = []
-  for number in range(1, 1 if any(len(own.y) for own in made.exact) else schedule.tables):
+  made, others = _train_until_certified(begin, saver, observer), list[Reconstruction]()
+  for number in range(1, schedule.tables):
+    certified = any(len(own.y) for own in made.exact)
+    if made.certified_share > _NEARLY_ALL or not (certified or schedule.match_steps):
+      break
     later = _later(observer, schedule, number)
     another = Reconstruction(trainer, _best_start(trainer, seed + number * schedule.restarts, later))
-    others.append(train(another, observer=later))
+    another = train(another, observer=later)
+    if certified:
+      made = polish(another, known=made.exact, observer=later)
+    else:
+      others.append(another)
+  if not schedule.match_steps:
+    return made
   return distil(made, others=others, seed=seed, observer=_later(observer, schedule, schedule.tables))
 
 
@@ -129,7 +136,12 @@ def train(
 
 @full_precision
 def polish(
-  reconstruction: Reconstruction, rounds: int | None = None, *, quick: bool = False, observer: Observer = SILENT
+  reconstruction: Reconstruction,
+  rounds: int | None = None,
+  *,
+  quick: bool = False,
+  known: Sequence[Exact] = (),
+  observer: Observer = SILENT,
 ) -> Reconstruction:
   """Puts training samples in the place of what comes near to them, where the weights alone certify that they are.
 
@@ -141,6 +153,7 @@ def polish(
     rounds: how many; those of the recipe if None.
     quick: whether nothing is tried unless half of a few samples become training samples, later rounds start from
       twice as many places as there can be training samples, not from every one, and each takes a third of the steps.
+    known: what another reconstruction from the same classifiers certified; these samples are put in, too.
     observer: its ``on_round`` is called.
 
   Returns:
@@ -159,8 +172,11 @@ def polish(
     less: dict[str, Any] = {}
     if quick:
       less = {"points": 2 * own.most_samples, "num_steps": _QUICK_STEPS, "least_hope": _HOPEFUL}
-    samples, led = exact.find(own, own.classifier.to_unit(x[part]), y[part], rounds=rounds, on_round=tell, **less)
-    labels, codes, chosen = exact.places(samples.y, led, y[part])
+    guesses, labels = own.classifier.to_unit(x[part]), y[part]
+    if known:
+      guesses, labels = jnp.concatenate([guesses, known[t].unit]), np.concatenate([labels, known[t].y])
+    samples, led = exact.find(own, guesses, labels, rounds=rounds, on_round=tell, **less)
+    labels, codes, chosen = exact.places(samples.y, led[: len(y[part])], y[part])
     if len(chosen):
       theta = generator.put(theta, t, labels, codes, jnp.asarray(samples.unit[chosen]))
     found.append(samples)
@@ -237,7 +253,7 @@ def _train_until_certified(begin: Reconstruction, saver: Saver | None, observer:
       found = polish(begin, min(_QUICK, schedule.polish_rounds), quick=True, observer=observer)
       if found.certified_share == 1:
         return found
-      if not found.certified_share:
+      if found.certified_share < _HOPEFUL:
         break  # looking takes long
   return polish(train(begin, saver=saver, observer=observer), observer=observer)
 
