@@ -266,11 +266,7 @@ def read_first_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCri
 
 
 def _first_bias(
-  leaves: list[jax.Array],
-  found: list[list[np.ndarray]],
-  gradients: list[np.ndarray],
-  offsets: np.ndarray,
-  alike: float,
+  leaves: list[jax.Array], found: list[list[np.ndarray]], gradients: list[np.ndarray], offsets: np.ndarray, alike: float
 ) -> tuple[int | None, float]:
   """The place of the first layer's bias, if it has one, and what the network multiplies its inputs by before; else 1.
 

@@ -18,13 +18,7 @@ from jax.typing import ArrayLike
 
 from kkt_jax._typing import ApplyFn, PyTree
 from kkt_jax.classifiers import _normalised, _statistics
-from kkt_jax.classifiers.classifier import (
-  Classifier,
-  Evaluation,
-  make_classifier,
-  result_shape,
-  two_logits,
-)
+from kkt_jax.classifiers.classifier import Classifier, Evaluation, make_classifier, result_shape, two_logits
 from kkt_jax.classifiers.decay import DecayLike
 
 # The usual names of what switches a module from inference to training, and what they are in training.

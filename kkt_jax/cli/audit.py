@@ -58,8 +58,7 @@ class Config:
   )
   held_out_data: str = flag("", "Non-members: other data of the same source, without which little can be said.")
   candidates: str = flag(
-    "",
-    "Samples whose membership is to be inferred. As --train_data, without labels; needs --held_out_data.",
+    "", "Samples whose membership is to be inferred. As --train_data, without labels; needs --held_out_data."
   )
   before: str = flag(
     "",
@@ -160,12 +159,7 @@ def _digest_of_params(classifier: "kkt_jax.Classifier") -> str:
 
 
 def _train(
-  config: Config,
-  out: "Workdir",
-  name: str,
-  examination: "kkt_jax.Examination",
-  recipe: "kkt_jax.Recipe",
-  seed: int,
+  config: Config, out: "Workdir", name: str, examination: "kkt_jax.Examination", recipe: "kkt_jax.Recipe", seed: int
 ) -> "kkt_jax.Reconstruction":
   """Trains a generator, or what it is compared with in a folder of its own, and draws images of the former."""
   from kkt_jax.auditing.report import rows_of_classes

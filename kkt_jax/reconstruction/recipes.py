@@ -367,10 +367,7 @@ def softmax_multipliers() -> MultipliersFactory:
 
 
 def network_multipliers(
-  *,
-  positive: Callable[[jax.Array], jax.Array] = jax.nn.softplus,
-  hidden: Sequence[int] = (8, 32),
-  scaled: bool = False,
+  *, positive: Callable[[jax.Array], jax.Array] = jax.nn.softplus, hidden: Sequence[int] = (8, 32), scaled: bool = False
 ) -> MultipliersFactory:
   """The network h(x, y, t; eta) of section 4.
 

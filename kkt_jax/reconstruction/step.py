@@ -327,13 +327,7 @@ def _samples(
 
 
 def _generate(
-  problem: Problem,
-  params: PyTree,
-  statistics: PyTree,
-  noise: jax.Array,
-  y: jax.Array,
-  *,
-  train: bool = True,
+  problem: Problem, params: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, *, train: bool = True
 ) -> tuple[list[jax.Array], PyTree]:
   """One pass of the generator for all classifiers: from noise [M, T, D] and labels [M, T] to samples for each.
 
