@@ -153,17 +153,10 @@ class Schedule:
   steps_per_call: int = 1
 
   def __post_init__(self) -> None:
-    for name, least in (
-      ("steps", 0),
-      ("restarts", 1),
-      ("restart_steps", 0),
-      ("polish_rounds", 0),
-      ("match_steps", 0),
-      ("tables", 1),
-      ("joint_steps", 0),
-      ("steps_per_call", 1),
-    ):
-      _checks.check_at_least(name, getattr(self, name), least)
+    for name in ("steps", "restart_steps", "polish_rounds", "match_steps", "joint_steps"):
+      _checks.check_at_least(name, getattr(self, name), 0)
+    for name in ("restarts", "tables", "steps_per_call"):
+      _checks.check_at_least(name, getattr(self, name), 1)
     if self.margin is not None:
       _checks.check_positive("margin", self.margin)
     if self.restarts > 1 and not self.restart_steps or 0 < self.steps <= self.restart_steps:
