@@ -124,6 +124,8 @@ class Schedule:
     restarts: generators that are started; the one with the least loss without stationarity and without terms that have
       a schedule goes on.
     restart_steps: steps of each before the choice; stationarity does not count in them.
+    looks: shares of the training after which it ends, if polishing certifies all training samples then.
+    hopeful: share of a few samples that polishing must certify then, and more, before all are polished.
     polish_rounds: most rounds of polishing after the training, where the subspace of the data is revealed and the
       generator is finite; 0 leaves it out. See `kkt_jax.reconstruction.polish`.
     match_steps: steps of fitting a network of continuous noise to the generator's samples; 0 keeps the generator.
@@ -144,6 +146,8 @@ class Schedule:
   margin: float | None = None
   restarts: int = 1
   restart_steps: int = 0
+  looks: tuple[float, ...] = (0.4, 0.7)
+  hopeful: float = 0.5
   polish_rounds: int = 12
   match_steps: int = 0
   tables: int = 1

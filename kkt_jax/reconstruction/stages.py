@@ -25,9 +25,7 @@ from kkt_jax.reconstruction.result import Reconstruction
 from kkt_jax.reconstruction.step import TrainState
 from kkt_jax.reconstruction.trainer import Trainer
 
-_LOOKS = (0.4, 0.7)  # shares of the training after which it may end, if all training samples are certified
-_QUICK, _QUICK_STEPS = 4, 20  # rounds of polishing then, and steps of each
-_HOPEFUL = 0.5  # share of a few samples that polishing must certify then, and more, before all are polished
+_QUICK, _QUICK_STEPS = 4, 20  # rounds of polishing where training may end, and steps of each
 
 
 @full_precision
@@ -139,15 +137,17 @@ def polish(
   Args:
     reconstruction: what is polished.
     rounds: how many; those of the recipe if None.
-    quick: whether nothing is tried unless half of a few samples become training samples, later rounds start from
-      twice as many places as there can be training samples, not from every one, and each takes a third of the steps.
+    quick: whether nothing is tried unless more than ``hopeful`` of a few samples become training samples, later rounds
+      start from twice as many places as there can be training samples, not from every one, and each takes a third of
+      the steps.
     observer: its ``on_round`` is called.
 
   Returns:
     The reconstruction with these samples, and with ``exact``. As it was, but for ``exact``, where no subspace is
     revealed or the generator is not finite.
   """
-  rounds = reconstruction.recipe.schedule.polish_rounds if rounds is None else rounds
+  schedule = reconstruction.recipe.schedule
+  rounds = schedule.polish_rounds if rounds is None else rounds
   generator = reconstruction.problem.generator
   if generator.put is None or not rounds:
     return reconstruction
@@ -156,9 +156,8 @@ def polish(
   found: list[Exact] = []
   for t, (own, part) in enumerate(zip(reconstruction.examinations, reconstruction.parts(), strict=True)):
     tell = functools.partial(observer.on_round, t)
-    less: dict[str, Any] = {}
-    if quick:
-      less = {"points": 2 * own.most_samples, "num_steps": _QUICK_STEPS, "least_hope": _HOPEFUL}
+    less: dict[str, Any] = {"points": 2 * own.most_samples, "num_steps": _QUICK_STEPS} if quick else {}
+    less |= {"least_hope": schedule.hopeful} if quick else {}
     samples, led = exact.find(own, own.classifier.to_unit(x[part]), y[part], rounds=rounds, on_round=tell, **less)
     labels, codes, chosen = exact.places(samples.y, led, y[part])
     if len(chosen):
@@ -205,8 +204,9 @@ def distil(
   for index, own in enumerate(table.examinations):
     unit = own.classifier.to_unit(jnp.concatenate([x[parts[index]] for x, _, parts in tables]))
     labels = np.concatenate([y[parts[index]] for _, y, parts in tables])
-    certified = table.exact[index].unit if table.exact else None
-    samples.append((flow.leaning_on_others(unit, labels, certified), labels))
+    found = table.exact[index] if table.exact else None
+    known = {} if found is None else {"certified": found.unit, "least": found.criteria.least_distance}
+    samples.append((flow.leaning_on_others(unit, labels, **known), labels))
   steps = table.recipe.schedule.match_steps
   theta = flow.match(match_key, theta, table.examinations, samples, num_steps=steps, on_progress=observer.on_match)
   params = {name: own for name, own in table.state.params.items() if name != "gates"}  # those of a table's samples
@@ -231,7 +231,7 @@ def _later(observer: Observer, schedule: Schedule, tables: int) -> Observer:
 def _train_until_certified(begin: Reconstruction, saver: Saver | None, observer: Observer) -> Reconstruction:
   """Trained and polished; the training ends early where a quick look certifies every sample that there can be."""
   schedule = begin.recipe.schedule
-  for look in (int(share * schedule.steps) for share in _LOOKS):
+  for look in (int(share * schedule.steps) for share in schedule.looks):
     if int(begin.state.step) <= look > 0:
       begin = train(begin, look, saver=saver, observer=observer)
       found = polish(begin, min(_QUICK, schedule.polish_rounds), quick=True, observer=observer)
