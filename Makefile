@@ -4,11 +4,13 @@
 
 PYTHON ?= python3
 OLDEST_PYTHON ?= python3.11
+NEWEST_PYTHON ?= python3.12
 WORKERS ?= logical
 
 VENV := .venv
 PY := $(VENV)/bin/python
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 TORCH := .venv-torch
 # The pair that works: the stable torchax fails with torch 2.13 and later. Processors alone will do.
 TORCH_PACKAGES := torch==2.13.0 torchax==0.0.14.dev20261026
@@ -32,7 +34,7 @@ define CHECK_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-oldest test-torch docs lint format lock lock-oldest clean
+.PHONY: help setup demo check test test-oldest test-newest test-torch docs site lint format lock lock-oldest clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -46,12 +48,17 @@ demo: setup ## train on 100 MNIST digits, forget them, rebuild them from the wei
 check: lint ## lint, types, doctests and closed-form tests (two minutes)
 	$(call PYTEST,$(VENV)) -m "not slow"
 
-test: lint ## everything: what check does, and the tests that train, start processes or draw many cases
+test: lint site ## everything: what check does, the documentation, and tests that train, start processes or draw many cases
 	$(call PYTEST,$(VENV))
 
 # Packages of different ages warn of one another, which is no error here.
 test-oldest: $(OLDEST)/.installed ## the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
 	PYTEST_ADDOPTS="-W default" $(call PYTEST,$(OLDEST))
+
+# Newer compilers know no such emitters of fused loops, and refuse a flag that they do not know.
+test-newest: FAST_COMPILATION := $(filter-out --xla_cpu_use_fusion_emitters=%,$(FAST_COMPILATION))
+test-newest: $(NEWEST)/.installed ## the tests with the newest versions there are, in .venv-newest; needs Python 3.12 or later
+	PYTEST_ADDOPTS="-W default" $(call PYTEST,$(NEWEST))
 
 test-torch: $(TORCH)/.installed ## the tests of from_torch, in .venv-torch, with PyTorch and torchax
 	$(call PYTEST,$(TORCH)) tests/classifiers/test_torch.py tests/classifiers/test_bridges.py
@@ -59,6 +66,11 @@ test-torch: $(TORCH)/.installed ## the tests of from_torch, in .venv-torch, with
 docs: $(VENV)/.docs build/docs/.library ## the documentation in build/docs/html; runs its notebooks, warnings are errors
 	$(PY) -m sphinx -q -W --keep-going -d build/docs/doctrees docs build/docs/html
 	@echo "The documentation is in build/docs/html/index.html."
+
+# Without running its notebooks, which takes minutes. Pages of modules that are gone would be warnings.
+site: $(VENV)/.docs
+	rm -f docs/api/kkt_jax*.rst
+	$(PY) -m sphinx -q -W --keep-going -E -D nb_execution_mode=off -d build/site/doctrees docs build/site/html
 
 # What notebooks gave is kept for as long as neither they nor the library nor the configuration change.
 build/docs/.library: $(shell find kkt_jax docs -name '*.py')
@@ -99,7 +111,7 @@ lock-oldest: ## write requirements-oldest.lock anew, with the oldest versions
 	rm -rf build
 
 clean: ## remove all environments, caches, build files and the documentation (runs/ stays)
-	rm -rf $(VENV) $(OLDEST) $(TORCH) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(TORCH) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	rm -f docs/api/kkt_jax*.rst
 	find kkt_jax experiments tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -129,6 +141,15 @@ $(OLDEST)/.installed: requirements-oldest.lock pyproject.toml
 	$(OLDEST)/bin/python -m pip install --quiet --require-hashes -r requirements-oldest.lock
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(OLDEST)/bin/python -m pip check
+	@touch $@
+
+$(NEWEST)/.installed: pyproject.toml
+	@$(NEWEST_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 12))' 2>/dev/null || { \
+	  echo "The newest JAX needs Python 3.12 or later. Name it, for example: make test-newest NEWEST_PYTHON=python3.13" >&2; \
+	  exit 1; }
+	$(NEWEST_PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --editable '.[test]'
+	$(NEWEST)/bin/python -m pip check
 	@touch $@
 
 $(TORCH)/.installed: requirements.lock pyproject.toml

@@ -21,20 +21,8 @@ if TYPE_CHECKING:
   import kkt_jax
 
 # What the attacked classifiers and the judge depend on beside the data; runs that agree in it can share them.
-_SHARED = (
-  "seed",
-  "classifiers",
-  "width",
-  "second_width",
-  "batch_norm",
-  "weight_decay",
-  "first_init_scale",
-  "pretrain_steps",
-  "pretrain_learning_rate",
-  "mean_image",
-  "judge_epochs",
-  "thorough",
-)
+_SHARED: tuple[str, ...] = ("seed", "classifiers", "width", "second_width", "batch_norm", "weight_decay", "mean_image")
+_SHARED += ("first_init_scale", "pretrain_steps", "pretrain_learning_rate", "judge_epochs", "thorough")
 _BATCH_NORM = {"pretrain_steps": 6000, "pretrain_learning_rate": 0.5}
 _WEIGHT_DECAY = {"pretrain_steps": 4000, "pretrain_learning_rate": 0.1}
 _BINARISATION = {True: 6.0, False: 12.0}  # weight for drawings, with batch norm or without
@@ -176,15 +164,7 @@ def run(
   if reconstruction.table is not None:
     rows = [(f"from one {label} to another", images) for label, images in _between(reconstruction, labels).items()]
     pictures.image_rows(out.path / "interpolation.png", rows)
-  return measure.evaluate(
-    out,
-    shared,
-    data,
-    reconstruction,
-    config,
-    num_samples=num_samples,
-    picture=picture,
-  )
+  return measure.evaluate(out, shared, data, reconstruction, config, num_samples=num_samples, picture=picture)
 
 
 def _between(reconstruction: "kkt_jax.Reconstruction", labels: "Sequence[int]") -> "dict[int, Any]":

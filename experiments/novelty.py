@@ -21,7 +21,9 @@ from kkt_jax.cli.workdir import Workdir
 
 if TYPE_CHECKING:
   from experiments.data import Split
+  from experiments.measure.judge import Judge
   import kkt_jax
+  from kkt_jax.auditing.samples import Samples
 
 _FEW = 20  # draws of each class in the smaller of two sets, and those whose novelty is measured
 _SEEN, _EPOCHS = 40_000, 40  # images that a classifier sees in its training, repetitions included, and most passes
@@ -44,19 +46,14 @@ class Config:
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Draws, bends and measures; returns the figures."""
   flags.check(config)
-  try:
-    sizes = [float(size) for size in config.sizes.split(",")]
-  except ValueError as error:
-    raise UsageError(f"--sizes must be numbers, separated by commas; got {config.sizes!r}.") from error
-  if not all(0 <= size < float("inf") for size in sizes):
-    raise UsageError(f"--sizes must be finite and at least 0; got {config.sizes!r}.")
+  sizes = _sizes(config)
   attacked = _attacked(config)
   import jax
   import numpy as np
 
-  from experiments.measure import comparison, pictures
-  from experiments.measure.judge import soft_labels, train_judge, usefulness
-  from kkt_jax import deformations, metrics
+  from experiments.measure import pictures
+  from experiments.measure.judge import train_judge
+  from kkt_jax import deformations
   from kkt_jax.auditing import matching
   from kkt_jax.auditing import pictures as audit_pictures
   from kkt_jax.auditing.samples import Samples
@@ -69,7 +66,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     mnist.run(attacked, folder)
   reconstruction = _restored(attacked, folder, data)
   judge = train_judge(data.evaluation, seed=attacked.seed + 2, directory=folder / "judge", epochs=attacked.judge_epochs)
-  (classifier,), (margin,) = reconstruction.classifiers, reconstruction.margins
+  (classifier,) = reconstruction.classifiers
+  measure = _Measure(config.seed, data, judge, classifier, float(reconstruction.margins[0]))
   sample_key, bend_key = jax.random.split(jax.random.key(config.seed))
   y = np.tile(np.arange(10, dtype=np.int32), config.draws)  # the first of them are some of each class
 
@@ -77,27 +75,6 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     """Real images with the labels of the draws, repeated as needed."""
     chosen = np.stack([np.resize(np.flatnonzero(real.y == label), config.draws) for label in range(10)], axis=1)
     return Samples(real.x[chosen.reshape(-1)], y)
-
-  def worth(own: Samples, *, taught: bool = False) -> float:
-    lessons = soft_labels(classifier, float(margin), own.x) if taught else None
-    epochs = min(max(_SEEN // len(own.y), 1), _EPOCHS)
-    return usefulness(own, data.evaluation, seed=config.seed, epochs=epochs, lessons=lessons)
-
-  def measured(own: Samples) -> dict[str, float]:
-    few = Samples(own.x[: 10 * _FEW], y[: 10 * _FEW])
-    real, features = (np.asarray(judge.features(images.x)) for images in (data.held_out, own))
-    filled = metrics.precision_recall(real, data.held_out.y, features, y, k=5)
-    faithful = metrics.faithfulness(few.x, few.y, data.train.x, data.train.y)
-    return {
-      **comparison.novelty(few, data.train),
-      "accuracy": judge.accuracy(own.x, y),
-      "label": faithful["label_agreement"],
-      **{name: filled[name] for name in ("density", "coverage", "recall")},
-      "useful": worth(own),
-      "taught": worth(own, taught=True),
-      f"useful, {len(few.y)}": worth(few),
-      f"taught, {len(few.y)}": worth(few, taught=True),
-    }
 
   bend = lambda own, size: Samples(np.asarray(deformations.warp(bend_key, own.x, size=size)), y)
   drawn, trained = Samples(np.asarray(reconstruction.sample(sample_key, y)), y), like(data.train)
@@ -108,7 +85,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   sets["200 other digits"] = like(matching.first_of_each_class(data.distractors, _FEW))
   rows, progress = {}, Progress("sets", len(sets))
   for done, (name, own) in enumerate(sets.items(), 1):
-    rows[name] = measured(own)
+    rows[name] = measure(own)
     progress.update(done, name)
   audit_pictures.image_rows(out.path / "novelty.png", picture)
   curves = {name: [rows[f"draws, {size:g}"][name] for size in sizes] for name in _CURVES}
@@ -120,6 +97,58 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   results |= {"summary": summary, "pictures": ["novelty.png", "curve.png"]}
   out.finish({name: results[name] for name in ("sets", "classifier")})
   return results
+
+
+def _sizes(config: Config) -> list[float]:
+  """The lengths of displacements."""
+  try:
+    sizes = [float(size) for size in config.sizes.split(",")]
+  except ValueError as error:
+    raise UsageError(f"--sizes must be numbers, separated by commas; got {config.sizes!r}.") from error
+  if not all(0 <= size < float("inf") for size in sizes):
+    raise UsageError(f"--sizes must be finite and at least 0; got {config.sizes!r}.")
+  return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+  """What draws are measured by: real data, a judge, and the attacked classifier with its margin as a teacher."""
+
+  seed: int
+  data: "Split"
+  judge: "Judge"
+  classifier: "kkt_jax.Classifier"
+  margin: float
+
+  def __call__(self, draws: "Samples") -> dict[str, float]:
+    """The figures of draws that are sorted so that the first of them are some of each class."""
+    import numpy as np
+
+    from experiments.measure import comparison
+    from kkt_jax import metrics
+    from kkt_jax.auditing.samples import Samples
+
+    data, few = self.data, Samples(draws.x[: 10 * _FEW], draws.y[: 10 * _FEW])
+    real, features = (np.asarray(self.judge.features(images.x)) for images in (data.held_out, draws))
+    filled = metrics.precision_recall(real, data.held_out.y, features, draws.y, k=5)
+    return {
+      **comparison.novelty(few, data.train),
+      "accuracy": self.judge.accuracy(draws.x, draws.y),
+      "label": metrics.faithfulness(few.x, few.y, data.train.x, data.train.y)["label_agreement"],
+      **{name: filled[name] for name in ("density", "coverage", "recall")},
+      "useful": self.worth(draws),
+      "taught": self.worth(draws, taught=True),
+      f"useful, {len(few.y)}": self.worth(few),
+      f"taught, {len(few.y)}": self.worth(few, taught=True),
+    }
+
+  def worth(self, draws: "Samples", *, taught: bool = False) -> float:
+    """The accuracy of a classifier that is trained on them, by their labels or by the attacked classifier's."""
+    from experiments.measure.judge import soft_labels, usefulness
+
+    lessons = soft_labels(self.classifier, self.margin, draws.x) if taught else None
+    epochs = min(max(_SEEN // len(draws.y), 1), _EPOCHS)
+    return usefulness(draws, self.data.evaluation, seed=self.seed, epochs=epochs, lessons=lessons)
 
 
 def _attacked(config: Config) -> mnist.Config:

@@ -68,72 +68,21 @@ if TYPE_CHECKING:
   from kkt_jax.criteria import Criteria
   from kkt_jax.reconstruction import Recipe, reconstruct, Reconstruction
 
-_HOMES = {
-  "AuditReport": "auditing",
-  "Classifier": "classifiers",
-  "Criteria": "criteria",
-  "Examination": "analysis",
-  "Recipe": "reconstruction",
-  "Reconstruction": "reconstruction",
-  "Samples": "auditing",
-  "Subject": "classifiers",
-  "audit": "auditing",
-  "audit_unlearning": "auditing",
-  "examine": "analysis",
-  "from_equinox": "classifiers",
-  "from_haiku": "classifiers",
-  "from_keras": "classifiers",
-  "from_linen": "classifiers",
-  "from_nnx": "classifiers",
-  "from_sklearn": "classifiers",
-  "from_torch": "classifiers",
-  "make_classifier": "classifiers",
-  "read_weights": "classifiers",
-  "reconstruct": "reconstruction",
-  "tensor_names": "_tree",
+_FACES = {
+  "_tree": ["tensor_names"],
+  "analysis": ["Examination", "examine"],
+  "auditing": ["AuditReport", "Samples", "audit", "audit_unlearning"],
+  "classifiers": ["Classifier", "Subject", "from_linen", "from_nnx", "make_classifier", "read_weights"]
+  + [f"from_{name}" for name in ("equinox", "haiku", "keras", "sklearn", "torch")],
+  "criteria": ["Criteria"],
+  "reconstruction": ["Recipe", "Reconstruction", "reconstruct"],
 }
-_PACKAGES = ["analysis", "auditing", "checkpoint", "classifiers", "cli", "criteria", "deformations", "extraction"]
-_PACKAGES += ["generators", "kkt", "membership", "metrics", "networks", "priors", "reconstruction", "sharding"]
-__all__ = [
-  "AuditReport",
-  "Classifier",
-  "Criteria",
-  "Examination",
-  "Recipe",
-  "Reconstruction",
-  "Samples",
-  "Subject",
-  "analysis",
-  "audit",
-  "audit_unlearning",
-  "auditing",
-  "checkpoint",
-  "classifiers",
-  "cli",
-  "criteria",
-  "deformations",
-  "examine",
-  "extraction",
-  "from_equinox",
-  "from_haiku",
-  "from_keras",
-  "from_linen",
-  "from_nnx",
-  "from_sklearn",
-  "from_torch",
-  "generators",
-  "kkt",
-  "make_classifier",
-  "membership",
-  "metrics",
-  "networks",
-  "priors",
-  "read_weights",
-  "reconstruct",
-  "reconstruction",
-  "sharding",
-  "tensor_names",
-]
+_HOMES = {name: package for package, names in _FACES.items() for name in names}
+__all__ = ["AuditReport", "Classifier", "Criteria", "Examination", "Recipe", "Reconstruction", "Samples", "Subject"]
+__all__ += ["analysis", "audit", "audit_unlearning", "auditing", "checkpoint", "classifiers", "cli", "criteria"]
+__all__ += ["deformations", "examine", "extraction", "from_equinox", "from_haiku", "from_keras", "from_linen"]
+__all__ += ["from_nnx", "from_sklearn", "from_torch", "generators", "kkt", "make_classifier", "membership", "metrics"]
+__all__ += ["networks", "priors", "read_weights", "reconstruct", "reconstruction", "sharding", "tensor_names"]
 
 
 def __dir__() -> list[str]:
@@ -150,6 +99,6 @@ def __getattr__(name: str) -> Any:
       return "unknown"
   if name in _HOMES:
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-  if name in _PACKAGES:
+  if name in __all__:  # a package
     return importlib.import_module(f"{__name__}.{name}")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

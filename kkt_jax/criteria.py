@@ -70,6 +70,11 @@ class Criteria:
   bent: float = 0.25
   side: float = 0.2
 
+  @property
+  def least_distance(self) -> float:
+    """The Euclidean distance of two points that are not one."""
+    return self.apart * self.same
+
 
 @dataclasses.dataclass(frozen=True)
 class AnalysisCriteria:
@@ -83,12 +88,14 @@ class AnalysisCriteria:
     left_out: form: most tensors that are left out.
     tried: form: of how many of the worst tensors the first possible one is left out.
     symmetric: form: change of the margins, next to that along a generic direction, that counts as none.
+    moved: form: part of a symmetry up to which it does not move a tensor.
     probes: random inputs on which functions are tried.
     alike: relative error up to which two gradients are the same; deviation of an image up to which it is one value.
     few_values: a tensor of fewer values than this says nothing of whether weights are rounded to 16 bits.
     filled: subspace: greatest share of a layer's directions that data may fill for their subspace to be recognised.
     fall: subspace: least fall of singular values that ends it.
     nothing: subspace: most that may follow the fall, relative to the greatest singular value.
+    rounding: subspace: the same of what the rounding errors of training leave in every direction.
     sharp: subspace: a fall that is no chance.
     many: subspace: directions for each class that are too few where the fall is not sharp.
     groups: subspace: directions beyond two for each class that are too few where it is, or above noise; samples of a
@@ -110,12 +117,14 @@ class AnalysisCriteria:
   left_out: int = 8
   tried: int = 3
   symmetric: float = 1e-4
+  moved: float = 1e-3
   probes: int = 24
   alike: float = 1e-3
   few_values: int = 16
   filled: float = 0.9
   fall: float = 5.0
   nothing: float = 1e-4
+  rounding: float = 1e-7
   sharp: float = 50.0
   many: int = 8
   groups: int = 6

@@ -144,3 +144,16 @@ def test_the_conditions_need_jax_numpy_scipy_and_optax_alone(name):
       elif isinstance(node, ast.ImportFrom) and node.module:
         outside.add(node.module.split(".")[0])
   assert not outside & {"flax", "orbax", "safetensors", "absl", "chex", "matplotlib"}, outside
+
+
+def body_lines(function):
+  """Lines of a function's body without its docstring."""
+  body = function.body[ast.get_docstring(function) is not None :]
+  return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_module_is_longer_than_450_lines_and_no_body_of_a_function_than_60(name):
+  assert len(FILES[name].read_text().splitlines()) <= 450
+  functions = [node for node in ast.walk(parsed(name)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+  assert [function.name for function in functions if body_lines(function) > 60] == []

@@ -57,10 +57,7 @@ def problem(
     generator=generators.network(module_of, noise=generators.normal_noise(3), noise_dim=3, batch_size=batch_size),
     multipliers=recipes.network_multipliers(hidden=(8,), scaled=True),
     stationarity=recipes.Stationarity(1.0, losses.relative_residual, gate_sharpness=0.0),
-    terms={
-      "duality": terms.Term(0.1, terms.duality(delta=0.1)),
-      "range": terms.Term(0.1, terms.in_range),
-    },
+    terms={"duality": terms.Term(0.1, terms.duality(delta=0.1)), "range": terms.Term(0.1, terms.in_range)},
     schedule=recipes.Schedule(**{"steps": 20, "theta": sgd, "eta": sgd, "alpha": sgd} | schedule),
   )
   return [examined(t, batch_norm=batch_norm) for t in range(num_classifiers)], recipe

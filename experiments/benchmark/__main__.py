@@ -86,13 +86,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     "claim_holds": not failures,
     "missed": failures,
   }
-  lines += [
-    f"{name:<56} {row.milliseconds:9.2f} ms {row.megabytes:9.1f} MB  {timing.fraction(row, rate):5.0%} of matmul"
-    for name, row in rows.items()
-  ]
-  lines += ["", "Over a plain training step of as many samples (5 % to 95 % of the calls, in turn):"]
-  lines += [f"{name:<56} time {r['time']}, operations {r['operations']:.2f}" for name, r in ratios.items()]
-  lines += [f"100 classes over 10: time {growth['time']:.2f}, memory {growth['memory']:.2f}"]
+  lines += _lines(rows, ratios, growth, rate)
   if config.greatest:
     say("measuring how a step grows")
     sizes = scaling.sweeps(greatest=config.greatest, devices=jax.device_count())
@@ -102,6 +96,20 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   metrics["summary"] = "\n".join(lines)
   out.finish(metrics)
   return metrics
+
+
+def _lines(rows: Mapping[str, Any], ratios: Mapping[str, Any], growth: Mapping[str, float], rate: float) -> list[str]:
+  """The figures of steps and of their ratios, for people."""
+  from experiments.benchmark import timing
+
+  lines = [
+    f"{name:<56} {row.milliseconds:9.2f} ms {row.megabytes:9.1f} MB  {timing.fraction(row, rate):5.0%} of matmul"
+    for name, row in rows.items()
+  ]
+  lines += ["", "Over a plain training step of as many samples (5 % to 95 % of the calls, in turn):"]
+  lines += [f"{name:<56} time {r['time']}, operations {r['operations']:.2f}" for name, r in ratios.items()]
+  lines += [f"100 classes over 10: time {growth['time']:.2f}, memory {growth['memory']:.2f}"]
+  return lines
 
 
 def missed(ratios: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -250,7 +250,7 @@ def examine(
   alphas = jnp.linspace(-0.5, 0.5, 5)
   scaling = jax.jit(functools.partial(kkt.scaling_error, classifier.apply_fn))
   error = float(scaling(params, rates.rates, probes, alphas))
-  free = symmetries.scale_invariant(classifier.apply_fn, params, probes, tolerance=criteria.symmetric)
+  free = symmetries.scale_invariant(classifier.apply_fn, params, probes, criteria=criteria)
   start, layer, subspace, first, left = read_first_layer(classifier, probes, criteria)
   tried = [form] if form else FORMS[2:] if classifier.initial_params is not None else FORMS[:2]
   conditions = forms.possible_conditions(classifier, rates, free, unused, left)

@@ -22,7 +22,6 @@ from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.classifiers.decay import decay_of_tensors
 from kkt_jax.criteria import AnalysisCriteria
 
-_ROUNDING = 1e-7  # relative to the greatest singular value; what is smaller is indistinguishable from it
 _TURNS = 8  # most turns of finding what is left of a known start
 _DEFAULT = AnalysisCriteria()
 
@@ -266,11 +265,7 @@ def read_first_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCri
 
 
 def _first_bias(
-  leaves: list[jax.Array],
-  found: list[list[np.ndarray]],
-  gradients: list[np.ndarray],
-  offsets: np.ndarray,
-  alike: float,
+  leaves: list[jax.Array], found: list[list[np.ndarray]], gradients: list[np.ndarray], offsets: np.ndarray, alike: float
 ) -> tuple[int | None, float]:
   """The place of the first layer's bias, if it has one, and what the network multiplies its inputs by before; else 1.
 
@@ -315,12 +310,12 @@ def _change(kernel: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, float]:
   change, left = final - initial, 1.0
   for _ in range(_TURNS):
     u, s, vt = np.linalg.svd(change, full_matrices=False)
-    size = np.maximum(s, _ROUNDING * max(s[0], 1e-30))
+    size = np.maximum(s, _DEFAULT.rounding * max(s[0], 1e-30))  # where the step ends changes no finding
     rates = np.sum((u.T @ initial) * vt, axis=1) / size
     step = float(np.vdot(rates, s / size) / np.vdot(rates, rates))
     left += step
     change = final - left * initial
-    if abs(step) < _ROUNDING:
+    if abs(step) < _DEFAULT.rounding:
       break
   return change.astype(kernel.dtype), left
 
@@ -354,13 +349,13 @@ def _fall(singular_values: np.ndarray, criteria: AnalysisCriteria = _DEFAULT) ->
 
   It is if it is deep, or ends in rounding errors, below which nothing can be seen to fall.
   """
-  values = np.maximum(singular_values / max(singular_values[0], 1e-300), _ROUNDING)
+  values = np.maximum(singular_values / max(singular_values[0], 1e-300), criteria.rounding)
   falls = np.where(values[1:] < criteria.nothing, values[:-1] / values[1:], 0.0)
   # A normalisation takes directions away, which says nothing of data.
   falls = falls[: int(criteria.filled * len(falls))]
   at = int(np.argmax(falls)) if len(falls) else 0
   if len(falls) and falls[at] > criteria.fall:
-    return at + 1, bool(falls[at] > criteria.sharp or values[at + 1] <= _ROUNDING)
+    return at + 1, bool(falls[at] > criteria.sharp or values[at + 1] <= criteria.rounding)
   # Without a sharp fall, what lies below the rounding errors of the training is no direction of the data.
-  count = int(np.sum(values > 2 * _ROUNDING))
+  count = int(np.sum(values > 2 * criteria.rounding))
   return (count if 0 < count < criteria.filled * len(values) else 0), False

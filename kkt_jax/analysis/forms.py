@@ -73,7 +73,7 @@ def attainable(
     return dataclasses.replace(conditions, mask=jax.tree.unflatten(structure, masks))
 
   def judge(left: Sequence[str]) -> symmetries.LeastResidual:
-    bound = functools.partial(symmetries.least_residual, tolerance=criteria.symmetric)
+    bound = functools.partial(symmetries.least_residual, criteria=criteria)
     return bound(classifier.apply_fn, classifier.params, without(left), probes)
 
   def tells(found: symmetries.LeastResidual) -> bool:

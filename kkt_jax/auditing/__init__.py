@@ -8,16 +8,5 @@ from kkt_jax.auditing.samples import Samples
 from kkt_jax.auditing.unlearning import audit_unlearning, UnlearningReport
 from kkt_jax.auditing.verdict import Verdict
 
-__all__ = [
-  "AuditConfig",
-  "AuditReport",
-  "Fit",
-  "Leak",
-  "Residuals",
-  "Samples",
-  "UnlearningReport",
-  "Verdict",
-  "audit",
-  "audit_unlearning",
-  "read_samples",
-]
+__all__ = ["AuditConfig", "AuditReport", "Fit", "Leak", "Residuals", "Samples", "UnlearningReport", "Verdict", "audit"]
+__all__ += ["audit_unlearning", "read_samples"]

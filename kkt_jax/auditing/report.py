@@ -250,10 +250,7 @@ class AuditReport:
     )
 
   def save(
-    self,
-    folder: str | pathlib.Path,
-    settings: Mapping[str, Any] | None = None,
-    made: Mapping[str, str] | None = None,
+    self, folder: str | pathlib.Path, settings: Mapping[str, Any] | None = None, made: Mapping[str, str] | None = None
   ) -> list[str]:
     """Writes ``report.html``, ``report.json`` and the pictures, with scores ``members.csv``; returns their names."""
     folder = pathlib.Path(folder)

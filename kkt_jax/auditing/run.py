@@ -104,16 +104,8 @@ def audit(
   )
   asked, criteria = given_samples("candidates", classifier, candidates), config.criteria
   classifier = dataclasses.replace(classifier, labels=tuple(range(classifier.num_classes)))  # as those of samples are
-  wrong_start = description.check_start(classifier, given.train, criteria)
-  if wrong_start and not config.force:
-    raise InputError(f"initial_params: {wrong_start}")
-  fit = description.check(classifier, given.train, given.held_out, criteria)
-  remarks = given.remarks
-  if fit is not None:
-    _LOG.info("%s", fit)
-    if fit.refusal and not config.force:
-      raise InputError(fit.refusal)
-    remarks = [*fit.doubts, *remarks]
+  fit = _fit(classifier, given.train, given.held_out, config)
+  remarks = [*(fit.doubts if fit is not None else ()), *given.remarks]
   for remark in remarks:
     _LOG.info("%s", remark)
   _LOG.info("examining the weights")
@@ -153,6 +145,21 @@ def audit(
     criteria=criteria,
   )
   return _concluded(report, given.held_out, likeness)
+
+
+def _fit(
+  classifier: Classifier, train: Samples | None, held_out: Samples | None, config: AuditConfig
+) -> description.Fit | None:
+  """How the classifier fits its data; raises InputError if it does not know them as it is described."""
+  wrong_start = description.check_start(classifier, train, config.criteria)
+  if wrong_start and not config.force:
+    raise InputError(f"initial_params: {wrong_start}")
+  fit = description.check(classifier, train, held_out, config.criteria)
+  if fit is not None:
+    _LOG.info("%s", fit)
+    if fit.refusal and not config.force:
+      raise InputError(fit.refusal)
+  return fit
 
 
 def _concluded(report: AuditReport, held_out: Samples | None, likeness: Reconstruction | None) -> AuditReport:

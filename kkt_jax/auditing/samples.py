@@ -40,12 +40,7 @@ class Samples:
 
   @classmethod
   def of(
-    cls,
-    name: str,
-    classifier: Classifier,
-    x: ArrayLike,
-    y: ArrayLike | None = None,
-    names: Sequence[str] = (),
+    cls, name: str, classifier: Classifier, x: ArrayLike, y: ArrayLike | None = None, names: Sequence[str] = ()
   ) -> "Samples":
     """Samples as somebody has them.
 

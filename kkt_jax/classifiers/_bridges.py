@@ -1,6 +1,7 @@
 """What the doors from other frameworks share: layouts, names, and a comparison with the framework itself."""
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 from typing import Any
 
 import jax
@@ -43,40 +44,11 @@ def nested(flat: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
   return tree
 
 
-def flat(tree: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
-  """What `nested` made a tree of.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bridge:
+  """A framework's network as a function in JAX, beside what the framework itself gives.
 
-  >>> flat({"dense": {"kernel": 1, "bias": 2}})
-  {'dense/kernel': 1, 'dense/bias': 2}
-  """
-  found: dict[str, Any] = {}
-  for name, value in tree.items():
-    inner = flat(value, separator) if isinstance(value, Mapping) else {"": value}
-    found |= {f"{name}{separator}{own}" if own else name: leaf for own, leaf in inner.items()}
-  return found
-
-
-@full_precision
-def bridged(
-  argument: str,
-  run: Run,
-  variables: Mapping[str, PyTree],
-  reference: Callable[[np.ndarray], ArrayLike],
-  *,
-  input_shape: Sequence[int],
-  training: Callable[[np.ndarray], ArrayLike | None] | None = None,
-  turned: bool = False,
-  probabilities: bool = False,
-  samples: np.ndarray | None = None,
-  labels: Sequence[int] | None = None,
-  initial: Mapping[str, PyTree] | None = None,
-  value_range: tuple[float, float] | None = (0.0, 1.0),
-  offset: ArrayLike | None = None,
-  weight_decay: DecayLike | None = None,
-) -> Classifier:
-  """The classifier that a framework's network is, if it gives the framework's own logits.
-
-  Args:
+  Attributes:
     argument: the name of the caller's argument, for messages.
     run: see `Run`; at inference the statistics are passed over.
     variables: ``{"params": ...}``, with ``"batch_stats"``, ``{"mean": ..., "var": ...}`` of each layer, if there is
@@ -87,57 +59,82 @@ def bridged(
     turned: whether these are channels, rows, columns, which become rows, columns, channels.
     probabilities: whether the reference gives softmax or sigmoid of the logits.
     samples: inputs [M, *input_shape] to compare; random ones within ``value_range`` if None.
-    labels: the label of each output; 0..C-1 if None.
-    initial: the variables from which it was trained, if known.
-    value_range: least and greatest value of an input; None if unbounded.
-    offset: subtracted from every input before the network sees it, in the library's layout.
-    weight_decay: the strength of the weight decay in training, if known.
-
-  Raises:
-    ValueError: the network gives several outputs, or other ones than the framework; or see `Subject.classifier`.
   """
-  from kkt_jax.classifiers.spec import Subject
 
-  own_shape = (*input_shape[1:], input_shape[0]) if turned else tuple(input_shape)
-  shift = 0.0 if offset is None else np.asarray(offset, np.float32)[None]
+  argument: str
+  run: Run
+  variables: Mapping[str, PyTree]
+  reference: Callable[[np.ndarray], ArrayLike]
+  input_shape: Sequence[int]
+  training: Callable[[np.ndarray], ArrayLike | None] | None = None
+  turned: bool = False
+  probabilities: bool = False
+  samples: np.ndarray | None = None
 
-  def arranged(x: Any) -> Any:
-    x = x if offset is None else x - shift.astype(x.dtype)  # type: ignore[union-attr]
-    return x.transpose(0, 3, 1, 2) if turned else x
+  @full_precision
+  def classifier(
+    self,
+    labels: Sequence[int] | None,
+    initial: Mapping[str, PyTree] | None = None,
+    *,
+    value_range: tuple[float, float] | None = (0.0, 1.0),
+    offset: ArrayLike | None = None,
+    weight_decay: DecayLike | None = None,
+  ) -> Classifier:
+    """The classifier that the network is, if it gives the framework's own logits.
 
-  def called(variables: PyTree, x: jax.Array, on_batch: bool) -> tuple[jax.Array, PyTree]:
-    with jax.numpy_rank_promotion("allow"):  # which the framework's layers may need
-      return run(variables, arranged(x), on_batch)
+    Args:
+      labels: the label of each output; 0..C-1 if None.
+      initial: the variables from which it was trained, if known.
+      value_range: least and greatest value of an input; None if unbounded.
+      offset: subtracted from every input before the network sees it, in the library's layout.
+      weight_decay: the strength of the weight decay in training, if known.
 
-  def apply_fn(variables: PyTree, x: jax.Array) -> jax.Array:
-    return called(variables, x, False)[0]
+    Raises:
+      ValueError: the network gives several outputs, or other ones than the framework; or see `Subject.classifier`.
+    """
+    from kkt_jax.classifiers.spec import Subject
 
-  def train_fn(variables: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
-    return called(variables, x, True)
+    own_shape = (*self.input_shape[1:], self.input_shape[0]) if self.turned else tuple(self.input_shape)
+    shift = None if offset is None else np.asarray(offset, np.float32)[None]
 
-  whole = result_shape(argument, apply_fn, variables, own_shape)
-  if not hasattr(whole, "shape"):
-    raise ValueError(f"{argument} must give one array of logits; it gives a {type(whole).__name__}.")
-  subject = Subject(
-    apply_fn,
-    lambda: dict(variables),
-    own_shape,
-    value_range=value_range,
-    train_fn=train_fn if "batch_stats" in variables else None,
-    offset=offset,
-    weight_decay=weight_decay,
-  )
-  classifier = subject.classifier(dict(variables), labels, initial=initial)
-  low, high = value_range or (-1.0, 1.0)
-  x = np.random.default_rng(0).uniform(low, high, (_SAMPLES, *own_shape)) if samples is None else samples
-  x = x.astype(np.float32)
-  with jax.numpy_rank_promotion("allow"):
-    theirs = np.asarray(reference(arranged(x)))
-  _compare(argument, classifier.predict(jnp.asarray(x)), theirs, probabilities)
-  if training is not None and (trained := training(arranged(x))) is not None:
-    logits = classifier.apply_fn(classifier.params, jnp.asarray(x))
-    _compare(f"{argument}, in training,", logits, np.asarray(trained), probabilities)
-  return classifier
+    def arranged(x: Any) -> Any:
+      x = x if shift is None else x - shift.astype(x.dtype)
+      return x.transpose(0, 3, 1, 2) if self.turned else x
+
+    def called(variables: PyTree, x: jax.Array, on_batch: bool) -> tuple[jax.Array, PyTree]:
+      with jax.numpy_rank_promotion("allow"):  # which the framework's layers may need
+        return self.run(variables, arranged(x), on_batch)
+
+    apply_fn = lambda variables, x: called(variables, x, False)[0]
+    train_fn = lambda variables, x: called(variables, x, True)
+    whole = result_shape(self.argument, apply_fn, self.variables, own_shape)
+    if not hasattr(whole, "shape"):
+      raise ValueError(f"{self.argument} must give one array of logits; it gives a {type(whole).__name__}.")
+    subject = Subject(
+      apply_fn,
+      lambda: dict(self.variables),
+      own_shape,
+      value_range=value_range,
+      train_fn=train_fn if "batch_stats" in self.variables else None,
+      offset=offset,
+      weight_decay=weight_decay,
+    )
+    classifier = subject.classifier(dict(self.variables), labels, initial=initial)
+    low, high = value_range or (-1.0, 1.0)
+    x = self.samples
+    x = np.random.default_rng(0).uniform(low, high, (_SAMPLES, *own_shape)) if x is None else x
+    self._compare(classifier, x.astype(np.float32), arranged)
+    return classifier
+
+  def _compare(self, classifier: Classifier, x: np.ndarray, arranged: Callable[[Any], Any]) -> None:
+    """Raises ValueError if the classifier gives other logits of inputs x than the framework does of ``arranged(x)``."""
+    with jax.numpy_rank_promotion("allow"):
+      theirs = np.asarray(self.reference(arranged(x)))
+    _compare(self.argument, classifier.predict(jnp.asarray(x)), theirs, self.probabilities)
+    if self.training is not None and (trained := self.training(arranged(x))) is not None:
+      logits = classifier.apply_fn(classifier.params, jnp.asarray(x))
+      _compare(f"{self.argument}, in training,", logits, np.asarray(trained), self.probabilities)
 
 
 def _compare(argument: str, logits: jax.Array, theirs: np.ndarray, probabilities: bool) -> None:

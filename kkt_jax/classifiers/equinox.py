@@ -6,12 +6,13 @@ import functools
 import inspect
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kkt_jax._typing import PyTree
-from kkt_jax.classifiers._bridges import bridged, flat, nested
+from kkt_jax.classifiers._bridges import Bridge, nested
 from kkt_jax.classifiers.classifier import Classifier
 
 
@@ -57,19 +58,10 @@ def from_equinox(
 
   if not isinstance(module, eqx.Module):
     raise ValueError(f"module must be an equinox.Module; got {type(module).__name__}.")
-  is_norm = lambda node: isinstance(node, eqx.nn.BatchNorm)
-  name_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-  found = jax.tree_util.tree_leaves_with_path(module, is_leaf=is_norm)
-  norms = {name_of(path): node for path, node in found if is_norm(node)}
-  axes = {norm.axis_name for norm in norms.values()}
-  if norms and state is None:
-    raise ValueError(f"state must be given, for module has batch norm; got None for {sorted(norms)}.")
-  if len(axes) > 1 or not all(isinstance(axis, str) for axis in axes):
-    raise ValueError(f"module must have batch norm on one axis name; got {sorted(map(str, axes))}.")
-  takes_key = "key" in inspect.signature(type(module).__call__).parameters
+  norms, axis = _batch_norms(module, state)
   resting = eqx.nn.inference_mode(module)
   tensors, rest = eqx.partition(resting, eqx.is_inexact_array)
-  names = [name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(tensors)]
+  names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tensors)]
   averages = lambda state: {name: _averages(norm, state) for name, norm in norms.items()}
   averaged = any(norm.mode == "ema" for norm in norms.values())
 
@@ -80,31 +72,25 @@ def from_equinox(
     return {"params": params} | ({"batch_stats": nested(stored)} if stored else {})
 
   def built(params: PyTree) -> Any:
-    own = flat(params)
+    own = flatten_dict(params, sep="/")
     return eqx.combine(jax.tree.unflatten(jax.tree.structure(tensors), [own[name] for name in names]), rest)
-
-  def called(own: Any, before: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-    """The logits of one sample, and the state after it."""
-    key = {"key": None} if takes_key else {}
-    return (own(x, **key), None) if before is None else own(x, _clone(before), **key)
 
   def batch(own: Any, before: Any, x: jax.Array) -> tuple[jax.Array, Any]:
     """Logits [M, C] of a batch, and the state after it."""
-    one = lambda x: called(own, before, x)
-    return jax.vmap(one, out_axes=(0, None), axis_name=next(iter(axes), None))(x)
+    return jax.vmap(lambda x: _called(own, before, x), out_axes=(0, None), axis_name=axis)(x)
 
   def on_the_batch(params: PyTree, before: Any, running: PyTree, x: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
     """Logits [M, C], and the statistics of the batch."""
     own = jax.tree_util.tree_map_with_path(
-      lambda path, node: _on_batch()(node, running.get(name_of(path))) if is_norm(node) else node,
+      lambda path, node: _on_batch()(node, running.get(_name(path))) if _is_norm(node) else node,
       built(params),
-      is_leaf=is_norm,
+      is_leaf=_is_norm,
     )
     logits, after = batch(own, before, x)
     return logits, averages(after)
 
   def run(variables: Any, x: jax.Array, on_batch: bool) -> tuple[jax.Array, PyTree]:
-    params, stored = variables["params"], flat(variables.get("batch_stats", {}))
+    params, stored = variables["params"], flatten_dict(variables.get("batch_stats", {}), sep="/")
     before = _clone(state)
     for name, norm in norms.items():
       before = _with_averages(norm, before, stored[f"{name}/mean"], stored[f"{name}/var"])
@@ -116,23 +102,45 @@ def from_equinox(
     logits, found = on_the_batch(params, before, arrived, x)
     return logits, nested(found)
 
-  classifier = bridged(
-    "module",
-    run,
-    variables_of(module),
-    lambda x: np.stack([called(resting, state, jnp.asarray(own))[0] for own in x]),
+  bridge = Bridge(
+    argument="module",
+    run=run,
+    variables=variables_of(module),
+    reference=lambda x: np.stack([_called(resting, state, jnp.asarray(own))[0] for own in x]),
     input_shape=input_shape,
     turned=channels_first and len(input_shape) == 3,
-    labels=labels,
-    initial=None if initial is None else variables_of(initial),
-    **known,
   )
-  if not norms:
-    return classifier
-  stored = averages(state)
-  for name, norm in norms.items():
-    stored[name]["var"] -= _excess(norm, state)
-  return dataclasses.replace(classifier, statistics=nested(stored))
+  classifier = bridge.classifier(labels, None if initial is None else variables_of(initial), **known)
+  stored = {name: own | {"var": own["var"] - _excess(norms[name], state)} for name, own in averages(state).items()}
+  return dataclasses.replace(classifier, statistics=nested(stored)) if norms else classifier
+
+
+def _is_norm(node: Any) -> bool:
+  import equinox as eqx
+
+  return isinstance(node, eqx.nn.BatchNorm)
+
+
+def _name(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _batch_norms(module: Any, state: Any) -> tuple[dict[str, Any], str | None]:
+  """The layers of batch norm by name, and the axis name of all; raises ValueError if they lack a state or differ."""
+  leaves = jax.tree_util.tree_leaves_with_path(module, is_leaf=_is_norm)
+  norms = {_name(path): node for path, node in leaves if _is_norm(node)}
+  axes = {norm.axis_name for norm in norms.values()}
+  if norms and state is None:
+    raise ValueError(f"state must be given, for module has batch norm; got None for {sorted(norms)}.")
+  if len(axes) > 1 or not all(isinstance(axis, str) for axis in axes):
+    raise ValueError(f"module must have batch norm on one axis name; got {sorted(map(str, axes))}.")
+  return norms, next(iter(axes), None)
+
+
+def _called(module: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+  """The logits of one sample, and the state after it."""
+  key = {"key": None} if "key" in inspect.signature(type(module).__call__).parameters else {}
+  return (module(x, **key), None) if state is None else module(x, _clone(state), **key)
 
 
 def _clone(state: Any) -> Any:

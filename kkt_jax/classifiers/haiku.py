@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kkt_jax._typing import PyTree
-from kkt_jax.classifiers._bridges import bridged
+from kkt_jax.classifiers._bridges import Bridge
 from kkt_jax.classifiers.classifier import Classifier
 
 _SWITCHES = {"is_training": False, "train": False, "training": False, "deterministic": True}  # at inference
@@ -99,16 +99,14 @@ def from_haiku(
     return logits, averages(after)
 
   variables_of = lambda own: {"params": own} | ({"batch_stats": averages(state)} if layers else {})
-  return bridged(
-    "transformed",
-    run,
-    variables_of(params),
-    lambda x: np.asarray(call(params, state, jnp.asarray(x), switch)[0]),
+  bridge = Bridge(
+    argument="transformed",
+    run=run,
+    variables=variables_of(params),
+    reference=lambda x: np.asarray(call(params, state, jnp.asarray(x), switch)[0]),
     input_shape=input_shape,
-    labels=labels,
-    initial=None if initial is None else variables_of(initial),
-    **known,
   )
+  return bridge.classifier(labels, None if initial is None else variables_of(initial), **known)
 
 
 def _takes(call: Any, switch: Mapping[str, bool], params: PyTree, state: PyTree, probe: Any) -> bool:

@@ -6,11 +6,12 @@ import functools
 import inspect
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 import jax
 import numpy as np
 
 from kkt_jax._typing import PyTree
-from kkt_jax.classifiers._bridges import bridged, flat, nested
+from kkt_jax.classifiers._bridges import Bridge, nested
 from kkt_jax.classifiers.classifier import Classifier
 
 _PROBABILITIES = ("softmax", "sigmoid")
@@ -46,6 +47,52 @@ def from_keras(
   """
   import keras
 
+  input_shape = _checked_shape(model, input_shape)
+  layers = list(model._flatten_layers())
+  norms = [own for own in layers if isinstance(own, keras.layers.BatchNormalization) and own.trainable]
+  if renormalised := [own.name for own in norms if getattr(own, "renorm", False)]:
+    raise ValueError(f"model must have no batch norm with renorm=True; got {renormalised}.")
+  end = _ending(model)
+  trainable, others = model.trainable_variables, model.non_trainable_variables
+  names = {id(norm.moving_mean): f"{_path(norm)}/mean" for norm in norms}
+  names |= {id(norm.moving_variance): f"{_path(norm)}/var" for norm in norms}
+  constants = [own.value for own in others]
+  resting = {"training": False} if "training" in inspect.signature(model.call).parameters else {}
+
+  def variables_of(own: Any) -> dict[str, PyTree]:
+    pairs = zip(own.non_trainable_variables, others, strict=True)
+    stored = {names[id(here)]: there.value for there, here in pairs if id(here) in names}
+    params = nested({here.path: there.value for there, here in zip(own.trainable_variables, trainable, strict=True)})
+    return {"params": params} | ({"batch_stats": nested(stored)} if stored else {})
+
+  def run(variables: Any, x: jax.Array, on_batch: bool) -> tuple[jax.Array, PyTree]:
+    params, stored = (flatten_dict(variables.get(part, {}), sep="/") for part in ("params", "batch_stats"))
+    values = [stored.get(names.get(id(own), ""), value) for own, value in zip(others, constants, strict=True)]
+    with contextlib.ExitStack() as stack:
+      for norm in norms if on_batch else []:
+        stack.enter_context(_replaced(norm, "call", functools.partial(_on_batch, norm)))
+      if end:
+        stack.enter_context(_replaced(*end[1:]))
+      logits, changed = model.stateless_call([params[own.path] for own in trainable], values, x, **resting)
+    changed = {names[id(own)]: value for own, value in zip(others, changed, strict=True) if id(own) in names}
+    return logits, nested(changed)
+
+  bridge = Bridge(
+    argument="model",
+    run=run,
+    variables=variables_of(model),
+    reference=lambda x: np.asarray(model(x, **resting)),
+    input_shape=input_shape,
+    turned=len(input_shape) == 3 and any(getattr(own, "data_format", "") == "channels_first" for own in layers),
+    probabilities=bool(end),
+  )
+  return bridge.classifier(labels, None if initial is None else variables_of(initial), **known)
+
+
+def _checked_shape(model: Any, input_shape: Sequence[int] | None) -> Sequence[int]:
+  """The shape of one input; raises ValueError for a model that cannot be taken over."""
+  import keras
+
   if keras.backend.backend() != "jax":
     raise ValueError(
       f"model must run on Keras's JAX backend; got {keras.backend.backend()!r}. Set KERAS_BACKEND=jax before keras is"
@@ -61,50 +108,7 @@ def from_keras(
   input_shape = inputs[0].shape[1:] if input_shape is None and inputs else input_shape
   if input_shape is None or None in input_shape:
     raise ValueError(f"input_shape must be given, for {model.name!r} does not tell it; got {input_shape}.")
-  layers = list(model._flatten_layers())
-  norms = [own for own in layers if isinstance(own, keras.layers.BatchNormalization) and own.trainable]
-  if renormalised := [own.name for own in norms if getattr(own, "renorm", False)]:
-    raise ValueError(f"model must have no batch norm with renorm=True; got {renormalised}.")
-  end = _ending(model, keras)
-  if end and end[0] == "sigmoid" and model.outputs[0].shape[-1] != 1:
-    raise ValueError(f"model must tell one label per sample; {model.name!r} ends in a sigmoid of several outputs.")
-
-  trainable, others = model.trainable_variables, model.non_trainable_variables
-  names = {id(norm.moving_mean): f"{_path(norm)}/mean" for norm in norms}
-  names |= {id(norm.moving_variance): f"{_path(norm)}/var" for norm in norms}
-  constants = [own.value for own in others]
-  resting = {"training": False} if "training" in inspect.signature(model.call).parameters else {}
-
-  def variables_of(own: Any) -> dict[str, PyTree]:
-    pairs = zip(own.non_trainable_variables, others, strict=True)
-    stored = {names[id(here)]: there.value for there, here in pairs if id(here) in names}
-    params = nested({here.path: there.value for there, here in zip(own.trainable_variables, trainable, strict=True)})
-    return {"params": params} | ({"batch_stats": nested(stored)} if stored else {})
-
-  def run(variables: Any, x: jax.Array, on_batch: bool) -> tuple[jax.Array, PyTree]:
-    params, stored = flat(variables["params"]), flat(variables.get("batch_stats", {}))
-    values = [stored.get(names.get(id(own), ""), value) for own, value in zip(others, constants, strict=True)]
-    with contextlib.ExitStack() as stack:
-      for norm in norms if on_batch else []:
-        stack.enter_context(_replaced(norm, "call", functools.partial(_on_batch, norm)))
-      if end:
-        stack.enter_context(_replaced(*end[1:]))
-      logits, changed = model.stateless_call([params[own.path] for own in trainable], values, x, **resting)
-    changed = {names[id(own)]: value for own, value in zip(others, changed, strict=True) if id(own) in names}
-    return logits, nested(changed)
-
-  return bridged(
-    "model",
-    run,
-    variables_of(model),
-    lambda x: np.asarray(model(x, **resting)),
-    input_shape=input_shape,
-    turned=len(input_shape) == 3 and any(getattr(own, "data_format", "") == "channels_first" for own in layers),
-    probabilities=bool(end),
-    labels=labels,
-    initial=None if initial is None else variables_of(initial),
-    **known,
-  )
+  return input_shape
 
 
 def _path(norm: Any) -> str:
@@ -131,13 +135,16 @@ def _replaced(layer: Any, name: str, value: Any) -> Iterator[None]:
       del vars(layer)[name]
 
 
-def _ending(model: Any, keras: Any) -> tuple[str, Any, str, Any] | None:
+def _ending(model: Any) -> tuple[str, Any, str, Any] | None:
   """The softmax or sigmoid at the end: its name, the layer, and which attribute is to be what, to take it off."""
+  import keras
+
   end = model
   while isinstance(end, keras.Model) and getattr(end, "outputs", None):
     end = end.outputs[0]._keras_history.operation
-  kind = getattr(getattr(end, "activation", None), "__name__", "")
-  if kind in _PROBABILITIES:
-    return kind, end, "activation", keras.activations.linear
-  kind = type(end).__name__.lower()
-  return (kind, end, "call", lambda x, *_, **__: x) if kind in _PROBABILITIES else None
+  found = getattr(getattr(end, "activation", None), "__name__", ""), end, "activation", keras.activations.linear
+  if found[0] not in _PROBABILITIES:
+    found = type(end).__name__.lower(), end, "call", lambda x, *_, **__: x
+  if found[0] == "sigmoid" and model.outputs[0].shape[-1] != 1:
+    raise ValueError(f"model must tell one label per sample; {model.name!r} ends in a sigmoid of several outputs.")
+  return found if found[0] in _PROBABILITIES else None

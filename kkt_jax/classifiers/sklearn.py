@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kkt_jax._typing import PyTree
-from kkt_jax.classifiers._bridges import bridged
+from kkt_jax.classifiers._bridges import Bridge
 from kkt_jax.classifiers.classifier import Classifier
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -93,14 +93,13 @@ def from_sklearn(estimator: Any, *, labels: Sequence[int] | None = None, **known
     found = estimator.predict_proba(x)
     return found[:, 1:] if found.shape[1] == 2 else found
 
-  return bridged(
-    "estimator",
-    run,
-    {"params": params},
-    reference,
+  bridge = Bridge(
+    argument="estimator",
+    run=run,
+    variables={"params": params},
+    reference=reference,
     input_shape=(features,),
     probabilities=True,
     samples=likely,  # after scaling
-    labels=labels,
-    **{"value_range": None, **known},
   )
+  return bridge.classifier(labels, **{"value_range": None, **known})

@@ -18,13 +18,7 @@ from jax.typing import ArrayLike
 
 from kkt_jax._typing import ApplyFn, PyTree
 from kkt_jax.classifiers import _normalised, _statistics
-from kkt_jax.classifiers.classifier import (
-  Classifier,
-  Evaluation,
-  make_classifier,
-  result_shape,
-  two_logits,
-)
+from kkt_jax.classifiers.classifier import Classifier, Evaluation, make_classifier, result_shape, two_logits
 from kkt_jax.classifiers.decay import DecayLike
 
 # The usual names of what switches a module from inference to training, and what they are in training.
@@ -189,10 +183,7 @@ class Subject:
     """
     if not isinstance(module, nn.Module):
       raise ValueError(f"module must be a flax linen module, an instance; got {module!r:.80}.")
-    arguments, fields = _arguments(module, train_argument), {field.name for field in dataclasses.fields(module)}
-    switches = _switches(train_argument).items()
-    attributes = {name: on for name, on in switches if name in fields and name not in arguments}
-    attributes = {name: on for name, on in attributes.items() if isinstance(getattr(module, name), bool | None)}
+    arguments, attributes = _arguments(module, train_argument), _attributes(module, train_argument)
     if train_argument is not None and not (arguments or attributes):
       raise ValueError(f"train_argument must name an argument or attribute of module; got {train_argument!r}.")
     mode = lambda train: {name: train == on for name, on in arguments.items()}
@@ -214,37 +205,23 @@ class Subject:
       with nn.intercept_methods(_without_dropout):
         return own(train).apply(collections, _shifted(x, offset), **mode(train), **settings)
 
-    def observed(variables: PyTree, x: jax.Array, **settings: Any) -> tuple[jax.Array, PyTree, jax.Array]:
-      order = []
-
-      def is_norm(module: nn.Module, _: str) -> bool:
-        order.extend([module.path] if isinstance(module, nn.BatchNorm) else [])
-        return isinstance(module, nn.BatchNorm)
-
-      logits, changed = run(variables, x, capture_intermediates=is_norm, **settings)
-      outputs = changed["intermediates"]
-      for name in order[-1]:
-        outputs = outputs[name]
-      return logits, changed.get("batch_stats"), outputs["__call__"][-1]
-
     def train_fn(variables: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree, jax.Array]:
-      return observed(variables, x, train=True, mutable=["batch_stats"])
+      return _with_features(run, variables, x, train=True, mutable=["batch_stats"])
 
     def features_fn(variables: PyTree, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-      logits, _, features = observed(variables, x)
+      logits, _, features = _with_features(run, variables, x)
       return logits, features
 
     normalised = "batch_stats" in collections
-    if normalised and not (arguments or attributes):
-      raise ValueError(
-        f"module has batch norm, and no argument or attribute {', '.join(_SWITCHES)} that switches it to the statistics"
-        " of the batch: name it by train_argument."
-      )
     if normalised:
-      try:
-        jax.eval_shape(
-          train_fn, jax.eval_shape(init_fn), jax.ShapeDtypeStruct((2, *input_shape), jnp.result_type(float))
+      if not (arguments or attributes):
+        raise ValueError(
+          f"module has batch norm, and no argument or attribute {', '.join(_SWITCHES)} that switches it to the"
+          " statistics of the batch: name it by train_argument."
         )
+      try:
+        batch = jax.ShapeDtypeStruct((2, *input_shape), jnp.result_type(float))
+        jax.eval_shape(train_fn, jax.eval_shape(init_fn), batch)
       except errors.InvalidRngError as error:
         raise ValueError(f"module must draw no random numbers in training but for nn.Dropout; {error}") from error
     return cls(
@@ -397,6 +374,28 @@ def _arguments(module: Any, train_argument: str | None) -> dict[str, bool]:
   """Those of them that are arguments of a module's call."""
   parameters = inspect.signature(type(module).__call__).parameters
   return {name: on for name, on in _switches(train_argument).items() if name in parameters}
+
+
+def _attributes(module: nn.Module, train_argument: str | None) -> dict[str, bool]:
+  """Those of them that are attributes of a linen module, and no arguments."""
+  fields = {field.name for field in dataclasses.fields(module)} - set(_arguments(module, train_argument))
+  switches = {name: on for name, on in _switches(train_argument).items() if name in fields}
+  return {name: on for name, on in switches.items() if isinstance(getattr(module, name), bool | None)}
+
+
+def _with_features(run: Any, variables: PyTree, x: jax.Array, **settings: Any) -> tuple[jax.Array, PyTree, jax.Array]:
+  """Logits, running statistics, and the output of the last batch norm, of a linen module that ``run`` applies."""
+  order = []
+
+  def is_norm(module: nn.Module, _: str) -> bool:
+    order.extend([module.path] if isinstance(module, nn.BatchNorm) else [])
+    return isinstance(module, nn.BatchNorm)
+
+  logits, changed = run(variables, x, capture_intermediates=is_norm, **settings)
+  outputs = changed["intermediates"]
+  for name in order[-1]:
+    outputs = outputs[name]
+  return logits, changed.get("batch_stats"), outputs["__call__"][-1]
 
 
 def _without_dropout(call: Any, args: Any, kwargs: Any, context: Any) -> Any:

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 import copy
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kkt_jax._typing import PyTree
-from kkt_jax.classifiers._bridges import bridged, flat, nested
+from kkt_jax.classifiers._bridges import Bridge, nested
 from kkt_jax.classifiers.classifier import Classifier
 
 _PAIR = "torch 2.13 and torchax 0.0.14.dev20261026"  # tried
@@ -56,31 +57,11 @@ def from_torch(
   except Exception as error:  # of another age, it fails in many ways
     raise ImportError(f"from_torch needs torchax, and a torch that it fits to: {_PAIR} do; {error}") from error
   module = _bare(module)
-  scripted = lambda own: any(isinstance(inner, torch.jit.ScriptModule) for inner in own.modules())
-  if not isinstance(module, torch.nn.Module) or scripted(module):
-    raise ValueError(f"module must be a torch.nn.Module that was not scripted; got {type(module).__name__}.")
-  norms = {name: own for name, own in module.named_modules() if isinstance(own, torch.nn.modules.batchnorm._BatchNorm)}
-  if untracked := [name for name, own in norms.items() if own.running_mean is None]:
-    raise ValueError(f"module must have batch norm with track_running_stats=True; got False in {untracked}.")
-  if old := [name for name, own in module.named_modules() if any(map(_computes, own._forward_pre_hooks.values()))]:
-    raise ValueError(
-      f"module must have weight_norm and spectral_norm of torch.nn.utils.parametrizations; {old} do not."
-    )
+  norms = _batch_norms(module)
   dtype = getattr(torch, jnp.result_type(float).name)
   copied = lambda: copy.deepcopy(module).to("cpu", dtype).eval()
   resting, training = copied(), copied()
-  seen: dict[str, dict[str, jax.Array]] = {}
-
-  def hook_of(name: str) -> Any:
-    def note(_: Any, inputs: Any) -> None:
-      x = inputs[0].jax()
-      axes = (0, *range(2, x.ndim))
-      seen[name] = dict(zip(_STORED, (jnp.mean(x, axes), jnp.var(x, axes, ddof=1)), strict=True))
-
-    return note
-
-  for name in norms:
-    training.get_submodule(name).train().register_forward_pre_hook(hook_of(name))
+  seen = _noted(training, norms)
   states, rested = _extract(torchax, resting)
   trained = _extract(torchax, training)[1]
   names = [name for name, own in resting.named_parameters() if own.requires_grad]
@@ -96,46 +77,89 @@ def from_torch(
     return {part: nested({name: held[name] for name in own}, ".") for part, own in parts.items() if own}
 
   def run(variables: Any, x: jax.Array, on_batch: bool) -> tuple[jax.Array, PyTree]:
-    given = constants | flat(variables["params"], ".") | flat(variables.get("batch_stats", {}), ".")
+    given = constants
+    for collection in variables.values():
+      given = given | flatten_dict(collection, sep=".")
     if not on_batch:
       return rested(given, x), {}
     seen.clear()
     logits = trained(given, x)
-    found = nested({f"{name}.{own}": value for name, pair in seen.items() for own, value in pair.items()}, ".")
+    found = nested(seen, ".")
     seen.clear()
     return logits, found
 
-  def outputs(own: Any, x: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-      found = own(torch.from_numpy(np.array(x, order="C")).to(dtype))
-    if not isinstance(found, torch.Tensor):
-      raise ValueError(f"module must give logits alone, in training, too; it gives a {type(found).__name__}.")
-    return found.numpy()
-
-  def in_training(x: np.ndarray) -> np.ndarray | None:
-    watched = copied().train()
-    for own in watched.modules():
-      if isinstance(own, (torch.nn.modules.dropout._DropoutNd, torch.nn.utils.parametrize.ParametrizationList)):
-        own.eval()
-    first, second = (outputs(watched, x) for _ in range(2))
-    return first if np.array_equal(first, second) else None
-
+  bridge = Bridge(
+    argument="module",
+    run=run,
+    variables=variables_of(module),
+    reference=lambda x: _outputs(resting, x),
+    input_shape=input_shape,
+    training=lambda x: _outputs_in_training(copied(), x),
+    turned=channels_first and len(input_shape) == 3,
+  )
   try:
-    return bridged(
-      "module",
-      run,
-      variables_of(module),
-      lambda x: outputs(resting, x),
-      input_shape=input_shape,
-      training=in_training,
-      turned=channels_first and len(input_shape) == 3,
-      labels=labels,
-      initial=None if initial is None else variables_of(initial),
-      **known,
-    )
+    return bridge.classifier(labels, None if initial is None else variables_of(initial), **known)
   except jax.errors.UnexpectedTracerError as error:
     torchax.default_env().manual_seed(0)  # its generator holds what JAX traced
     raise ValueError("module must draw no random numbers at inference; it does.") from error
+
+
+def _batch_norms(module: Any) -> list[str]:
+  """The names of a module's layers of batch norm; raises ValueError if it is none that can be taken over."""
+  import torch
+
+  scripted = lambda own: any(isinstance(inner, torch.jit.ScriptModule) for inner in own.modules())
+  if not isinstance(module, torch.nn.Module) or scripted(module):
+    raise ValueError(f"module must be a torch.nn.Module that was not scripted; got {type(module).__name__}.")
+  norms = {name: own for name, own in module.named_modules() if isinstance(own, torch.nn.modules.batchnorm._BatchNorm)}
+  if untracked := [name for name, own in norms.items() if own.running_mean is None]:
+    raise ValueError(f"module must have batch norm with track_running_stats=True; got False in {untracked}.")
+  if old := [name for name, own in module.named_modules() if any(map(_computes, own._forward_pre_hooks.values()))]:
+    raise ValueError(
+      f"module must have weight_norm and spectral_norm of torch.nn.utils.parametrizations; {old} do not."
+    )
+  return list(norms)
+
+
+def _noted(module: Any, norms: Sequence[str]) -> dict[str, jax.Array]:
+  """The dict into which the module's batch norm, in training from now on, notes the statistics of each batch."""
+  seen: dict[str, jax.Array] = {}
+
+  def hook_of(name: str) -> Any:
+    def note(_: Any, inputs: Any) -> None:
+      x = inputs[0].jax()
+      axes = (0, *range(2, x.ndim))
+      pair = zip(_STORED, (jnp.mean(x, axes), jnp.var(x, axes, ddof=1)), strict=True)
+      seen.update({f"{name}.{own}": value for own, value in pair})
+
+    return note
+
+  for name in norms:
+    module.get_submodule(name).train().register_forward_pre_hook(hook_of(name))
+  return seen
+
+
+def _outputs(module: Any, x: np.ndarray) -> np.ndarray:
+  """What PyTorch gives for inputs."""
+  import torch
+
+  with torch.no_grad():
+    found = module(torch.from_numpy(np.array(x, order="C")).to(getattr(torch, jnp.result_type(float).name)))
+  if not isinstance(found, torch.Tensor):
+    raise ValueError(f"module must give logits alone, in training, too; it gives a {type(found).__name__}.")
+  return found.numpy()
+
+
+def _outputs_in_training(module: Any, x: np.ndarray) -> np.ndarray | None:
+  """What PyTorch gives in training, without dropout; None if it draws other random numbers."""
+  import torch
+
+  module.train()
+  for own in module.modules():
+    if isinstance(own, (torch.nn.modules.dropout._DropoutNd, torch.nn.utils.parametrize.ParametrizationList)):
+      own.eval()
+  first, second = (_outputs(module, x) for _ in range(2))
+  return first if np.array_equal(first, second) else None
 
 
 def _bare(module: Any) -> Any:

@@ -24,6 +24,7 @@ from kkt_jax.cli.flags import flag, UsageError
 
 if TYPE_CHECKING:
   import kkt_jax
+  from kkt_jax.cli.workdir import Workdir
 
 # What has no influence on the generator: a later run in the same folder can differ in it, and need not train again.
 _AFTERWARDS = ("train_data", "held_out_data", "candidates", "force")
@@ -57,8 +58,7 @@ class Config:
   )
   held_out_data: str = flag("", "Non-members: other data of the same source, without which little can be said.")
   candidates: str = flag(
-    "",
-    "Samples whose membership is to be inferred. As --train_data, without labels; needs --held_out_data.",
+    "", "Samples whose membership is to be inferred. As --train_data, without labels; needs --held_out_data."
   )
   before: str = flag(
     "",
@@ -88,23 +88,11 @@ class Config:
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Runs or resumes the audit; returns its metrics, with the verdict in words."""
-  if not config.classifier:
-    raise UsageError("--classifier must be given; --help says what it is.")
-  if config.candidates and not config.held_out_data:
-    raise UsageError("--candidates needs --held_out_data: a score says nothing but beside those of untrained samples.")
-  if bool(config.before) != bool(config.forgotten) or (config.forgotten and not config.held_out_data):
-    raise UsageError("--before, --forgotten and --held_out_data must be given together.")
-  if config.form == "change" and not config.initial_checkpoint:
-    raise UsageError("--form=change needs --initial_checkpoint.")
-  weights.parse_weights(config.weights)
+  _check(config)
   import jax
-  import numpy as np
 
   from kkt_jax import auditing
-  from kkt_jax.auditing.report import rows_of_classes
-  from kkt_jax.auditing.run import generated
   from kkt_jax.cli.progress import say_what_is_logged
-  from kkt_jax.cli.training import train_generator
   from kkt_jax.cli.workdir import Workdir
 
   try:
@@ -121,39 +109,17 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     for name, path in paths.items()
     if path
   }
-  params = jax.tree.leaves((classifier.params, classifier.initial_params))
-  digest_of_params = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in params)).hexdigest()[:16]
-  settings = dataclasses.asdict(config) | {"checkpoint_digest": digest_of_params}
+  settings = dataclasses.asdict(config) | {"checkpoint_digest": _digest_of_params(classifier)}
 
   @functools.cache  # what is refused leaves no folder
   def out() -> Workdir:
     return Workdir(workdir, {name: value for name, value in settings.items() if name not in _AFTERWARDS})
 
-  def draw(reconstruction: "kkt_jax.Reconstruction") -> None:
-    if len(classifier.input_shape) == 3:
-      name = f"samples_{int(reconstruction.state.step):06d}.png"
-      (out().path / name).write_bytes(rows_of_classes(generated(reconstruction)))
-
-  def train(
-    name: str, examination: "kkt_jax.Examination", recipe: "kkt_jax.Recipe", seed: int
-  ) -> "kkt_jax.Reconstruction":
-    beside = name != "generator"
-    where = Workdir(out().path / name, {}) if beside else out()
-    return train_generator(
-      where,
-      [examination],
-      recipe,
-      seed=seed,
-      log_every=config.log_every,
-      save_every=config.save_every,
-      draw=None if beside else draw,
-    )
-
   audit_config = auditing.AuditConfig(
     form=None if config.form == "auto" else config.form,
     recipe=lambda examination: recipe_of(config, examination),
     force=config.force,
-    train=train,
+    train=lambda *arguments: _train(config, out(), *arguments),
   )
   try:
     report = auditing.audit(classifier, **data, config=audit_config, seed=config.seed)
@@ -169,6 +135,53 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   results = report.to_dict() | {"final_losses": out().last_logged()}
   out().finish(results)
   return results | {"summary": str(report), "pictures": [name for name in files if name.endswith((".html", ".png"))]}
+
+
+def _check(config: Config) -> None:
+  """Raises UsageError for settings that do not go together."""
+  if not config.classifier:
+    raise UsageError("--classifier must be given; --help says what it is.")
+  if config.candidates and not config.held_out_data:
+    raise UsageError("--candidates needs --held_out_data: a score says nothing but beside those of untrained samples.")
+  if bool(config.before) != bool(config.forgotten) or (config.forgotten and not config.held_out_data):
+    raise UsageError("--before, --forgotten and --held_out_data must be given together.")
+  if config.form == "change" and not config.initial_checkpoint:
+    raise UsageError("--form=change needs --initial_checkpoint.")
+  weights.parse_weights(config.weights)
+
+
+def _digest_of_params(classifier: "kkt_jax.Classifier") -> str:
+  import jax
+  import numpy as np
+
+  leaves = jax.tree.leaves((classifier.params, classifier.initial_params))
+  return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()[:16]
+
+
+def _train(
+  config: Config, out: "Workdir", name: str, examination: "kkt_jax.Examination", recipe: "kkt_jax.Recipe", seed: int
+) -> "kkt_jax.Reconstruction":
+  """Trains a generator, or what it is compared with in a folder of its own, and draws images of the former."""
+  from kkt_jax.auditing.report import rows_of_classes
+  from kkt_jax.auditing.run import generated
+  from kkt_jax.cli.training import train_generator
+  from kkt_jax.cli.workdir import Workdir
+
+  beside = name != "generator"
+
+  def draw(reconstruction: "kkt_jax.Reconstruction") -> None:
+    path = out.path / f"samples_{int(reconstruction.state.step):06d}.png"
+    path.write_bytes(rows_of_classes(generated(reconstruction)))
+
+  return train_generator(
+    Workdir(out.path / name, {}) if beside else out,
+    [examination],
+    recipe,
+    seed=seed,
+    log_every=config.log_every,
+    save_every=config.save_every,
+    draw=None if beside or len(examination.classifier.input_shape) != 3 else draw,
+  )
 
 
 def _unlearning(config: Config, after: "kkt_jax.Classifier", workdir: pathlib.Path) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from kkt_jax._precision import full_precision
 from kkt_jax.analysis.subspace import Subspace
 from kkt_jax.criteria import Criteria
 
+# How the search goes; what is claimed of what it finds is decided by `Criteria` alone.
 _EXPONENT = 0.5  # of the distance from the ends of the range: 1 is what a linear program minimises, near 0 it counts
 _OUTSIDE = 10.0  # weight of values outside the range, beside those inside
 _FIRST, _LAST = 0.1, 1e-3  # distance from an end that counts as none, at the first iteration and at the last

@@ -22,25 +22,6 @@ from kkt_jax.generators.base import (
 )
 from kkt_jax.generators.flows import Destination, Flow
 
-__all__ = [
-  "CodebookGenerator",
-  "ConvGenerator",
-  "Destination",
-  "Flow",
-  "GenerateFn",
-  "Generator",
-  "GeneratorFactory",
-  "MLPGenerator",
-  "NoiseFn",
-  "affine_output",
-  "all_labels",
-  "code_of",
-  "convolutional",
-  "network",
-  "normal_noise",
-  "num_labels",
-  "places_of",
-  "stratified_noise",
-  "table",
-  "typical_deviation",
-]
+__all__ = ["CodebookGenerator", "ConvGenerator", "Destination", "Flow", "GenerateFn", "Generator", "GeneratorFactory"]
+__all__ += ["MLPGenerator", "NoiseFn", "affine_output", "all_labels", "code_of", "convolutional", "network"]
+__all__ += ["normal_noise", "num_labels", "places_of", "stratified_noise", "table", "typical_deviation"]

@@ -196,11 +196,7 @@ def typical_deviation(examinations: Sequence[Examination]) -> float:
 
 
 def network(
-  module: Callable[[Sequence[Examination]], nn.Module],
-  *,
-  noise: NoiseFn,
-  noise_dim: int,
-  batch_size: int,
+  module: Callable[[Sequence[Examination]], nn.Module], *, noise: NoiseFn, noise_dim: int, batch_size: int
 ) -> GeneratorFactory:
   """A generator that is a flax module.
 

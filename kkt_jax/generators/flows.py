@@ -24,14 +24,15 @@ from kkt_jax._precision import full_precision
 from kkt_jax._typing import PyTree
 from kkt_jax.analysis.examination import Examination
 from kkt_jax.analysis.subspace import Subspace
+from kkt_jax.criteria import Criteria
 from kkt_jax.generators import base as generators
 from kkt_jax.generators.base import Generator
 from kkt_jax.metrics.distances import pairwise_distance
 
 _RATE, _LAST_RATE = 1e-3, 0.02  # peak learning rate of flow matching, and the share of it at the end
 _WIDEST = 512  # network that is chosen by the dimension
-_SAME = 0.1  # distance below which a sample is a certified one
 _WAVES = 4  # frequencies by which the velocity knows the time
+_DEFAULT = Criteria()
 
 
 class Destination(nn.Module):
@@ -138,10 +139,13 @@ class Flow:
 
   @functools.partial(jax.jit, static_argnums=0)
   @full_precision
-  def leaning_on_others(self, unit: ArrayLike, y: ArrayLike, certified: np.ndarray | None = None) -> jax.Array:
+  def leaning_on_others(
+    self, unit: ArrayLike, y: ArrayLike, certified: np.ndarray | None = None, least: float = _DEFAULT.least_distance
+  ) -> jax.Array:
     """Samples [K, *input_shape] of labels y [K], each ``lean`` of the way to its ``nearest``, with ``contrast``.
 
-    A sample that is alone in its label stays, and so does one that is among those that are ``certified`` [P, ...].
+    A sample that is alone in its label stays, and so does one that is among those that are ``certified`` [P, ...]:
+    less than ``least`` from one of them, as a Euclidean norm.
 
     >>> leaning = Flow(lean=0.5).leaning_on_others(jnp.array([[1.0], [2.0], [6.0]]), jnp.array([0, 0, 1]))
     >>> [round(float(value), 3) for value in leaning.ravel()]
@@ -161,7 +165,7 @@ class Flow:
     free = near.any(axis=1)
     if certified is not None and len(certified):
       known = jnp.asarray(certified).reshape(len(certified), -1)
-      free &= pairwise_distance(flat, known).min(axis=1) > _SAME
+      free &= pairwise_distance(flat, known).min(axis=1) > least
     return jnp.where(free[:, None], centre + factor * leaning, flat).reshape(unit.shape)
 
   @full_precision

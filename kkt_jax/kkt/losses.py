@@ -32,7 +32,6 @@ def is_true_class(values: jax.Array, classes: ArrayLike) -> jax.Array:
   Returns:
     [M, C].
 
-  >>> import jax.numpy as jnp
   >>> print(is_true_class(jnp.zeros((1, 3)), jnp.array([1])))
   [[False  True False]]
   """
@@ -53,7 +52,6 @@ def margins(logits: ArrayLike, classes: ArrayLike) -> jax.Array:
   Raises:
     ValueError: shapes, dtypes or classes that do not fit, or fewer than two columns.
 
-  >>> import jax.numpy as jnp
   >>> print(margins(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([0])))
   [[inf  2.  1.]]
   """
@@ -75,7 +73,6 @@ def runner_up_margin(logits: ArrayLike, classes: ArrayLike) -> jax.Array:
   Raises:
     ValueError: as `margins`.
 
-  >>> import jax.numpy as jnp
   >>> print(runner_up_margin(jnp.array([[3.0, 1.0, 2.0], [0.0, 4.0, 0.0]]), jnp.array([0, 0])))
   [ 1. -4.]
   """
@@ -96,7 +93,6 @@ def runner_up_set(logits: ArrayLike, classes: ArrayLike, *, tolerance: float = 0
   Raises:
     ValueError: as `margins`.
 
-  >>> import jax.numpy as jnp
   >>> print(runner_up_set(jnp.array([[3.0, 2.0, 2.0]]), jnp.array([0])))
   [[False  True  True]]
   """
@@ -120,7 +116,6 @@ def u_shape(margin: ArrayLike, alpha: ArrayLike, *, delta: float) -> jax.Array:
   Raises:
     ValueError: ``delta`` is negative.
 
-  >>> import jax.numpy as jnp
   >>> print(u_shape(jnp.array([0.0, 1.0, 1.5, 3.0]), 0.0, delta=0.5))
   [1.  0.  0.  1.5]
   """
@@ -148,7 +143,6 @@ def duality_loss(
   Raises:
     ValueError: as `margins`; ``alpha`` is no scalar, or ``delta`` is negative.
 
-  >>> import jax.numpy as jnp
   >>> print(duality_loss(jnp.array([[3.0, 0.0, 0.0]]), jnp.array([0]), 0.0, delta=0.5))  # two runners-up, 1.5 each
   [3.]
   """
@@ -185,7 +179,6 @@ def stationarity_sum(gradient_fn: ApplyFn, params: PyTree, x: ArrayLike, classes
   Raises:
     ValueError: shapes, dtypes or classes that do not fit.
 
-  >>> import jax.numpy as jnp
   >>> linear = lambda w, x: x @ w
   >>> x, classes, mu = jnp.array([[2.0]]), jnp.array([0]), jnp.array([[9.0, 3.0]])
   >>> print(stationarity_sum(linear, jnp.ones((1, 2)), x, classes, mu))  # 3 * (2 on class 0, -2 on class 1)
@@ -220,7 +213,6 @@ def cotangent(logits: ArrayLike, classes: ArrayLike, mu: ArrayLike) -> jax.Array
   Raises:
     ValueError: shapes, dtypes or classes that do not fit.
 
-  >>> import jax.numpy as jnp
   >>> print(cotangent(jnp.zeros((1, 3)), jnp.array([0]), jnp.array([[9.0, 1.0, 2.0]])))
   [[ 3. -1. -2.]]
   """
@@ -246,7 +238,6 @@ def stationarity_sum_from_jacobians(jacobians: PyTree, classes: ArrayLike, mu: A
   Raises:
     ValueError: shapes, dtypes or classes that do not fit.
 
-  >>> import jax.numpy as jnp
   >>> of_two_logits = jnp.array([[[2.0, 0.0], [0.0, 2.0]]])  # M = 1, C = 2, two parameters
   >>> print(stationarity_sum_from_jacobians(of_two_logits, jnp.array([0]), jnp.array([[9.0, 3.0]])))
   [ 6. -6.]
@@ -287,7 +278,6 @@ def stationarity_residual(conditions: Conditions, sums: PyTree) -> StationarityR
   Raises:
     ValueError: the trees or shapes differ.
 
-  >>> import jax.numpy as jnp
   >>> conditions = Conditions(target={"w": jnp.array([3.0, 4.0])}, mask={"w": jnp.ones(2)})
   >>> residual = stationarity_residual(conditions, {"w": jnp.zeros(2)})
   >>> float(residual.absolute), float(residual.relative)
@@ -314,7 +304,6 @@ def absolute_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
   Returns:
     A scalar.
 
-  >>> import jax.numpy as jnp
   >>> print(absolute_residual(Conditions(jnp.array([3.0, 4.0]), jnp.ones(2)), jnp.zeros(2)))
   5.0
   """
@@ -324,7 +313,6 @@ def absolute_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
 def squared_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
   """The square of `absolute_residual`, a scalar.
 
-  >>> import jax.numpy as jnp
   >>> print(squared_residual(Conditions(jnp.array([3.0, 4.0]), jnp.ones(2)), jnp.zeros(2)))
   25.0
   """
@@ -341,7 +329,6 @@ def relative_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
   Returns:
     A scalar.
 
-  >>> import jax.numpy as jnp
   >>> print(relative_residual(Conditions(jnp.array([2.0]), jnp.ones(1)), jnp.array([1.0])))
   0.25
   """
@@ -359,7 +346,6 @@ def mean_relative_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
   Returns:
     A scalar. A tensor whose target is 0 is measured against the whole target.
 
-  >>> import jax.numpy as jnp
   >>> conditions = Conditions([jnp.array([2.0]), jnp.array([10.0])], [jnp.array([3.0**0.5]), jnp.array([1.0])])
   >>> print(mean_relative_residual(conditions, [jnp.array([1.0]), jnp.array([10.0])]).round(4))  # (3 / 4 + 0) / 4
   0.1875
@@ -384,7 +370,6 @@ def cosine_distance(conditions: Conditions, sums: PyTree) -> jax.Array:
   Returns:
     A scalar in [0, 2]: 0 for parallel, 1 for orthogonal or a sum of 0, 2 for opposite.
 
-  >>> import jax.numpy as jnp
   >>> conditions = Conditions(target={"w": jnp.array([3.0, 4.0])}, mask={"w": jnp.ones(2)})
   >>> [round(float(cosine_distance(conditions, {"w": scale * jnp.array([3.0, 4.0])})), 6) for scale in (10.0, -1.0)]
   [0.0, 2.0]

@@ -36,8 +36,7 @@ from kkt_jax._typing import ApplyFn, PyTree
 from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt.conditions import Conditions
 
-_TOLERANCE = AnalysisCriteria().symmetric
-_MOVED = 1e-3  # part of a relation up to which it does not move a tensor
+_DEFAULT = AnalysisCriteria()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class LeastResidual:
 
 @full_precision
 def least_residual(
-  apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x: ArrayLike, *, tolerance: float = _TOLERANCE
+  apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x: ArrayLike, *, criteria: AnalysisCriteria = _DEFAULT
 ) -> LeastResidual:
   """The least relative residual that any data could leave, by the network's own symmetries.
 
@@ -70,7 +69,7 @@ def least_residual(
     params: zeta.
     conditions: the stationarity condition. Symmetries that move a parameter without a condition do not count.
     x: inputs [K, ...], any: random ones will do. They only tell which directions are symmetries.
-    tolerance: change of the margins, next to that along a generic direction, that counts as none.
+    criteria: ``symmetric`` and ``moved`` of it decide what is a symmetry, and of which tensors.
 
   Returns:
     A `LeastResidual`.
@@ -96,7 +95,7 @@ def least_residual(
   usable = [bool(np.all(m == 1)) for m in masks]
   total = sum(float(np.sum(t * t)) for t in targets)
   tensors = [own for own in _tensors(params, targets) if usable[own.index]]
-  change = _Change(apply_fn, params, x, tolerance)
+  change = _Change(apply_fn, params, x, criteria)
   num_classes = jax.eval_shape(apply_fn, params, x).shape[1]
   scalable = [t for t in tensors if np.any(t.value)]  # what is 0 has no scale
   parts = _shifts(tensors, num_classes, change) | _whole_tensors(scalable, change) | _units(scalable, change)
@@ -109,7 +108,9 @@ def least_residual(
 
 
 @full_precision
-def scale_invariant(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, tolerance: float = _TOLERANCE) -> PyTree:
+def scale_invariant(
+  apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, criteria: AnalysisCriteria = _DEFAULT
+) -> PyTree:
   """Which tensors can be scaled up, alone or together with others, without any change of the margins.
 
   Such are the weights before batch norm or layer norm. Weight decay shrinks them for ever: they are at no stationary
@@ -119,7 +120,7 @@ def scale_invariant(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, toleranc
     apply_fn: ``(params, x[K, ...]) -> logits[K, C]`` with exact derivatives; samples may interact.
     params: zeta.
     x: inputs [K, ...], any.
-    tolerance: as in `least_residual`.
+    criteria: as in `least_residual`.
 
   Returns:
     A pytree of Python bools like ``params``.
@@ -135,15 +136,15 @@ def scale_invariant(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, toleranc
   _checks.check_batch("x", x)
   names = tensor_names(params)
   scalable = [t for t in _tensors(params, [np.zeros(0)] * len(names)) if np.any(t.value)]
-  change = _Change(apply_fn, params, x, tolerance)
-  null = _null_space([change({t.index: t.value}) for t in scalable], [_generic(t, change) for t in scalable], tolerance)
+  change = _Change(apply_fn, params, x, criteria)
+  null = _whole_relations(scalable, change)
   found = dict.fromkeys(range(len(names)), False)
   for place, tensor in enumerate(scalable if null.shape[1] else []):
     # Is there a combination of null vectors that scales this tensor up and none down?
     solved = optimize.linprog(
       -null[place], A_ub=np.vstack([-null, null]), b_ub=np.repeat([1e-6, 1.0], len(null)), bounds=(None, None)
     )
-    found[tensor.index] = bool(solved.success and -solved.fun > 1e-3)
+    found[tensor.index] = bool(solved.success and -solved.fun > criteria.moved)
   return jax.tree.unflatten(jax.tree.structure(params), list(found.values()))
 
 
@@ -172,7 +173,7 @@ class _Change:
   apply_fn: ApplyFn
   params: PyTree
   x: jax.Array
-  tolerance: float
+  criteria: AnalysisCriteria
 
   def __call__(self, moved: Mapping[int, np.ndarray]) -> np.ndarray:
     structure = jax.tree.structure(self.params)
@@ -200,7 +201,7 @@ def _shifts(tensors: Sequence[_Tensor], num_classes: int, change: _Change) -> _P
       continue
     direction = np.broadcast_to(random.normal(size=(*tensor.value.shape[:-1], 1)), tensor.value.shape)
     one_sided = direction * (np.arange(num_classes) == 0)
-    if np.linalg.norm(change({tensor.index: direction})) <= change.tolerance * np.linalg.norm(
+    if np.linalg.norm(change({tensor.index: direction})) <= change.criteria.symmetric * np.linalg.norm(
       change({tensor.index: one_sided})
     ):
       parts[f"shift of {tensor.name}"] = {tensor.name: float(np.sum(tensor.target.mean(axis=-1) ** 2) * num_classes)}
@@ -209,17 +210,21 @@ def _shifts(tensors: Sequence[_Tensor], num_classes: int, change: _Change) -> _P
 
 def _whole_tensors(tensors: Sequence[_Tensor], change: _Change) -> _Parts:
   """The same in rescalings of whole tensors against one another."""
-  null = _null_space(
-    [change({t.index: t.value}) for t in tensors], [_generic(t, change) for t in tensors], change.tolerance
-  )
+  null = _whole_relations(tensors, change)
   if not null.shape[1]:
     return {}
   products = np.array([float(np.sum(t.value * t.target)) for t in tensors]) @ null
   squares = np.array([float(np.sum(t.value**2)) for t in tensors])
   scales = null @ _coefficients(products, null.T @ (squares[:, None] * null))
-  moved = np.abs(null).max(axis=1) > _MOVED
+  moved = np.abs(null).max(axis=1) > change.criteria.moved
   parts = zip(tensors, scales**2 * squares, moved, strict=True)
   return {"scales of whole tensors": {t.name: float(part) for t, part, own in parts if own}}
+
+
+def _whole_relations(tensors: Sequence[_Tensor], change: _Change) -> np.ndarray:
+  """Combinations of rescalings of whole tensors that change no margin."""
+  columns = [change({t.index: t.value}) for t in tensors]
+  return _null_space(columns, [_generic(t, change) for t in tensors], change.criteria.symmetric)
 
 
 def _units(tensors: Sequence[_Tensor], change: _Change) -> _Parts:
@@ -236,10 +241,12 @@ def _units(tensors: Sequence[_Tensor], change: _Change) -> _Parts:
     columns = [
       np.concatenate([change({t.index: _scaled(t.value, v, outgoing)}) for v in trials]) for t, outgoing in parts
     ]
-    null = _null_space(columns, [len(trials) ** 0.5 * generic[t.index] for t, _ in parts], change.tolerance)
+    null = _null_space(columns, [len(trials) ** 0.5 * generic[t.index] for t, _ in parts], change.criteria.symmetric)
     if null.shape[1]:
       coefficients = _coefficients(*_along_units(parts, null, width)).reshape(null.shape[1], width)
-      moved = {t.index: t for (t, _), weights in zip(parts, null, strict=True) if np.abs(weights).max() > _MOVED}
+      moved = {
+        t.index: t for (t, _), weights in zip(parts, null, strict=True) if np.abs(weights).max() > change.criteria.moved
+      }
       name = f"units of {', '.join(t.name for t in moved.values())}"
       found[name] = {t.name: _in_tensor(t, parts, null @ coefficients) for t in moved.values()}
   return found

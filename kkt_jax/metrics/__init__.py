@@ -24,25 +24,7 @@ from kkt_jax.metrics.similarity import (
   ssim_nearest_indices,
 )
 
-__all__ = [
-  "Point",
-  "RECOVERED_SSIM",
-  "Roc",
-  "Trial",
-  "conformal_p_values",
-  "faithfulness",
-  "kernel_distance",
-  "nearer_to_training",
-  "pairwise_distance",
-  "pairwise_mse",
-  "pairwise_ncc",
-  "pairwise_ssim",
-  "precision_coverage",
-  "precision_recall",
-  "q_values",
-  "retrieval",
-  "roc",
-  "ssim",
-  "ssim_nearest_indices",
-  "within_class_distance",
-]
+__all__ = ["Point", "RECOVERED_SSIM", "Roc", "Trial", "conformal_p_values", "faithfulness", "kernel_distance"]
+__all__ += ["nearer_to_training", "pairwise_distance", "pairwise_mse", "pairwise_ncc", "pairwise_ssim"]
+__all__ += ["precision_coverage", "precision_recall", "q_values", "retrieval", "roc", "ssim", "ssim_nearest_indices"]
+__all__ += ["within_class_distance"]

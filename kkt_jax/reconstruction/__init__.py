@@ -8,21 +8,5 @@ from kkt_jax.reconstruction.step import Problem, TrainState
 from kkt_jax.reconstruction.terms import Batch, Term
 from kkt_jax.reconstruction.trainer import Trainer
 
-__all__ = [
-  "Batch",
-  "Observer",
-  "Problem",
-  "Recipe",
-  "Reconstruction",
-  "Schedule",
-  "Stationarity",
-  "Term",
-  "TrainState",
-  "Trainer",
-  "TrainingDiverged",
-  "distil",
-  "polish",
-  "reconstruct",
-  "start",
-  "train",
-]
+__all__ = ["Batch", "Observer", "Problem", "Recipe", "Reconstruction", "Schedule", "Stationarity", "Term"]
+__all__ += ["TrainState", "Trainer", "TrainingDiverged", "distil", "polish", "reconstruct", "start", "train"]

@@ -124,12 +124,16 @@ class Schedule:
     restarts: generators that are started; the one with the least loss without stationarity and without terms that have
       a schedule goes on.
     restart_steps: steps of each before the choice; stationarity does not count in them.
+    looks: shares of the training after which it ends, if polishing certifies all training samples then.
+    hopeful: share of a few samples that polishing must certify then, and more, before all are polished; and of all, for
+      another look.
     polish_rounds: most rounds of polishing after the training, where the subspace of the data is revealed and the
       generator is finite; 0 leaves it out. See `kkt_jax.reconstruction.polish`.
     match_steps: steps of fitting a network of continuous noise to the generator's samples; 0 keeps the generator.
       See `kkt_jax.reconstruction.distil`.
+    nearly_all: share of the training samples that makes a further table not worth its time.
     tables: how often the generator is trained, from different starts, at most. Where samples are certified, a further
-      one brings others, until nine of ten are; else that network is fitted to the samples of all.
+      one brings others, until more than ``nearly_all`` are; else that network is fitted to the samples of all.
     joint_steps: steps of training that network by the equations.
     joint: optimizer of its parameters and of the multipliers then.
     joint_factors: factors on the weights of terms then, by name.
@@ -144,6 +148,9 @@ class Schedule:
   margin: float | None = None
   restarts: int = 1
   restart_steps: int = 0
+  looks: tuple[float, ...] = (0.4, 0.7)
+  hopeful: float = 0.5
+  nearly_all: float = 0.9
   polish_rounds: int = 12
   match_steps: int = 0
   tables: int = 1
@@ -153,17 +160,10 @@ class Schedule:
   steps_per_call: int = 1
 
   def __post_init__(self) -> None:
-    for name, least in (
-      ("steps", 0),
-      ("restarts", 1),
-      ("restart_steps", 0),
-      ("polish_rounds", 0),
-      ("match_steps", 0),
-      ("tables", 1),
-      ("joint_steps", 0),
-      ("steps_per_call", 1),
-    ):
-      _checks.check_at_least(name, getattr(self, name), least)
+    for name in ("steps", "restart_steps", "polish_rounds", "match_steps", "joint_steps"):
+      _checks.check_at_least(name, getattr(self, name), 0)
+    for name in ("restarts", "tables", "steps_per_call"):
+      _checks.check_at_least(name, getattr(self, name), 1)
     if self.margin is not None:
       _checks.check_positive("margin", self.margin)
     if self.restarts > 1 and not self.restart_steps or 0 < self.steps <= self.restart_steps:
@@ -367,10 +367,7 @@ def softmax_multipliers() -> MultipliersFactory:
 
 
 def network_multipliers(
-  *,
-  positive: Callable[[jax.Array], jax.Array] = jax.nn.softplus,
-  hidden: Sequence[int] = (8, 32),
-  scaled: bool = False,
+  *, positive: Callable[[jax.Array], jax.Array] = jax.nn.softplus, hidden: Sequence[int] = (8, 32), scaled: bool = False
 ) -> MultipliersFactory:
   """The network h(x, y, t; eta) of section 4.
 

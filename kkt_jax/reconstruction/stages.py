@@ -25,10 +25,7 @@ from kkt_jax.reconstruction.result import Reconstruction
 from kkt_jax.reconstruction.step import TrainState
 from kkt_jax.reconstruction.trainer import Trainer
 
-_LOOKS = (0.4, 0.7)  # shares of the training after which it may end, if all training samples are certified
-_QUICK, _QUICK_STEPS = 4, 20  # rounds of polishing then, and steps of each
-_NEARLY_ALL = 0.9  # share of the training samples that makes another table not worth its time
-_HOPEFUL = 0.5  # share of a few samples that polishing must certify then, and of all for another look
+_QUICK, _QUICK_STEPS = 4, 20  # rounds of polishing where training may end, and steps of each
 
 
 @full_precision
@@ -83,7 +80,7 @@ def reconstruct(
   made, others = _train_until_certified(begin, saver, observer), list[Reconstruction]()
   for number in range(1, schedule.tables):
     certified = any(len(own.y) for own in made.exact)
-    if made.certified_share > _NEARLY_ALL or not (certified or schedule.match_steps):
+    if made.certified_share > schedule.nearly_all or not (certified or schedule.match_steps):
       break
     later = _later(observer, schedule, number)
     another = Reconstruction(trainer, _best_start(trainer, seed + number * schedule.restarts, later))
@@ -151,8 +148,9 @@ def polish(
   Args:
     reconstruction: what is polished.
     rounds: how many; those of the recipe if None.
-    quick: whether nothing is tried unless half of a few samples become training samples, later rounds start from
-      twice as many places as there can be training samples, not from every one, and each takes a third of the steps.
+    quick: whether nothing is tried unless more than ``hopeful`` of a few samples become training samples, later rounds
+      start from twice as many places as there can be training samples, not from every one, and each takes a third of
+      the steps.
     known: what another reconstruction from the same classifiers certified; these samples are put in, too.
     observer: its ``on_round`` is called.
 
@@ -160,7 +158,8 @@ def polish(
     The reconstruction with these samples, and with ``exact``. As it was, but for ``exact``, where no subspace is
     revealed or the generator is not finite.
   """
-  rounds = reconstruction.recipe.schedule.polish_rounds if rounds is None else rounds
+  schedule = reconstruction.recipe.schedule
+  rounds = schedule.polish_rounds if rounds is None else rounds
   generator = reconstruction.problem.generator
   if generator.put is None or not rounds:
     return reconstruction
@@ -169,9 +168,8 @@ def polish(
   found: list[Exact] = []
   for t, (own, part) in enumerate(zip(reconstruction.examinations, reconstruction.parts(), strict=True)):
     tell = functools.partial(observer.on_round, t)
-    less: dict[str, Any] = {}
-    if quick:
-      less = {"points": 2 * own.most_samples, "num_steps": _QUICK_STEPS, "least_hope": _HOPEFUL}
+    less: dict[str, Any] = {"points": 2 * own.most_samples, "num_steps": _QUICK_STEPS} if quick else {}
+    less |= {"least_hope": schedule.hopeful} if quick else {}
     guesses, labels = own.classifier.to_unit(x[part]), y[part]
     if known:
       guesses, labels = jnp.concatenate([guesses, known[t].unit]), np.concatenate([labels, known[t].y])
@@ -221,8 +219,9 @@ def distil(
   for index, own in enumerate(table.examinations):
     unit = own.classifier.to_unit(jnp.concatenate([x[parts[index]] for x, _, parts in tables]))
     labels = np.concatenate([y[parts[index]] for _, y, parts in tables])
-    certified = table.exact[index].unit if table.exact else None
-    samples.append((flow.leaning_on_others(unit, labels, certified), labels))
+    found = table.exact[index] if table.exact else None
+    known = {} if found is None else {"certified": found.unit, "least": found.criteria.least_distance}
+    samples.append((flow.leaning_on_others(unit, labels, **known), labels))
   steps = table.recipe.schedule.match_steps
   theta = flow.match(match_key, theta, table.examinations, samples, num_steps=steps, on_progress=observer.on_match)
   params = {name: own for name, own in table.state.params.items() if name != "gates"}  # those of a table's samples
@@ -247,13 +246,13 @@ def _later(observer: Observer, schedule: Schedule, tables: int) -> Observer:
 def _train_until_certified(begin: Reconstruction, saver: Saver | None, observer: Observer) -> Reconstruction:
   """Trained and polished; the training ends early where a quick look certifies every sample that there can be."""
   schedule = begin.recipe.schedule
-  for look in (int(share * schedule.steps) for share in _LOOKS):
+  for look in (int(share * schedule.steps) for share in schedule.looks):
     if int(begin.state.step) <= look > 0:
       begin = train(begin, look, saver=saver, observer=observer)
       found = polish(begin, min(_QUICK, schedule.polish_rounds), quick=True, observer=observer)
       if found.certified_share == 1:
         return found
-      if found.certified_share < _HOPEFUL:
+      if found.certified_share < schedule.hopeful:
         break  # looking takes long
   return polish(train(begin, saver=saver, observer=observer), observer=observer)
 

@@ -60,6 +60,11 @@ class Problem:
   microbatch_size: int | None = None
   mesh: Mesh | None = None
 
+  @property
+  def active_terms(self) -> dict[str, Term]:
+    """The terms that have a weight."""
+    return {name: term for name, term in self.terms.items() if term.weight}
+
 
 class TrainState(NamedTuple):
   """Everything that a bitwise resume needs; a pytree of arrays.
@@ -216,64 +221,14 @@ def make_train_step(problem: Problem) -> TrainStep:
     ``"margin"`` (e^-alpha, [T]). Samples of a batch interact through the stationarity sum, and through batch norm if a
     network has it.
   """
-  active = {name: term for name, term in problem.terms.items() if term.weight}
-
-  def means(
-    part: tuple[jax.Array, jax.Array], params: PyTree, statistics: PyTree, classifiers: Sequence[Classifier]
-  ) -> tuple[list[tuple[PyTree, dict[str, jax.Array]]], PyTree]:
-    """For each classifier the stationarity sum and the other terms of (a part of) a batch."""
-    if problem.mesh is not None:
-      part = sharding.split_samples(part, problem.mesh)
-    samples, statistics = _generate(problem, params, statistics, *part)
-    batches = _batches(problem, params, classifiers, samples, *part)
-    found = []
-    for classifier, (batch, pull_back) in zip(classifiers, batches, strict=True):
-      values = {name: term.function(classifier, batch) for name, term in active.items()}
-      if problem.microbatch_size is not None:
-        whole = [name for name, value in values.items() if jnp.ndim(value) == 0]
-        if whole:
-          raise ValueError(f"microbatch_size must be None with terms of the batch as a whole, {', '.join(whole)}.")
-      sums = _stationarity_sum(batch, pull_back) if problem.stationarity.weight else {}
-      found.append((sums, {name: jnp.mean(value) for name, value in values.items()}))
-    return found, statistics
-
-  def loss_fn(
-    params: PyTree,
-    state: TrainState,
-    key: jax.Array,
-    classifiers: Sequence[Classifier],
-    conditions: Sequence[Conditions],
-  ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
-    progress = _progress(problem, state)
-    samples = _samples(problem, classifiers, key, progress)
-    of_part = lambda part: means(part, params, state.statistics, classifiers)
-    if problem.microbatch_size is not None:
-      mean = optax.microbatching.AccumulationType.MEAN
-      of_part = optax.microbatching.microbatch(jax.checkpoint(of_part), 0, problem.microbatch_size, mean)
-    own, statistics = of_part(samples)
-    values = {name: jnp.stack([found[name] for _, found in own]) for name in active}
-    weights = {name: _weight(term, progress) for name, term in active.items()}
-    metrics = dict(values)
-    if problem.stationarity.weight:
-      pairs = [
-        _stationarity(problem.stationarity, condition, sums, alpha)
-        for condition, (sums, _), alpha in zip(conditions, own, params["alpha"], strict=True)
-      ]
-      values["stationarity"] = jnp.stack([value for value, _ in pairs])
-      weights["stationarity"] = _stationarity_weight(problem.stationarity, progress)
-      metrics |= {"stationarity": values["stationarity"], "residual": jnp.stack([logged for _, logged in pairs])}
-    total = sum((weights[name] * jnp.sum(value) for name, value in values.items()), jnp.zeros(()))
-    metrics |= {"total": total, "margin": jnp.exp(-params["alpha"])}
-    return total, (metrics, statistics)
 
   @full_precision
   def one_step(
     state: TrainState, classifiers: Sequence[Classifier], conditions: Sequence[Conditions]
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     noise_key, _, key = jax.random.split(state.key, 3)
-    gradient, (metrics, statistics) = jax.grad(loss_fn, has_aux=True)(
-      state.params, state, noise_key, classifiers, conditions
-    )
+    loss_fn = jax.grad(functools.partial(_loss, problem), has_aux=True)
+    gradient, (metrics, statistics) = loss_fn(state.params, state, noise_key, classifiers, conditions)
     metrics["gradient_norm"] = optax.tree.norm(gradient)
     updates, opt_state = problem.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -293,6 +248,62 @@ def make_train_step(problem: Problem) -> TrainStep:
     return jax.lax.fori_loop(0, count, lambda _, carry: one_step(carry[0], classifiers, conditions), (state, zeros))
 
   return steps
+
+
+def _loss(
+  problem: Problem,
+  params: PyTree,
+  state: TrainState,
+  key: jax.Array,
+  classifiers: Sequence[Classifier],
+  conditions: Sequence[Conditions],
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
+  """The loss of a batch, summed over classifiers (Eqs. 7, 13), with metrics and the generator's running averages."""
+  progress = _progress(problem, state)
+  samples = _samples(problem, classifiers, key, progress)
+  of_part = lambda part: _means(problem, params, state.statistics, classifiers, part)
+  if problem.microbatch_size is not None:
+    mean = optax.microbatching.AccumulationType.MEAN
+    of_part = optax.microbatching.microbatch(jax.checkpoint(of_part), 0, problem.microbatch_size, mean)
+  means, statistics = of_part(samples)
+  active = problem.active_terms
+  values = {name: jnp.stack([of_terms[name] for _, of_terms in means]) for name in active}
+  weights = {name: _weight(term, progress) for name, term in active.items()}
+  metrics = dict(values)
+  if problem.stationarity.weight:
+    pairs = [
+      _stationarity(problem.stationarity, condition, sums, alpha)
+      for condition, (sums, _), alpha in zip(conditions, means, params["alpha"], strict=True)
+    ]
+    values["stationarity"] = jnp.stack([value for value, _ in pairs])
+    weights["stationarity"] = _stationarity_weight(problem.stationarity, progress)
+    metrics |= {"stationarity": values["stationarity"], "residual": jnp.stack([logged for _, logged in pairs])}
+  total = sum((weights[name] * jnp.sum(value) for name, value in values.items()), jnp.zeros(()))
+  metrics |= {"total": total, "margin": jnp.exp(-params["alpha"])}
+  return total, (metrics, statistics)
+
+
+def _means(
+  problem: Problem,
+  params: PyTree,
+  statistics: PyTree,
+  classifiers: Sequence[Classifier],
+  samples: tuple[jax.Array, jax.Array],
+) -> tuple[list[tuple[PyTree, dict[str, jax.Array]]], PyTree]:
+  """For each classifier the stationarity sum and the means of the other terms over (a part of) a batch."""
+  if problem.mesh is not None:
+    samples = sharding.split_samples(samples, problem.mesh)
+  x, statistics = _generate(problem, params, statistics, *samples)
+  means = []
+  batches = _batches(problem, params, classifiers, x, *samples)
+  for classifier, (batch, pull_back) in zip(classifiers, batches, strict=True):
+    values = {name: term.function(classifier, batch) for name, term in problem.active_terms.items()}
+    whole = [name for name, value in values.items() if jnp.ndim(value) == 0]
+    if whole and problem.microbatch_size is not None:
+      raise ValueError(f"microbatch_size must be None with terms of the batch as a whole, {', '.join(whole)}.")
+    sums = _stationarity_sum(batch, pull_back) if problem.stationarity.weight else {}
+    means.append((sums, {name: jnp.mean(value) for name, value in values.items()}))
+  return means, statistics
 
 
 @full_precision
@@ -316,13 +327,7 @@ def _samples(
 
 
 def _generate(
-  problem: Problem,
-  params: PyTree,
-  statistics: PyTree,
-  noise: jax.Array,
-  y: jax.Array,
-  *,
-  train: bool = True,
+  problem: Problem, params: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, *, train: bool = True
 ) -> tuple[list[jax.Array], PyTree]:
   """One pass of the generator for all classifiers: from noise [M, T, D] and labels [M, T] to samples for each.
 

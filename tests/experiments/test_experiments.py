@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import circle, duality_loss, faces, images, lambda_estimation, mnist, novelty, swap, vertices
+from experiments import circle, duality_loss, faces, images, lambda_estimation, mnist, novelty, swap
 from experiments.attack import methods, plane
 from experiments.benchmark import __main__ as benchmark
 import kkt_jax
@@ -338,18 +338,6 @@ def test_a_wrong_digit_is_seen_by_every_equation(tmp_path, monkeypatch, batch_no
 
 
 @slow
-def test_few_digits_are_all_vertices_most_are_certifiable_by_one_end_alone_and_nothing_else_is(tmp_path):
-  results = vertices.run(vertices.Config(sizes="20,100", starts=20), tmp_path)
-  row, larger = results["sizes"]["20"], results["sizes"]["100"]
-  assert row["vertices"] == larger["vertices"] == 1
-  assert row["certifiable"] >= 0.5 and larger["certifiable"] >= 0.8  # whole levels and equations certify the others
-  assert row["false_others"] == row["false_random"] == larger["false_others"] == larger["false_random"] == 0
-  assert row["found_others"] > 0.3
-  assert (tmp_path / "vertices.png").exists()
-  assert "digits" in results["summary"]
-
-
-@slow
 def test_the_curve_of_novelty_is_that_of_the_run_that_is_given_or_trained(tmp_path, monkeypatch):
   small = images.resolve(mnist.Config(batch_norm=False, **SMALL), mnist.DEFAULTS)
   data = mnist.digits(small)
@@ -384,12 +372,6 @@ def test_impossible_sizes_of_displacements_are_named(tmp_path, sizes):
   with pytest.raises(UsageError, match=r"--run must be .* has none"):
     novelty.run(novelty.Config(run=str(tmp_path)), tmp_path / "new")
   assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("sizes", ["ten", "25", "10"])
-def test_impossible_numbers_of_digits_are_named(tmp_path, sizes):
-  with pytest.raises(UsageError, match="--sizes must be"):
-    vertices.run(vertices.Config(sizes=sizes), tmp_path)
 
 
 @slow

@@ -292,10 +292,7 @@ def test_the_residual_is_that_of_the_conditions(measured):
   target = np.asarray(done.conditions[0].target)
   means = np.stack([data.train.x[data.train.y == label].mean(0) for label in data.train.y])
   many = np.resize([0, 1], 30)
-  for name, x, y in (
-    ("class_means", means, data.train.y),
-    ("fresh_noise", done.sample(None, many), many),
-  ):
+  for name, x, y in (("class_means", means, data.train.y), ("fresh_noise", done.sample(None, many), many)):
     error = np.asarray(softmax_sum(done.classifiers[0], x, y)) - target
     assert metrics[name]["residual"][0] == pytest.approx(np.sum(error**2) / np.sum(target**2), rel=1e-3), name
   for name in ("training_data", "trained_noise"):

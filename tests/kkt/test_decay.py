@@ -147,10 +147,7 @@ def test_a_strength_for_each_tensor_is_a_tree_or_a_function_of_names():
 @pytest.mark.parametrize(
   ("weight_decay", "said"),
   [
-    (
-      {"last": 0.1},
-      "a number, a tree of numbers like params, or a function of the names of .*, such as 'first/bias'",
-    ),
+    ({"last": 0.1}, "a number, a tree of numbers like params, or a function of the names of .*, such as 'first/bias'"),
     ((0.1, 0.2), "a number, a tree of numbers like params"),
     (lambda name: -1.0, "or 0 where there is none; got -1.0 for 'first/bias'"),
     (lambda name: 0.0, "at least of one tensor"),
