@@ -12,7 +12,7 @@ for the true data, other real data, the mean image and noise.
 
 from kkt_jax.metrics.distances import pairwise_distance, precision_coverage, within_class_distance
 from kkt_jax.metrics.distributions import kernel_distance, precision_recall
-from kkt_jax.metrics.membership import conformal_p_values, Point, q_values, Roc, roc, Trial
+from kkt_jax.metrics.membership import conformal_p_values, epsilon_lower_bound, Point, q_values, Roc, roc, Trial
 from kkt_jax.metrics.memorisation import nearer_to_training, retrieval
 from kkt_jax.metrics.similarity import (
   faithfulness,
@@ -30,6 +30,7 @@ __all__ = [
   "Roc",
   "Trial",
   "conformal_p_values",
+  "epsilon_lower_bound",
   "faithfulness",
   "kernel_distance",
   "nearer_to_training",
