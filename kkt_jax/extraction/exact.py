@@ -67,7 +67,7 @@ def find(
     rounds: at most so many.
     points: about how many later rounds start from; as many as there are guesses if None.
     num_steps: of `kkt_jax.extraction.vertices.polish`.
-    least_hope: there must be more `hope` than this.
+    least_hope: there must be more `hope` than this, and as great a share of the training samples after each round.
     criteria: what certifies a sample; the default `Criteria` if None.
     on_round: called with (round, number of training samples, most that there can be).
 
@@ -116,7 +116,7 @@ def find(
       on_round(number + 1, len(chosen), most)
     if len(chosen) == most:
       led[:] = True  # there are no others, so that every guess was meant for one of these
-    if len(chosen) == most or idle == _IDLE:
+    if len(chosen) == most or idle == _IDLE or len(chosen) < least_hope * most:
       break
   return found, led
 
