@@ -2,8 +2,8 @@
 
 One classifier is the case T = 1 of T classifiers. All of them share one generator g(noise, y, t; theta) and the
 multipliers h(x, y, t; eta), which take the classifier's index t; each has its own alpha. A step generates M samples for
-each classifier, sums the losses over the classifiers (Eqs. 7, 13) and moves theta, eta and alpha together, as section 4
-of the paper describes it. `kkt_jax.reconstruction.reconstruct` is the door to all of this.
+each classifier, sums the losses over the classifiers (Eqs. 7, 12, 13) and moves theta, eta and alpha together, as
+section 4 of the paper describes it. `kkt_jax.reconstruction.reconstruct` is the door to all of this.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -258,7 +258,7 @@ def _loss(
   classifiers: Sequence[Classifier],
   conditions: Sequence[Conditions],
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
-  """The loss of a batch, summed over classifiers (Eqs. 7, 13), with metrics and the generator's running averages."""
+  """The loss of a batch, summed over classifiers (Eqs. 7, 12, 13), with metrics and running averages."""
   progress = _progress(problem, state)
   samples = _samples(problem, classifiers, key, progress)
   of_part = lambda part: _means(problem, params, state.statistics, classifiers, part)
