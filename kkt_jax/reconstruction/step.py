@@ -321,7 +321,10 @@ def _samples(
 ) -> tuple[jax.Array, jax.Array]:
   """Noise [M, T, D] and labels [M, T] of a step's batch; samples first, to be cut into microbatches."""
   keys = jax.random.split(key, len(classifiers))
-  noise = [problem.generator.noise(own, progress, classes) for own, classes in zip(keys, problem.classes, strict=True)]
+  noise = [
+    problem.generator.noise(noise_key, progress, classes)
+    for noise_key, classes in zip(keys, problem.classes, strict=True)
+  ]
   y = [np.asarray(c.labels)[classes] for c, classes in zip(classifiers, problem.classes, strict=True)]
   return jnp.stack(noise, axis=1), jnp.asarray(np.stack(y, axis=1))
 
@@ -358,7 +361,7 @@ def _batches(
     gates = []
     if "gates" in params:
       code = code_of(noise[:, index], problem.generator.codes)
-      gates = [[own[classes, code] for own in params["gates"][index]]]
+      gates = [[logits[classes, code] for logits in params["gates"][index]]]
     whole, pull_back = _evaluate(classifier, x, problem.stationarity.compute_dtype, *gates)
     batch = Batch(x, classifier.to_unit(x), labels, classes, noise[:, index], index, alpha, *whole)
     mu = problem.multipliers.apply(params["eta"]["multipliers"], classifier, batch)
@@ -385,7 +388,7 @@ def _evaluate(
   """
   forward = lambda params, x, *gates: classifier.forward(params, x, True, *gates)
   if compute_dtype is None:
-    split = lambda params: ((found := forward(params, x, *gates)).logits, found)
+    split = lambda params: ((evaluation := forward(params, x, *gates)).logits, evaluation)
     _, pull_back, whole = jax.vjp(split, classifier.params, has_aux=True)
     return whole, pull_back
   rough = computed_in(lambda params, x, *gates: forward(params, x, *gates).logits, compute_dtype)
