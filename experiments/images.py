@@ -191,10 +191,11 @@ def recipe_of(config: Any, examinations: "Sequence[kkt_jax.Examination]", *, dra
 
   table = kkt_jax.generators.table(codes=config.codes, deviation=config.deviation)
   recipe = dataclasses.replace(recipes.default(examinations), generator=table)
+  recipe = recipe.with_schedule(tables=_TABLES if drawings else 1)
   if config.generator == "network":
     steps = config.steps or recipe.schedule.steps
-    joint_steps, tables = min(steps, recipe.schedule.joint_steps), _TABLES if drawings else 1
-    recipe = recipe.with_schedule(match_steps=2 * steps, tables=tables, joint_steps=joint_steps)
+    joint_steps = min(steps, recipe.schedule.joint_steps)
+    recipe = recipe.with_schedule(match_steps=2 * steps, joint_steps=joint_steps)
     batch_size = recipe.generator(examinations).batch_size
     flow = kkt_jax.generators.Flow(batch_size=batch_size, temperature=_TEMPERATURE, **_FLOW[drawings])
     recipe = dataclasses.replace(recipe, flow=flow)

@@ -12,7 +12,7 @@ from kkt_jax.auditing.matching import comparable, similarity, tested
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.criteria import AuditCriteria
 from kkt_jax.membership import candidates
-from kkt_jax.metrics import conformal_p_values, q_values, Roc, roc
+from kkt_jax.metrics import conformal_p_values, epsilon_lower_bound, q_values, Roc, roc
 
 _DEFAULT = AuditCriteria()
 _PAIRS = 10**7  # of images that are compared before the training
@@ -66,6 +66,12 @@ class Scored(NamedTuple):
   values: Mapping[str, tuple[np.ndarray, np.ndarray]]
   risks: Sequence[Risk]
   p_value: float
+
+  @property
+  def epsilon(self) -> float:
+    """With 95 % confidence, over all scores, training was not differentially private with a lesser epsilon."""
+    confidence = 1 - 0.05 / len(self.values)
+    return max(epsilon_lower_bound(*sides, confidence=confidence) for sides in self.values.values())
 
   @property
   def members(self) -> int:

@@ -87,6 +87,7 @@ class AuditReport:
     compared: these against the training data, for each classifier; see `kkt_jax.auditing.matching.exactness`.
     measured: what the classifier and its conditions say of samples and of their controls (`ROWS`).
     criteria: by what the audit decided.
+    identity: what was audited, and how: SHA-256 of weights, data and settings, and the version of this program.
   """
 
   verdict: Verdict
@@ -106,6 +107,32 @@ class AuditReport:
   compared: Sequence[Mapping[str, int]] = ()
   measured: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
   criteria: AuditCriteria = AuditCriteria()
+  identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def states(self) -> dict[str, tuple[str, Verdict | None]]:
+    """For each question what became of it (`kkt_jax.auditing.verdict.state`), and the answer if there is one."""
+    rebuilt, inferred = self.answers.get("Reconstruction", self.verdict), self.answers.get("Membership inference")
+    return {
+      "Reconstruction": (verdict.state(rebuilt, applicable=self.reconstruction is not None), rebuilt),
+      "Membership inference": (verdict.state(inferred), inferred),
+    }
+
+  @functools.cached_property
+  def by_class(self) -> list[dict[str, int]]:
+    """For each class, how many members were tested and identified, and how many were scored and named."""
+    own, named = self.trials.get("generated"), set(self.at_risk)
+    risks = () if self.scored is None else self.scored.risks
+    return [
+      {
+        "class": label,
+        "tested": 0 if own is None else int(np.sum(own.y == label)),
+        "identified": 0 if own is None else int(np.sum(own.hits[own.y == label])),
+        "scored": sum(risk.label == label for risk in risks),
+        "named": sum(risk.label == label and risk in named for risk in risks),
+      }
+      for label in range(self.examination.classifier.num_classes)
+    ]
 
   @property
   def members(self) -> list[str]:
@@ -153,6 +180,8 @@ class AuditReport:
       "verdict": str(self.verdict),
       "level": self.verdict.level,
       "answers": {name: own._asdict() for name, own in self.answers.items()},
+      "states": {name: state for name, (state, _) in self.states.items()},
+      "identity": dict(self.identity),
       "fit": {} if self.fit is None else {"guessing": self.fit.guessing, **self.fit.known},
       "form": self.examination.form,
       "bounds": dict(self.examination.bounds),
@@ -162,6 +191,8 @@ class AuditReport:
       "leaks": [dict(list(leak._asdict().items())[:-1]) for leak in self.leaks],
       "scores": {} if self.scored is None else {name: _plain(curve) for name, curve in self.scored.curves.items()},
       "scores_p_value": None if self.scored is None else self.scored.p_value,
+      "epsilon_lower_bound": None if self.scored is None else self.scored.epsilon,
+      "by_class": self.by_class,
       "training_samples": [own._asdict() for own in (self.scored.risks if self.scored else ())],
       "candidates": None if self.candidates is None else [own._asdict() for own in self.candidates],
       "certified": dict(self.certified),
@@ -229,6 +260,10 @@ class AuditReport:
       candidates=self.candidates,
       curves=self._curves,
       at_risk=self.at_risk,
+      thumbnails=self._thumbnails,
+      states=self.states,
+      by_class=self.by_class,
+      images=self.train is not None and _are_images(self.train),
       rate=self.criteria.false_discovery_rate,
       assumed=[verdict.ASSUMED[kind] for kind, count in self.certified.items() if count],
       assumed_by_all=verdict.ASSUMED_BY_ALL,
@@ -246,6 +281,7 @@ class AuditReport:
         "Program": f"kkt_jax {kkt_jax.__version__}, jax {jax.__version__}, Python {platform.python_version()}",
         "Machine": f"{platform.system()} {platform.machine()}, {jax.devices()[0].device_kind}",
         **({} if made is None else made),
+        **self.identity,
       },
     )
 
@@ -273,6 +309,15 @@ class AuditReport:
     content = io.BytesIO()
     pictures.scores(content, {SCORES[name]: self.scored.values[name] for name in (self.scored.best, "loss")})
     return content.getvalue()
+
+  @property
+  def _thumbnails(self) -> dict[str, bytes]:
+    """PNG of the first training samples at risk, by name, if they are images."""
+    if self.train is None or not _are_images(self.train):
+      return {}
+    places = {name: place for place, name in enumerate(self.train.names)}
+    first = [own.name for own in self.at_risk if own.name in places][: 2 * _WORST]
+    return {name: pictures.png(self.train.x[places[name]]) for name in first}
 
   @functools.cached_property
   def _against(self) -> dict[str, Any]:

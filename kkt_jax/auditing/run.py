@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import hashlib
 import logging
 from typing import Any
 
@@ -9,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import kkt_jax
 from kkt_jax import metrics
 from kkt_jax._errors import InputError
+from kkt_jax._tree import tensor_names
 from kkt_jax.analysis.examination import check_outputs, Examination, examine
 from kkt_jax.auditing import data, description, matching, membership, pictures, verdict
 from kkt_jax.auditing.report import AuditReport, CONTROLS, Leak, ROWS
@@ -132,6 +135,7 @@ def audit(
     _LOG.info("scoring single samples for membership inference")
     scored = None if given.train is None else membership.score(examination, given.train, given.held_out, criteria)
     asked_about = None if asked is None else membership.suspects(examination, asked, given.held_out, criteria)
+  sets = {"training data": given.train, "held-out data": given.held_out, "candidates": asked}
   report = AuditReport(
     verdict=verdict.refusal(examination.bound),
     examination=examination,
@@ -143,6 +147,7 @@ def audit(
     scored=scored,
     candidates=asked_about,
     criteria=criteria,
+    identity=_identity(examination, sets, config.form, config.force, criteria, recipe.schedule.steps, seed),
   )
   return _concluded(report, given.held_out, likeness)
 
@@ -160,6 +165,16 @@ def _fit(
     if fit.refusal and not config.force:
       raise InputError(fit.refusal)
   return fit
+
+
+def _identity(examination: Examination, sets: Mapping[str, Samples | None], *settings: Any) -> dict[str, str]:
+  """What decides on the result: SHA-256 of weights, data and settings, and the version of this program."""
+  own, variables = hashlib.sha256(), (examination.classifier.params, examination.classifier.statistics)
+  for name, leaf in zip(tensor_names(variables), jax.tree.leaves(variables), strict=True):
+    own.update(f"{name} {leaf.dtype} {leaf.shape} ".encode() + np.asarray(leaf).tobytes())
+  digests = {"weights": own.hexdigest()} | {what: own.digest() for what, own in sets.items() if own is not None}
+  digests["settings"] = hashlib.sha256(repr((*settings, examination.criteria)).encode()).hexdigest()
+  return {f"Identity of {what}": digest for what, digest in digests.items()} | {"Version": kkt_jax.__version__}
 
 
 def _concluded(report: AuditReport, held_out: Samples | None, likeness: Reconstruction | None) -> AuditReport:
@@ -214,6 +229,8 @@ def _concluded(report: AuditReport, held_out: Samples | None, likeness: Reconstr
   if report.candidates is not None and not report.confounded:
     named = verdict.of_risks(report.candidates, "candidates", report.criteria)
     answer = answer._replace(reasons=[*answer.reasons, named])
+    if report.scored is None:
+      answers["Membership inference"] = verdict.Verdict("member" if report.at_risk else "none", named, [])
   return dataclasses.replace(report, verdict=answer, answers=answers)
 
 

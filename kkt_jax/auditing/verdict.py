@@ -34,6 +34,8 @@ ASSUMED_BY_ALL = (
   " for one another, or combine to others that would pass as well, are not certified."
 )
 
+_FOUND = {"leak": "found", "member": "found", "class": "not found", "none": "not found"}
+
 
 class Verdict(NamedTuple):
   """An answer.
@@ -55,6 +57,13 @@ class Verdict(NamedTuple):
     return " ".join([self.answer, *self.reasons])
 
 
+def state(answer: Verdict | None, *, applicable: bool = True) -> str:
+  """What became of a question: found, not found, not applicable (no theory covers the weights), or not evaluable."""
+  if answer is None or answer.level == "open":
+    return "not evaluable" if applicable else "not applicable"
+  return _FOUND[answer.level]
+
+
 def of_scores(scored: Scored, criteria: AuditCriteria = _DEFAULT) -> Verdict:
   """The answer on membership inference, by scores of single samples (`kkt_jax.auditing.membership.score`)."""
   own, naive = scored.curves[scored.best], scored.curves["loss"]
@@ -66,7 +75,7 @@ def of_scores(scored: Scored, criteria: AuditCriteria = _DEFAULT) -> Verdict:
     counted += f", and {naive.points[0].members} by their loss, the baseline (AUC {naive.auc:.3f})"
   if scored.p_value < criteria.significant:
     answer = "Membership can be inferred: members and non-members are distinguishable."
-    return Verdict("member", answer, [f"{counted}."])
+    return Verdict("member", answer, [f"{counted}; p = {scored.p_value:.2g}."])
   answer = "No evidence that membership can be inferred from these scores."
   return Verdict("none", answer, [f"{counted}; chance explains that (p = {scored.p_value:.2g})."])
 

@@ -32,7 +32,7 @@ class RunProgress:
     self._tries = schedule.restarts * schedule.restart_steps if schedule.steps else 0
     self._table = self._tries + schedule.steps
     self._network = schedule.tables * self._table
-    total = self._network + schedule.match_steps + schedule.joint_steps if schedule.match_steps else self._table
+    total = self._network + (schedule.match_steps + schedule.joint_steps if schedule.match_steps else 0)
     self._at, self._left_out = self._tries + start if start else 0, 0
     self._progress = Progress("generator", total, start=self._at)
 

@@ -16,7 +16,7 @@ from kkt_jax.extraction.certificates import Candidates
 
 _FEW = 48  # guesses that are polished to see whether there is any hope
 _FEWER = 16  # the same, to see whether there is much
-_IDLE = 2  # rounds without a new training sample after which the search ends
+_IDLE, _BRINGS = 2, 0.05  # rounds that bring less than this share of what is missing after which the search ends
 
 
 class Exact(NamedTuple):
@@ -58,7 +58,7 @@ def find(
   of a guess and another, or a sample that is found, of its label. Where samples are certified by the equations, the
   others lie in fewer dimensions (`kkt_jax.extraction.certificates.of_the_others`), and half of the random points are
   polished there. It ends when there are as many training samples as the subspace can hold, or when two rounds in a row
-  brought none.
+  brought less than a twentieth of those that are missing.
 
   Args:
     examination: of the classifier.
@@ -108,7 +108,7 @@ def find(
       led = of
     pool = more if pool is None else pool + more
     chosen = certificates.unambiguous(pool, subspace, criteria)[:most]
-    brought = len(chosen) > len(found.y)
+    brought = len(chosen) > len(found.y) + _BRINGS * (most - len(chosen))
     idle, at_random = 0 if brought else idle + 1, at_random and (brought or not drawn)
     own = pool[chosen]
     found = Exact(own.whole, _read(classifier, own.whole)[0], own.tight, own.to_the_bit, own.evidence, criteria)

@@ -94,7 +94,8 @@ def polish(x: ArrayLike, subspace: Subspace, *, likely: ArrayLike | None = None,
   trust = jnp.ones((2, *x.shape)) if likely is None else (-1 / jnp.log(jnp.asarray(likely))) ** 0.5
   _checks.check_shape("likely", trust, (2, *x.shape), "[2, M, ...]")
   trust = trust.reshape(2, x.shape[0], -1).swapaxes(0, 1)
-  return subspace.points(_polished(subspace.coordinates(x), trust, subspace, num_steps))
+  moving = np.flatnonzero(np.linalg.norm(subspace.basis, axis=1) > subspace.criteria.moves)
+  return subspace.points(_polished(subspace.coordinates(x), trust, subspace, moving, num_steps))
 
 
 @jax.jit
@@ -348,16 +349,21 @@ def search(
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
-def _polished(c: jax.Array, trust: jax.Array, subspace: Subspace, num_steps: int) -> jax.Array:
-  """Coefficients [M, r] of the polished samples; trust [M, 2, D] in values that go to either end."""
+def _polished(c: jax.Array, trust: jax.Array, subspace: Subspace, moving: np.ndarray, num_steps: int) -> jax.Array:
+  """Coefficients [M, r] of the polished samples; trust [M, 2, D] in values that go to either end.
+
+  Only the values at the indices ``moving`` count.
+  """
   shape, start, basis = subspace.origin.shape, subspace.origin.reshape(-1), subspace.basis
+  rows = basis[moving]
 
   def solve(c: jax.Array, weights: jax.Array, ends: jax.Array) -> jax.Array:
     """Weighted least squares, held a little where it is; nothing moves where its equations fail to be solved."""
-    gram = (basis * weights[:, None]).T @ basis
+    weights = weights[moving]
+    gram = (rows * weights[:, None]).T @ rows
     scale = jnp.trace(gram) / c.shape[0] + 1e-30
     factor = jax.scipy.linalg.cho_factor(gram / scale + 1e-7 * jnp.eye(c.shape[0]))
-    solved = jax.scipy.linalg.cho_solve(factor, basis.T @ (weights * (ends - start)) / scale + 1e-7 * c)
+    solved = jax.scipy.linalg.cho_solve(factor, rows.T @ (weights * (ends - start)[moving]) / scale + 1e-7 * c)
     return jnp.where(jnp.all(jnp.isfinite(solved)), solved, c)
 
   def one(c: jax.Array, trust: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ for the true data, other real data, the mean image and noise.
 
 from kkt_jax.metrics.distances import pairwise_distance, precision_coverage, within_class_distance
 from kkt_jax.metrics.distributions import kernel_distance, precision_recall
-from kkt_jax.metrics.membership import conformal_p_values, Point, q_values, Roc, roc, Trial
+from kkt_jax.metrics.membership import conformal_p_values, epsilon_lower_bound, Point, q_values, Roc, roc, Trial
 from kkt_jax.metrics.memorisation import nearer_to_training, retrieval
 from kkt_jax.metrics.similarity import (
   faithfulness,
@@ -24,7 +24,26 @@ from kkt_jax.metrics.similarity import (
   ssim_nearest_indices,
 )
 
-__all__ = ["Point", "RECOVERED_SSIM", "Roc", "Trial", "conformal_p_values", "faithfulness", "kernel_distance"]
-__all__ += ["nearer_to_training", "pairwise_distance", "pairwise_mse", "pairwise_ncc", "pairwise_ssim"]
-__all__ += ["precision_coverage", "precision_recall", "q_values", "retrieval", "roc", "ssim", "ssim_nearest_indices"]
-__all__ += ["within_class_distance"]
+__all__ = [
+  "Point",
+  "RECOVERED_SSIM",
+  "Roc",
+  "Trial",
+  "conformal_p_values",
+  "epsilon_lower_bound",
+  "faithfulness",
+  "kernel_distance",
+  "nearer_to_training",
+  "pairwise_distance",
+  "pairwise_mse",
+  "pairwise_ncc",
+  "pairwise_ssim",
+  "precision_coverage",
+  "precision_recall",
+  "q_values",
+  "retrieval",
+  "roc",
+  "ssim",
+  "ssim_nearest_indices",
+  "within_class_distance",
+]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jax.typing import ArrayLike
 import numpy as np
-from scipy import optimize, stats  # type: ignore[import-untyped]
+from scipy import optimize, special, stats  # type: ignore[import-untyped]
 
 _Z = 1.96  # of a two-sided interval of 95 %
 
@@ -99,6 +99,36 @@ def conformal_p_values(scores: ArrayLike, others: ArrayLike) -> np.ndarray:
   """
   scores, rising = np.asarray(scores), np.sort(np.asarray(others))
   return (1 + len(rising) - np.searchsorted(rising, scores)) / (1 + len(rising))
+
+
+def epsilon_lower_bound(members: ArrayLike, others: ArrayLike, *, confidence: float = 0.95) -> float:
+  """What differential privacy the training cannot have had, by how many of the highest scores are of members.
+
+  If training is epsilon-differentially private (delta = 0) and every sample is in the training data by a draw of its
+  own, then of r samples that are guessed to be members at most a share of ``1 / (1 + e^-epsilon m / n)`` is expected to
+  be right, and no more than a binomial number (Steinke, Nasr and Jagielski, Privacy auditing with one training run,
+  2023, with n members among n + m samples instead of half). The r highest scores are guessed, r = 1, 2, 4 and so on.
+
+  Args:
+    members: scores of training samples [n].
+    others: scores of samples of the same source that were not trained on [m].
+    confidence: of the bound, over all r together (Bonferroni).
+
+  Returns:
+    The bound, at least 0.
+
+  >>> round(epsilon_lower_bound(range(100, 200), range(100)), 2)  # 64 of the first 64 are members
+  2.52
+  >>> epsilon_lower_bound(range(100), range(100, 200))
+  0.0
+  """
+  values = np.concatenate([np.asarray(others, np.float64), np.asarray(members, np.float64)])
+  n, m = len(values) - len(np.asarray(others)), len(np.asarray(others))
+  right = np.cumsum(np.argsort(-values, kind="stable") >= m)  # in ties the others come first
+  guesses = 2 ** np.arange(n.bit_length())
+  correct = right[guesses - 1]
+  low = stats.beta.ppf((1 - confidence) / len(guesses), np.maximum(correct, 1e-9), guesses - correct + 1)
+  return float(max(0.0, np.max(special.logit(low)) - np.log(n / m)))
 
 
 def q_values(p_values: ArrayLike) -> np.ndarray:

@@ -125,13 +125,15 @@ class Schedule:
       a schedule goes on.
     restart_steps: steps of each before the choice; stationarity does not count in them.
     looks: shares of the training after which it ends, if polishing certifies all training samples then.
-    hopeful: share of a few samples that polishing must certify then, and more, before all are polished.
+    hopeful: share of a few samples that polishing must certify then, and more, before all are polished; and of all, for
+      another look.
     polish_rounds: most rounds of polishing after the training, where the subspace of the data is revealed and the
       generator is finite; 0 leaves it out. See `kkt_jax.reconstruction.polish`.
     match_steps: steps of fitting a network of continuous noise to the generator's samples; 0 keeps the generator.
       See `kkt_jax.reconstruction.distil`.
-    tables: how often the generator is trained, from different starts, for that network to be fitted to the samples of
-      all. Once is enough where any sample is certified.
+    nearly_all: share of the training samples that makes a further table not worth its time.
+    tables: how often the generator is trained, from different starts, at most. Where samples are certified, a further
+      one brings others, until more than ``nearly_all`` are; else that network is fitted to the samples of all.
     joint_steps: steps of training that network by the equations.
     joint: optimizer of its parameters and of the multipliers then.
     joint_factors: factors on the weights of terms then, by name.
@@ -148,6 +150,7 @@ class Schedule:
   restart_steps: int = 0
   looks: tuple[float, ...] = (0.4, 0.7)
   hopeful: float = 0.5
+  nearly_all: float = 0.9
   polish_rounds: int = 12
   match_steps: int = 0
   tables: int = 1

@@ -77,14 +77,20 @@ def reconstruct(
     begin = Reconstruction(trainer, restored[1])
   elif schedule.steps:
     begin = Reconstruction(trainer, _best_start(trainer, seed, observer))
-  made = _train_until_certified(begin, saver, observer)
-  if not schedule.match_steps:
-    return made
-  others = []
-  for number in range(1, 1 if any(len(certified.y) for certified in made.exact) else schedule.tables):
+  made, others = _train_until_certified(begin, saver, observer), list[Reconstruction]()
+  for number in range(1, schedule.tables):
+    certified = any(len(samples.y) for samples in made.exact)
+    if made.certified_share > schedule.nearly_all or not (certified or schedule.match_steps):
+      break
     later = _later(observer, schedule, number)
     another = Reconstruction(trainer, _best_start(trainer, seed + number * schedule.restarts, later))
-    others.append(train(another, observer=later))
+    another = train(another, observer=later)
+    if certified:
+      made = polish(another, known=made.exact, observer=later)
+    else:
+      others.append(another)
+  if not schedule.match_steps:
+    return made
   return distil(made, others=others, seed=seed, observer=_later(observer, schedule, schedule.tables))
 
 
@@ -127,7 +133,12 @@ def train(
 
 @full_precision
 def polish(
-  reconstruction: Reconstruction, rounds: int | None = None, *, quick: bool = False, observer: Observer = SILENT
+  reconstruction: Reconstruction,
+  rounds: int | None = None,
+  *,
+  quick: bool = False,
+  known: Sequence[Exact] = (),
+  observer: Observer = SILENT,
 ) -> Reconstruction:
   """Puts training samples in the place of what comes near to them, where the weights alone certify that they are.
 
@@ -140,6 +151,7 @@ def polish(
     quick: whether nothing is tried unless more than ``hopeful`` of a few samples become training samples, later rounds
       start from twice as many places as there can be training samples, not from every one, and each takes a third of
       the steps.
+    known: what another reconstruction from the same classifiers certified; these samples are put in, too.
     observer: its ``on_round`` is called.
 
   Returns:
@@ -158,10 +170,11 @@ def polish(
     tell = functools.partial(observer.on_round, t)
     less: dict[str, Any] = {"points": 2 * examination.most_samples, "num_steps": _QUICK_STEPS} if quick else {}
     less |= {"least_hope": schedule.hopeful} if quick else {}
-    samples, led = exact.find(
-      examination, examination.classifier.to_unit(x[part]), y[part], rounds=rounds, on_round=tell, **less
-    )
-    labels, codes, chosen = exact.places(samples.y, led, y[part])
+    guesses, labels = examination.classifier.to_unit(x[part]), y[part]
+    if known:
+      guesses, labels = jnp.concatenate([guesses, known[t].unit]), np.concatenate([labels, known[t].y])
+    samples, led = exact.find(examination, guesses, labels, rounds=rounds, on_round=tell, **less)
+    labels, codes, chosen = exact.places(samples.y, led[: len(y[part])], y[part])
     if len(chosen):
       theta = generator.put(theta, t, labels, codes, jnp.asarray(samples.unit[chosen]))
     certified.append(samples)
@@ -241,7 +254,7 @@ def _train_until_certified(begin: Reconstruction, saver: Saver | None, observer:
       looked = polish(begin, min(_QUICK, schedule.polish_rounds), quick=True, observer=observer)
       if looked.certified_share == 1:
         return looked
-      if not looked.certified_share:
+      if looked.certified_share < schedule.hopeful:
         break  # looking takes long
   return polish(train(begin, saver=saver, observer=observer), observer=observer)
 

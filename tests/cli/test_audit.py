@@ -458,6 +458,26 @@ def fixture_known_members():
   return kkt_jax.examine(own, form="weight_decay"), members, others
 
 
+@pytest.fixture(name="images_at_risk")
+def fixture_images_at_risk():
+  """A report of the same kind, of images, without a reconstruction to judge."""
+  random = np.random.default_rng(0)
+  x, y = random.uniform(size=(90, 8, 8, 1)).astype(np.float32), np.arange(90, dtype=np.int32) % 3
+  kernel = 1e-3 * x[:30].reshape(30, -1).T @ (np.eye(3)[y[:30]] - 1 / 3)
+  apply_fn = lambda w, x: x.reshape(len(x), -1) @ w
+  own = kkt_jax.make_classifier(apply_fn, jnp.asarray(kernel, jnp.float32), (8, 8, 1))
+  examination = kkt_jax.examine(own, form="weight_decay")
+  train, others = Samples(x[:30], y[:30]), Samples(x[30:], y[30:])
+  scored = membership.score(examination, train, others)
+  return run._concluded(
+    auditing.AuditReport(
+      verdict=verdict.Verdict("open", "No verdict.", ()), examination=examination, train=train, scored=scored
+    ),
+    others,
+    None,
+  )
+
+
 def test_scores_tell_members_from_others_and_others_from_nothing(known_members):
   examination, members, others = known_members
   found = membership.score(examination, members, others)
@@ -484,6 +504,8 @@ def test_samples_are_named_at_a_false_discovery_rate(known_members, tmp_path):
   assert (
     dataclasses.replace(found, criteria=AuditCriteria(false_discovery_rate=0.01)).members == []
   )  # 2 / 61 is the least p-value
+  assert [row["named"] for row in found.by_class] == [row["scored"] for row in found.by_class] == [10, 10, 10]
+  assert found.states["Membership inference"] == ("found", answer) and found.to_dict()["epsilon_lower_bound"] > 1
   confounded = dataclasses.replace(found, remarks=[membership.Confounded("other source")], candidates=scored.risks)
   assert confounded.members == [] and "Of 30 candidates 0 stand out as members" in confounded.to_html()
   assert "report.html" in found.save(tmp_path)
@@ -534,6 +556,21 @@ def test_classifiers_are_not_accused_of_samples_that_they_never_saw(capsys):
 def test_of_many_samples_some_are_scored(known_members):
   found = membership.score(*known_members, AuditCriteria(scored=20))
   assert (found.members, found.others) == (20, 20)
+
+
+def test_what_became_of_a_question_is_one_of_four():
+  levels = ("leak", "member", "class", "none", "open")
+  own = [verdict.state(verdict.Verdict(level, "", ())) for level in levels]
+  assert own == ["found", "found", "not found", "not found", "not evaluable"]
+  assert verdict.state(verdict.refusal(0.3), applicable=False) == "not applicable"
+  assert verdict.state(None) == "not evaluable"
+
+
+def test_members_at_risk_are_shown_and_the_page_says_what_was_not_run(images_at_risk):
+  page, names = images_at_risk.to_html(), [own.name for own in images_at_risk.at_risk]
+  assert len(names) > 12 and page.count("<figure>") == min(len(names), 24)
+  assert all(f"<small>{name}</small>" in page for name in names[:24])
+  assert "not applicable" in page and "RMIA" in page and "EDPB opinion 28/2024" in page
 
 
 def test_scores_join_the_verdict(known_members):
@@ -743,7 +780,10 @@ def test_data_given_later_are_compared_without_training_again(stored, tmp_path):
   assert json.loads((tmp_path / "metrics.json").read_text())["verdict"] == metrics["verdict"]
   page = (tmp_path / "report.html").read_text()
   assert metrics["verdict"].split(".")[0] in page and "0.0000" not in page
-  assert page.count("<img ") == 3 + 3 * min(len(metrics["leaks"]), 8)
+  shown = metrics["leaks"][:8] if metrics["states"]["Reconstruction"] == "found" else []  # else they are no evidence
+  assert page.count("<img ") == 3 + 3 * len(shown)
+  identity = {f"Identity of {what}" for what in ("weights", "training data", "held-out data", "settings")} | {"Version"}
+  assert set(metrics["identity"]) == identity and all(digest in page for digest in metrics["identity"].values())
   assert all(
     hashlib.sha256((stored / f"{name}.npz").read_bytes()).hexdigest() in page for name in ("train", "held_out")
   )

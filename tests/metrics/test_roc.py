@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kkt_jax.metrics import roc, Trial
+from kkt_jax.metrics import epsilon_lower_bound, roc, Trial
 
 
 def test_perfect_scores_have_an_interval_all_the_same():
@@ -79,3 +79,13 @@ def test_shuffled_memberships_are_picked_out_by_chance():
   assert scores(10 + random.uniform(size=60), random.uniform(size=(60, 5)), y).hits.all()
   hits = scores(10 + random.uniform(size=60), random.uniform(size=(60, 5)), y).shuffled(200)
   assert hits.mean() == pytest.approx(10, abs=1) and hits.max() < 30
+
+
+def test_epsilon_is_bounded_by_the_binomial_of_the_first_guesses_and_not_by_chance():
+  many = epsilon_lower_bound(np.arange(100, 164), np.arange(100))
+  share = (0.05 / 7) ** (1 / 64)  # guesses are the first 1, 2, 4, ..., 64; all are right
+  assert many == pytest.approx(np.log(share / (1 - share)) + np.log(100 / 64))
+  assert epsilon_lower_bound(np.ones(64), np.ones(100)) == 0  # ties are no evidence
+  random = np.random.default_rng(0)
+  false = [epsilon_lower_bound(random.normal(size=50), random.normal(size=250)) > 0 for _ in range(400)]
+  assert np.mean(false) < 0.05
