@@ -202,7 +202,7 @@ def _celeba_files(celeba_dir: str, attribute: str) -> list[tuple[int, pathlib.Pa
   """The label and the path of each listed image that is there, in the order of their names."""
   folder = pathlib.Path(celeba_dir).expanduser()
   there = {f"{_CELEBA_IMAGES}/": (folder / _CELEBA_IMAGES).is_dir(), _CELEBA_LIST: (folder / _CELEBA_LIST).is_file()}
-  missing = [name for name, found in there.items() if not (celeba_dir and found)]
+  missing = [name for name, is_there in there.items() if not (celeba_dir and is_there)]
   if missing:
     raise UsageError(
       f"--celeba_dir={celeba_dir} must be CelebA's folder; it lacks {' and '.join(missing)}. --data=lfw needs none."

@@ -126,7 +126,9 @@ def function() -> Subject:
 
   def init_fn() -> PyTree:
     keys = jax.random.split(jax.random.key(0), len(sizes))
-    weights = [jax.random.normal(key, own) * (2 / own[1]) ** 0.5 for key, own in zip(keys, sizes.values(), strict=True)]
+    weights = [
+      jax.random.normal(key, shape) * (2 / shape[1]) ** 0.5 for key, shape in zip(keys, sizes.values(), strict=True)
+    ]
     layers = [{"weight": weight, "bias": jnp.zeros(weight.shape[0])} for weight in weights]
     return {"layers": dict(zip(sizes, layers, strict=True))}
 
@@ -175,7 +177,7 @@ def head() -> Subject:
 
 
 NETWORKS: Mapping[str, Callable[[], Subject]] = {
-  own.__name__: own for own in (mlp, mlp_batch_norm, lenet, resnet, smooth, function, haim, buzaglo, head)
+  make.__name__: make for make in (mlp, mlp_batch_norm, lenet, resnet, smooth, function, haim, buzaglo, head)
 }
 _TRAINING: Mapping[str, Mapping[str, Any]] = {
   "mlp": {"num_steps": 3000, "learning_rate": 0.05, "weight_decay": 0.01},
@@ -239,8 +241,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   low, high = subject.value_range or (0.0, 1.0)
   embed = _features(data.evaluation, config.seed) if config.network == "head" else lambda x: low + (high - low) * x
   scaled = lambda images: (embed(images.x), images.y % subject.num_classes)
-  own = {"train": data.train, "held_out": data.held_out}
-  for name, images in own.items():
+  sets = {"train": data.train, "held_out": data.held_out}
+  for name, images in sets.items():
     x, y = scaled(images)
     np.savez(out.path / f"{name}.npz", x=x, y=y)
   given: dict[str, Any] = {"classifier": f"experiments.example_classifiers:{config.network}"}
@@ -251,7 +253,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     store(given["initial_checkpoint"], start)
   given["checkpoint"] = out.path / "weights.safetensors"
   store(given["checkpoint"], train(config, subject, start, *scaled(data.train)))
-  given |= {f"{name}_data": out.path / f"{name}.npz" for name in own} | {"workdir": out.path / "audit"}
+  given |= {f"{name}_data": out.path / f"{name}.npz" for name in sets} | {"workdir": out.path / "audit"}
   command = shlex.join(["kkt-audit", *(f"--{name}={value}" for name, value in given.items())])
   metrics = {"summary": f"This audits it:\n  {command}"}
   out.finish(metrics)
@@ -269,8 +271,8 @@ def train(config: Config, subject: Subject, start: PyTree, x: np.ndarray, y: np.
   if "mean" not in start:
     return classifiers.train(subject, start, x, y, **settings)
   fixed = _with_mean(start, x)
-  own = dataclasses.replace(subject, apply_fn=lambda params, x: subject.apply_fn({**fixed, "params": params}, x))
-  return {**fixed, "params": classifiers.train(own, start["params"], x, y, **settings)}
+  with_mean = dataclasses.replace(subject, apply_fn=lambda params, x: subject.apply_fn({**fixed, "params": params}, x))
+  return {**fixed, "params": classifiers.train(with_mean, start["params"], x, y, **settings)}
 
 
 def _with_mean(start: PyTree, x: np.ndarray) -> PyTree:
@@ -299,8 +301,8 @@ def _as_people_do(subject: Subject, start: PyTree, x: np.ndarray, y: np.ndarray,
   bare = "params" not in variables
 
   def apply_fn(params: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
-    own = params if bare else {**variables, "params": params}
-    return (inference(own, x), {}) if train_fn is None else train_fn(own, x)
+    whole = params if bare else {**variables, "params": params}
+    return (inference(whole, x), {}) if train_fn is None else train_fn(whole, x)
 
   @jax.jit
   def step(params: PyTree, state: PyTree, x: jax.Array, y: jax.Array) -> tuple[PyTree, PyTree]:

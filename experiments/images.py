@@ -138,12 +138,12 @@ def run(
   attacked = classifiers.of_images(config, data.train.x, data.train.y, shared / "classifier", seed=config.seed)
   # From here to the measuring no data are seen.
   examinations = [kkt_jax.examine(classifier, seed=config.seed) for classifier in attacked]
-  for own in examinations:
-    dimensions = "unknown" if own.subspace is None else own.subspace.dimension
-    margin = "unknown" if own.margin is None else f"{own.margin:.4g}"
+  for examination in examinations:
+    dimensions = "unknown" if examination.subspace is None else examination.subspace.dimension
+    margin = "unknown" if examination.margin is None else f"{examination.margin:.4g}"
     say(f"the weights reveal: dimensions of the data {dimensions}, their margin {margin}")
   recipe = recipe_of(config, examinations, drawings=drawings)
-  labels = sorted({label for own in attacked for label in own.labels})
+  labels = sorted({label for classifier in attacked for label in classifier.labels})
   grid = [label for label in labels for _ in range(pictures.COLUMNS // len(labels))] * 4
 
   def draw(reconstruction: "kkt_jax.Reconstruction") -> None:

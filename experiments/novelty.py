@@ -76,7 +76,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     chosen = np.stack([np.resize(np.flatnonzero(real.y == label), config.draws) for label in range(10)], axis=1)
     return Samples(real.x[chosen.reshape(-1)], y)
 
-  bend = lambda own, size: Samples(np.asarray(deformations.warp(bend_key, own.x, size=size)), y)
+  bend = lambda draws, size: Samples(np.asarray(deformations.warp(bend_key, draws.x, size=size)), y)
   drawn, trained = Samples(np.asarray(reconstruction.sample(sample_key, y)), y), like(data.train)
   sets = {f"draws, {size:g}": bend(drawn, size) for size in sizes}
   picture = [(f"{size:g} pixels", sets[f"draws, {size:g}"].x[: audit_pictures.COLUMNS]) for size in sizes]
@@ -84,16 +84,16 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   sets["as many other digits"] = like(matching.first_of_each_class(data.distractors, attacked.samples_per_class))
   sets["200 other digits"] = like(matching.first_of_each_class(data.distractors, _FEW))
   rows, progress = {}, Progress("sets", len(sets))
-  for done, (name, own) in enumerate(sets.items(), 1):
-    rows[name] = measure(own)
+  for done, (name, draws) in enumerate(sets.items(), 1):
+    rows[name] = measure(draws)
     progress.update(done, name)
   audit_pictures.image_rows(out.path / "novelty.png", picture)
   curves = {name: [rows[f"draws, {size:g}"][name] for size in sizes] for name in _CURVES}
   pictures.curves(out.path / "curve.png", sizes, curves, "root mean square displacement in pixels")
   right = np.asarray(classifier.predict(jax.numpy.asarray(data.evaluation.x))).argmax(axis=1) == data.evaluation.y
   results: dict[str, Any] = {"sets": rows, "classifier": float(np.mean(right))}
-  told = f"The attacked classifier itself reads {results['classifier']:.3f} of the real digits."
-  summary = matching.table(rows, list(next(iter(rows.values())))) + "\n\n" + told
+  remark = f"The attacked classifier itself reads {results['classifier']:.3f} of the real digits."
+  summary = matching.table(rows, list(next(iter(rows.values())))) + "\n\n" + remark
   results |= {"summary": summary, "pictures": ["novelty.png", "curve.png"]}
   out.finish({name: results[name] for name in ("sets", "classifier")})
   return results
@@ -154,18 +154,18 @@ class _Measure:
 def _attacked(config: Config) -> mnist.Config:
   """The settings of the run whose generator is drawn from."""
   if not config.run:
-    own = mnist.Config(seed=config.seed, samples_per_class=config.samples_per_class)
+    settings = mnist.Config(seed=config.seed, samples_per_class=config.samples_per_class)
   else:
     folder = pathlib.Path(config.run)
     if not (folder / "network").is_dir():
       raise UsageError(f"--run must be the folder of a finished run of mnist with a network; {folder} has none.")
     try:
-      own = mnist.Config(**json.loads((folder / "config.json").read_text()))
+      settings = mnist.Config(**json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
       raise UsageError(f"--run: config.json of {folder} cannot be read ({error}).") from error
-    if own.classifiers != 1 or own.shared_dir:
+    if settings.classifiers != 1 or settings.shared_dir:
       raise UsageError(f"--run must be a run of one classifier without a shared folder; {folder} is not.")
-  return images.resolve(own, mnist.DEFAULTS)
+  return images.resolve(settings, mnist.DEFAULTS)
 
 
 def _restored(attacked: mnist.Config, folder: pathlib.Path, data: "Split") -> "kkt_jax.Reconstruction":
@@ -173,11 +173,11 @@ def _restored(attacked: mnist.Config, folder: pathlib.Path, data: "Split") -> "k
   from experiments.attack import classifiers
   import kkt_jax
 
-  own = classifiers.of_images(attacked, data.train.x, data.train.y, folder / "classifier", seed=attacked.seed)
-  examinations = [kkt_jax.examine(classifier, seed=attacked.seed) for classifier in own]
+  trained = classifiers.of_images(attacked, data.train.x, data.train.y, folder / "classifier", seed=attacked.seed)
+  examinations = [kkt_jax.examine(classifier, seed=attacked.seed) for classifier in trained]
   recipe = images.recipe_of(attacked, examinations, drawings=True)
   network = recipe.joint(recipe.flow or kkt_jax.generators.Flow())
-  return kkt_jax.Reconstruction.load(folder / "network", own, network, examinations=examinations)
+  return kkt_jax.Reconstruction.load(folder / "network", trained, network, examinations=examinations)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
 
   data = mnist.digits(settings)
   out = Workdir(workdir, config)
-  (own,) = classifiers.of_images(settings, data.train.x, data.train.y, out.path / "classifier", seed=config.seed)
-  examination = kkt_jax.examine(own, seed=config.seed)
+  (classifier,) = classifiers.of_images(settings, data.train.x, data.train.y, out.path / "classifier", seed=config.seed)
+  examination = kkt_jax.examine(classifier, seed=config.seed)
   y, subspace = data.train.y, examination.subspace or Subspace.whole(examination.origin)
 
   def similar(place: int) -> Any:
@@ -51,8 +51,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     return subspace.points(subspace.coordinates(nearest[None]))[0]
 
   def statistics(statistics_fn: Any, x: Any) -> float:
-    stored, found = (jax.tree.leaves(tree) for tree in (own.statistics, statistics_fn(own.params, x)))
-    missing = sum(float(jnp.sum(jnp.square(a - b))) for a, b in zip(stored, found, strict=True))
+    stored, computed = (jax.tree.leaves(tree) for tree in (classifier.statistics, statistics_fn(classifier.params, x)))
+    missing = sum(float(jnp.sum(jnp.square(a - b))) for a, b in zip(stored, computed, strict=True))
     return missing / sum(float(jnp.sum(jnp.square(a))) for a in stored)
 
   order = np.random.default_rng(config.seed).permutation(len(y))
@@ -61,10 +61,10 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     x = data.train.x.astype(np.float32)
     for place in order[:count]:
       x[place] = similar(place)
-    diagnosis = diagnostics.diagnose(own, examination.conditions, x, y)
+    diagnosis = diagnostics.diagnose(classifier, examination.conditions, x, y)
     rows[f"{count} exchanged"] = {"stationarity": diagnosis.residual, "margin spread": diagnosis.margin_spread}
-    if own.statistics_fn is not None:
-      rows[f"{count} exchanged"]["statistics"] = statistics(own.statistics_fn, jnp.asarray(x))
+    if classifier.statistics_fn is not None:
+      rows[f"{count} exchanged"]["statistics"] = statistics(classifier.statistics_fn, jnp.asarray(x))
   lines = [" " * 14 + "".join(f"{name:>16}" for name in next(iter(rows.values())))]
   lines += [f"{title:<14}" + "".join(f"{value:16.3g}" for value in row.values()) for title, row in rows.items()]
   results = {"rows": rows, "summary": "\n".join(lines)}

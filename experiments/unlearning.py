@@ -62,21 +62,21 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     "a step of gradient ascent": lambda removed, kept: ascended(before, removed),
   }
   classifier, progress = subject.classifier(before), Progress("removals", config.removals)
-  found: dict[str, dict[str, list[float]]] = {way: {"removed": [], "never in": []} for way in ways}
+  p_values: dict[str, dict[str, list[float]]] = {way: {"removed": [], "never in": []} for way in ways}
   for number, removed in enumerate(random.permutation(members)[: config.removals]):
     asked = np.concatenate([[removed], np.arange(100, 601)])  # and 501 that were never in, the first in place of it
     for way, remove in ways.items():
       after = subject.classifier(remove(int(removed), np.delete(members, removed)))
       values = kkt_jax.membership.change_scores(classifier, after, x[asked], y[asked])["change"]
       for place, name in enumerate(("removed", "never in")):
-        found[way][name].append(float(kkt_jax.metrics.conformal_p_values(values[[place]], values[2:])[0]))
+        p_values[way][name].append(float(kkt_jax.metrics.conformal_p_values(values[[place]], values[2:])[0]))
     progress.update(number + 1)
   rows = {
     way: {
-      "first of 501": float(np.mean(np.array(own["removed"]) < 1 / 500)),
-      "never in, p < .05": float(np.mean(np.array(own["never in"]) < 0.05)),
+      "first of 501": float(np.mean(np.array(row["removed"]) < 1 / 500)),
+      "never in, p < .05": float(np.mean(np.array(row["never in"]) < 0.05)),
     }
-    for way, own in found.items()
+    for way, row in p_values.items()
   }
   results = {"ways": rows, "summary": matching.table(rows, list(next(iter(rows.values()))))}
   out.finish(results)

@@ -1,5 +1,6 @@
 """Every package and module has its page on the documentation site, and every page is reachable from the index."""
 
+import importlib
 import pathlib
 import pkgutil
 import re
@@ -43,3 +44,15 @@ def test_every_page_is_reachable_from_the_index():
     found |= new
     waiting += new
   assert found == PAGES
+
+
+def test_the_page_of_equations_names_functions_and_tests_that_there_are():
+  text, tests = (DOCS / "equations.md").read_text(), DOCS.parent / "tests"
+  there = {name for path in tests.rglob("test_*.py") for name in re.findall(r"def (test_\w+)\(", path.read_text())}
+  assert set(re.findall(r"`(test_\w+)`", text)) <= there
+  assert set(re.findall(r"`(test_\w+\.py)`", text)) <= {path.name for path in tests.rglob("test_*.py")}
+  paths = [module.name for module in pkgutil.walk_packages(kkt_jax.__path__, "kkt_jax.")]
+  modules = {path.rpartition(".")[2]: path for path in paths if "._" not in path}
+  named = [(modules[own], name) for own, name in re.findall(r"`(\w+)\.(\w+)[`(]", text) if own in modules]
+  assert len(named) > 40
+  assert [name for path, name in named if not hasattr(importlib.import_module(path), name)] == []

@@ -94,8 +94,8 @@ def of_images(config: Any, x: np.ndarray, y: np.ndarray, folder: pathlib.Path, *
   """
   groups = label_groups(len(np.unique(y)), config.classifiers)
   keys = [jax.random.fold_in(jax.random.key(seed), index) for index in range(len(groups))]
-  own = [(x[chosen], y[chosen]) for chosen in (np.isin(y, labels) for labels in groups)]
-  parts = enumerate(zip(groups, own, keys, strict=True))
+  subsets = [(x[chosen], y[chosen]) for chosen in (np.isin(y, labels) for labels in groups)]
+  parts = enumerate(zip(groups, subsets, keys, strict=True))
   return [_of_labels(config, *images, labels, folder / str(t), key) for t, (labels, images, key) in parts]
 
 

@@ -35,7 +35,7 @@ class Setting:
   @property
   def share(self) -> float:
     """The mean share of all dimensions that the data are known to fill."""
-    return sum(own.share for own in self.examinations) / len(self.examinations)
+    return sum(examination.share for examination in self.examinations) / len(self.examinations)
 
 
 Change = Callable[["kkt_jax.Recipe", Setting], "kkt_jax.Recipe"]
@@ -131,7 +131,7 @@ def _points_published(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Re
   sgd = lambda rate: lambda num_steps: optax.sgd(rate, momentum=0.9)
   changed = _points(recipe, setting, total_variation=0.0)
   # Their losses are sums over samples and pixels.
-  batch = 2 * setting.num_samples * max(own.classifier.num_classes for own in setting.examinations)
+  batch = 2 * setting.num_samples * max(examination.classifier.num_classes for examination in setting.examinations)
   pixels = batch * math.prod(setting.examinations[0].classifier.input_shape)
   least = kkt_jax.reconstruction.Term(5.0 * batch, kkt_jax.reconstruction.terms.least_multiplier(0.2032089016))
   changed = _weights(
@@ -213,8 +213,8 @@ def _least_norm(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
     classifier, kkt = examination.classifier, kkt_jax.kkt
     equations = kkt.derivative_equations(classifier.apply_fn, classifier.params, examination.probes)
     rates = kkt.least_norm(equations, classifier.params)
-    own = kkt_jax.kkt.max_margin_conditions(classifier.params, rates)
-    return recipe.stationarity.conditions(dataclasses.replace(examination, conditions=own))
+    changed = kkt_jax.kkt.max_margin_conditions(classifier.params, rates)
+    return recipe.stationarity.conditions(dataclasses.replace(examination, conditions=changed))
 
   return recipe.with_stationarity(conditions=conditions)
 
@@ -224,15 +224,17 @@ def _relu(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
   import jax  # slow
 
   scaled = recipe.stationarity.measure is not kkt_jax.kkt.cosine_distance
-  own = kkt_jax.reconstruction.recipes.network_multipliers(positive=jax.nn.relu, hidden=setting.hidden, scaled=scaled)
-  return dataclasses.replace(recipe, multipliers=own)
+  multipliers = kkt_jax.reconstruction.recipes.network_multipliers(
+    positive=jax.nn.relu, hidden=setting.hidden, scaled=scaled
+  )
+  return dataclasses.replace(recipe, multipliers=multipliers)
 
 
 def _unsquared(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
   """Eq. 5's norm, which needs multipliers of the right size."""
-  own = kkt_jax.reconstruction.recipes.network_multipliers(hidden=setting.hidden, scaled=True)
+  multipliers = kkt_jax.reconstruction.recipes.network_multipliers(hidden=setting.hidden, scaled=True)
   changed = recipe.with_stationarity(measure=kkt_jax.kkt.losses.absolute_residual)
-  return dataclasses.replace(changed, multipliers=own)
+  return dataclasses.replace(changed, multipliers=multipliers)
 
 
 def _target_scale(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":

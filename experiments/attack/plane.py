@@ -26,7 +26,7 @@ _BANDWIDTH = 0.3  # of the repulsion, in standard deviations of the data
 
 def _moments(examinations: Sequence[Examination]) -> tuple[jax.Array, jax.Array]:
   """Means [T, 2] and factors [T, 2, 2] of the points of each classifier."""
-  means, factors = zip(*(points.input_moments(own.classifier) for own in examinations), strict=True)
+  means, factors = zip(*(points.input_moments(examination.classifier) for examination in examinations), strict=True)
   return jnp.stack(means), jnp.stack(factors)
 
 
@@ -77,43 +77,44 @@ def recipe(examinations: Sequence[Examination], config: Any, *, solve: bool = Tr
     return priors.repulsion(batch.x / size, batch.y, bandwidth=_BANDWIDTH)
 
   fading = lambda progress: jnp.maximum(1.0 - progress / 0.7, 0.0)
-  own = {"repulsion": terms.Term(0.3, repulsion, fading)}
-  found = [points.solve(examination) for examination in examinations] if solve else []
-  if found and all(len(classes) for _, classes in found):
-    own["solved"] = terms.Term(3000.0, _distance(found, size))
+  wanted = {"repulsion": terms.Term(0.3, repulsion, fading)}
+  solved = [points.solve(examination) for examination in examinations] if solve else []
+  if solved and all(len(classes) for _, classes in solved):
+    wanted["solved"] = terms.Term(3000.0, _distance(solved, size))
   ramp: dict[str, Any] = {"begin": begin, "ramp": 0.1}
   if coupled:
     multipliers = recipes.network_multipliers(hidden=(64,))
     stationarity = recipes.Stationarity(1.0, losses.cosine_distance, gate_sharpness=0.0, **ramp)
-    own |= {"duality": terms.Term(3.0, terms.duality(delta=0.01)), "statistics": terms.Term(100.0, terms.statistics)}
+    wanted["duality"] = terms.Term(3.0, terms.duality(delta=0.01))
+    wanted["statistics"] = terms.Term(100.0, terms.statistics)
   else:
     multipliers = recipes.softmax_multipliers()
     # Solved points lie on hinges, where the gates are averages of both sides; no gate of a single sample says that.
-    weight = 0.0 if "solved" in own else 0.3
+    weight = 0.0 if "solved" in wanted else 0.3
     stationarity = recipes.Stationarity(weight, losses.relative_residual, **ramp)
-    own["duality"] = terms.Term(10.0, terms.duality(delta=1.0))
+    wanted["duality"] = terms.Term(10.0, terms.duality(delta=1.0))
   return recipes.Recipe(
     generator=generators.network(module, noise=noise, noise_dim=1 + _CODE_SIZE, batch_size=3 * config.codes),
     multipliers=multipliers,
     stationarity=stationarity,
-    terms=own,
+    terms=wanted,
     schedule=recipes.Schedule(
       steps=steps,
       theta=lambda num_steps: optax.adam(cosine),
       eta=lambda num_steps: optax.adam(cosine),
       alpha=lambda num_steps: optax.adam(lambda step: jnp.where(step < hold, 0.0, pace * cosine(step))),
-      restarts=1 if "solved" in own else config.restarts,
+      restarts=1 if "solved" in wanted else config.restarts,
       restart_steps=config.restart_steps if steps else 0,
       steps_per_call=20,
     ),
   )
 
 
-def _distance(found: Sequence[tuple[Any, Any]], size: jax.Array) -> terms.TermFn:
+def _distance(solved: Sequence[tuple[Any, Any]], size: jax.Array) -> terms.TermFn:
   """Every sample is near a solved point of its class, and every point near a sample; squared, in units of a size."""
 
   def distance(classifier: Classifier, batch: terms.Batch) -> jax.Array:
-    places, classes = (jnp.asarray(part) for part in found[batch.t])
+    places, classes = (jnp.asarray(part) for part in solved[batch.t])
     squares = jnp.sum(jnp.square((batch.x[:, None] - places[None]) / size), axis=2)
     squares = jnp.where(batch.classes[:, None] == classes[None], squares, jnp.inf)
     nearest = jnp.min(squares, axis=0)

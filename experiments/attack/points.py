@@ -82,7 +82,7 @@ def _from_statistics(classifier: Classifier, margin: float) -> tuple[np.ndarray,
   for index in range(2):
     trees = [classifier.params[f"{kind}_{index}"] for kind in ("Dense", "BatchNorm")]
     trees.append(stored_statistics[f"BatchNorm_{index}"])
-    layer, norm, stored = ({name: np.asarray(own, np.float64) for name, own in tree.items()} for tree in trees)
+    layer, norm, stored = ({name: np.asarray(value, np.float64) for name, value in tree.items()} for tree in trees)
     x = (x @ layer["kernel"] + layer["bias"] - stored["mean"]) / np.sqrt(stored["var"] + 1e-5)
     atoms += [x, np.square(x) - stored["var"] / (stored["var"] + 1e-5)]  # both are 0 in the mean
     x = np.maximum(x * norm["scale"] + norm["bias"], 0.0)
@@ -157,8 +157,8 @@ def _merged(places: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> tupl
   for index in np.argsort(-weights):
     if left[index]:
       near = np.abs(places - places[index]).max(axis=1) < _TOGETHER
-      own = left & (near | (groups == groups[index]))
-      left &= ~own
-      points.append(np.average(places[own], axis=0, weights=weights[own]))
-      sums.append(weights[own].sum())
+      together = left & (near | (groups == groups[index]))
+      left &= ~together
+      points.append(np.average(places[together], axis=0, weights=weights[together]))
+      sums.append(weights[together].sum())
   return np.reshape(points, (-1, 2)), np.array(sums)

@@ -57,11 +57,11 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
 
   def compare(name: str, kind: str, call: timing.Call, plain: timing.Call) -> None:
     """Times a function beside a plain training step, and says what came out."""
-    own, other = (timing.measure(each, config.repeats) for each in (call, plain))
-    rows.update({f"{name}: plain step": other, f"{name}: {kind}": own})
+    cost, other = (timing.measure(each, config.repeats) for each in (call, plain))
+    rows.update({f"{name}: plain step": other, f"{name}: {kind}": cost})
     time = timing.paired_ratio(call, plain, config.repeats)
-    ratios[f"{name}: {kind}"] = {"time": time, "operations": own.gigaflops / other.gigaflops}
-    say(f"{name}: {kind}: {own.milliseconds:.2f} ms, {time} plain steps")
+    ratios[f"{name}: {kind}"] = {"time": time, "operations": cost.gigaflops / other.gigaflops}
+    say(f"{name}: {kind}: {cost.milliseconds:.2f} ms, {time} plain steps")
 
   for width, classes in ((256, 10), (256, 100), (config.wide, 10)):
     name = f"width {width}, {classes} classes"
@@ -81,7 +81,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     "device": device,
     "matmul_gigaflops_per_second": rate,
     "functions": {n: dataclasses.asdict(r) | {"of_matmul_rate": timing.fraction(r, rate)} for n, r in rows.items()},
-    "over_plain_step": {name: own | {"time": own["time"]._asdict()} for name, own in ratios.items()},
+    "over_plain_step": {name: ratio | {"time": ratio["time"]._asdict()} for name, ratio in ratios.items()},
     "100_classes_over_10": growth,
     "claim_holds": not failures,
     "missed": failures,
@@ -120,9 +120,9 @@ def missed(ratios: Mapping[str, Mapping[str, Any]]) -> list[str]:
   """
   return [
     f"MISSED: {name} over a plain step, {what} {value:.2f}; claimed is at most {most}."
-    for name, own in ratios.items()
+    for name, ratio in ratios.items()
     for what, most in _MOST.get(name.split(": ")[-1], {}).items()
-    if not (value := own["time"][0] if what == "time" else own["operations"]) <= most  # NaN is missed, too
+    if not (value := ratio["time"][0] if what == "time" else ratio["operations"]) <= most  # NaN is missed, too
   ]
 
 

@@ -139,7 +139,7 @@ def compare_steps(extraction: Extraction, steps: Mapping[str, Callable[[], Any]]
   """Times of their step and of others, called in turn; for each other what theirs takes over what it takes."""
   seconds = timing.in_turn({"theirs": extraction.step} | dict(steps), repeats)
   return {
-    "milliseconds": {name: timing.spread(1e3 * np.array(own)) for name, own in seconds.items()},
+    "milliseconds": {name: timing.spread(1e3 * np.array(durations)) for name, durations in seconds.items()},
     "theirs_over": {name: timing.spread(np.divide(seconds["theirs"], seconds[name])) for name in steps},
   }
 
@@ -169,7 +169,7 @@ def reached(points: Sequence[tuple[float, float]], cover: float) -> float:
   >>> reached([(1.0, 0.2), (2.0, 0.5), (3.0, 0.4)], 0.3), reached([(1.0, 0.2)], 0.3)
   (2.0, inf)
   """
-  return next((seconds for seconds, own in points if own >= cover), float("inf"))
+  return next((seconds for seconds, best in points if best >= cover), float("inf"))
 
 
 def theirs(classifier: kkt_jax.Classifier, y: np.ndarray, settings: Settings, every: int) -> Iterator[Any]:
@@ -221,15 +221,15 @@ def run(config: Any, workdir: pathlib.Path) -> Mapping[str, Any]:
   (classifier,) = classifiers.of_images(settings, data.train.x, data.train.y, out.path / "classifier", seed=0)
   y = np.arange(2 * len(data.train.y)) % 10
   runs = {"this library": ours(classifier, settings, 25)}  # first, while nothing of it is compiled
-  runs |= {f"theirs, {name}": theirs(classifier, y, own, 25) for name, own in THEIRS.items()}
+  runs |= {f"theirs, {name}": theirs(classifier, y, chosen, 25) for name, chosen in THEIRS.items()}
   curves = {}
   for name, run in runs.items():
     say(f"running {name}")
     curves[name] = curve(run, data.train, config.peer_seconds)
   say("timing steps in turn")
   same = dataclasses.replace(settings, method="points_published")
-  own = {"their loss, this library": same, "this library": settings}
-  calls = {name: timing.Call(*steps.training_step(_begin(classifier, config))) for name, config in own.items()}
+  compared = {"their loss, this library": same, "this library": settings}
+  calls = {name: timing.Call(*steps.training_step(_begin(classifier, config))) for name, config in compared.items()}
   extraction = Extraction(classifier, y.tolist(), THEIRS["Adam"])
   metrics = curves | compare_steps(extraction, calls, config.repeats)
   rate = _matmul_rate(torch, extraction.device, config.repeats)
@@ -237,8 +237,8 @@ def run(config: Any, workdir: pathlib.Path) -> Mapping[str, Any]:
     f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, matrix products {rate:.0f} GFLOP/s; JAX"
     f" {timing.matmul_rate(config.repeats):.0f} GFLOP/s. {len(y)} samples."
   ]
-  lines += [f"a step, {name:<26} {own} ms" for name, own in metrics["milliseconds"].items()]
-  lines += [f"their step over {name:<26} {own}" for name, own in metrics["theirs_over"].items()]
+  lines += [f"a step, {name:<26} {value} ms" for name, value in metrics["milliseconds"].items()]
+  lines += [f"their step over {name:<26} {value}" for name, value in metrics["theirs_over"].items()]
   lines += race(metrics)
   metrics |= {"summary": "\n".join(lines), "claim_holds": not any(line.startswith("MISSED") for line in lines)}
   out.finish(metrics)
@@ -254,14 +254,14 @@ def _matmul_rate(torch: Any, device: str, repeats: int) -> float:
 
 def race(metrics: Mapping[str, Any]) -> list[str]:
   """What the curves of a comparison say, in sentences."""
-  own, lines = metrics["this library"], []
+  ours, lines = metrics["this library"], []
   for name in (f"theirs, {name}" for name in THEIRS):
     if not metrics[name]:
       lines.append(f"{name}: not finite before it was first looked at.")
       continue
     best = max(cover for _, cover in metrics[name])
-    they, we = reached(metrics[name], best), reached(own, best)
+    they, we = reached(metrics[name], best), reached(ours, best)
     lines.append(f"{name}: cover {best:.3f} after {they:.0f} s; this library after {we:.0f} s, {they / we:.1f} times")
     lines += [f"MISSED: that is less than {_FASTER} times."] if they / we < _FASTER else []
-  best = max(cover for _, cover in own)
-  return [*lines, f"this library: cover {best:.3f} after {reached(own, best):.0f} s."]
+  best = max(cover for _, cover in ours)
+  return [*lines, f"this library: cover {best:.3f} after {reached(ours, best):.0f} s."]

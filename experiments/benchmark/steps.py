@@ -91,8 +91,8 @@ def stationarity(classifier: Classifier, x: Any, y: Any, *, explicit: bool = Fal
   def residual(x: Any, params: Any, y: Any) -> Any:
     wanted, mu = conditions.weight_decay_conditions(params), jnp.ones((x.shape[0], classifier.num_classes))
     if explicit:
-      own = jacobians.per_sample_jacobians(classifier.apply_fn, params, x)
-      return losses.relative_residual(wanted, losses.stationarity_sum_from_jacobians(own, y, mu))
+      jacobian = jacobians.per_sample_jacobians(classifier.apply_fn, params, x)
+      return losses.relative_residual(wanted, losses.stationarity_sum_from_jacobians(jacobian, y, mu))
     return losses.relative_residual(wanted, losses.stationarity_sum(classifier.apply_fn, params, x, y, mu))
 
   return timing.Call(jax.value_and_grad(residual), x, classifier.params, y)

@@ -80,7 +80,7 @@ def in_turn(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, l
       begin = time.perf_counter()
       call()
       seconds[name].append(time.perf_counter() - begin)
-  return {name: own[1:] for name, own in seconds.items()}  # the first calls do not count
+  return {name: durations[1:] for name, durations in seconds.items()}  # the first calls do not count
 
 
 def spread(values: Any) -> Spread:

@@ -65,10 +65,10 @@ def evaluate(
     "uniform_in_the_square": score(square, labels),
   }
   for t, (classifier, condition) in enumerate(zip(classifiers, reconstruction.conditions, strict=True)):
-    own = index == t
+    chosen = index == t
     # Equal numbers of all but the training data: the more points, the more multipliers there are to fit with.
     for name, points, point_labels in (
-      ("generated", samples[own][:_FITTED], labels[own][:_FITTED]),
+      ("generated", samples[chosen][:_FITTED], labels[chosen][:_FITTED]),
       ("training_data", x[parts[t]], y[parts[t]]),
       ("gaussian_of_the_stored_moments", gaussian[:_FITTED], labels[:_FITTED]),
     ):
@@ -78,7 +78,9 @@ def evaluate(
   measured = dict(results)
   if len(classifiers) > 1:
     subsets = (index == t for t in range(len(classifiers)))
-    results["per_classifier"] = [_own_subset(samples[own], labels[own], data, t) for t, own in enumerate(subsets)]
+    results["per_classifier"] = [
+      _own_subset(samples[chosen], labels[chosen], data, t) for t, chosen in enumerate(subsets)
+    ]
   results["exp_minus_alpha"] = np.asarray(reconstruction.margins).tolist()
   results["true_median_margin"] = results["training_data"]["median_margin"]
   results["final_losses"] = out.last_logged()
@@ -91,8 +93,8 @@ def _own_subset(samples: np.ndarray, labels: np.ndarray, data: Points, t: int) -
   """How well samples with fixed t stay on D_t (Fig. 5): nearest point of all in D_t, precision, coverage."""
   x, y, parts = data
   nearest = np.asarray(metrics.pairwise_distance(samples, x)).argmin(axis=1)
-  own = metrics.precision_coverage(samples, labels, x[parts[t]], y[parts[t]], radius=_RADIUS)
-  return {"nearest_in_own_subset": float(parts[t][nearest].mean()), **own}
+  on_subset = metrics.precision_coverage(samples, labels, x[parts[t]], y[parts[t]], radius=_RADIUS)
+  return {"nearest_in_own_subset": float(parts[t][nearest].mean()), **on_subset}
 
 
 def _picture(folder: pathlib.Path, data: Points, classifiers: Sequence[Classifier], drawn: Sequence[np.ndarray]) -> str:

@@ -39,10 +39,10 @@ def retrieval(samples: Samples, train: Samples, others: Samples) -> dict[str, fl
     UsageError: a class is in one of the two sets only.
   """
   matching.check_classes({"the training data": train, "the other real data": others})
-  own = matching.trial(samples, train, others)
-  retrieved = metrics.retrieval(own.members, own.others.ravel())
+  trial = matching.trial(samples, train, others)
+  retrieved = metrics.retrieval(trial.members, trial.others.ravel())
   count, _ = matching.tested(train, others)
-  nearer = metrics.nearer_to_training(samples.x, train.x[own.places], matching.first_of_each_class(others, count).x)
+  nearer = metrics.nearer_to_training(samples.x, train.x[trial.places], matching.first_of_each_class(others, count).x)
   return {f"retrieval_{name}": value for name, value in retrieved.items()} | {
     f"nearer_{name}": value for name, value in nearer.items()
   }
@@ -137,8 +137,8 @@ def _neighbourhoods(
   """Precision, recall, density and coverage within each class, if there are enough images of every class."""
   if min(int(np.unique(y, return_counts=True)[1].min()) for y in (real_labels, labels)) <= _NEIGHBOURS:
     return {}
-  own = metrics.precision_recall(real, real_labels, points, labels, k=_NEIGHBOURS)
-  return {f"{name}_{space}_k{_NEIGHBOURS}": value for name, value in own.items()}
+  filled = metrics.precision_recall(real, real_labels, points, labels, k=_NEIGHBOURS)
+  return {f"{name}_{space}_k{_NEIGHBOURS}": value for name, value in filled.items()}
 
 
 def boundaries(classifiers: Sequence[Classifier], train: Samples, others: Samples) -> list[dict[str, float]]:
@@ -158,9 +158,9 @@ def boundaries(classifiers: Sequence[Classifier], train: Samples, others: Sample
   for classifier in classifiers:
     if not relaxation.gates(classifier.predict_fn, classifier.params, jnp.zeros((2, *classifier.input_shape))):
       continue
-    own, other = (images.x[np.isin(images.y, classifier.labels)] for images in (train, others))
-    shares = candidates.boundary_fractions(classifier, classifier.from_unit(jnp.concatenate([own, other])))
-    inside, outside = shares[: len(own)], shares[len(own) :]
+    members, other = (images.x[np.isin(images.y, classifier.labels)] for images in (train, others))
+    shares = candidates.boundary_fractions(classifier, classifier.from_unit(jnp.concatenate([members, other])))
+    inside, outside = shares[: len(members)], shares[len(members) :]
     auc = metrics.roc(inside, outside).auc
     results.append({"train": float(np.median(inside)), "others": float(np.median(outside)), "auc": auc})
   return results

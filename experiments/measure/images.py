@@ -110,14 +110,14 @@ def evaluate(
   results["novelty"] = comparison.novelty(samples, data.train)
   results["boundaries"] = comparison.boundaries(classifiers, data.train, data.held_out)
   results["certificates"], certified = matching.exactness(reconstruction, data.train)
-  results["criteria"] = [dataclasses.asdict(own.criteria) for own in reconstruction.exact]
+  results["criteria"] = [dataclasses.asdict(exact.criteria) for exact in reconstruction.exact]
   columns = pictures.COLUMNS // len(labels)
   matching.similar_pairs(out.path / picture, samples, data.train, certified=certified, columns=columns)
   out.finish(results)
   measured = {name: row for name, row in results.items() if isinstance(row, dict) and "eval_accuracy" in row}
   summary = [matching.table(measured, _SHOWN), _NOVELTY.format_map(results["novelty"])]
-  summary += [_CERTIFICATES.format_map(own) for own in results["certificates"] if own["most"]]
-  summary += [_MEMBERSHIP.format_map(own) for own in results["boundaries"]]
+  summary += [_CERTIFICATES.format_map(row) for row in results["certificates"] if row["most"]]
+  summary += [_MEMBERSHIP.format_map(row) for row in results["boundaries"]]
   return results | {"summary": "\n\n".join(summary), "pictures": [picture]}
 
 
@@ -174,8 +174,8 @@ def _own(classifier: Classifier, images: Samples) -> tuple[jax.Array, jax.Array]
 
 def _true_margins(classifiers: Sequence[Classifier], train: Samples) -> list[float]:
   """The median margin of each classifier's training images, in logits."""
-  own = [(classifier, *_own(classifier, train)) for classifier in classifiers]
-  return [float(jnp.median(losses.runner_up_margin(c.predict(x), c.classes_of(y)))) for c, x, y in own]
+  triples = [(classifier, *_own(classifier, train)) for classifier in classifiers]
+  return [float(jnp.median(losses.runner_up_margin(c.predict(x), c.classes_of(y)))) for c, x, y in triples]
 
 
 def _kkt_metrics(
@@ -202,7 +202,7 @@ def _kkt_metrics(
     of the training data, in units of it). Multipliers are the softmax's; with batch norm, where none are known, the
     best non-negative ones. Gates are free only where there are few images: those of a large population fit anything.
   """
-  own: dict[str, list[Any]] = {}
+  rows: dict[str, list[Any]] = {}
   for classifier, condition, margin in zip(classifiers, conditions, margins, strict=True):
     x, y = _own(classifier, images)
     metrics: dict[str, Any] = {}
@@ -218,8 +218,8 @@ def _kkt_metrics(
     if not classifier.batch_coupled and len(y) > _AT_ONCE:
       metrics["residual"] = _residual(classifier, condition, x, y)
     for name, value in metrics.items():
-      own.setdefault(name, []).append(value)
-  return own
+      rows.setdefault(name, []).append(value)
+  return rows
 
 
 def _residual(classifier: Classifier, condition: Conditions, x: jax.Array, y: jax.Array) -> float:

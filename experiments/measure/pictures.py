@@ -75,8 +75,8 @@ def plane(path: pathlib.Path, panels: Sequence[tuple[str, Any]], *, num_classes:
     else:
       axes.plot(np.cos(angle), np.sin(angle), color="lightgray", linewidth=0.5, zorder=0)
       for label in range(num_classes):
-        own = np.asarray(content[0])[np.asarray(content[1]) == label]
-        axes.scatter(own[:, 0], own[:, 1], s=14, alpha=0.6, color=_CLASS_COLOURS[label], linewidths=0)
+        points = np.asarray(content[0])[np.asarray(content[1]) == label]
+        axes.scatter(points[:, 0], points[:, 1], s=14, alpha=0.6, color=_CLASS_COLOURS[label], linewidths=0)
     sides = {"xlim": (-limit, limit), "ylim": (-limit, limit), "xticks": [-1, 0, 1], "yticks": [-1, 0, 1]}
     axes.set(title=title, aspect="equal", **sides)
   figure.savefig(path)

@@ -231,8 +231,8 @@ def digest(path: pathlib.Path) -> str:
   if path.is_file():
     with path.open("rb") as file:
       return hashlib.file_digest(file, "sha256").hexdigest()
-  inside = sorted(own for own in path.rglob("*") if own.is_file())
-  lines = (f"{digest(own)}  {own.relative_to(path).as_posix()}\n" for own in inside)
+  inside = sorted(inner for inner in path.rglob("*") if inner.is_file())
+  lines = (f"{digest(inner)}  {inner.relative_to(path).as_posix()}\n" for inner in inside)
   return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -251,16 +251,16 @@ def load(name: str, checkpoint: str, initial: str = "") -> "kkt_jax.Classifier":
     sys.path.insert(0, "")  # the user's own modules lie where the user is
   os.environ.setdefault("KERAS_BACKEND", "jax")
   try:
-    own = _described(getattr(importlib.import_module(module), function)())
-    like = own.variables_like() if isinstance(own, kkt_jax.Subject) else own.params
+    model = _described(getattr(importlib.import_module(module), function)())
+    like = model.variables_like() if isinstance(model, kkt_jax.Subject) else model.params
   except UsageError as error:
     raise UsageError(f"--classifier={name} {error}") from error
   except Exception as error:  # whatever somebody else's code may raise
     reason = (str(error).splitlines() or [""])[0]
     raise UsageError(f"--classifier={name} raised {type(error).__name__}: {reason}") from error
-  if isinstance(own, kkt_jax.Subject) and not checkpoint:
+  if isinstance(model, kkt_jax.Subject) and not checkpoint:
     raise UsageError(f"--checkpoint must be given, for --classifier={name} has no parameters; --help says what it is.")
-  if not isinstance(own, kkt_jax.Subject) and own.statistics is not None and checkpoint:
+  if not isinstance(model, kkt_jax.Subject) and model.statistics is not None and checkpoint:
     raise UsageError(
       f"--checkpoint must not be given, for --classifier={name} has parameters, and running statistics that fit them."
     )
@@ -271,9 +271,9 @@ def load(name: str, checkpoint: str, initial: str = "") -> "kkt_jax.Classifier":
     except kkt_jax.classifiers.WeightsError as error:
       raise UsageError(f"--{flag_name}: {error}") from error
   try:
-    if isinstance(own, kkt_jax.Subject):
-      return own.classifier(variables["checkpoint"], initial=variables["initial_checkpoint"])
-    return own.with_params(variables["checkpoint"], initial_params=variables["initial_checkpoint"])
+    if isinstance(model, kkt_jax.Subject):
+      return model.classifier(variables["checkpoint"], initial=variables["initial_checkpoint"])
+    return model.with_params(variables["checkpoint"], initial_params=variables["initial_checkpoint"])
   except ValueError as error:
     raise UsageError(f"--classifier={name} and --checkpoint do not make a classifier: {error}") from error
 
@@ -288,7 +288,7 @@ def _described(model: Any) -> "kkt_jax.Subject | kkt_jax.Classifier":
 
   if isinstance(model, kkt_jax.Subject | kkt_jax.Classifier):
     return model
-  packages = {own.__module__.partition(".")[0] for own in type(model).__mro__}
+  packages = {kind.__module__.partition(".")[0] for kind in type(model).__mro__}
   if "keras" in packages:
     return kkt_jax.from_keras(model)
   if "sklearn" in packages:

@@ -88,7 +88,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
   >>> did_you_mean("--hiden", ["--hidden", "--seed"]), did_you_mean("x", ["hidden"])
   ('; did you mean --hidden?', '.')
   """
-  by_lower_case = {own.lower(): own for own in known}
+  by_lower_case = {word.lower(): word for word in known}
   near = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
   return f"; did you mean {by_lower_case[near[0]]}?" if near else "."
 
@@ -209,8 +209,10 @@ def command_line(program: str, config: Any, workdir: pathlib.Path) -> str:
   >>> command_line("python -m this", Config("a b", force=True), pathlib.Path("runs"))
   "python -m this '--name=a b' --force=true --workdir=runs"
   """
-  values = {own.name: getattr(config, own.name) for own in dataclasses.fields(config)}
-  given = [(own.name, values[own.name]) for own in dataclasses.fields(config) if values[own.name] != own.default]
+  values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+  given = [
+    (field.name, values[field.name]) for field in dataclasses.fields(config) if values[field.name] != field.default
+  ]
   texts = [f"--{name}={'true' if value is True else value}" for name, value in [*given, ("workdir", workdir)]]
   return f"{program} {shlex.join(texts)}"
 
@@ -254,12 +256,12 @@ class _Jointly:
   process_id: int = flag(-1, "Which of them this is, from 0.", lower=-1)
 
   def check(self) -> None:
-    number, own = self.num_processes, self.process_id
+    number, place = self.num_processes, self.process_id
     asked = self.coordinator in ("", "auto")
-    if (number, own) != (0, -1) if asked else not 0 <= own < number:
+    if (number, place) != (0, -1) if asked else not 0 <= place < number:
       raise UsageError(
         "--coordinator=address:port, --num_processes and --process_id (from 0, less than their number) must be given"
-        f" together, and neither number with --coordinator=auto; got {self.coordinator!r}, {number}, {own}."
+        f" together, and neither number with --coordinator=auto; got {self.coordinator!r}, {number}, {place}."
       )
 
 
@@ -325,8 +327,8 @@ def command(
   try:
     if joint and joint[0].coordinator:
       processes.join(**dataclasses.asdict(joint[0]))
-    with processes.own_folder(workdir, alone=not joint or not joint[0].coordinator) as (own, talks):
-      metrics = run(config, own)
+    with processes.own_folder(workdir, alone=not joint or not joint[0].coordinator) as (target, talks):
+      metrics = run(config, target)
   except InputError as error:
     return _say_error(error, 2)
   except (RunError, CheckpointError, FloatingPointError, OSError) as error:
@@ -349,12 +351,12 @@ def _prepare_jax(folder: str) -> None:
 
   A user's own settings in the environment stay. For the precision see `kkt_jax._precision`.
   """
-  own = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kkt_jax"
+  default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kkt_jax"
   if folder == "off":
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
   elif folder:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.abspath(folder)
-  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(own))
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(default))
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
   os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
@@ -386,8 +388,8 @@ def _parsed(classes: Sequence[type[Any]], argv: Sequence[str]) -> list[Any]:
   for field in fields:  # as text, so that what is wrong is said in one form; see `_value`
     parser, serializer = absl_flags.ArgumentParser[str](), absl_flags.ArgumentSerializer[str]()
     boolean = field.metadata["type"] is bool
-    own = absl_flags.Flag(parser, serializer, field.name, None, "", boolean=boolean)
-    absl_flags.DEFINE_flag(own, values)
+    absl_flag = absl_flags.Flag(parser, serializer, field.name, None, "", boolean=boolean)
+    absl_flags.DEFINE_flag(absl_flag, values)
   of_absl = absl_flags.FLAGS.flags_by_module_dict()
   for other in (*of_absl["absl.app"], *of_absl["absl.logging"]):
     if other.name not in values and f"--{other.name}" not in _HELP:
@@ -405,8 +407,8 @@ def _parsed(classes: Sequence[type[Any]], argv: Sequence[str]) -> list[Any]:
     raise UsageError(f"every setting must be a flag --name=value; got {surplus[0]!r}.")
   given = {field.name: _value(field, text) for field in fields if (text := values[field.name].value) is not None}
   return [
-    own(**{field.name: given[field.name] for field in dataclasses.fields(own) if field.name in given})
-    for own in classes
+    config_class(**{field.name: given[field.name] for field in dataclasses.fields(config_class) if field.name in given})
+    for config_class in classes
   ]
 
 

@@ -126,7 +126,7 @@ def train_generator(
 
   with _Resuming(out, complete.schedule) as checkpointer:
     made = kkt_jax.reconstruct(
-      [own.classifier for own in examinations],
+      [examination.classifier for examination in examinations],
       complete,
       seed=seed,
       examinations=examinations,

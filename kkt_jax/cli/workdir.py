@@ -69,15 +69,15 @@ class Workdir:
 
   def _check_same(self, config_file: pathlib.Path, wanted: Mapping[str, Any]) -> None:
     try:
-      found = dict(json.loads(config_file.read_text()))
+      stored = dict(json.loads(config_file.read_text()))
     except (ValueError, TypeError) as error:
       raise UsageError(
         f"--{self._flag}={self.path}: config.json cannot be read ({error}); give another folder."
       ) from error
     different = [
-      f"--{name} was {found.get(name)!r}, now {wanted.get(name)!r}"
-      for name in sorted({*found, *wanted})
-      if found.get(name) != wanted.get(name)
+      f"--{name} was {stored.get(name)!r}, now {wanted.get(name)!r}"
+      for name in sorted({*stored, *wanted})
+      if stored.get(name) != wanted.get(name)
     ]
     if different:
       raise UsageError(

@@ -57,7 +57,7 @@ GeneratorFactory = Callable[[Sequence[Examination]], Generator]
 
 def all_labels(examinations: Sequence[Examination]) -> tuple[int, ...]:
   """Every label that a classifier knows, once, in increasing order."""
-  return tuple(sorted({label for own in examinations for label in own.classifier.labels}))
+  return tuple(sorted({label for examination in examinations for label in examination.classifier.labels}))
 
 
 def num_labels(examinations: Sequence[Examination]) -> int:
@@ -104,8 +104,8 @@ def stratified_noise(dimensions: int, *, size: Callable[[jax.Array], Any] = lamb
   def noise(key: jax.Array, progress: jax.Array, classes: np.ndarray) -> jax.Array:
     normal_key, uniform_key = jax.random.split(key)
     drawn = jax.random.normal(normal_key, (len(classes), dimensions))
-    own = classes[:, None] == np.arange(classes.max() + 1)[None, :]
-    number, count = (np.cumsum(own, axis=0) - 1)[own], own.sum(axis=0)[classes]
+    is_class = classes[:, None] == np.arange(classes.max() + 1)[None, :]
+    number, count = (np.cumsum(is_class, axis=0) - 1)[is_class], is_class.sum(axis=0)[classes]
     uniform = (number + jax.random.uniform(uniform_key, number.shape)) / count
     tiny = 1e-6  # the quantile of 0 and of 1 is not finite
     first = jax.scipy.stats.norm.ppf(jnp.clip(uniform, tiny, 1 - tiny))
@@ -141,15 +141,15 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
   _checks.check_at_least("deviation", deviation, 0)
 
   def make(examinations: Sequence[Examination]) -> Generator:
-    classifiers = [own.classifier for own in examinations]
+    classifiers = [examination.classifier for examination in examinations]
     shape = classifiers[0].input_shape
     bounded = all(classifier.value_range is not None for classifier in classifiers)
-    starts, place_of = [own.origin for own in examinations], places_of(examinations)
+    starts, place_of = [examination.origin for examination in examinations], places_of(examinations)
     first = deviation * typical_deviation(examinations)
-    revealed = [own.subspace for own in examinations if in_span and own.subspace is not None]
+    revealed = [examination.subspace for examination in examinations if in_span and examination.subspace is not None]
     factors: list[jax.Array | None] = [None] * len(starts)
     if len(revealed) == len(starts):
-      power = float(np.mean([own.share for own in examinations]))
+      power = float(np.mean([examination.share for examination in examinations]))
       factors = []
       for subspace in revealed:
         scale = subspace.singular_values**power
@@ -161,15 +161,15 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
       keys = jax.random.split(key, len(sizes))
       scales = [first if factor is None else 1.0 for factor in factors]
       shapes = [(num_labels(examinations), codes, size) for size in sizes]
-      return [s * jax.random.normal(k, own) for k, own, s in zip(keys, shapes, scales, strict=True)], {}
+      return [s * jax.random.normal(k, size) for k, size, s in zip(keys, shapes, scales, strict=True)], {}
 
     def generate(
       theta: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool
     ) -> tuple[jax.Array, PyTree]:
       place, code = place_of(y), code_of(noise, codes)
       x = jnp.zeros((noise.shape[0], starts[0].size))
-      for index, (own, start, factor) in enumerate(zip(theta, starts, factors, strict=True)):
-        coefficients = own[place, code]
+      for index, (learned, start, factor) in enumerate(zip(theta, starts, factors, strict=True)):
+        coefficients = learned[place, code]
         unit = start.reshape(1, -1) + (coefficients if factor is None else coefficients @ factor)
         if bounded and not train:
           unit = jnp.clip(unit, 0.0, 1.0)
@@ -178,8 +178,8 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
 
     def put(theta: PyTree, t: int, y: np.ndarray, chosen: np.ndarray, unit: jax.Array) -> PyTree:
       offsets, factor = unit.reshape(len(y), -1) - starts[t].reshape(1, -1), factors[t]
-      own = offsets if factor is None else offsets @ factor.T / jnp.sum(jnp.square(factor), axis=1)[None]
-      return [*theta[:t], theta[t].at[place_of(y), chosen].set(own), *theta[t + 1 :]]
+      coefficients = offsets if factor is None else offsets @ factor.T / jnp.sum(jnp.square(factor), axis=1)[None]
+      return [*theta[:t], theta[t].at[place_of(y), chosen].set(coefficients), *theta[t + 1 :]]
 
     batch_size = codes * max(classifier.num_classes for classifier in classifiers)
     return Generator(init, generate, stratified_noise(1), 1, batch_size, codes, put)
@@ -189,9 +189,9 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
 
 def typical_deviation(examinations: Sequence[Examination]) -> float:
   """The deviation of black and white pixels whose means the networks subtract; .3 if they subtract no images."""
-  if not all(own.tells_mean for own in examinations):
+  if not all(examination.tells_mean for examination in examinations):
     return 0.3
-  starts = jnp.stack([own.origin for own in examinations])
+  starts = jnp.stack([examination.origin for examination in examinations])
   return float(jnp.sqrt(jnp.mean(jnp.clip(starts * (1 - starts), 0.01))))
 
 
@@ -362,7 +362,7 @@ def convolutional(*, noise_dim: int = 64, batch_size: int = 500) -> GeneratorFac
         "a convolutional generator needs images in a range, with height and width in multiples of 4; inputs have shape"
         f" {shape} and range {classifier.value_range}."
       )
-    start = jnp.mean(jnp.stack([own.origin for own in examinations]), axis=0)
+    start = jnp.mean(jnp.stack([examination.origin for examination in examinations]), axis=0)
     start = jnp.clip(start, 3e-3, 1 - 3e-3)  # the logit of pure black is not finite
     around = (jnp.log(start) - jnp.log1p(-start))[None]
     output = lambda x: classifier.from_unit(nn.sigmoid(around + x))
@@ -376,7 +376,7 @@ def _conditioned(
 ) -> jax.Array:
   """Noise, label and classifier index side by side; the one-hot parts as strong as several noise dimensions."""
   label, index = (
-    jax.nn.one_hot(_checks.integers(own), n, dtype=noise.dtype) for own, n in ((y, labels), (t, classifiers))
+    jax.nn.one_hot(_checks.integers(indices), n, dtype=noise.dtype) for indices, n in ((y, labels), (t, classifiers))
   )
   return jnp.concatenate([noise, strength * label, strength * index], axis=1)
 

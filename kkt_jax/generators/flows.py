@@ -56,7 +56,8 @@ class Destination(nn.Module):
     angle = 2 * jnp.pi * time[:, None] * jnp.arange(1, _WAVES + 1)[None]
     given = [time[:, None], jnp.sin(angle), jnp.cos(angle)]
     given += [
-      3 * jax.nn.one_hot(_checks.integers(own), n) for own, n in ((y, self.num_labels), (t, self.num_classifiers))
+      3 * jax.nn.one_hot(_checks.integers(indices), n)
+      for indices, n in ((y, self.num_labels), (t, self.num_classifiers))
     ]
     condition = jnp.concatenate(given, axis=1)
     h = nn.Dense(self.width)(jnp.concatenate([x, condition], axis=1))
@@ -128,11 +129,11 @@ class Flow:
 
       z, _ = jax.lax.scan(step, self.temperature * noise, jnp.arange(self.steps) / self.steps)
       x = jnp.zeros((len(y), *charts[0][0].origin.shape))
-      for index, (own, (subspace, size)) in enumerate(zip(examinations, charts, strict=True)):
+      for index, (examination, (subspace, size)) in enumerate(zip(examinations, charts, strict=True)):
         unit = subspace.points(size * z[:, : subspace.dimension])
-        if own.classifier.value_range is not None:
+        if examination.classifier.value_range is not None:
           unit = jnp.clip(unit, 0.0, 1.0)
-        x = jnp.where((t == index).reshape(-1, *[1] * (x.ndim - 1)), own.classifier.from_unit(unit), x)
+        x = jnp.where((t == index).reshape(-1, *[1] * (x.ndim - 1)), examination.classifier.from_unit(unit), x)
       return x, statistics
 
     return Generator(init, generate, generators.normal_noise(dimensions), dimensions, self.batch_size)
@@ -210,16 +211,16 @@ class Flow:
       place = (1 - time)[:, None] * noise + time[:, None] * ends[chosen]
 
       def loss(theta: PyTree) -> jax.Array:
-        found: Any = network.apply(theta, place, time, of[chosen], owners[chosen])
-        return jnp.mean(jnp.square(found - ends[chosen]))
+        aimed: Any = network.apply(theta, place, time, of[chosen], owners[chosen])
+        return jnp.mean(jnp.square(aimed - ends[chosen]))
 
       value, gradient = jax.value_and_grad(loss)(theta)
       updates, opt_state = optimizer.update(gradient, opt_state, theta)
       return optax.apply_updates(theta, updates), opt_state, value
 
     opt_state = optimizer.init(theta)
-    for number, own in enumerate(jax.random.split(key, num_steps), 1):
-      theta, opt_state, error = step(theta, opt_state, own)
+    for number, step_key in enumerate(jax.random.split(key, num_steps), 1):
+      theta, opt_state, error = step(theta, opt_state, step_key)
       if on_progress is not None and (number % 100 == 0 or number == num_steps):
         on_progress(number, float(error))
     return theta
@@ -232,7 +233,7 @@ class Flow:
 def _charts(examinations: Sequence[Examination]) -> list[tuple[Subspace, float]]:
   """For each classifier where samples lie, and the size of a coordinate; anywhere, unless all reveal their subspace."""
   deviation = generators.typical_deviation(examinations)
-  subspaces = [own.subspace for own in examinations if own.subspace is not None]
+  subspaces = [examination.subspace for examination in examinations if examination.subspace is not None]
   if len(subspaces) < len(examinations):
-    subspaces = [Subspace.whole(own.origin) for own in examinations]
-  return [(own, deviation * math.sqrt(own.origin.size / own.dimension)) for own in subspaces]
+    subspaces = [Subspace.whole(examination.origin) for examination in examinations]
+  return [(subspace, deviation * math.sqrt(subspace.origin.size / subspace.dimension)) for subspace in subspaces]

@@ -56,7 +56,7 @@ def derivative_equations(
 
   First order, Eq. 9, a row per sample and output: ``sum_j zeta_j Lambda_j dPhi_c/dzeta_j = Phi_c``.
 
-  Second order, Eq. 10 multiplied by ``1 - Lambda_j``, which makes it linear: the derivative of Eq. 9 by zeta_j is
+  Second order, Eq. 10 (by Eq. 8) multiplied by ``1 - Lambda_j``, which makes it linear: that of Eq. 9 by zeta_j is
   ``sum_k Lambda_k (zeta_k d2Phi_c/dzeta_k dzeta_j + [k = j] dPhi_c/dzeta_j) = dPhi_c/dzeta_j``. One block of such rows
   is always added if there are biases or vectors: their sum over a fixed random direction v in these tensors. It
   determines the rate of a bias that is 0 or nearly 0, whose column in Eq. 9 vanishes.

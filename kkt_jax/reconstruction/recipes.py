@@ -229,8 +229,8 @@ class Recipe:
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ValueError(f"weights must name terms of the recipe, {', '.join(known)}; got {name!r}.{hint}")
     stationarity = dataclasses.replace(self.stationarity, weight=weights.get("stationarity", self.stationarity.weight))
-    own = {n: dataclasses.replace(t, weight=weights.get(n, t.weight)) for n, t in self.terms.items()}
-    return dataclasses.replace(self, stationarity=stationarity, terms=own)
+    changed = {n: dataclasses.replace(t, weight=weights.get(n, t.weight)) for n, t in self.terms.items()}
+    return dataclasses.replace(self, stationarity=stationarity, terms=changed)
 
   def with_factors(self, **factors: float) -> "Recipe":
     """The recipe with factors on the weights of those terms that it has; raises as `with_weights`."""
@@ -249,9 +249,9 @@ class Recipe:
 
   def joint(self, flow: Flow) -> "Recipe":
     """What a network of continuous noise is trained by, once it is fitted; this recipe must be complete."""
-    schedule, own = self.schedule, dataclasses.replace(self, generator=flow)
-    own = own.with_stationarity(begin=0.0, ramp=0.0).with_factors(**schedule.joint_factors)
-    return own.with_schedule(
+    schedule, recipe = self.schedule, dataclasses.replace(self, generator=flow)
+    recipe = recipe.with_stationarity(begin=0.0, ramp=0.0).with_factors(**schedule.joint_factors)
+    return recipe.with_schedule(
       steps=schedule.joint_steps, theta=schedule.joint, eta=schedule.joint, restarts=1, restart_steps=0
     )
 
@@ -277,11 +277,11 @@ def default(examinations: Sequence[Examination]) -> Recipe:
   images, the heavier, the more of all dimensions it fills. The numbers were found on digits (BUILD_NOTES.md).
   Stationarity does not count in the first fifth of the training.
   """
-  classifiers = [own.classifier for own in examinations]
-  share = float(np.mean([own.share for own in examinations]))
+  classifiers = [examination.classifier for examination in examinations]
+  share = float(np.mean([examination.share for examination in examinations]))
   coupled = all(classifier.batch_coupled for classifier in classifiers)
-  decay = all(own.form == "weight_decay" for own in examinations)
-  converged = all(own.form == "max_margin" for own in examinations)
+  decay = all(examination.form == "weight_decay" for examination in examinations)
+  converged = all(examination.form == "max_margin" for examination in examinations)
   known = decay and all(classifier.weight_decay is not None for classifier in classifiers)
   shared: dict[str, Term] = {}
   if all(classifier.value_range is not None for classifier in classifiers):
@@ -293,9 +293,9 @@ def default(examinations: Sequence[Examination]) -> Recipe:
   if coupled:
     schedule = dataclasses.replace(schedule, joint_factors={"stationarity": 100.0, "statistics": 0.1})
     shared["statistics"] = Term(1000.0, terms.statistics)
-    features = [own.class_features for own in examinations]
+    features = [examination.class_features for examination in examinations]
     if all(features):
-      shared["class_features"] = Term(30.0, terms.class_features([own for own in features if own]))
+      shared["class_features"] = Term(30.0, terms.class_features([pair for pair in features if pair]))
     return Recipe(
       generators.table(),
       network_multipliers(),
@@ -355,7 +355,7 @@ def classification_only(recipe: Recipe, examinations: Sequence[Examination]) -> 
   changed = recipe.with_terms(cross_entropy=Term(1.0, terms.cross_entropy))
   weights = dict.fromkeys({"stationarity", *changed.terms} - {"range", "cross_entropy"}, 0.0)
   if "total_variation" in recipe.terms:
-    weights["total_variation"] = sum(own.share for own in examinations) / len(examinations)
+    weights["total_variation"] = sum(examination.share for examination in examinations) / len(examinations)
     changed = changed.with_schedule(steps=600)
   return changed.with_weights(**weights).with_schedule(polish_rounds=0, match_steps=0)
 
@@ -379,7 +379,7 @@ def network_multipliers(
 
   def make(examinations: Sequence[Examination], generator: Generator) -> Multipliers:
     network = networks.MultiplierNetwork(
-      num_outputs=max(own.classifier.num_classes for own in examinations),
+      num_outputs=max(examination.classifier.num_classes for examination in examinations),
       num_labels=generators.num_labels(examinations),
       num_classifiers=len(examinations),
       hidden=hidden,
@@ -391,8 +391,8 @@ def network_multipliers(
 
     def apply(eta: PyTree, classifier: Classifier, batch: Batch) -> jax.Array:
       t = jnp.full(batch.y.shape, batch.t)
-      own = raw(eta, batch.x, place_of(batch.y), t)[:, : classifier.num_classes]
-      return multipliers.from_network(own, positive=positive)
+      outputs = raw(eta, batch.x, place_of(batch.y), t)[:, : classifier.num_classes]
+      return multipliers.from_network(outputs, positive=positive)
 
     return Multipliers(lambda key: network.init(key, probe, zero, zero), apply, scaled)
 
@@ -406,13 +406,13 @@ def free_multipliers(*, positive: Callable[[jax.Array], jax.Array] = jax.nn.soft
   """
 
   def make(examinations: Sequence[Examination], generator: Generator) -> Multipliers:
-    classes = max(own.classifier.num_classes for own in examinations)
+    classes = max(examination.classifier.num_classes for examination in examinations)
     shape = _one_for_each_sample(examinations, generator, classes)
     place_of = generators.places_of(examinations)
 
     def apply(eta: PyTree, classifier: Classifier, batch: Batch) -> jax.Array:
-      own = eta[batch.t, place_of(batch.y), generators.code_of(batch.noise, generator.codes)]
-      return multipliers.from_network(own[:, : classifier.num_classes], positive=positive)
+      values = eta[batch.t, place_of(batch.y), generators.code_of(batch.noise, generator.codes)]
+      return multipliers.from_network(values[:, : classifier.num_classes], positive=positive)
 
     return Multipliers(lambda key: jnp.zeros(shape), apply)
 
@@ -430,8 +430,8 @@ def runner_up_multipliers(*, scaled: bool = False) -> MultipliersFactory:
     place_of = generators.places_of(examinations)
 
     def apply(eta: PyTree, classifier: Classifier, batch: Batch) -> jax.Array:
-      own = eta[batch.t, place_of(batch.y), generators.code_of(batch.noise, generator.codes)]
-      return multipliers.on_runner_up(own, batch.logits, batch.classes)
+      values = eta[batch.t, place_of(batch.y), generators.code_of(batch.noise, generator.codes)]
+      return multipliers.on_runner_up(values, batch.logits, batch.classes)
 
     return Multipliers(lambda key: jax.random.uniform(key, shape), apply, scaled)
 

@@ -61,7 +61,7 @@ class Reconstruction:
   @property
   def conditions(self) -> list[Conditions]:
     """The stationarity condition of each classifier, as its examination has it, whatever was trained."""
-    return [own.conditions for own in self.examinations]
+    return [examination.conditions for examination in self.examinations]
 
   @property
   def margins(self) -> np.ndarray:
@@ -72,7 +72,7 @@ class Reconstruction:
   def certified_share(self) -> float:
     """The least share of a classifier's training samples that are certified, of the most that its subspace can hold."""
     pairs = zip(self.exact, self.examinations, strict=False)
-    return min((len(own.y) / max(examination.most_samples, 1) for own, examination in pairs), default=0.0)
+    return min((len(exact.y) / max(examination.most_samples, 1) for exact, examination in pairs), default=0.0)
 
   def sample(self, key: jax.Array, y: ArrayLike, *, t: ArrayLike | None = None) -> jax.Array:
     """Draws from the generator with fresh noise.
@@ -99,14 +99,14 @@ class Reconstruction:
 
   def generate(self, noise: ArrayLike, y: ArrayLike, t: ArrayLike) -> jax.Array:
     """What the generator makes of given noise [S, D], labels [S] and classifier indices [S]; see `sample`."""
-    labels, own = _seen(y), _seen(t)
+    labels, indices = _seen(y), _seen(t)
     knows = self._knows(labels)
-    _checks.check_labels("t", own, len(knows))
-    fits = (knows & (own[:, None] == np.arange(len(self.examinations))[None])).any(axis=1)
+    _checks.check_labels("t", indices, len(knows))
+    fits = (knows & (indices[:, None] == np.arange(len(self.examinations))[None])).any(axis=1)
     known = _checks.concrete(fits.all())
     if known is False:
       raise ValueError("t must hold indices of classifiers that know the label at the same place of y.")
-    x = self.trainer.generate(self.state, jnp.asarray(noise), _checks.integers(labels), _checks.integers(own))
+    x = self.trainer.generate(self.state, jnp.asarray(noise), _checks.integers(labels), _checks.integers(indices))
     return x if known else jnp.where(fits.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
 
   def choose_classifiers(self, key: jax.Array, y: ArrayLike) -> jax.Array:
@@ -125,11 +125,15 @@ class Reconstruction:
   def every_sample(self) -> tuple[jax.Array, np.ndarray]:
     """All samples that a finite generator can draw, of an endless one those of one training step, and their labels."""
     if not self.problem.generator.codes:
-      own = batch_samples(self.problem, self.state, self.classifiers)
-      return jnp.concatenate([x for x, _ in own]), np.concatenate([np.asarray(y) for _, y in own])
+      drawn = batch_samples(self.problem, self.state, self.classifiers)
+      return jnp.concatenate([x for x, _ in drawn]), np.concatenate([np.asarray(y) for _, y in drawn])
     places = (np.arange(self.problem.generator.codes) + 0.5) / self.problem.generator.codes
     batches = zip(self.examinations, self.problem.classes, strict=True)
-    pairs = [(own.classifier.labels[k], t) for t, (own, classes) in enumerate(batches) for k in np.unique(classes)]
+    pairs = [
+      (examination.classifier.labels[k], t)
+      for t, (examination, classes) in enumerate(batches)
+      for k in np.unique(classes)
+    ]
     y, t = np.repeat(pairs, len(places), axis=0).T
     noise = np.tile(jax.jit(jax.scipy.stats.norm.ppf)(places), len(pairs))[:, None]
     return self.generate(noise, y, t), y
@@ -146,8 +150,8 @@ class Reconstruction:
     Raises:
       CheckpointError: it cannot be written.
     """
-    proofs = enumerate(own._asdict() | {"criteria": dataclasses.astuple(own.criteria)} for own in self.exact)
-    arrays = {f"{t}/{name}": np.asarray(value) for t, own in proofs for name, value in own.items()}
+    proofs = enumerate(exact._asdict() | {"criteria": dataclasses.astuple(exact.criteria)} for exact in self.exact)
+    arrays = {f"{t}/{name}": np.asarray(value) for t, proof in proofs for name, value in proof.items()}
     with Checkpointer(folder) as checkpointer:
       checkpointer.save(int(self.state.step), self.state, beside=arrays)
 
@@ -188,10 +192,10 @@ class Reconstruction:
     for name, array in beside.items():
       t, _, field = name.partition("/")
       proofs[int(t)][field] = array
-    sizes = {len(own.get("criteria", ())) for own in proofs}
-    if not all(set(own) == set(Exact._fields) for own in proofs) or sizes - {len(dataclasses.fields(Criteria))}:
+    sizes = {len(proof.get("criteria", ())) for proof in proofs}
+    if not all(set(proof) == set(Exact._fields) for proof in proofs) or sizes - {len(dataclasses.fields(Criteria))}:
       raise CheckpointError(f"what is certified in {os.fspath(folder)} was written by another version of kkt_jax.")
-    certified = tuple(Exact(**{**own, "criteria": Criteria(*own["criteria"].tolist())}) for own in proofs)
+    certified = tuple(Exact(**{**proof, "criteria": Criteria(*proof["criteria"].tolist())}) for proof in proofs)
     trainer.check(restored[1])
     return cls(trainer, restored[1], certified)
 
@@ -199,9 +203,9 @@ class Reconstruction:
     """[S, T]: whether each classifier knows each label; a NumPy array unless labels are traced."""
     _checks.check_rank("y", y, 1, "[S]")
     _checks.check_labels("y", y, len(y))
-    labels = [np.asarray(own.classifier.labels, np.int32) for own in self.examinations]
+    labels = [np.asarray(examination.classifier.labels, np.int32) for examination in self.examinations]
     xp: Any = jnp if isinstance(y, jax.core.Tracer) else np
-    return xp.stack([(y[:, None] == own[None]).any(axis=1) for own in labels], axis=1)
+    return xp.stack([(y[:, None] == known[None]).any(axis=1) for known in labels], axis=1)
 
 
 def _seen(labels: ArrayLike) -> Any:

@@ -79,7 +79,7 @@ def reconstruct(
     begin = Reconstruction(trainer, _best_start(trainer, seed, observer))
   made, others = _train_until_certified(begin, saver, observer), list[Reconstruction]()
   for number in range(1, schedule.tables):
-    certified = any(len(own.y) for own in made.exact)
+    certified = any(len(samples.y) for samples in made.exact)
     if made.certified_share > schedule.nearly_all or not (certified or schedule.match_steps):
       break
     later = _later(observer, schedule, number)
@@ -119,7 +119,7 @@ def train(
 ) -> Reconstruction:
   """Trains on until ``num_steps`` steps altogether, those of the recipe if None; see `reconstruct`."""
   trainer, schedule = reconstruction.trainer, reconstruction.recipe.schedule
-  made = lambda state: dataclasses.replace(reconstruction, state=trainer.own(state))
+  made = lambda state: dataclasses.replace(reconstruction, state=trainer.mark(state))
   state = fit(
     trainer.step,
     trainer.placed(reconstruction.state),
@@ -165,21 +165,21 @@ def polish(
     return reconstruction
   x, y = reconstruction.every_sample()
   theta = reconstruction.state.params["theta"]
-  found: list[Exact] = []
-  for t, (own, part) in enumerate(zip(reconstruction.examinations, reconstruction.parts(), strict=True)):
+  certified: list[Exact] = []
+  for t, (examination, part) in enumerate(zip(reconstruction.examinations, reconstruction.parts(), strict=True)):
     tell = functools.partial(observer.on_round, t)
-    less: dict[str, Any] = {"points": 2 * own.most_samples, "num_steps": _QUICK_STEPS} if quick else {}
+    less: dict[str, Any] = {"points": 2 * examination.most_samples, "num_steps": _QUICK_STEPS} if quick else {}
     less |= {"least_hope": schedule.hopeful} if quick else {}
-    guesses, labels = own.classifier.to_unit(x[part]), y[part]
+    guesses, labels = examination.classifier.to_unit(x[part]), y[part]
     if known:
       guesses, labels = jnp.concatenate([guesses, known[t].unit]), np.concatenate([labels, known[t].y])
-    samples, led = exact.find(own, guesses, labels, rounds=rounds, on_round=tell, **less)
+    samples, led = exact.find(examination, guesses, labels, rounds=rounds, on_round=tell, **less)
     labels, codes, chosen = exact.places(samples.y, led[: len(y[part])], y[part])
     if len(chosen):
       theta = generator.put(theta, t, labels, codes, jnp.asarray(samples.unit[chosen]))
-    found.append(samples)
+    certified.append(samples)
   state = reconstruction.state._replace(params=reconstruction.state.params | {"theta": theta})
-  return dataclasses.replace(reconstruction, state=state, exact=tuple(found))
+  return dataclasses.replace(reconstruction, state=state, exact=tuple(certified))
 
 
 @full_precision
@@ -214,23 +214,25 @@ def distil(
   trainer = dataclasses.replace(table.trainer, recipe=table.recipe.joint(flow))
   init_key, match_key, state_key = jax.random.split(jax.random.key(seed), 3)
   theta, statistics = trainer.problem.generator.init(init_key)
-  tables = [(*own.every_sample(), own.parts()) for own in (table, *others)]
+  tables = [(*reconstruction.every_sample(), reconstruction.parts()) for reconstruction in (table, *others)]
   samples = []
-  for index, own in enumerate(table.examinations):
-    unit = own.classifier.to_unit(jnp.concatenate([x[parts[index]] for x, _, parts in tables]))
+  for index, examination in enumerate(table.examinations):
+    unit = examination.classifier.to_unit(jnp.concatenate([x[parts[index]] for x, _, parts in tables]))
     labels = np.concatenate([y[parts[index]] for _, y, parts in tables])
-    found = table.exact[index] if table.exact else None
-    known = {} if found is None else {"certified": found.unit, "least": found.criteria.least_distance}
+    certified = table.exact[index] if table.exact else None
+    known = {} if certified is None else {"certified": certified.unit, "least": certified.criteria.least_distance}
     samples.append((flow.leaning_on_others(unit, labels, **known), labels))
   steps = table.recipe.schedule.match_steps
   theta = flow.match(match_key, theta, table.examinations, samples, num_steps=steps, on_progress=observer.on_match)
-  params = {name: own for name, own in table.state.params.items() if name != "gates"}  # those of a table's samples
+  params = {name: value for name, value in table.state.params.items() if name != "gates"}  # those of a table's samples
   params["theta"] = theta
   opt_state = trainer.problem.optimizer.init(params)
   state = TrainState(jnp.zeros((), jnp.int32), params, statistics, opt_state, state_key, table.state.origin)
-  begin = dataclasses.replace(table, trainer=trainer, state=trainer.own(state), table=table)
+  begin = dataclasses.replace(table, trainer=trainer, state=trainer.mark(state), table=table)
   made = train(begin, observer=observer)
-  return min((begin, made), key=lambda own: _loss(trainer, own.state._replace(step=made.state.step)))
+  return min(
+    (begin, made), key=lambda reconstruction: _loss(trainer, reconstruction.state._replace(step=made.state.step))
+  )
 
 
 def _later(observer: Observer, schedule: Schedule, tables: int) -> Observer:
@@ -249,10 +251,10 @@ def _train_until_certified(begin: Reconstruction, saver: Saver | None, observer:
   for look in (int(share * schedule.steps) for share in schedule.looks):
     if int(begin.state.step) <= look > 0:
       begin = train(begin, look, saver=saver, observer=observer)
-      found = polish(begin, min(_QUICK, schedule.polish_rounds), quick=True, observer=observer)
-      if found.certified_share == 1:
-        return found
-      if found.certified_share < schedule.hopeful:
+      looked = polish(begin, min(_QUICK, schedule.polish_rounds), quick=True, observer=observer)
+      if looked.certified_share == 1:
+        return looked
+      if looked.certified_share < schedule.hopeful:
         break  # looking takes long
   return polish(train(begin, saver=saver, observer=observer), observer=observer)
 
@@ -283,7 +285,7 @@ def _best_start(trainer: Trainer, seed: int, observer: Observer) -> TrainState:
       observer=Observer(log_every=max(schedule.steps_per_call, schedule.restart_steps // 100), on_log=on_log),
     )
     tried.append((float(np.mean(values[-10:])), state))  # noise makes single values uncertain
-  return trainer.own(min(tried, key=lambda own: own[0])[1])
+  return trainer.mark(min(tried, key=lambda pair: pair[0])[1])
 
 
 def _loss(trainer: Trainer, state: TrainState) -> float:

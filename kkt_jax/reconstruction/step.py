@@ -2,8 +2,8 @@
 
 One classifier is the case T = 1 of T classifiers. All of them share one generator g(noise, y, t; theta) and the
 multipliers h(x, y, t; eta), which take the classifier's index t; each has its own alpha. A step generates M samples for
-each classifier, sums the losses over the classifiers (Eqs. 7, 13) and moves theta, eta and alpha together, as section 4
-of the paper describes it. `kkt_jax.reconstruction.reconstruct` is the door to all of this.
+each classifier, sums the losses over the classifiers (Eqs. 7, 12, 13) and moves theta, eta and alpha together, as
+section 4 of the paper describes it. `kkt_jax.reconstruction.reconstruct` is the door to all of this.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -258,7 +258,7 @@ def _loss(
   classifiers: Sequence[Classifier],
   conditions: Sequence[Conditions],
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
-  """The loss of a batch, summed over classifiers (Eqs. 7, 13), with metrics and the generator's running averages."""
+  """The loss of a batch, summed over classifiers (Eqs. 7, 12, 13), with metrics and running averages."""
   progress = _progress(problem, state)
   samples = _samples(problem, classifiers, key, progress)
   of_part = lambda part: _means(problem, params, state.statistics, classifiers, part)
@@ -321,7 +321,10 @@ def _samples(
 ) -> tuple[jax.Array, jax.Array]:
   """Noise [M, T, D] and labels [M, T] of a step's batch; samples first, to be cut into microbatches."""
   keys = jax.random.split(key, len(classifiers))
-  noise = [problem.generator.noise(own, progress, classes) for own, classes in zip(keys, problem.classes, strict=True)]
+  noise = [
+    problem.generator.noise(noise_key, progress, classes)
+    for noise_key, classes in zip(keys, problem.classes, strict=True)
+  ]
   y = [np.asarray(c.labels)[classes] for c, classes in zip(classifiers, problem.classes, strict=True)]
   return jnp.stack(noise, axis=1), jnp.asarray(np.stack(y, axis=1))
 
@@ -358,7 +361,7 @@ def _batches(
     gates = []
     if "gates" in params:
       code = code_of(noise[:, index], problem.generator.codes)
-      gates = [[own[classes, code] for own in params["gates"][index]]]
+      gates = [[logits[classes, code] for logits in params["gates"][index]]]
     whole, pull_back = _evaluate(classifier, x, problem.stationarity.compute_dtype, *gates)
     batch = Batch(x, classifier.to_unit(x), labels, classes, noise[:, index], index, alpha, *whole)
     mu = problem.multipliers.apply(params["eta"]["multipliers"], classifier, batch)
@@ -385,7 +388,7 @@ def _evaluate(
   """
   forward = lambda params, x, *gates: classifier.forward(params, x, True, *gates)
   if compute_dtype is None:
-    split = lambda params: ((found := forward(params, x, *gates)).logits, found)
+    split = lambda params: ((evaluation := forward(params, x, *gates)).logits, evaluation)
     _, pull_back, whole = jax.vjp(split, classifier.params, has_aux=True)
     return whole, pull_back
   rough = computed_in(lambda params, x, *gates: forward(params, x, *gates).logits, compute_dtype)

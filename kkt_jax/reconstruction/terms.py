@@ -128,7 +128,7 @@ def contrast(*, temperature: float = 0.1, size: float = 1.5) -> TermFn:
     stacked = jnp.moveaxis(batch.unit, 0, -1)  # images are further channels, which move together
     views = [deformations.warp(key, stacked.reshape(1, *stacked.shape[:2], -1), size=size) for key in keys]
     x = [classifier.from_unit(jnp.moveaxis(view.reshape(stacked.shape), -1, 0)) for view in views]
-    return priors.contrast(*(features_fn(classifier.params, own) for own in x), temperature=temperature)
+    return priors.contrast(*(features_fn(classifier.params, view) for view in x), temperature=temperature)
 
   return distance
 

@@ -24,7 +24,7 @@ from kkt_jax.reconstruction.step import class_sequence, init_state, make_train_s
 
 def _of_one(one: Classifier, other: Classifier) -> bool:
   """Whether two classifiers have the same parameters, so that what weights say of one is true of the other."""
-  leaves, others = (jax.tree.leaves(own.params) for own in (one, other))
+  leaves, others = (jax.tree.leaves(classifier.params) for classifier in (one, other))
   return len(leaves) == len(others) and all(a is b or np.array_equal(a, b) for a, b in zip(leaves, others, strict=True))
 
 
@@ -75,19 +75,21 @@ class Trainer:
     for examination, classifier in pairs:
       if not _of_one(examination.classifier, classifier):
         raise ValueError("examinations must be those of the classifiers, in their order; one is of other parameters.")
-    own = tuple(dataclasses.replace(examination, classifier=classifier) for examination, classifier in pairs)
-    return cls(own, recipes.complete(recipe or Recipe(), own), microbatch_size, mesh)
+    examined = tuple(dataclasses.replace(examination, classifier=classifier) for examination, classifier in pairs)
+    return cls(examined, recipes.complete(recipe or Recipe(), examined), microbatch_size, mesh)
 
   @functools.cached_property
   def classifiers(self) -> list[Classifier]:
     """The classifiers, with the derivatives that the stationarity uses."""
-    return [relaxed(own.classifier, self.recipe.stationarity.gate_sharpness) for own in self.examinations]
+    return [
+      relaxed(examination.classifier, self.recipe.stationarity.gate_sharpness) for examination in self.examinations
+    ]
 
   @functools.cached_property
   @full_precision
   def conditions(self) -> list[Conditions]:
     """The stationarity condition of each classifier, as it is trained."""
-    return [self.recipe.stationarity.conditions(own) for own in self.examinations]
+    return [self.recipe.stationarity.conditions(examination) for examination in self.examinations]
 
   @functools.cached_property
   @full_precision
@@ -100,7 +102,10 @@ class Trainer:
       stationarity=recipe.stationarity,
       terms=recipe.terms,
       optimizer=recipe.schedule.optimizer(),
-      classes=[class_sequence(own.classifier, generator.batch_size, recipe.label_weights) for own in self.examinations],
+      classes=[
+        class_sequence(examination.classifier, generator.batch_size, recipe.label_weights)
+        for examination in self.examinations
+      ],
       num_steps=recipe.schedule.steps,
       microbatch_size=self.microbatch_size,
       mesh=self.mesh,
@@ -123,8 +128,10 @@ class Trainer:
   @functools.cached_property
   def _origin(self) -> jax.Array:
     """What tells whether a saved state is of these classifiers and of this recipe [2, 8]."""
-    own = [(c.params, c.input_shape, c.labels, c.value_range) for c in (e.classifier for e in self.examinations)]
-    return jnp.asarray(np.stack([np.frombuffer(fingerprint(part), np.int32) for part in (own, self.recipe)]))
+    classifiers = [
+      (c.params, c.input_shape, c.labels, c.value_range) for c in (e.classifier for e in self.examinations)
+    ]
+    return jnp.asarray(np.stack([np.frombuffer(fingerprint(part), np.int32) for part in (classifiers, self.recipe)]))
 
   @full_precision
   def init(self, seed: int) -> TrainState:
@@ -140,11 +147,11 @@ class Trainer:
       theta=theta,
       statistics=statistics,
       eta=self.problem.multipliers.init(multiplier_key),
-      margins=[own.margin if given is None else given for own in self.examinations],
+      margins=[examination.margin if given is None else given for examination in self.examinations],
     )
-    return self.own(state)
+    return self.mark(state)
 
-  def own(self, state: TrainState) -> TrainState:
+  def mark(self, state: TrainState) -> TrainState:
     """A state on one device, marked as trained from these classifiers by this recipe."""
     return (state if self.mesh is None else sharding.fetch(state))._replace(origin=self._origin)
 
