@@ -91,4 +91,4 @@ def test_all_scores_that_a_classifier_allows(members):
   random = np.random.default_rng(1)
   relu = with_kinks_on(random.normal(size=(6, 5)).astype(np.float32))
   names = candidates.scores(kkt_jax.examine(relu, form="max_margin"), random.normal(size=(4, 5)).astype(np.float32))
-  assert list(names) == ["multipliers", "boundaries", "margin", "loss"]
+  assert list(names) == ["multipliers", "boundaries", "margin", "together", "loss"]
