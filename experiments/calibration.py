@@ -1,7 +1,8 @@
 """Are the p-values of audits what they say? Small classifiers of digits, audited against digits that they never saw.
 
-A quarter of them is reconstructed from, too, which takes most of the time. Each is also asked about its own training digits mixed with as many unseen ones: how many of those that are named as
-members at the stated false-discovery rate are false.
+A quarter of them is reconstructed from, too, which takes most of the time. Each is also asked about its own training
+digits mixed with as many unseen ones: how many of those that are named as members at the stated false-discovery rate
+are false.
 """
 
 from collections.abc import Mapping

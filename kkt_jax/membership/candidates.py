@@ -51,7 +51,8 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
     own signal from the row space of the first kernel (`kkt_jax.extraction.signals`), which needs no other sample, where
     weight decay has made that space; ``boundaries`` (`boundary_scores`), where there are gates; ``margin``
     (`common_margin`), where training drove all margins to one value; ``together``, the ranks by multipliers and
-    boundaries, with batch norm those by multipliers and margin; and what needs no theory, ``loss``, minus the cross-entropy.
+    boundaries, with batch norm those by multipliers and margin, as Fisher combines p-values; and what needs no theory,
+    ``loss``, minus the cross-entropy.
   """
   classifier = examination.classifier
   x = jnp.asarray(x)
