@@ -157,3 +157,13 @@ def test_no_module_is_longer_than_450_lines_and_no_body_of_a_function_than_60(na
   assert len(FILES[name].read_text().splitlines()) <= 450
   functions = [node for node in ast.walk(parsed(name)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
   assert [function.name for function in functions if body_lines(function) > 60] == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_public_function_has_more_than_eight_parameters(name):
+  def parameters(function):
+    own = function.args
+    return [arg.arg for arg in (*own.posonlyargs, *own.args, *own.kwonlyargs) if arg.arg not in ("self", "cls")]
+
+  functions = [node for node in ast.walk(parsed(name)) if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]
+  assert [function.name for function in functions if len(parameters(function)) > 8] == []

@@ -135,22 +135,22 @@ class Examination:
 
   def _left_out(self) -> list[str]:
     names = ", ".join(f"{name} ({share:.0%} of everything)" for name, share in self.left_out.items())
-    return [f"Left out, because no data whatever could have caused them: {names}."] if names else []
+    return [f"Left out, because no training set could have caused them: {names}."] if names else []
 
   def _directions(self) -> str:
     """In which directions the data lie, and by what single samples could be certified (`extraction.certificates`)."""
     subspace, rank = self.subspace, self.first.rank if self.first is not None else 0
     dimensions = math.prod(self.classifier.input_shape)
     if subspace is None and rank:
-      return f"The first layer holds {rank} of {dimensions} directions, which are not taken for those of the data:" + (
+      return f"The first layer has rank {rank} of {dimensions}, which is not taken for the input subspace:" + (
         f" with {self.classifier.num_classes} classes so few are left where many samples are fitted alike."
         if self.explained and not self.left_out
-        else " no data could have caused its weights."
+        else " no training set could have caused its weights."
       )
     if subspace is None:
-      return "They do not reveal in which directions the data lie."
+      return "The input subspace is not identifiable from the first layer."
     count = subspace.dimension
-    lines = f"They hold {count} of {dimensions} directions, taken for those of the data{_blurred(subspace)}."
+    lines = f"They reveal an input subspace of {count} of {dimensions} dimensions{_blurred(subspace)}."
     if count < rank:
       lines += " The first layer's bias tells how bright they are."
     if self.classifier.value_range is not None:
@@ -179,8 +179,8 @@ class Examination:
       *(rounded if _probing.rounded(params, self.criteria) else []),
       *(["The function computes in 16 bits, which hides whatever is fainter."] if rough else []),
       *self._left_out(),
-      f"Share of {'the others' if self.left_out else 'them'} that no data whatever could have caused: {self.bound:.2%}"
-      f" ({'so data are not excluded' if self.explained else 'too much'}; the limit is {limit:.0%}).",
+      f"At least {self.bound:.2%} of {'the rest' if self.left_out else 'the stationarity target'} is unreachable by any"
+      f" training set ({'so data are not excluded' if self.explained else 'too much'}; the limit is {limit:.0%}).",
       self._directions(),
       _subtracted(self.start, self.criteria.alike),
       "They do not reveal the margin of the data."

@@ -1,6 +1,7 @@
 """The search for exact training samples: rounds of polishing and certifying (`extraction.vertices`), put together."""
 
 from collections.abc import Callable
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -39,15 +40,29 @@ class Exact(NamedTuple):
   criteria: Criteria = Criteria()
 
 
+@dataclasses.dataclass(frozen=True)
+class Effort:
+  """How much a search tries.
+
+  Attributes:
+    rounds: at most so many.
+    points: about how many later rounds start from; as many as there are guesses if None.
+    num_steps: of `kkt_jax.extraction.vertices.polish`.
+    least_hope: there must be more `hope` than this, and as great a share of the training samples after each round.
+  """
+
+  rounds: int
+  points: int | None = None
+  num_steps: int = 60
+  least_hope: float = 0.0
+
+
 def find(
   examination: Examination,
   guesses: jax.Array,
   y: np.ndarray,
+  effort: Effort,
   *,
-  rounds: int,
-  points: int | None = None,
-  num_steps: int = 60,
-  least_hope: float = 0.0,
   criteria: Criteria | None = None,
   on_round: Callable[[int, int, int], None] | None = None,
 ) -> tuple[Exact, np.ndarray]:
@@ -64,30 +79,27 @@ def find(
     examination: of the classifier.
     guesses: samples [M, *input_shape] in units of the range.
     y: their labels [M].
-    rounds: at most so many.
-    points: about how many later rounds start from; as many as there are guesses if None.
-    num_steps: of `kkt_jax.extraction.vertices.polish`.
-    least_hope: there must be more `hope` than this, and as great a share of the training samples after each round.
+    effort: how much is tried.
     criteria: what certifies a sample; the default `Criteria` if None.
     on_round: called with (round, number of training samples, most that there can be).
 
   Returns:
     The training samples, each once, and which guesses [M] led to one, all if there are no others. None where no
-    subspace is told or inputs have no range.
+    subspace is revealed or inputs have no range.
   """
   classifier, subspace = examination.classifier, examination.subspace
   criteria = criteria or Criteria()
   led = np.zeros(len(guesses), bool)
   nothing: list[Any] = [*(np.zeros(0, own) for own in (int, int, bool, int)), criteria]
   found = Exact(np.zeros((0, *classifier.input_shape), np.float32), *nothing)
-  if hope(examination, guesses, y, few=_FEWER if least_hope else _FEW, criteria=criteria) <= least_hope:
+  if hope(examination, guesses, y, few=_FEWER if effort.least_hope else _FEW, criteria=criteria) <= effort.least_hope:
     return found, led
   assert subspace is not None
   most, idle, at_random = subspace.most_samples, 0, True
-  every = max(len(guesses) // (points or len(guesses)), 1)
+  every = max(len(guesses) // (effort.points or len(guesses)), 1)
   typical = np.asarray(jnp.mean(guesses, axis=0))
   pool: Candidates | None = None
-  for number in range(rounds):
+  for number in range(effort.rounds):
     key = jax.random.key(number)
     known, known_y = jnp.concatenate([guesses, found.unit]), np.concatenate([y, found.y])
     drawn = at_random and number % 2 == 1
@@ -99,7 +111,7 @@ def find(
       alike = jnp.log(y[:, None] == known_y[None, :])
       starts = ((guesses + known[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses)[part]
       likely = vertices.likely_ends(starts, y[part], known, known_y)
-    x = np.asarray(vertices.polish(starts, subspace, likely=likely, num_steps=num_steps))
+    x = np.asarray(vertices.polish(starts, subspace, likely=likely, num_steps=effort.num_steps))
     x = _right_way(classifier, x, np.asarray(subspace.origin), typical, criteria)
     if not number:
       criteria = certificates.calibrated(examination, x, criteria)
@@ -116,7 +128,7 @@ def find(
       on_round(number + 1, len(chosen), most)
     if len(chosen) == most:
       led[:] = True  # there are no others, so that every guess was meant for one of these
-    if len(chosen) == most or idle == _IDLE or len(chosen) < least_hope * most:
+    if len(chosen) == most or idle == _IDLE or len(chosen) < effort.least_hope * most:
       break
   return found, led
 
@@ -148,7 +160,7 @@ def hope(
     criteria: what certifies a sample; the default `Criteria` if None.
 
   Returns:
-    The share, 0 where no subspace is told or inputs have no range.
+    The share, 0 where no subspace is revealed or inputs have no range.
   """
   subspace, criteria = examination.subspace, criteria or Criteria()
   if subspace is None or examination.classifier.value_range is None:

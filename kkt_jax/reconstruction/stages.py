@@ -17,7 +17,7 @@ from kkt_jax._precision import full_precision
 from kkt_jax.analysis.examination import Examination
 from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.extraction import exact
-from kkt_jax.extraction.exact import Exact
+from kkt_jax.extraction.exact import Effort, Exact
 from kkt_jax.generators.flows import Flow
 from kkt_jax.reconstruction.loop import fit, Observer, Saver, SILENT
 from kkt_jax.reconstruction.recipes import Recipe, Schedule
@@ -168,12 +168,13 @@ def polish(
   certified: list[Exact] = []
   for t, (examination, part) in enumerate(zip(reconstruction.examinations, reconstruction.parts(), strict=True)):
     tell = functools.partial(observer.on_round, t)
-    less: dict[str, Any] = {"points": 2 * examination.most_samples, "num_steps": _QUICK_STEPS} if quick else {}
-    less |= {"least_hope": schedule.hopeful} if quick else {}
+    effort = Effort(rounds)
+    if quick:
+      effort = Effort(rounds, 2 * examination.most_samples, _QUICK_STEPS, least_hope=schedule.hopeful)
     guesses, labels = examination.classifier.to_unit(x[part]), y[part]
     if known:
       guesses, labels = jnp.concatenate([guesses, known[t].unit]), np.concatenate([labels, known[t].y])
-    samples, led = exact.find(examination, guesses, labels, rounds=rounds, on_round=tell, **less)
+    samples, led = exact.find(examination, guesses, labels, effort, on_round=tell)
     labels, codes, chosen = exact.places(samples.y, led[: len(y[part])], y[part])
     if len(chosen):
       theta = generator.put(theta, t, labels, codes, jnp.asarray(samples.unit[chosen]))

@@ -174,10 +174,10 @@ def test_directions_that_stand_out_because_classes_do_are_no_span_of_the_data(ra
     assert (found.subspace is not None) == told
     if told:
       assert found.subspace.dimension == rank and (found.subspace.blur > 0) == (held == 0)
-      assert f"They hold {rank} of 40 directions, taken for those of the data" in str(found)
+      assert f"They reveal an input subspace of {rank} of 40 dimensions" in str(found)
     elif held:
       assert (
-        f"The first layer holds {rank} of 40 directions, which are not taken for those of the data: with 3 classes so"
+        f"The first layer has rank {rank} of 40, which is not taken for the input subspace: with 3 classes so"
         " few are left where many samples are fitted alike."
       ) in str(found)
 
@@ -249,7 +249,7 @@ def test_a_network_without_dense_first_layer_has_no_span_and_prints():
   assert "first kernel" not in jax.tree.leaves(found.roles)
   assert jax.tree.leaves(found.roles).count("last bias") == 1
   said = str(found)
-  assert "They do not reveal in which directions the data lie." in said
+  assert "The input subspace is not identifiable from the first layer." in said
   assert "What the network subtracts from its inputs is not revealed." in said
   assert "They do not reveal the margin of the data." in said
 
@@ -264,10 +264,11 @@ def test_it_prints_what_it_found(by_flax):
     f" They do not tell whether that is right; up to {by_flax.most_weight_decay:.2g} it can be."
   )
   assert lines[2] == (
-    "Share of them that no data whatever could have caused: 0.00% (so data are not excluded; the limit is 5%)."
+    "At least 0.00% of the stationarity target is unreachable by any training set (so data are not excluded; the limit"
+    " is 5%)."
   )
   assert lines[3] == (
-    "The first layer holds 9 of 64 directions, which are not taken for those of the data: with 3 classes so few are"
+    "The first layer has rank 9 of 64, which is not taken for the input subspace: with 3 classes so few are"
     " left where many samples are fitted alike."
   )
   assert lines[4] == "The network subtracts nothing from its inputs."
@@ -427,8 +428,8 @@ class TestLeftOut:
     np.testing.assert_array_equal(found.conditions.mask["c"], 0.0)
     np.testing.assert_array_equal(found.conditions.mask["w"], 1.0)
     said = str(found)
-    assert "Left out, because no data whatever could have caused them: c (100% of everything)." in said
-    assert "Share of the others that no data whatever could have caused: 0.00% (so data are not excluded" in said
+    assert "Left out, because no training set could have caused them: c (100% of everything)." in said
+    assert "At least 0.00% of the rest is unreachable by any training set (so data are not excluded" in said
 
   @slow
   def test_nothing_is_left_out_if_what_remains_would_not_fit_or_would_say_nothing(self):
@@ -522,7 +523,7 @@ class TestSilence:
     assert found.explained and found.first.rank < 10
     assert found.subspace is None and found.share == 1.0
     assert (
-      f"The first layer holds {found.first.rank} of 30 directions, which are not taken for those of the data: with 2"
+      f"The first layer has rank {found.first.rank} of 30, which is not taken for the input subspace: with 2"
       " classes so few are left where many samples are fitted alike."
     ) in str(found)
 
@@ -539,7 +540,7 @@ class TestSilence:
     found = examine(kkt_jax.make_classifier(self.network, merged(adapter), (200,), initial_params=base))
     assert found.first.rank == 8
     assert found.subspace is None
-    assert "The first layer holds 8 of 200 directions, which are not taken for those of the data" in str(found)
+    assert "The first layer has rank 8 of 200, which is not taken for the input subspace" in str(found)
 
   def test_where_weight_decay_leaves_no_condition_everything_is_out_of_reach(self):
     unit = lambda a, axis: a / jnp.linalg.norm(a + 1e-12, axis=axis, keepdims=True)
@@ -549,7 +550,10 @@ class TestSilence:
     assert all(jax.tree.leaves(found.free))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(found.conditions.mask))
     assert found.bound == 1.0 and found.subspace is None
-    assert "Share of them that no data whatever could have caused: 100.00% (too much; the limit is 5%)." in str(found)
+    assert (
+      "At least 100.00% of the stationarity target is unreachable by any training set (too much; the limit is 5%)."
+      in str(found)
+    )
 
   @pytest.mark.parametrize("end", [jax.nn.softmax, lambda z: jax.nn.sigmoid(z[:, 0])], ids=["softmax", "sigmoid"])
   def test_probabilities_are_refused(self, end):

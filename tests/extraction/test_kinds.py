@@ -27,7 +27,7 @@ def mixtures(x, y, seed):
 def test_no_certificate_is_false(kind, seed):
   x, y = KINDS[kind](seed)
   examination = kkt_jax.examine(train(x, y, steps=3000, seed=seed))
-  found, _ = exact.find(examination, *mixtures(x, y, seed), rounds=2)
+  found, _ = exact.find(examination, *mixtures(x, y, seed), exact.Effort(rounds=2))
   counts = count(found.unit, x)
   assert counts["false"] == 0, counts
   assert counts["found"] >= LEAST.get(kind, 0), counts

@@ -255,7 +255,7 @@ def test_all_training_samples_are_found_each_once_with_their_labels(num_steps):
   told = []
   guesses = jnp.concatenate([near(x[:4], 0.1), near(x[:4], 0.05), jnp.full((40, SIZE), 0.5)])
   tell = lambda *row: told.append(row)
-  found, led = exact.find(examined(), guesses, np.zeros(48, int), rounds=12, num_steps=num_steps, on_round=tell)
+  found, led = exact.find(examined(), guesses, np.zeros(48, int), exact.Effort(12, num_steps=num_steps), on_round=tell)
   assert told[0][0] == 1 and told[0][1] >= 4 and told[0][2] == NUM
   assert told[-1][1] == NUM == len(found.y)
   assert led.all()  # there are no others
@@ -268,7 +268,7 @@ def test_all_training_samples_are_found_each_once_with_their_labels(num_steps):
 def test_one_round_only_polishes_the_guesses():
   x, *_ = data()
   found, led = exact.find(
-    examined(), jnp.concatenate([near(x[:3], 0.1), jnp.full((2, SIZE), 0.5)]), np.arange(5), rounds=1
+    examined(), jnp.concatenate([near(x[:3], 0.1), jnp.full((2, SIZE), 0.5)]), np.arange(5), exact.Effort(1)
   )
   assert 3 <= len(found.y) < NUM
   assert led[:3].all()
@@ -279,7 +279,7 @@ def test_where_too_few_guesses_become_training_samples_nothing_is_tried():
   guesses = jnp.concatenate([near(x[:3], 0.1), jnp.full((2, SIZE), 0.5)])
   hope = exact.hope(examined(), guesses, np.arange(5))
   assert hope >= 0.6
-  find = lambda least: exact.find(examined(), guesses, np.arange(5), rounds=1, least_hope=least)[0]
+  find = lambda least: exact.find(examined(), guesses, np.arange(5), exact.Effort(1, least_hope=least))[0]
   assert len(find(hope - 0.1).y) >= 3 and not len(find(hope).y)
 
 
@@ -288,13 +288,13 @@ def test_without_a_subspace_or_a_range_nothing_is_claimed(changes):
   x, *_ = data()
   if "classifier" in changes:
     changes = {"classifier": make_classifier(lambda w, v: v @ w, jnp.ones((SIZE, 2)), (SIZE,), value_range=None)}
-  found, led = exact.find(examined(**changes), near(x), np.zeros(NUM, int), rounds=3)
+  found, led = exact.find(examined(**changes), near(x), np.zeros(NUM, int), exact.Effort(3))
   assert not len(found.y) and not led.any()
 
 
 def test_what_cannot_be_pinned_down_is_not_tried():
   found, led = exact.find(
-    examined(), jnp.full((6, SIZE), 0.5), np.zeros(6, int), rounds=3, on_round=lambda *row: pytest.fail("tried")
+    examined(), jnp.full((6, SIZE), 0.5), np.zeros(6, int), exact.Effort(3), on_round=lambda *row: pytest.fail("tried")
   )
   assert not len(found.y) and not led.any()
 
