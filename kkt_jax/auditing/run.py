@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kkt_jax import metrics
+from kkt_jax import _checks, metrics
 from kkt_jax._errors import InputError
 from kkt_jax.analysis.examination import check_outputs, Examination, examine
 from kkt_jax.auditing import data, description, matching, membership, pictures, verdict
@@ -57,6 +57,7 @@ class AuditConfig:
   criteria: AuditCriteria = AuditCriteria()
 
 
+@_checks.annotated
 def audit(
   classifier: Classifier,
   train: Given | None = None,

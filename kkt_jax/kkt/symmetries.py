@@ -56,6 +56,7 @@ class LeastResidual:
   by_tensor: Mapping[str, float]
 
 
+@_checks.annotated
 @full_precision
 def least_residual(
   apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x: ArrayLike, *, tolerance: float = _TOLERANCE
@@ -91,6 +92,7 @@ def least_residual(
   return _tried(apply_fn, params, x, tolerance).bound(conditions)([])
 
 
+@_checks.annotated
 @full_precision
 def scale_invariant(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, tolerance: float = _TOLERANCE) -> PyTree:
   """Which tensors can be scaled up, alone or together with others, without any change of the margins.

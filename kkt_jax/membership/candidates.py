@@ -28,6 +28,7 @@ from kkt_jax.membership._gram import gram as gram_of
 _LEAST_RIDGE = 1e-9  # relative to an atom's own square: keeps a factorisation possible
 
 
+@_checks.annotated
 @full_precision
 def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = None) -> dict[str, np.ndarray]:
   """All scores that the classifier allows, each the higher, the more likely a candidate was trained on.
@@ -48,6 +49,7 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
   """
   classifier = examination.classifier
   x = jnp.asarray(x)
+  _checks.check_finite("x", x)
   logits = classifier.predict(x)
   labels = jnp.asarray(classifier.labels)[jnp.argmax(logits, axis=1)] if labels is None else labels
   found = {"multipliers": multipliers(classifier, _of_first_kernel(examination), x, labels)}
@@ -63,6 +65,7 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
   return found | {"loss": -np.asarray(optax.losses.softmax_cross_entropy_with_integer_labels(logits, classes))}
 
 
+@_checks.annotated
 @full_precision
 def multipliers(
   classifier: Classifier,
@@ -101,6 +104,7 @@ def multipliers(
   return _scaled_parts(classifier, correlations, x, labels, ridge)
 
 
+@_checks.annotated
 @full_precision
 def change_scores(before: Classifier, after: Classifier, x: ArrayLike, labels: ArrayLike) -> dict[str, np.ndarray]:
   """How much of the change from one classifier to another each candidate explains, as what was removed in between.
@@ -225,6 +229,7 @@ def _of_first_kernel(examination: Examination) -> Conditions:
   return alone if any(bool(jnp.any(own * target)) for own, target in targets) else conditions
 
 
+@_checks.annotated
 @full_precision
 def boundary_fractions(classifier: Classifier, x: ArrayLike, *, within: float = 0.001) -> np.ndarray:
   """The fraction of all units on whose activation boundary each sample lies.
