@@ -213,6 +213,7 @@ def _subtracted(start: jax.Array | None, alike: float) -> str:
   )
 
 
+@_checks.annotated
 @full_precision
 def examine(
   classifier: Classifier, *, form: str | None = None, seed: int = 0, criteria: AnalysisCriteria = _DEFAULT
@@ -306,6 +307,7 @@ def _probes(classifier: Classifier, seed: int, count: int = AnalysisCriteria().p
   return classifier.from_unit(jax.random.uniform(key, shape))
 
 
+@_checks.annotated
 def check_outputs(classifier: Classifier, *, seed: int = 0) -> tuple[str, ...]:
   """Whether the outputs are logits, of which each follows from its own input and from the parameters.
 

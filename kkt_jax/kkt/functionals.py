@@ -79,9 +79,10 @@ def functionals(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, margins: boo
     margins: whether there are sums of margins.
 
   Raises:
-    ValueError: ``x`` is no batch of floats, or ``params`` are not floating point.
+    ValueError: ``x`` is no batch of finite floats, or ``params`` are not floating point.
   """
   _checks.check_batch("x", x)
+  _checks.check_finite("x", x)
   params = jax.tree.map(jnp.asarray, _checks.arrays("params", params))
   leaves = jax.tree.leaves(params)
   normals = [jnp.asarray(normal(leaf)) for leaf in leaves]

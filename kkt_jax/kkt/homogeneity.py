@@ -46,6 +46,7 @@ class DerivativeEquations:
   biases: tuple[bool, ...] = ()
 
 
+@_checks.annotated
 @full_precision
 def derivative_equations(
   apply_fn: ApplyFn,
@@ -178,6 +179,7 @@ def _moved_rows(
   return jax.jvp(rows, (params,), (direction,))[1]
 
 
+@_checks.annotated
 @full_precision
 def parameter_equations(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> DerivativeEquations:
   """Eq. 9 with a rate per parameter instead of per tensor; hopelessly under-determined except for tiny networks.
@@ -217,6 +219,7 @@ def scale_params(params: PyTree, rates: PyTree, alpha: ArrayLike) -> PyTree:
   return jax.tree.map(lambda p, rate: jnp.exp(alpha * rate) * p, params, rates)
 
 
+@_checks.annotated
 @full_precision
 def scaling_error(apply_fn: ApplyFn, params: PyTree, rates: PyTree, x: ArrayLike, alphas: ArrayLike) -> jax.Array:
   """How far Lambda is from an exact quasi-homogeneity: the check of Fig. 3 as one number.

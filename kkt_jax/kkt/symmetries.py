@@ -55,6 +55,7 @@ class LeastResidual:
   by_tensor: Mapping[str, float]
 
 
+@_checks.annotated
 @full_precision
 def least_residual(
   apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x: ArrayLike, *, criteria: AnalysisCriteria = _DEFAULT
@@ -90,6 +91,7 @@ def least_residual(
   return _tried(apply_fn, params, x, criteria).bound(conditions)([])
 
 
+@_checks.annotated
 @full_precision
 def scale_invariant(
   apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, criteria: AnalysisCriteria = _DEFAULT
