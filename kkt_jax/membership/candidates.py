@@ -6,6 +6,7 @@ samples that are known not to have been trained on.
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,9 @@ from kkt_jax.extraction import certificates, signals
 from kkt_jax.kkt import losses
 from kkt_jax.kkt.conditions import Conditions
 from kkt_jax.membership._gram import gram as gram_of
+from kkt_jax.membership._gram import SKETCHED
 
+_ARGUMENTS, _BLOCK = 2**27, 64  # most arguments of gates that are kept, and candidates at once if there are more
 _LEAST_RIDGE = 1e-9  # relative to an atom's own square: keeps a factorisation possible
 
 
@@ -157,15 +160,18 @@ def _correlations(
   kept = [i for i, mask in enumerate(masks) if bool(jnp.any(mask != 0))]
   masked = lambda tree: [leaf * masks[i] for i, leaf in enumerate(jax.tree.leaves(tree)) if i in kept]
 
-  @jax.jit
-  @functools.partial(jax.vmap, in_axes=(None, 0, 0))
   def gradients(params: PyTree, x: jax.Array, index: jax.Array) -> list[jax.Array]:
     # The logarithm of the odds: the gradient of log p but for its length, which vanishes with the loss.
     margins = lambda own: losses.margins(classifier.predict_fn(own, x[None]), index[None])[0]
     return masked(jax.grad(lambda own: -jax.nn.logsumexp(-margins(own)))(params))
 
   target = [np.asarray(leaf, np.float64) for leaf in masked(conditions.target)]
-  of = lambda chunk: gradients(classifier.params, x[chunk], classes[chunk])
+  if sum(leaf.size for leaf in target) > SKETCHED:  # one by one: together their convolutions are slower, and large
+    own, chunk_size = jax.jit(gradients), 1
+    of = lambda chunk: [leaf[None] for leaf in own(classifier.params, x[chunk.start], classes[chunk.start])]
+  else:
+    many = jax.jit(jax.vmap(gradients, in_axes=(None, 0, 0)))
+    of = lambda chunk: many(classifier.params, x[chunk], classes[chunk])
   gram, products = gram_of(of, len(x), target, chunk_size=chunk_size)
   size = np.sqrt(np.maximum(np.diag(gram), 1e-30))
   length = float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in target)))
@@ -243,7 +249,8 @@ def boundary_fractions(classifier: Classifier, x: ArrayLike, *, within: float = 
     within: of a kink, in standard deviations of the gate's argument among the candidates; positive.
 
   Returns:
-    Shares [M] of the gates outside loops and branches that change among the candidates at all.
+    Shares [M] of the gates outside loops and branches that change among the candidates at all; of so many gates that
+    their arguments would fill more than half a GiB, of every other one, or fewer.
 
   Raises:
     ValueError: shapes that do not fit, a network without gates, or ``within`` not positive.
@@ -252,11 +259,17 @@ def boundary_fractions(classifier: Classifier, x: ArrayLike, *, within: float = 
   _checks.check_shape("x", x, (len(x), *classifier.input_shape), "[M, *input_shape]")
   _checks.check_positive("within", within)
   _checks.check_at_least("the number of candidates", x.shape[0], 2)
-  roots = relaxation.pre_activations(classifier.predict_fn, classifier.params, x)
-  roots = [root.reshape(x.shape[0], -1) for root in roots if root.shape[:1] == x.shape[:1]]
-  if not roots:
+  of = jax.jit(functools.partial(relaxation.pre_activations, classifier.predict_fn))
+  shapes = [root.shape for root in jax.eval_shape(of, classifier.params, x) if root.shape[:1] == x.shape[:1]]
+  if not shapes:
     raise ValueError("classifier must have gates such as ReLU, with an argument for each sample; it has none.")
-  arguments = np.concatenate([np.asarray(root) for root in roots], axis=1)
+  step = -(-sum(math.prod(shape) for shape in shapes) // _ARGUMENTS)
+  blocks = [x] if step == 1 else np.split(np.asarray(x), range(_BLOCK, len(x), _BLOCK))
+  found = (
+    [np.asarray(root).reshape(len(own), -1) for root in of(classifier.params, own) if root.shape[:1] == (len(own),)]
+    for own in blocks
+  )
+  arguments = np.concatenate([np.concatenate(roots, axis=1)[:, ::step] for roots in found])
   deviations = arguments.std(axis=0)
   moving = deviations > 1e-6 * deviations.max()
   return np.mean(np.abs(arguments[:, moving]) < within * deviations[moving], axis=1)
