@@ -7,6 +7,7 @@ samples that are known not to have been trained on.
 from collections.abc import Sequence
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -27,10 +28,12 @@ from kkt_jax.extraction import certificates, signals
 from kkt_jax.kkt import losses
 from kkt_jax.kkt.conditions import Conditions, weigh_tensors
 from kkt_jax.membership._gram import gram as gram_of
+from kkt_jax.membership._gram import SKETCHED
 
 # Distances from a boundary, in standard deviations, between which candidates are counted. Beyond the last but one their
 # number is that of samples that were not trained on.
 _DISTANCES = np.array([0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
+_ARGUMENTS, _BLOCK = 2**27, 64  # most arguments of gates that are kept, and candidates at once if there are more
 _LEAST_RIDGE = 1e-9  # relative to an atom's own square: keeps a factorisation possible
 
 
@@ -183,13 +186,16 @@ def _correlations(
   kept = [i for i, mask in enumerate(masks) if bool(jnp.any(mask != 0))]
   masked = lambda tree: [leaf * masks[i] for i, leaf in enumerate(jax.tree.leaves(tree)) if i in kept]
 
-  @jax.jit
-  @functools.partial(jax.vmap, in_axes=(None, 0, 0))
   def gradients(params: PyTree, x: jax.Array, index: jax.Array) -> list[jax.Array]:
     return masked(jax.grad(lambda own: _log_odds(classifier, own, x[None], index[None])[0])(params))
 
   target = [np.asarray(leaf, np.float64) for leaf in masked(conditions.target)]
-  of = lambda chunk: gradients(classifier.params, x[chunk], classes[chunk])
+  if sum(leaf.size for leaf in target) > SKETCHED:  # one by one: together their convolutions are slower, and large
+    own, chunk_size = jax.jit(gradients), 1
+    of = lambda chunk: [leaf[None] for leaf in own(classifier.params, x[chunk.start], classes[chunk.start])]
+  else:
+    many = jax.jit(jax.vmap(gradients, in_axes=(None, 0, 0)))
+    of = lambda chunk: many(classifier.params, x[chunk], classes[chunk])
   gram, products = gram_of(of, len(x), target, chunk_size=chunk_size)
   size = np.sqrt(np.maximum(np.diag(gram), 1e-30))
   length = float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in target)))
@@ -300,7 +306,8 @@ def boundary_fractions(classifier: Classifier, x: ArrayLike, *, within: float = 
     within: of a kink, in standard deviations of the gate's argument among the candidates; positive.
 
   Returns:
-    Shares [M] of the gates outside loops and branches that change among the candidates at all.
+    Shares [M] of the gates outside loops and branches that change among the candidates at all; of so many gates that
+    their arguments would fill more than half a GiB, of every other one, or fewer.
 
   Raises:
     ValueError: shapes that do not fit, a network without gates, or ``within`` not positive.
@@ -340,10 +347,16 @@ def _distances(classifier: Classifier, x: jax.Array) -> list[np.ndarray]:
   """For each layer, how far [M, units] candidates are from its boundaries, in deviations of what changes at all."""
   _checks.check_shape("x", x, (len(x), *classifier.input_shape), "[M, *input_shape]")
   _checks.check_at_least("the number of candidates", x.shape[0], 2)
-  roots = relaxation.pre_activations(classifier.predict_fn, classifier.params, x)
-  layers = [np.asarray(root).reshape(x.shape[0], -1) for root in roots if root.shape[:1] == x.shape[:1]]
-  if not layers:
+  of = jax.jit(functools.partial(relaxation.pre_activations, classifier.predict_fn))
+  shapes = [root.shape for root in jax.eval_shape(of, classifier.params, x)]
+  kept = [place for place, shape in enumerate(shapes) if shape[:1] == x.shape[:1]]
+  if not kept:
     raise ValueError("classifier must have gates such as ReLU, with an argument for each sample; it has none.")
+  step = -(-sum(math.prod(shapes[place]) for place in kept) // _ARGUMENTS)
+  blocks = [x] if step == 1 else np.split(np.asarray(x), range(_BLOCK, len(x), _BLOCK))
+  found = ((len(block), of(classifier.params, block)) for block in blocks)
+  rows = [[np.asarray(roots[place]).reshape(count, -1)[:, ::step] for place in kept] for count, roots in found]
+  layers = [np.concatenate(of_layer) for of_layer in zip(*rows, strict=True)]
   deviations = [own.std(axis=0) for own in layers]
   moving = 1e-6 * max(own.max() for own in deviations)
   return [np.abs(own[:, wide > moving]) / wide[wide > moving] for own, wide in zip(layers, deviations, strict=True)]

@@ -54,6 +54,18 @@ def test_boundaries_that_were_moved_count_and_those_of_other_layers_do_not():
     candidates.boundary_scores(make_classifier(lambda w, x: x @ w, jnp.ones((20, 2)), (20,)), x)
 
 
+def test_of_many_gates_some_are_counted_in_blocks_of_candidates(monkeypatch):
+  random = np.random.default_rng(1)
+  own, others = random.normal(size=(2, 20, 5)).astype(np.float32)
+  classifier, both = with_kinks_on(own), np.concatenate([own, others])
+  whole = candidates.boundary_fractions(classifier, both)
+  monkeypatch.setattr(candidates, "_BLOCK", 16)
+  monkeypatch.setattr(candidates, "_ARGUMENTS", whole.size * 30)
+  half = candidates.boundary_fractions(classifier, both)  # of the gates 0, 2, 4, ..., which lie on samples 0, 2, 4, ...
+  np.testing.assert_allclose(half[0:20:2], 1 / 10, atol=0.05)
+  assert half[1:20:2].max() < half[0:20:2].min()
+
+
 def test_it_needs_gates_two_candidates_and_a_distance():
   x = np.zeros((3, 5), np.float32)
   linear = make_classifier(lambda w, x: x @ w, jnp.ones((5, 2)), (5,))

@@ -40,3 +40,35 @@ def test_a_dense_kernel_is_never_kept_whole(monkeypatch):
   rank_one = jnp.einsum("ma,mb->mab", jnp.ones((4, 30)), jnp.arange(8.0).reshape(4, 2))
   _gram.gram(lambda chunk: [rank_one[chunk], jnp.ones((4, 2))[chunk]], 4, [np.ones((30, 2)), np.ones(2)], chunk_size=2)
   assert set(kept) == {2}
+
+
+def test_many_entries_are_summed_with_random_signs_and_dense_kernels_stay_exact(monkeypatch):
+  monkeypatch.setattr(_gram, "SKETCHED", 1000)
+  monkeypatch.setattr(_gram, "_SUMS", 2**12)
+  random = np.random.default_rng(0)
+  common = random.normal(size=(1, 40, 40, 8))
+  wide = np.asarray(random.normal(size=(6, 40, 40, 8)) + common, np.float32)
+  dense = np.einsum("ma,mb->mab", random.normal(size=(6, 30)), random.normal(size=(6, 5))).astype(np.float32)
+  target = [random.normal(size=leaf.shape[1:]) for leaf in (wide, dense)]
+  gradients = lambda chunk: [jnp.asarray(wide[chunk]), jnp.asarray(dense[chunk])]
+  total, products = _gram.gram(gradients, 6, target, chunk_size=2)
+  flat = np.concatenate([leaf.reshape(6, -1).astype(np.float64) for leaf in (wide, dense)], axis=1)
+  wanted = flat @ flat.T
+  lengths = np.sqrt(np.diag(wanted))
+  np.testing.assert_allclose(np.diag(total), np.diag(wanted), rtol=1e-5)
+  np.testing.assert_allclose(products, flat @ np.concatenate([leaf.ravel() for leaf in target]), rtol=1e-3)
+  errors = (total - wanted) / np.outer(lengths, lengths)
+  assert np.abs(errors).max() < 5 / 2**6  # a standard deviation is one over the root of the number of sums
+  assert np.linalg.eigvalsh(total).min() > 0
+
+
+def test_a_gradient_that_is_no_product_in_a_later_chunk_is_taken_for_none(monkeypatch):
+  monkeypatch.setattr(_gram, "SKETCHED", 10)
+  own = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
+  own[:2] = 0  # which is a product
+  many = np.ones((4, 20), np.float32)
+  total, _ = _gram.gram(
+    lambda chunk: [jnp.asarray(own[chunk]), jnp.asarray(many[chunk])], 4, [np.ones((6, 5)), np.ones(20)], chunk_size=2
+  )
+  flat = np.concatenate([own.reshape(4, -1), many], axis=1).astype(np.float64)
+  np.testing.assert_allclose(total, flat @ flat.T, rtol=1e-4)  # as many sums as entries, and more
