@@ -20,7 +20,7 @@ SCORES = {
   "multipliers": "their multiplier in the stationarity sum",
   "subspace": "their distance from the subspace of the training data",
   "signal": "how much of their back-propagated signal the weights lack",
-  "boundaries": "the activation boundaries on which they lie",
+  "boundaries": "how near they lie to activation boundaries",
   "margin": "their distance from the margin that members share",
   "together": "their multiplier and boundaries, or margin, together",
   "loss": "their loss",

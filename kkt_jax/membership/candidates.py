@@ -321,8 +321,9 @@ def boundary_scores(classifier: Classifier, x: ArrayLike) -> np.ndarray:
   """How much more often a trained sample than another lies as near to all the activation boundaries of a network.
 
   In every layer candidates are counted by their distance from the boundaries. Where training moved these to its samples
-  there are more candidates than the density farther away lets expect. The logarithm of that ratio, added up over all
-  units, says nothing in layers whose boundaries were not moved, such as convolutions, which have most of the units.
+  there are more candidates than the density farther away lets expect. The logarithm of that ratio, where it is
+  positive, added up over all units, says nothing in layers whose boundaries were not moved, such as convolutions, which
+  have most of the units.
 
   Args:
     classifier: as in `boundary_fractions`.
@@ -338,8 +339,8 @@ def boundary_scores(classifier: Classifier, x: ArrayLike) -> np.ndarray:
   for distances in _distances(classifier, jnp.asarray(x)):
     places = np.digitize(distances, _DISTANCES) - 1
     counts = np.bincount(places.ravel(), minlength=len(_DISTANCES))[:-1]
-    ratios = np.log((counts + 1) / (counts[-1] / widths[-1] * widths + 1))
-    total += np.append(ratios, 0.0)[places].sum(axis=1)
+    excess = np.log((counts + 1) / (counts[-1] / widths[-1] * widths + 1))
+    total += np.append(np.maximum(excess, 0.0), 0.0)[places].sum(axis=1)
   return total
 
 
