@@ -22,6 +22,7 @@ SCORES = {
   "signal": "how much of their back-propagated signal the weights lack",
   "boundaries": "the activation boundaries on which they lie",
   "margin": "their distance from the margin that members share",
+  "together": "their multiplier and boundaries, or margin, together",
   "loss": "their loss",
   "change": "how far their gradient points along the change of the weights",
   "change_multipliers": "their multiplier in the change of the weights",

@@ -252,7 +252,7 @@ def unambiguous(points: Candidates, subspace: Subspace, criteria: Criteria) -> n
     possible &= (points.evidence < 2) | points.to_the_bit
   points_on = np.flatnonzero(possible)
   origin = subspace.in_float64.origin.reshape(1, -1)
-  rows = points.unit.reshape(len(points.unit), origin.size).astype(np.float64) - origin
+  rows = points.whole.reshape(len(points.whole), origin.size).astype(np.float64) - origin  # copies become equal
   if subspace.holds_mean:
     rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)  # affine dependence becomes linear
   order = points_on[np.lexsort((points.doubt[points_on], points.evidence[points_on]))]
@@ -279,7 +279,7 @@ def _recombined(points: Candidates, own: list[int], subspace: Subspace, criteria
   Where the origin is no blend of samples, it is one more point: sums and differences of two samples lie in it, too.
   """
   origin = subspace.in_float64.origin.reshape(1, -1)
-  x = points.unit[own].reshape(len(own), origin.size).astype(np.float64)
+  x = points.whole[own].reshape(len(own), origin.size).astype(np.float64)
   if not subspace.holds_mean:
     x = np.concatenate([x, origin])
   count, found = len(x), set[int]()

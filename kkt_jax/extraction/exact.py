@@ -48,7 +48,7 @@ class Effort:
     rounds: at most so many.
     points: about how many later rounds start from; as many as there are guesses if None.
     num_steps: of `kkt_jax.extraction.vertices.polish`.
-    least_hope: there must be more `hope` than this.
+    least_hope: there must be more `hope` than this, and as great a share of the training samples after each round.
   """
 
   rounds: int
@@ -128,7 +128,7 @@ def find(
       on_round(number + 1, len(chosen), most)
     if len(chosen) == most:
       led[:] = True  # there are no others, so that every guess was meant for one of these
-    if len(chosen) == most or idle == _IDLE:
+    if len(chosen) == most or idle == _IDLE or len(chosen) < effort.least_hope * most:
       break
   return found, led
 

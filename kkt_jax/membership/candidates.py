@@ -4,6 +4,7 @@ All need candidates that were in it and others in one call: a score says little 
 samples that are known not to have been trained on.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -13,18 +14,23 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 import optax
+from scipy import stats  # type: ignore[import-untyped]
 
 from kkt_jax import _checks
 from kkt_jax._precision import full_precision
+from kkt_jax._tree import tensor_names
 from kkt_jax._typing import PyTree
 from kkt_jax.analysis.examination import Examination
 from kkt_jax.classifiers import relaxation
 from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.extraction import certificates, signals
 from kkt_jax.kkt import losses
-from kkt_jax.kkt.conditions import Conditions
+from kkt_jax.kkt.conditions import Conditions, weigh_tensors
 from kkt_jax.membership._gram import gram as gram_of
 
+# Distances from a boundary, in standard deviations, between which candidates are counted. Beyond the last but one their
+# number is that of samples that were not trained on.
+_DISTANCES = np.array([0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
 _LEAST_RIDGE = 1e-9  # relative to an atom's own square: keeps a factorisation possible
 
 
@@ -39,27 +45,34 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
 
   Returns:
     By name, each [M]: ``multipliers`` (`multipliers`, on the kernel of a fully connected first layer alone if it has a
-    target, for what is left of the initialisation hides that least); ``subspace``, minus the share of a candidate
+    target, for what is left of the initialisation hides that least; else, without weight decay, on all tensors,
+    weighed); ``subspace``, minus the share of a candidate
     outside the subspace of the training data, where that is revealed; ``signal``, minus the distance of a candidate's
     own signal from the row space of the first kernel (`kkt_jax.extraction.signals`), which needs no other sample, where
-    weight decay has made that space; ``boundaries`` (`boundary_fractions`), where there are gates; ``margin``
-    (`common_margin`), where training drove all margins to one value; and what needs no theory, ``loss``, minus the
-    cross-entropy.
+    weight decay has made that space; ``boundaries`` (`boundary_scores`), where there are gates; ``margin``
+    (`common_margin`), where training drove all margins to one value; ``together``, the ranks by multipliers and
+    boundaries, with batch norm those by multipliers and margin, as Fisher combines p-values; and what needs no theory,
+    ``loss``, minus the cross-entropy.
   """
   classifier = examination.classifier
   x = jnp.asarray(x)
   logits = classifier.predict(x)
   labels = jnp.asarray(classifier.labels)[jnp.argmax(logits, axis=1)] if labels is None else labels
-  found = {"multipliers": multipliers(classifier, _of_first_kernel(examination), x, labels)}
+  conditions = _of_first_kernel(examination)
+  weighed = conditions is examination.conditions and examination.form != "weight_decay"
+  found = {"multipliers": multipliers(classifier, conditions, x, labels, weighed=weighed)}
   if examination.subspace is not None:
     found["subspace"] = -np.asarray(examination.subspace.distance(classifier.to_unit(x)))
   if certificates.applicable(examination):
     found["signal"] = -signals.signals(examination, x, labels).distance
   if relaxation.gates(classifier.predict_fn, classifier.params, x[:2]):
-    found["boundaries"] = boundary_fractions(classifier, x)
+    found["boundaries"] = boundary_scores(classifier, x)
   classes = classifier.classes_of(labels)
   if examination.form == "max_margin":
     found["margin"] = common_margin(losses.runner_up_margin(logits, classes), examination.margin)
+  second = found.get("boundaries" if classifier.statistics is None else "margin")
+  if second is not None:
+    found["together"] = _joined([found["multipliers"], second])
   return found | {"loss": -np.asarray(optax.losses.softmax_cross_entropy_with_integer_labels(logits, classes))}
 
 
@@ -71,6 +84,7 @@ def multipliers(
   labels: ArrayLike,
   *,
   ridge: float = 0.1,
+  weighed: bool = False,
   chunk_size: int = 32,
 ) -> np.ndarray:
   """The part of each candidate in the stored weights, if these are a sum over few of them.
@@ -86,6 +100,8 @@ def multipliers(
     x: candidates [M, *input_shape], in the classifier's units.
     labels: their labels [M], among the classifier's.
     ridge: on unit gradients, at most: times the share of the target that remains unexplained.
+    weighed: solve twice, and weigh every tensor the second time by the inverse variance of what the first solution
+      leaves of it. Where the sum does not hold in all tensors alike this tells in which it does.
     chunk_size: candidates whose gradients are in memory at once. Dense layers need one pass over the candidates, of any
       number; other layers one for every GiB of their gradients.
 
@@ -98,6 +114,10 @@ def multipliers(
   """
   x = jnp.asarray(x)
   correlations = _correlations(classifier, conditions, x, labels, chunk_size)
+  if weighed:
+    parts = _parts(correlations, ridge)[0] / correlations.sizes
+    weights = _weights(classifier, conditions, x, labels, parts)
+    correlations = _correlations(classifier, weigh_tensors(conditions, weights), x, labels, chunk_size)
   return _scaled_parts(classifier, correlations, x, labels, ridge)
 
 
@@ -135,11 +155,17 @@ def change_scores(before: Classifier, after: Classifier, x: ArrayLike, labels: A
 
 
 class _Correlations(NamedTuple):
-  """Inner products of gradients of length 1, with one another [M, M] and with the target [M]; the target's length."""
+  """Inner products of gradients of length 1, with one another [M, M] and with the target [M].
+
+  Attributes:
+    length: of the target.
+    sizes: lengths of the gradients [M].
+  """
 
   gram: np.ndarray
   products: np.ndarray
   length: float
+  sizes: np.ndarray
 
 
 def _correlations(
@@ -156,34 +182,65 @@ def _correlations(
   @jax.jit
   @functools.partial(jax.vmap, in_axes=(None, 0, 0))
   def gradients(params: PyTree, x: jax.Array, index: jax.Array) -> list[jax.Array]:
-    # The logarithm of the odds: the gradient of log p but for its length, which vanishes with the loss.
-    margins = lambda own: losses.margins(classifier.predict_fn(own, x[None]), index[None])[0]
-    return masked(jax.grad(lambda own: -jax.nn.logsumexp(-margins(own)))(params))
+    return masked(jax.grad(lambda own: _log_odds(classifier, own, x[None], index[None])[0])(params))
 
   target = [np.asarray(leaf, np.float64) for leaf in masked(conditions.target)]
   of = lambda chunk: gradients(classifier.params, x[chunk], classes[chunk])
   gram, products = gram_of(of, len(x), target, chunk_size=chunk_size)
   size = np.sqrt(np.maximum(np.diag(gram), 1e-30))
   length = float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in target)))
-  return _Correlations(gram / np.outer(size, size), products / size, length)
+  return _Correlations(gram / np.outer(size, size), products / size, length, size)
+
+
+def _log_odds(classifier: Classifier, params: PyTree, x: jax.Array, classes: jax.Array) -> jax.Array:
+  """Of the labels [M]: their gradient is that of log p but for its length, which vanishes with the loss."""
+  return -jax.nn.logsumexp(-losses.margins(classifier.predict_fn(params, x), classes), axis=1)
+
+
+def _weights(
+  classifier: Classifier, conditions: Conditions, x: jax.Array, labels: ArrayLike, parts: np.ndarray
+) -> dict[str, float]:
+  """By tensor the inverse variance of what a sum of gradients leaves of the target; 0 for a target that is 0."""
+  classes, chosen = classifier.classes_of(labels), np.flatnonzero(parts > 0)
+  own = lambda params: (
+    jnp.asarray(parts[chosen]) @ _log_odds(classifier, params, x[chosen], jnp.asarray(classes)[chosen])
+  )
+  total = jax.grad(own)(classifier.params)
+  weights = {}
+  trees = (conditions.target, total, conditions.mask)
+  for name, target, found, mask in zip(tensor_names(total), *map(jax.tree.leaves, trees), strict=True):
+    left, all_of_it = (float(jnp.mean(jnp.square(mask * own))) for own in (target - found, target))
+    weights[name] = 1 / max(left, 1e-9 * all_of_it) if all_of_it else 0.0
+  return weights
 
 
 def _scaled_parts(
   classifier: Classifier, correlations: _Correlations, x: jax.Array, labels: ArrayLike, ridge: float
 ) -> np.ndarray:
   """The multipliers times the probabilities of the labels; where they are 0, the slope of the least squares."""
-  from scipy import linalg, optimize  # type: ignore[import-untyped]
+  parts, slopes = _parts(correlations, ridge)
+  probability = np.asarray(jax.nn.softmax(classifier.predict(x))[jnp.arange(len(x)), classifier.classes_of(labels)])
+  return np.where(parts > 0, parts * probability, np.minimum(slopes, 0.0))
 
-  gram, products, length = correlations
+
+def _parts(correlations: _Correlations, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+  """The multipliers of unit gradients [M], and the slopes of the least squares [M]."""
+  from scipy import linalg, optimize
+
+  gram, products, length, _ = correlations
   unexplained = 0.0
   for _ in range(2):
     used = _LEAST_RIDGE + ridge * unexplained
-    factor = np.linalg.cholesky(gram + used * np.eye(len(x)))
+    factor = np.linalg.cholesky(gram + used * np.eye(len(gram)))
     wanted = linalg.solve_triangular(factor, products, lower=True)
-    parts = optimize.nnls(factor.T, wanted, maxiter=100 * len(x))[0]
+    parts = optimize.nnls(factor.T, wanted, maxiter=100 * len(gram))[0]
     unexplained = np.clip(1 + parts @ (gram @ parts - 2 * products) / length**2, 0.0, 1.0)
-  probability = np.asarray(jax.nn.softmax(classifier.predict(x))[jnp.arange(len(x)), classifier.classes_of(labels)])
-  return np.where(parts > 0, parts * probability, np.minimum(products - gram @ parts, 0.0))
+  return parts, products - gram @ parts
+
+
+def _joined(scores: Sequence[np.ndarray]) -> np.ndarray:
+  """Fisher's combination of the ranks among the candidates [M] by several scores."""
+  return -sum(np.log(stats.rankdata(-own, method="max") / len(own)) for own in scores)
 
 
 def common_margin(margins: ArrayLike, margin: float | None = None, *, neighbours: int = 10) -> np.ndarray:
@@ -243,15 +300,45 @@ def boundary_fractions(classifier: Classifier, x: ArrayLike, *, within: float = 
   Raises:
     ValueError: shapes that do not fit, a network without gates, or ``within`` not positive.
   """
-  x = jnp.asarray(x)
-  _checks.check_shape("x", x, (len(x), *classifier.input_shape), "[M, *input_shape]")
   _checks.check_positive("within", within)
+  return np.mean(np.concatenate(_distances(classifier, jnp.asarray(x)), axis=1) < within, axis=1)
+
+
+@full_precision
+def boundary_scores(classifier: Classifier, x: ArrayLike) -> np.ndarray:
+  """How much more often a trained sample than another lies as near to all the activation boundaries of a network.
+
+  In every layer candidates are counted by their distance from the boundaries. Where training moved these to its samples
+  there are more candidates than the density farther away lets expect. The logarithm of that ratio, added up over all
+  units, says nothing in layers whose boundaries were not moved, such as convolutions, which have most of the units.
+
+  Args:
+    classifier: as in `boundary_fractions`.
+    x: candidates [M, *input_shape], in the classifier's units; at least two.
+
+  Returns:
+    Scores [M].
+
+  Raises:
+    ValueError: as in `boundary_fractions`.
+  """
+  total, widths = np.zeros(len(np.asarray(x))), np.diff(_DISTANCES)
+  for distances in _distances(classifier, jnp.asarray(x)):
+    places = np.digitize(distances, _DISTANCES) - 1
+    counts = np.bincount(places.ravel(), minlength=len(_DISTANCES))[:-1]
+    ratios = np.log((counts + 1) / (counts[-1] / widths[-1] * widths + 1))
+    total += np.append(ratios, 0.0)[places].sum(axis=1)
+  return total
+
+
+def _distances(classifier: Classifier, x: jax.Array) -> list[np.ndarray]:
+  """For each layer, how far [M, units] candidates are from its boundaries, in deviations of what changes at all."""
+  _checks.check_shape("x", x, (len(x), *classifier.input_shape), "[M, *input_shape]")
   _checks.check_at_least("the number of candidates", x.shape[0], 2)
   roots = relaxation.pre_activations(classifier.predict_fn, classifier.params, x)
-  roots = [root.reshape(x.shape[0], -1) for root in roots if root.shape[:1] == x.shape[:1]]
-  if not roots:
+  layers = [np.asarray(root).reshape(x.shape[0], -1) for root in roots if root.shape[:1] == x.shape[:1]]
+  if not layers:
     raise ValueError("classifier must have gates such as ReLU, with an argument for each sample; it has none.")
-  arguments = np.concatenate([np.asarray(root) for root in roots], axis=1)
-  deviations = arguments.std(axis=0)
-  moving = deviations > 1e-6 * deviations.max()
-  return np.mean(np.abs(arguments[:, moving]) < within * deviations[moving], axis=1)
+  deviations = [own.std(axis=0) for own in layers]
+  moving = 1e-6 * max(own.max() for own in deviations)
+  return [np.abs(own[:, wide > moving]) / wide[wide > moving] for own, wide in zip(layers, deviations, strict=True)]

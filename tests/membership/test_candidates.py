@@ -9,6 +9,7 @@ import kkt_jax
 from kkt_jax.classifiers import make_classifier
 from kkt_jax.kkt import weight_decay_conditions
 from kkt_jax.membership import candidates
+from kkt_jax.metrics import roc
 
 
 def with_kinks_on(x, number=60, seed=0):
@@ -34,6 +35,23 @@ def test_those_on_kinks_are_told_from_others():
   shares = candidates.boundary_fractions(with_kinks_on(own), np.concatenate([own, others]))
   np.testing.assert_allclose(shares[:20], 1 / 20, atol=0.04)
   assert shares[:20].min() > shares[20:].max()
+
+
+def test_boundaries_that_were_moved_count_and_those_of_other_layers_do_not():
+  random = np.random.default_rng(3)
+  own, others = random.normal(size=(30, 20)).astype(np.float32), random.normal(size=(120, 20)).astype(np.float32)
+  moved, x = with_kinks_on(own, number=120), np.concatenate([own, others])
+  many = jnp.asarray(random.normal(size=(20, 4000)), jnp.float32)  # a layer of boundaries that lie anywhere
+
+  def apply_fn(params, x):
+    return moved.predict_fn(params, x) + jnp.sum(jax.nn.relu(x @ many), axis=1, keepdims=True)
+
+  beside = make_classifier(apply_fn, moved.params, (20,))
+  alone, found = (candidates.boundary_scores(each, x) for each in (moved, beside))
+  assert alone.shape == (150,) and min(alone[:30]) > max(alone[30:])
+  assert roc(found[:30], found[30:]).auc > 0.99
+  with pytest.raises(ValueError, match="must have gates such as ReLU"):
+    candidates.boundary_scores(make_classifier(lambda w, x: x @ w, jnp.ones((20, 2)), (20,)), x)
 
 
 def test_it_needs_gates_two_candidates_and_a_distance():
@@ -80,6 +98,18 @@ def test_multipliers_are_those_of_the_samples_that_the_weights_are_made_of(membe
     candidates.multipliers(classifier, conditions, x, classes, chunk_size=0)
 
 
+def test_tensors_that_the_sum_does_not_explain_count_less_if_they_are_weighed(members):
+  """A second kernel is 30 times as large, and nothing but noise."""
+  classifier, x, classes = members
+  noise = jnp.asarray(np.random.default_rng(4).normal(size=(40, 3)), jnp.float32)
+  params = {"good": classifier.params, "bad": noise * 30 * jnp.abs(classifier.params).max()}
+  both = make_classifier(lambda w, x: x @ w["good"] + 0.1 * x @ w["bad"], params, (40,))
+  conditions = weight_decay_conditions(params)
+  plain, weighed = (candidates.multipliers(both, conditions, x, classes, weighed=own) for own in (False, True))
+  assert weighed[:12].min() > weighed[12:].max()
+  assert plain[:12].min() < plain[12:].max()
+
+
 def test_all_scores_that_a_classifier_allows(members):
   classifier, x, classes = members
   examination = kkt_jax.examine(classifier, form="weight_decay")
@@ -91,4 +121,4 @@ def test_all_scores_that_a_classifier_allows(members):
   random = np.random.default_rng(1)
   relu = with_kinks_on(random.normal(size=(6, 5)).astype(np.float32))
   names = candidates.scores(kkt_jax.examine(relu, form="max_margin"), random.normal(size=(4, 5)).astype(np.float32))
-  assert list(names) == ["multipliers", "boundaries", "margin", "loss"]
+  assert list(names) == ["multipliers", "boundaries", "margin", "together", "loss"]
