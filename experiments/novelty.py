@@ -1,7 +1,7 @@
 """Draws that are new and still of their kind: bent by smooth deformations, whose size is a temperature.
 
-Draws from the generator of a finished run of `mnist`, or of one that is trained first, and bends the draws by more and
-more pixels (`kkt_jax.deformations`). For each size: how many are training digits, repeated or new; whether an
+Trains a generator as `mnist` does, in the folder ``mnist`` of the workdir, or goes on from there. Its draws are bent by
+more and more pixels (`kkt_jax.deformations`). For each size: how many are training digits, repeated or new; whether an
 independent judge reads them; how they fill the space of real digits that nothing was trained on; and what they are
 worth as training data, of a classifier of their labels and of one that the attacked classifier teaches. Beside them the
 training digits bent alike, and other real digits. ``novelty.png`` shows the same draws in a row for each size, and
@@ -10,7 +10,6 @@ training digits bent alike, and other real digits. ``novelty.png`` shows the sam
 
 from collections.abc import Mapping
 import dataclasses
-import json
 import pathlib
 from typing import Any, TYPE_CHECKING
 
@@ -34,11 +33,8 @@ _CURVES = ("new", "accuracy", "coverage", "useful", "taught")
 class Config:
   """Settings of the run; each is a flag of the same name."""
 
-  run: str = flags.flag(
-    "", "Folder of a finished run of mnist with one classifier and a network; if empty, one is trained in the workdir."
-  )
-  seed: int = flags.flag(0, "Seed of the run that is trained, and of draws and deformations.", lower=0)
-  samples_per_class: int = flags.flag(10, "Training digits of each class of the run that is trained.", lower=2)
+  seed: int = flags.flag(0, "Seed of the run, of draws and of deformations.", lower=0)
+  samples_per_class: int = flags.flag(10, "Training digits of each class.", lower=2)
   sizes: str = flags.flag("0,1,1.5,2,3,4,6", "Root mean square lengths of displacements, in pixels.")
   draws: int = flags.flag(200, "Draws of each class.", lower=_FEW)
 
@@ -47,7 +43,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Draws, bends and measures; returns the figures."""
   flags.check(config)
   sizes = _sizes(config)
-  attacked = _attacked(config)
+  settings = mnist.Config(seed=config.seed, samples_per_class=config.samples_per_class)
+  attacked = images.resolve(settings, mnist.DEFAULTS)
   import jax
   import numpy as np
 
@@ -61,7 +58,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
 
   data = mnist.digits(attacked)
   out = Workdir(workdir, config)
-  folder = pathlib.Path(config.run or out.path / "mnist")
+  folder = out.path / "mnist"
   if not (folder / "network").exists():
     mnist.run(attacked, folder)
   reconstruction = _restored(attacked, folder, data)
@@ -149,23 +146,6 @@ class _Measure:
     lessons = soft_labels(self.classifier, self.margin, draws.x) if taught else None
     epochs = min(max(_SEEN // len(draws.y), 1), _EPOCHS)
     return usefulness(draws, self.data.evaluation, seed=self.seed, epochs=epochs, lessons=lessons)
-
-
-def _attacked(config: Config) -> mnist.Config:
-  """The settings of the run whose generator is drawn from."""
-  if not config.run:
-    settings = mnist.Config(seed=config.seed, samples_per_class=config.samples_per_class)
-  else:
-    folder = pathlib.Path(config.run)
-    if not (folder / "network").is_dir():
-      raise UsageError(f"--run must be the folder of a finished run of mnist with a network; {folder} has none.")
-    try:
-      settings = mnist.Config(**json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-      raise UsageError(f"--run: config.json of {folder} cannot be read ({error}).") from error
-    if settings.classifiers != 1 or settings.shared_dir:
-      raise UsageError(f"--run must be a run of one classifier without a shared folder; {folder} is not.")
-  return images.resolve(settings, mnist.DEFAULTS)
 
 
 def _restored(attacked: mnist.Config, folder: pathlib.Path, data: "Split") -> "kkt_jax.Reconstruction":

@@ -4,16 +4,22 @@ Every message names the argument, what it got and what it needs. All of them wor
 static facts (shapes, dtypes) are always checked, values only where they are known.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+import functools
+import inspect
 import operator
-from typing import Any
+from typing import Any, get_args, get_origin, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
+from kkt_jax._errors import InputError
 from kkt_jax._typing import PyTree
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def concrete(condition: ArrayLike) -> bool | None:
@@ -181,3 +187,76 @@ def check_params(name: str, params: PyTree) -> None:
 def _where(path: Any) -> str:
   """The path of a leaf, for messages."""
   return jax.tree_util.keystr(path, simple=True, separator="/") or "the array"
+
+
+def annotated(function: Callable[_P, _R]) -> Callable[_P, _R]:
+  """The function, whose arguments are looked at first: arrays of numbers, random keys, numbers, functions, objects.
+
+  What is of another kind than its annotation says would else fail somewhere inside, with a message of JAX or NumPy that
+  names neither the argument nor what it needs.
+
+  Raises:
+    InputError: it names the argument, what it got and what it needs.
+
+  >>> @annotated
+  ... def doubled(x: ArrayLike, times: int = 2) -> Any:
+  ...   return times * np.asarray(x)
+  >>> doubled("a")
+  Traceback (most recent call last):
+  kkt_jax._errors.InputError: x must be an array of numbers; got 'a'.
+  """
+  signature = inspect.signature(function)
+  kinds = {name: own for name, given in signature.parameters.items() if (own := _kind(name, given))}
+
+  @functools.wraps(function)
+  def looked_at(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+      if name in kinds and not kinds[name][1](value):
+        got = type(value).__name__ if kinds[name][0].startswith("a kkt_jax.") else f"{value!r:.60}"
+        cure = " Its classifier(variables) makes one." if hasattr(value, "variables_like") else ""
+        raise InputError(f"{name} must be {kinds[name][0]}; got {got}.{cure}")
+    return function(*args, **kwargs)
+
+  return looked_at
+
+
+def _kind(name: str, parameter: inspect.Parameter) -> tuple[str, Callable[[Any], bool]] | None:
+  """What an argument must be, in words and as a test; None if anything may come."""
+  annotation, optional = parameter.annotation, False
+  fits: Callable[[Any], bool]
+  if annotation not in (ArrayLike, ArrayLike | None) and type(None) in get_args(annotation):
+    rest = [own for own in get_args(annotation) if own is not type(None)]
+    annotation, optional = (rest[0] if len(rest) == 1 else None), True
+  optional = optional or annotation == ArrayLike | None
+  if name == "key" and annotation is jax.Array:
+    what, fits = "a random key, as jax.random.key(0) is", _is_key
+  elif annotation in (ArrayLike, ArrayLike | None, jax.Array):
+    what, fits = "an array of numbers", is_numbers
+  elif annotation is int:
+    what, fits = "an integer", lambda value: hasattr(value, "__index__") and np.ndim(value) == 0
+  elif annotation is str:
+    what, fits = "a string", lambda value: isinstance(value, str)
+  elif annotation is float:
+    what, fits = "a number", lambda value: is_numbers(value) and np.ndim(value) == 0
+  elif get_origin(annotation) is Callable or annotation is Callable:
+    what, fits = "a function", callable
+  elif isinstance(annotation, type) and annotation.__module__.startswith("kkt_jax"):
+    what, fits = f"a kkt_jax.{annotation.__name__}", lambda value: isinstance(value, annotation)
+  else:
+    return None
+  return what, lambda value: (optional and value is None) or fits(value)
+
+
+def is_numbers(value: Any) -> bool:
+  """Whether a value is an array of numbers, or can be made one."""
+  try:
+    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    return bool(jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_))
+  except (TypeError, ValueError):  # rows of different lengths
+    return False
+
+
+def _is_key(value: Any) -> bool:
+  dtype = getattr(value, "dtype", np.dtype(object))
+  legacy = dtype == jnp.uint32 and jnp.shape(value)[-1:] == (2,)
+  return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key)) or legacy

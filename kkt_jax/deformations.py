@@ -13,6 +13,7 @@ from kkt_jax import _checks
 from kkt_jax._precision import full_precision
 
 
+@_checks.annotated
 @full_precision
 def warp(key: jax.Array, x: ArrayLike, *, size: ArrayLike, waves: int = 3) -> jax.Array:
   """Bends each image by a smooth random displacement of its own.
@@ -46,6 +47,7 @@ def warp(key: jax.Array, x: ArrayLike, *, size: ArrayLike, waves: int = 3) -> ja
   return jax.vmap(jax.vmap(read, in_axes=(-1, None), out_axes=-1))(x, places[None] + shift)
 
 
+@_checks.annotated
 def displacements(key: jax.Array, count: int, height: int, width: int, *, waves: int = 3) -> jax.Array:
   """Smooth random fields of displacements, down and to the right: Gaussian, of unit mean square length.
 

@@ -17,6 +17,7 @@ from kkt_jax._precision import full_precision
 from kkt_jax._typing import PyTree
 
 
+@_checks.annotated
 def total_variation(x: ArrayLike) -> jax.Array:
   """Isotropic total variation (Rudin et al. 1992): mean length of the gradient between neighbouring pixels, per image.
 
@@ -47,6 +48,7 @@ def total_variation(x: ArrayLike) -> jax.Array:
   return jnp.sum(lengths, axis=1) / float(np.count_nonzero(inside))
 
 
+@_checks.annotated
 def binarisation(x: ArrayLike) -> jax.Array:
   """Pixels of drawings are black or white: ``mean x (1 - x)`` per sample, for x in [0, 1].
 
@@ -66,6 +68,7 @@ def binarisation(x: ArrayLike) -> jax.Array:
   return jnp.mean(jnp.where((x <= 0) | (x >= 1), 0.0, x * (1 - x)), axis=1)
 
 
+@_checks.annotated
 def out_of_range(x: ArrayLike, *, low: float = 0.0, high: float = 1.0) -> jax.Array:
   """Inputs have a known range: mean squared excess over it, per sample.
 
@@ -126,6 +129,7 @@ def statistics_distance(statistics: PyTree, stored: PyTree) -> jax.Array:
   return jax.tree.reduce(jnp.add, layers, jnp.zeros(()))
 
 
+@_checks.annotated
 def collapse(features: ArrayLike, of_class: ArrayLike, scale: ArrayLike) -> jax.Array:
   """How far samples are from the common features of their class (`kkt_jax.analysis.last_layer.collapsed_features`).
 
@@ -146,6 +150,7 @@ def collapse(features: ArrayLike, of_class: ArrayLike, scale: ArrayLike) -> jax.
   return jnp.mean(jnp.square(distance), axis=1)
 
 
+@_checks.annotated
 @full_precision
 def repulsion(x: ArrayLike, labels: ArrayLike, *, bandwidth: float) -> jax.Array:
   """Samples of one label push one another apart: mean over pairs of ``exp(-|x_i - x_j|^2 / (2 bandwidth^2))``.
@@ -172,6 +177,7 @@ def repulsion(x: ArrayLike, labels: ArrayLike, *, bandwidth: float) -> jax.Array
   return jnp.sum(jnp.where(pairs, nearness, 0.0)) / jnp.maximum(jnp.sum(pairs), 1).astype(nearness.dtype)
 
 
+@_checks.annotated
 @full_precision
 def contrast(first: ArrayLike, second: ArrayLike, *, temperature: float = 0.1) -> jax.Array:
   """Two views of a sample resemble each other more than the views of all others (InfoNCE, van den Oord et al. 2018).

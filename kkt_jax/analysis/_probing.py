@@ -1,5 +1,6 @@
 """What distinguishes the layers of any network: gradients of single inputs, shapes and digits of tensors."""
 
+from collections.abc import Sequence
 import functools
 
 import jax
@@ -11,21 +12,41 @@ from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.criteria import AnalysisCriteria
 
 
-def gradients(classifier: Classifier, weights: np.ndarray, samples: jax.Array) -> list[list[np.ndarray]]:
-  """For each sample the gradient of ``weights . logits`` at inference by every tensor."""
-  found = [_gradient(classifier.predict_fn, classifier.params, weights, sample) for sample in np.asarray(samples)]
-  return [[np.asarray(g, np.float64) for g in jax.tree.leaves(own)] for own in found]
+def gradients(
+  classifier: Classifier, weights: np.ndarray, samples: jax.Array, places: Sequence[int]
+) -> list[dict[int, np.ndarray]]:
+  """For each sample the gradient of ``weights . logits`` at inference by the tensors at some places, by place."""
+  params, wanted = classifier.params, tuple(sorted(set(places)))
+  if not wanted:
+    return [{} for _ in samples]
+  found = [_gradient(classifier.predict_fn, params, weights, own, wanted) for own in np.asarray(samples)]
+  return [{place: np.asarray(g, np.float64) for place, g in zip(wanted, own, strict=True)} for own in found]
 
 
-@functools.partial(jax.jit, static_argnames="predict_fn")
-def _gradient(predict_fn: ApplyFn, params: PyTree, weights: jax.Array, sample: jax.Array) -> PyTree:
-  return jax.grad(lambda p: jnp.vdot(predict_fn(p, sample[None])[0], weights))(params)
+@functools.partial(jax.jit, static_argnames=("predict_fn", "places"))
+def _gradient(
+  predict_fn: ApplyFn, params: PyTree, weights: jax.Array, sample: jax.Array, places: tuple[int, ...]
+) -> list[jax.Array]:
+  leaves, structure = jax.tree.flatten(params)
+
+  def logit(some: list[jax.Array]) -> jax.Array:
+    own = dict(zip(places, some, strict=True))
+    whole = jax.tree.unflatten(structure, [own.get(place, leaf) for place, leaf in enumerate(leaves)])
+    return jnp.vdot(predict_fn(whole, sample[None])[0], weights)
+
+  return jax.grad(logit)([leaves[place] for place in places])
 
 
 def matrices(leaves: list[jax.Array], size: int, *, axis: int) -> list[tuple[int, bool]]:
   """Matrices with a side of a given size, as flax lays them out (along ``axis``), then turned, as PyTorch does."""
   flat = [(i, leaf.shape) for i, leaf in enumerate(leaves) if leaf.ndim == 2]
   return [(i, turned) for turned in (False, True) for i, shape in flat if shape[1 - axis if turned else axis] == size]
+
+
+def layers(leaves: list[jax.Array], found: list[tuple[int, bool]]) -> list[int]:
+  """The places of matrices and of what can be their biases."""
+  sides = {side for place, _ in found for side in leaves[place].shape}
+  return [place for place, _ in found] + [i for i, leaf in enumerate(leaves) if leaf.ndim == 1 and leaf.size in sides]
 
 
 def rounded(params: PyTree, criteria: AnalysisCriteria) -> bool:

@@ -7,7 +7,6 @@ classifier.
 
 from collections.abc import Mapping
 import dataclasses
-import functools
 import math
 
 import jax
@@ -25,7 +24,7 @@ from kkt_jax.analysis.last_layer import collapsed_features, decay_limit, LastLay
 from kkt_jax.analysis.subspace import is_image, Subspace
 from kkt_jax.classifiers.classifier import check_classifier, Classifier
 from kkt_jax.criteria import AnalysisCriteria
-from kkt_jax.kkt import symmetries
+from kkt_jax.kkt import functionals, homogeneity, symmetries
 from kkt_jax.kkt.conditions import Conditions
 
 _DEFAULT = AnalysisCriteria()
@@ -214,6 +213,7 @@ def _subtracted(start: jax.Array | None, alike: float) -> str:
   )
 
 
+@_checks.annotated
 @full_precision
 def examine(
   classifier: Classifier, *, form: str | None = None, seed: int = 0, criteria: AnalysisCriteria = _DEFAULT
@@ -245,16 +245,18 @@ def examine(
   if form == "change" and classifier.initial_params is None:
     raise ValueError("form must not be 'change' for a classifier without initial_params.")
   params = classifier.params
-  probes, unused = _probes(classifier, seed, criteria.probes), check_outputs(classifier, seed=seed)
-  rates = kkt.balanced(kkt.derivative_equations(classifier.apply_fn, params, probes), params)
-  alphas = jnp.linspace(-0.5, 0.5, 5)
-  scaling = jax.jit(functools.partial(kkt.scaling_error, classifier.apply_fn))
-  error = float(scaling(params, rates.rates, probes, alphas))
-  free = symmetries.scale_invariant(classifier.apply_fn, params, probes, criteria=criteria)
+  probes = _probes(classifier, seed, criteria.probes)
+  _check_logits(classifier, probes)
+  known = functionals.functionals(classifier.apply_fn, params, probes)
+  unused = _unused(classifier, known)
+  rates = kkt.balanced(homogeneity.summed_equations(classifier.apply_fn, params, probes, known), params)
+  error = float(kkt.scaling_error(classifier.apply_fn, params, rates.rates, probes, np.linspace(-0.5, 0.5, 5)))
+  symmetric = symmetries.Symmetries(params, known, criteria=criteria)
+  free = symmetric.scale_invariant()
   start, layer, subspace, first, left = read_first_layer(classifier, probes, criteria)
   tried = [form] if form else FORMS[2:] if classifier.initial_params is not None else FORMS[:2]
   conditions = forms.possible_conditions(classifier, rates, free, unused, left)
-  possible = {name: forms.attainable(classifier, conditions[name], probes, first, criteria) for name in tried}
+  possible = {name: forms.attainable(symmetric, conditions[name], first, criteria) for name in tried}
   blurred = subspace is not None and bool(subspace.blur)
   if form is None and classifier.initial_params is not None:
     form, why = "change", f"their start is known, of which {left:.4g} times its weights are still in them"
@@ -305,6 +307,7 @@ def _probes(classifier: Classifier, seed: int, count: int = AnalysisCriteria().p
   return classifier.from_unit(jax.random.uniform(key, shape))
 
 
+@_checks.annotated
 def check_outputs(classifier: Classifier, *, seed: int = 0) -> tuple[str, ...]:
   """Whether the outputs are logits, of which each follows from its own input and from the parameters.
 
@@ -325,10 +328,18 @@ def check_outputs(classifier: Classifier, *, seed: int = 0) -> tuple[str, ...]:
   """
   check_classifier("classifier", classifier)
   probes = _probes(classifier, seed)
+  _check_logits(classifier, probes)
+  known = functionals.functionals(classifier.apply_fn, classifier.params, probes, margins=False)
+  return _unused(classifier, known)
+
+
+def _check_logits(classifier: Classifier, probes: jax.Array) -> None:
+  """See `check_outputs`."""
   logits = np.asarray(classifier.predict(probes), np.float64)
   if not np.isfinite(logits).all():
     raise ValueError("classifier must give finite logits; of random inputs in its range some are NaN or infinite.")
-  apart = np.abs(logits[::-2] - np.asarray(classifier.predict(probes[::-2]), np.float64)).max()
+  others = jnp.tile(probes[::-2], (2, *[1] * len(classifier.input_shape)))[: len(probes)]
+  apart = np.abs(logits[::-2] - np.asarray(classifier.predict(others), np.float64)[: len(logits[::-2])]).max()
   if apart > 0.01 * np.abs(logits).max():
     raise ValueError(
       "classifier must give each input its own logits at inference (predict_fn); those of random inputs change with the"
@@ -348,17 +359,12 @@ def check_outputs(classifier: Classifier, *, seed: int = 0) -> tuple[str, ...]:
       "classifier must return logits; its outputs are in [0, 1] for every input, as probabilities are. Leave out the"
       " softmax or sigmoid at its end (in Keras: activation=None)."
     )
-  unused = _unused(classifier, probes)
-  if len(unused) == len(jax.tree.leaves(classifier.params)):
+
+
+def _unused(classifier: Classifier, known: functionals.Functionals) -> tuple[str, ...]:
+  """The names of the tensors on which no logit of any random input depends."""
+  names = tensor_names(classifier.params)
+  unused = tuple(name for name, own in zip(names, known.changes, strict=True) if not own.random.any())
+  if len(unused) == len(names):
     raise ValueError("apply_fn must compute the logits from params; they do not depend on any of them.")
   return unused
-
-
-def _unused(classifier: Classifier, probes: jax.Array) -> tuple[str, ...]:
-  """The names of the tensors on which no logit of any random input depends."""
-  logits = lambda params: jnp.sum(
-    jnp.square(classifier.apply_fn(params, probes) + jnp.cos(jnp.arange(len(probes)))[:, None])
-  )
-  gradient = jax.tree.leaves(jax.jit(jax.grad(logits))(classifier.params))
-  names = zip(tensor_names(classifier.params), gradient, strict=True)
-  return tuple(name for name, own in names if own.size and not np.any(np.asarray(own)))

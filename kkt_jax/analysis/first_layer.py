@@ -232,9 +232,15 @@ def read_first_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCri
   inputs determine their c_i and the constant m that was subtracted.
   """
   leaves = jax.tree.leaves(classifier.params)
-  found = _probing.gradients(classifier, np.linspace(-1.0, 1.0, classifier.num_classes, dtype=np.float32), x[:3])
   flat = np.asarray(x[:3], np.float64).reshape(3, -1)
-  for place, turned in _probing.matrices(leaves, flat.shape[1], axis=0) if flat.shape[1] > 1 else []:
+  matrices = _probing.matrices(leaves, flat.shape[1], axis=0) if flat.shape[1] > 1 else []
+  found = _probing.gradients(
+    classifier,
+    np.linspace(-1.0, 1.0, classifier.num_classes, dtype=np.float32),
+    x[:3],
+    _probing.layers(leaves, matrices),
+  )
+  for place, turned in matrices:
     upright = lambda leaf, turned=turned: np.asarray(leaf).T if turned else np.asarray(leaf)
     gradients = [upright(own[place]) for own in found]
     constant = _constant(flat, gradients, criteria.alike)
@@ -265,7 +271,11 @@ def read_first_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCri
 
 
 def _first_bias(
-  leaves: list[jax.Array], found: list[list[np.ndarray]], gradients: list[np.ndarray], offsets: np.ndarray, alike: float
+  leaves: list[jax.Array],
+  found: list[dict[int, np.ndarray]],
+  gradients: list[np.ndarray],
+  offsets: np.ndarray,
+  alike: float,
 ) -> tuple[int | None, float]:
   """The place of the first layer's bias, if it has one, and what the network multiplies its inputs by before; else 1.
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -57,7 +56,7 @@ class Attainable(NamedTuple):
 
 
 def attainable(
-  classifier: Classifier, conditions: Conditions, probes: jax.Array, first: int | None, criteria: AnalysisCriteria
+  own: symmetries.Symmetries, conditions: Conditions, first: int | None, criteria: AnalysisCriteria
 ) -> Attainable:
   """The conditions without the tensors that account for most of what is out of reach, if they can hold then.
 
@@ -72,20 +71,17 @@ def attainable(
     masks = [jnp.zeros_like(leaf) if name in left else leaf for name, leaf in leaves]
     return dataclasses.replace(conditions, mask=jax.tree.unflatten(structure, masks))
 
-  def judge(left: Sequence[str]) -> symmetries.LeastResidual:
-    bound = functools.partial(symmetries.least_residual, criteria=criteria)
-    return bound(classifier.apply_fn, classifier.params, without(left), probes)
-
   def tells(found: symmetries.LeastResidual) -> bool:
     known = first is not None and names[first] in found.by_tensor
     return known or 2 * sum(sizes[name] for name in found.by_tensor) > sum(sizes.values())
 
+  judge = own.bound(conditions)
   whole = found = judge([])
   left: list[str] = []
   while found.value > criteria.unexplained and len(left) < criteria.left_out:
     worst = sorted(found.by_tensor, key=lambda name: -found.by_tensor[name])[: criteria.tried]
     trials = ((name, judge([*left, name])) for name in worst)
-    name, trial = next(((name, own) for name, own in trials if tells(own)), ("", found))
+    name, trial = next(((name, of) for name, of in trials if tells(of)), ("", found))
     if not name:
       break
     left, found = [*left, name], trial

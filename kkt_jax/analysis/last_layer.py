@@ -11,7 +11,6 @@ import numpy as np
 
 from kkt_jax import _checks
 from kkt_jax._precision import full_precision
-from kkt_jax._typing import PyTree
 from kkt_jax.analysis import _probing
 from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.classifiers.decay import decay_of_tensors
@@ -185,10 +184,12 @@ def read_last_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCrit
   leaves = jax.tree.leaves(classifier.params)
   classes = classifier.num_classes
   weights = [np.linspace(-1.0, 1.0, classes, dtype=np.float32), np.cos(np.arange(classes, dtype=np.float32))]
-  found = [_probing.gradients(classifier, own, x[:1])[0] for own in weights]
+  matrices = _probing.matrices(leaves, classes, axis=1)
+  places = _probing.layers(leaves, matrices)
+  found = [_probing.gradients(classifier, own, x[:1], places)[0] for own in weights]
   v = [np.asarray(own, np.float64) for own in weights]
   alike = lambda a, b: bool(np.linalg.norm(a - b) <= criteria.alike * max(float(np.linalg.norm(a)), 1e-30))
-  for place, turned in _probing.matrices(leaves, classes, axis=1):
+  for place, turned in matrices:
     gradients = [own[place].T if turned else own[place] for own in found]
     inputs = gradients[0] @ v[0] / (v[0] @ v[0])
     if not np.any(inputs) or not all(alike(g, np.outer(inputs, own)) for g, own in zip(gradients, v, strict=True)):
@@ -208,17 +209,22 @@ def _last_norm(
   """Scale and shift [F] of the batch norm whose output is the features: f = scale * normalised + shift."""
   if classifier.features_fn is None:
     return None, None
-  features_fn, params = classifier.features_fn, classifier.params
+  features_fn, (leaves, structure) = classifier.features_fn, jax.tree.flatten(classifier.params)
+  places = [i for i, leaf in enumerate(leaves) if leaf.shape == (width,)]
 
   @jax.jit
-  def of_one(params: PyTree) -> tuple[jax.Array, PyTree]:
+  def of_one(leaves: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
     """Features [F] of a sample, and the derivative of their sum: by the shift 1, by the scale the normalised value."""
-    found, pull_back = jax.vjp(lambda p: features_fn(p, x[:1]), params)
+
+    def features(some: list[jax.Array]) -> jax.Array:
+      own = dict(zip(places, some, strict=True))
+      return features_fn(jax.tree.unflatten(structure, [own.get(i, leaf) for i, leaf in enumerate(leaves)]), x[:1])
+
+    found, pull_back = jax.vjp(features, [leaves[i] for i in places])
     return found[0], pull_back(jnp.ones_like(found))[0]
 
-  whole, gradients = of_one(params)
-  features, leaves, gradient = np.asarray(whole, np.float64), *map(jax.tree.leaves, (params, gradients))
-  places = [i for i, leaf in enumerate(leaves) if leaf.shape == (width,)]
+  whole, gradients = of_one(leaves)
+  features, gradient = np.asarray(whole, np.float64), dict(zip(places, gradients, strict=True))
   shifts = [i for i in places if np.allclose(gradient[i], 1.0, atol=alike)]
   for shift in shifts:
     for scale in places:

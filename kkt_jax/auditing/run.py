@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kkt_jax
-from kkt_jax import metrics
+from kkt_jax import _checks, metrics
 from kkt_jax._errors import InputError
 from kkt_jax._tree import tensor_names
 from kkt_jax.analysis.examination import check_outputs, Examination, examine
@@ -60,6 +60,7 @@ class AuditConfig:
   criteria: AuditCriteria = AuditCriteria()
 
 
+@_checks.annotated
 def audit(
   classifier: Classifier,
   train: Given | None = None,

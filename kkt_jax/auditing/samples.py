@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
+from kkt_jax import _checks
 from kkt_jax._errors import InputError
 from kkt_jax.classifiers.classifier import Classifier
 
@@ -24,7 +25,7 @@ class Samples:
     names: of the samples, such as those of their files; "sample" and their places from 0 if there are none.
 
   Raises:
-    InputError: labels or names that are not one for each sample.
+    InputError: no arrays of numbers, or labels or names that are not one for each sample.
   """
 
   x: np.ndarray
@@ -32,6 +33,9 @@ class Samples:
   names: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
+    for name, values, rank in (("x", self.x, 2), ("y", self.y, 1)):
+      if not _checks.is_numbers(values) or np.ndim(values) < rank:
+        raise InputError(f"{name} must be an array of numbers, of {rank} axes at least; got {values!r:.60}.")
     if not self.names:
       object.__setattr__(self, "names", tuple(f"sample {place}" for place in range(len(self.x))))
     for name, own in (("y", self.y), ("names", self.names)):

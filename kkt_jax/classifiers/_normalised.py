@@ -44,13 +44,12 @@ def evaluate_fn(
   """A pass as in training, with the statistics of the batch, of which running averages hold a share, 1 - momentum."""
 
   @jax.jit
-  def kept() -> PyTree:  # what the next averages keep of a one
-    x = jnp.zeros((2, *input_shape))
+  def kept(params: PyTree, x: jax.Array) -> PyTree:  # what the next averages keep of a one; no constants to fold
     filled = [jax.tree.map(lambda leaf, v=v: jnp.full_like(leaf, v), stored) for v in (0.0, 1.0)]
     zeros, ones = (train(params, own, x)[1] for own in filled)
     return jax.tree.map(lambda zero, one: jnp.mean(one - zero), zeros, ones)
 
-  share = jax.tree.map(lambda part: 1 - float(part), kept())
+  share = jax.tree.map(lambda part: 1 - float(part), kept(params, jnp.zeros((2, *input_shape))))
   if max(jax.tree.leaves(share)) <= 0:
     raise ValueError(
       "train_fn must return running averages that follow the batch; they do not change with it. (Of a module,"

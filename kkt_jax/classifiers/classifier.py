@@ -127,6 +127,7 @@ class Classifier:
     _checks.check_same_shapes("params", params, "those of the classifier", self.params)
     return dataclasses.replace(self, **_checked_params(params, initial_params))
 
+  @_checks.annotated
   def with_offset(self, offset: ArrayLike) -> Self:
     """The same classifier, of which the constant [*input_shape] is known that it subtracts from its inputs.
 
@@ -142,16 +143,19 @@ class Classifier:
     """C, the number of outputs."""
     return len(self.labels)
 
+  @_checks.annotated
   @full_precision
   def predict(self, x: jax.Array) -> jax.Array:
     """Logits [M, C] of inputs [M, *input_shape] at inference.
 
     Raises:
-      ValueError: integers beyond ``value_range``, as bytes are for inputs up to 1.
+      ValueError: another shape, or integers beyond ``value_range``, as bytes are for inputs up to 1.
     """
+    _checks.check_shape("x", x, (*jnp.shape(x)[:1], *self.input_shape), "[M, *input_shape]")
     self._check_range(x)
     return jax.jit(self.predict_fn)(self.params, x)
 
+  @_checks.annotated
   def classes_of(self, labels: ArrayLike) -> jax.Array:
     """The classes (output indices, 0..C-1) [M] that stand for labels [M].
 
@@ -171,6 +175,7 @@ class Classifier:
       raise ValueError(f"labels must be among the classifier's, {self.labels}; got {unknown}.")
     return jnp.asarray(classes)
 
+  @_checks.annotated
   def to_unit(self, x: ArrayLike) -> jax.Array:
     """Inputs mapped from ``value_range`` to [0, 1]; unchanged if there is none.
 
@@ -182,6 +187,7 @@ class Classifier:
     x = _floating(x)
     return x if (low, high) == (0, 1) else (x - low) / (high - low)
 
+  @_checks.annotated
   def from_unit(self, unit: ArrayLike) -> jax.Array:
     """The inverse of `to_unit`."""
     low, high = self.value_range or (0.0, 1.0)

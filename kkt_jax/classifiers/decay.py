@@ -87,4 +87,4 @@ def _is_number(value: Any) -> bool:
   """Whether it is a real number, which strings, None and truth values are not."""
   if isinstance(value, bool | str | Mapping | Sequence | None):
     return False
-  return jnp.ndim(value) == 0
+  return _checks.is_numbers(value) and jnp.ndim(value) == 0

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from kkt_jax import _checks
 from kkt_jax._typing import ApplyFn, PyTree
 from kkt_jax.classifiers import _normalised, _statistics
 from kkt_jax.classifiers.classifier import Classifier, Evaluation, make_classifier, result_shape, two_logits
@@ -90,6 +91,7 @@ class Subject:
       A `Classifier`.
 
     Raises:
+      ValueError: ``variables`` have other parameters than ``init_fn``.
       ValueError: ``variables`` lack "params" or "batch_stats", or hold running statistics without a ``train_fn``, or
         one that is not ``apply_fn`` with the statistics of the batch; or see `kkt_jax.classifiers.make_classifier`.
     """
@@ -126,6 +128,8 @@ class Subject:
       classifier = make_classifier(forward, params, shape, statistics=_statistics.canonical(statistics), **known)
       if self.train_fn.__module__ != __name__:  # that of a module is the same function by construction
         _normalised.check_train_fn(evaluate, inference, classifier, statistics)
+    like = _statistics.Stored.of(self.variables_like()).params  # last: a function that fails on others says more
+    _checks.check_same_shapes("variables", stored.params, "what init_fn returns", like)
     return classifier if self.offset is None else classifier.with_offset(self.offset)
 
   def _inference(self, stored: _statistics.Stored) -> tuple[Callable[[PyTree, PyTree, jax.Array], Evaluation], bool]:

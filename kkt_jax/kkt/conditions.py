@@ -40,6 +40,7 @@ class Conditions:
   mask: PyTree
 
 
+@_checks.annotated
 def max_margin_conditions(
   params: PyTree,
   solution: RateSolution,
@@ -132,6 +133,7 @@ def _decayed(params: PyTree, strengths: PyTree) -> tuple[PyTree, PyTree]:
   return jax.tree.map(lambda p, own: (own * p).astype(p.dtype), params, strengths), jax.tree.map(jnp.ones_like, params)
 
 
+@_checks.annotated
 def weigh_tensors(conditions: Conditions, weights: Mapping[str, float] | PyTree) -> Conditions:
   """Conditions whose squared errors count so many times in each tensor: the mask times the roots of the weights.
 

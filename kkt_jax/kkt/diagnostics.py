@@ -31,6 +31,7 @@ def _with_gates(apply_fn: ApplyFn, gates: list[jax.Array]) -> ApplyFn:
   return lambda params, x: given(params, x, gates)
 
 
+@_checks.annotated
 @functools.partial(jax.jit, static_argnames=("gradient_fn", "num_steps"))
 @full_precision
 def nonnegative_multipliers(
@@ -95,6 +96,7 @@ def nonnegative_multipliers(
   return accelerated(descend, jnp.zeros_like(ones), num_steps=num_steps)
 
 
+@_checks.annotated
 @full_precision
 def free_gates(
   classifier: Classifier,
@@ -210,6 +212,7 @@ class Diagnosis:
   accuracy: float
 
 
+@_checks.annotated
 @full_precision
 def diagnose(
   classifier: Classifier,

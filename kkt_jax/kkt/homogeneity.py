@@ -19,7 +19,10 @@ from kkt_jax._precision import full_precision
 from kkt_jax._tree import tensor_names
 from kkt_jax._typing import ApplyFn, PyTree
 from kkt_jax.classifiers.dataflow import bias_tensors
+from kkt_jax.kkt import functionals
 from kkt_jax.kkt.jacobians import per_sample_jacobians
+
+_QUIET = 1e-2  # what scaling a bias changes, next to the logits, below which its rate takes rows along a direction
 
 
 @functools.partial(
@@ -43,6 +46,7 @@ class DerivativeEquations:
   biases: tuple[bool, ...] = ()
 
 
+@_checks.annotated
 @full_precision
 def derivative_equations(
   apply_fn: ApplyFn,
@@ -92,7 +96,7 @@ def derivative_equations(
     _checks.check_same_structure("biases", biases, "params", params)
     known_biases = tuple(bool(bias) for bias in jax.tree.leaves(biases))
   directions = [_unit_vector(params, path, index) for path, index in higher_order]
-  chosen = [k for k, leaf in enumerate(jax.tree.leaves(params)) if known_biases[k] or leaf.ndim <= 1]
+  chosen = [known_biases[k] or leaf.ndim <= 1 for k, leaf in enumerate(jax.tree.leaves(params))]
   random = np.random.default_rng(0)
   factors = jax.tree.map(lambda leaf: random.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype), params)
   normal = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape).astype(leaf.dtype), params)
@@ -106,7 +110,10 @@ def derivative_equations(
       uneven = jax.tree.map(jnp.multiply, factors, p)
       return logits(p).reshape(-1), _along_each(logits, p, p), _along_each(logits, p, uneven)
 
-    along = [_second_order_direction(logits, params, normal, chosen)] if chosen else []
+    along = []
+    if any(chosen):
+      moved = jnp.linalg.norm(_along_each(logits, params, normal), axis=1)
+      along = [_second_order_direction(params, normal, moved, jnp.linalg.norm(logits(params)), np.array(chosen))[0]]
     pairs = [jax.jvp(rows, (params,), (direction,)) for direction in along + directions]
     blocks = [pairs[0][0] if pairs else rows(params), *(moved for _, moved in pairs)]
     values, coefficients, uneven = (jnp.concatenate(parts, axis=-1) for parts in zip(*blocks, strict=True))
@@ -116,6 +123,63 @@ def derivative_equations(
   return DerivativeEquations(coefficients, values, sizes, known_biases)
 
 
+@full_precision
+def summed_equations(
+  apply_fn: ApplyFn, params: PyTree, x: ArrayLike, known: functionals.Functionals
+) -> DerivativeEquations:
+  """`derivative_equations` of random sums of the logits, hardly more than there are tensors.
+
+  For large networks rows along a random direction are added only if some bias or vector hardly moves the logits.
+
+  Args:
+    apply_fn: as in `derivative_equations`.
+    params: as in `derivative_equations`.
+    x: as in `derivative_equations`.
+    known: the sums, of the same.
+
+  >>> params = {"weight": jnp.array([[2.0]]), "shift": jnp.array([3.0])}
+  >>> apply_fn, x = lambda p, x: x @ p["weight"] + p["shift"], jnp.array([[5.0]])
+  >>> equations = summed_equations(apply_fn, params, x, functionals.functionals(apply_fn, params, x, margins=False))
+  >>> (equations.coefficients[0] / equations.values[0] * 13).round(3).tolist()  # shift * 3 + weight * 10 = 13
+  [3.0, 10.0]
+  """
+  params, x = _prepare(params, x)
+  leaves, structure = jax.tree.flatten(params)
+  biases = bias_tensors(apply_fn, params, x)
+  chosen = np.array([bias or leaf.ndim <= 1 for bias, leaf in zip(biases, leaves, strict=True)])
+  scaled, uneven, random = (np.stack([own[k] for own in known.changes], axis=1) for k in range(3))
+  rows, sizes = [scaled], [scaled, uneven]
+  values = [known.values]
+  size, own, moved = (np.linalg.norm(part[: len(known.logits)], axis=0) for part in (known.values, scaled, random))
+  normals = jax.tree.unflatten(structure, [jnp.asarray(functionals.normal(leaf)) for leaf in leaves])
+  direction, heard = _second_order_direction(params, normals, moved, size, chosen)
+  quiet = own < _QUIET * size if functionals.large(params) else True
+  if np.any(np.asarray(heard) & quiet):
+    sums = functionals.sums(apply_fn, params, x, max(32, len(leaves) // 2))
+    found = [jax.device_get(_moved_rows(apply_fn, params, *of, normals, direction)) for of in sums]
+    for parts, more in zip((values, rows, sizes), zip(*found, strict=True), strict=True):
+      parts.append(np.stack(more))
+  dtype = jnp.result_type(*leaves)
+  coefficients, whole, squares = (jnp.asarray(np.concatenate(own), dtype) for own in (rows, values, sizes))
+  return DerivativeEquations(coefficients, whole, jnp.linalg.norm(squares, axis=0), biases)
+
+
+@functools.partial(jax.jit, static_argnames="apply_fn")
+def _moved_rows(
+  apply_fn: ApplyFn, params: PyTree, x: jax.Array, weights: jax.Array, normals: PyTree, direction: PyTree
+) -> tuple[jax.Array, ...]:
+  """How along a direction change: one sum, its derivatives along each tensor [U], and along each made uneven [U]."""
+
+  def rows(params: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
+    value, gradient = jax.value_and_grad(lambda p: jnp.vdot(apply_fn(p, x), weights))(params)
+    products = [own * p for own, p in zip(*map(jax.tree.leaves, (gradient, params)), strict=True)]
+    uneven = [jnp.vdot(own, normal) for own, normal in zip(products, jax.tree.leaves(normals), strict=True)]
+    return value, jnp.stack([jnp.sum(own) for own in products]), jnp.stack(uneven)
+
+  return jax.jvp(rows, (params,), (direction,))[1]
+
+
+@_checks.annotated
 @full_precision
 def parameter_equations(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> DerivativeEquations:
   """Eq. 9 with a rate per parameter instead of per tensor; hopelessly under-determined except for tiny networks.
@@ -155,6 +219,7 @@ def scale_params(params: PyTree, rates: PyTree, alpha: ArrayLike) -> PyTree:
   return jax.tree.map(lambda p, rate: jnp.exp(alpha * rate) * p, params, rates)
 
 
+@_checks.annotated
 @full_precision
 def scaling_error(apply_fn: ApplyFn, params: PyTree, rates: PyTree, x: ArrayLike, alphas: ArrayLike) -> jax.Array:
   """How far Lambda is from an exact quasi-homogeneity: the check of Fig. 3 as one number.
@@ -180,14 +245,14 @@ def scaling_error(apply_fn: ApplyFn, params: PyTree, rates: PyTree, x: ArrayLike
   _checks.check_rank("alphas", alphas, 1, "[A]")
   _checks.check_at_least("len(alphas)", alphas.shape[0], 1)
   _checks.check_same_structure("rates", rates, "params", params)
-  logits = apply_fn(params, x)
+  return jnp.max(jnp.stack([_scaling_error(apply_fn, params, rates, x, alpha) for alpha in alphas]))
 
-  def error(alpha: jax.Array) -> jax.Array:
-    expected = jnp.exp(alpha) * logits
-    difference = jnp.abs(apply_fn(scale_params(params, rates, alpha), x) - expected)
-    return jnp.max(difference / jnp.where(expected == 0, 1.0, jnp.abs(expected)))
 
-  return jnp.max(jax.lax.map(error, alphas))
+@functools.partial(jax.jit, static_argnames="apply_fn")
+def _scaling_error(apply_fn: ApplyFn, params: PyTree, rates: PyTree, x: jax.Array, alpha: jax.Array) -> jax.Array:
+  expected = jnp.exp(alpha) * apply_fn(params, x)
+  difference = jnp.abs(apply_fn(scale_params(params, rates, alpha), x) - expected)
+  return jnp.max(difference / jnp.where(expected == 0, 1.0, jnp.abs(expected)))
 
 
 def _prepare(params: PyTree, x: ArrayLike) -> tuple[PyTree, jax.Array]:
@@ -210,23 +275,24 @@ def _along_each(logits: Callable[[PyTree], jax.Array], params: PyTree, tangents:
   return jax.lax.map(along, jnp.arange(len(leaves)))
 
 
+@jax.jit  # one compilation for all tensors
 def _second_order_direction(
-  logits: Callable[[PyTree], jax.Array], params: PyTree, normal: PyTree, chosen: Sequence[int]
-) -> PyTree:
-  """The random direction in the ``chosen`` tensors; the part of each moves the logits by their own norm.
+  params: PyTree, normal: PyTree, moved: ArrayLike, norm: jax.Array | np.ndarray, chosen: ArrayLike
+) -> tuple[PyTree, jax.Array]:
+  """The random direction in the ``chosen`` tensors [U]; the part of each moves the logits by their own ``norm``.
 
-  A part that cannot move them (a bias before batch norm) is 0, or else rounding errors would be blown up. A step is
-  judged at the size of the greatest tensor.
+  A part that cannot move them (a bias before batch norm) is 0, or else rounding errors would be blown up; the second
+  result [U] says which can. A step is judged at the size of the greatest tensor; ``moved`` [U] is what ``normal``, a
+  step of size 1, changes.
   """
   leaves, structure = jax.tree.flatten(params)
   unit = jnp.max(jnp.stack([jnp.sqrt(jnp.mean(leaf**2)) for leaf in leaves]))
-  steps = jax.tree.map(lambda step: unit.astype(step.dtype) * step, normal)
-  moved = jnp.linalg.norm(_along_each(logits, params, steps), axis=1)
-  norm = jnp.linalg.norm(logits(params))
-  norm = jnp.where(norm > 0, norm, jnp.max(moved))
-  heard = (moved > jnp.finfo(moved.dtype).eps ** 0.5 * norm) & np.isin(np.arange(len(leaves)), chosen)
-  shares = jnp.where(heard, norm / jnp.where(heard, moved, 1), 0)
-  return jax.tree.map(lambda share, step: share.astype(step.dtype) * step, jax.tree.unflatten(structure, shares), steps)
+  reached = unit * jnp.asarray(moved, unit.dtype)
+  norm = jnp.where(norm > 0, norm, jnp.max(reached))
+  heard = (reached > jnp.finfo(unit.dtype).eps ** 0.5 * norm) & chosen
+  shares = jnp.where(heard, unit * norm / jnp.where(heard, reached, 1), 0)
+  parts = zip(jax.tree.leaves(normal), shares, strict=True)
+  return jax.tree.unflatten(structure, [share.astype(step.dtype) * step for step, share in parts]), heard
 
 
 def _unit_vector(params: PyTree, path: str, index: tuple[int, ...]) -> PyTree:

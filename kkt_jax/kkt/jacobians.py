@@ -9,6 +9,7 @@ from kkt_jax._precision import full_precision
 from kkt_jax._typing import ApplyFn, PyTree
 
 
+@_checks.annotated
 @full_precision
 def per_sample_jacobians(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, chunk_size: int | None = None) -> PyTree:
   """Jacobians of every logit of every sample with respect to the parameters, grad_zeta Phi_c(x_i; zeta).

@@ -38,6 +38,7 @@ def is_true_class(values: jax.Array, classes: ArrayLike) -> jax.Array:
   return jnp.arange(values.shape[1])[None, :] == _checks.integers(classes)[:, None]
 
 
+@_checks.annotated
 def margins(logits: ArrayLike, classes: ArrayLike) -> jax.Array:
   """Classification margins Phi_y - Phi_c, the left-hand side of Eq. 3b.
 
@@ -60,6 +61,7 @@ def margins(logits: ArrayLike, classes: ArrayLike) -> jax.Array:
   return jnp.where(is_true_class(logits, classes), jnp.inf, true - logits)
 
 
+@_checks.annotated
 def runner_up_margin(logits: ArrayLike, classes: ArrayLike) -> jax.Array:
   """Margin to the strongest wrong class, ``min_c Phi_y - Phi_c``, the quantity that Eq. 11 minimises over the data.
 
@@ -79,6 +81,7 @@ def runner_up_margin(logits: ArrayLike, classes: ArrayLike) -> jax.Array:
   return jnp.min(margins(logits, classes), axis=1)
 
 
+@_checks.annotated
 def runner_up_set(logits: ArrayLike, classes: ArrayLike, *, tolerance: float = 0.0) -> jax.Array:
   """The set S_i of Eq. 6: the wrong classes whose logit is the greatest among the wrong ones.
 
@@ -101,6 +104,7 @@ def runner_up_set(logits: ArrayLike, classes: ArrayLike, *, tolerance: float = 0
   return (values <= jnp.min(values, axis=1, keepdims=True) + tolerance) | jnp.isnan(values)
 
 
+@_checks.annotated
 def u_shape(margin: ArrayLike, alpha: ArrayLike, *, delta: float) -> jax.Array:
   """The U-shaped function of Fig. 2: ``max(m - e^-alpha - delta, 0) - min(m - e^-alpha, 0)``.
 
@@ -124,6 +128,7 @@ def u_shape(margin: ArrayLike, alpha: ArrayLike, *, delta: float) -> jax.Array:
   return jax.nn.relu(above - delta) + jax.nn.relu(-above)  # relu, not maximum: gradient 0 at the kink
 
 
+@_checks.annotated
 def duality_loss(
   logits: ArrayLike, classes: ArrayLike, alpha: ArrayLike, *, delta: float, relative: bool = False
 ) -> jax.Array:
@@ -156,6 +161,7 @@ def duality_loss(
   return jnp.sum(jnp.where(runners_up, u_shape(values, alpha, delta=delta), 0.0), axis=1)
 
 
+@_checks.annotated
 @full_precision
 def stationarity_sum(gradient_fn: ApplyFn, params: PyTree, x: ArrayLike, classes: ArrayLike, mu: ArrayLike) -> PyTree:
   """The right-hand side of Eq. 4 with the sign of Eq. 5: ``1/M sum_i sum_c mu_ic [grad Phi_y(x_i) - grad Phi_c(x_i)]``.
@@ -263,6 +269,7 @@ class StationarityResidual(NamedTuple):
   relative_per_tensor: PyTree
 
 
+@_checks.annotated
 def stationarity_residual(conditions: Conditions, sums: PyTree) -> StationarityResidual:
   """Compares a stationarity sum with its target (Eq. 5), as a whole and per tensor.
 
@@ -294,15 +301,9 @@ def stationarity_residual(conditions: Conditions, sums: PyTree) -> StationarityR
   )
 
 
+@_checks.annotated
 def absolute_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
-  """L_stationarity of Eq. 5: ``|mask (target - sum)|`` over all parameters. At 0 its gradient is 0, not NaN.
-
-  Args:
-    conditions: target and mask.
-    sums: `stationarity_sum`.
-
-  Returns:
-    A scalar.
+  """L_stationarity of Eq. 5: ``|mask (target - sum)|`` over all parameters, a scalar. At 0 its gradient is 0, not NaN.
 
   >>> print(absolute_residual(Conditions(jnp.array([3.0, 4.0]), jnp.ones(2)), jnp.zeros(2)))
   5.0
@@ -310,6 +311,7 @@ def absolute_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
   return stationarity_residual(conditions, sums).absolute
 
 
+@_checks.annotated
 def squared_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
   """The square of `absolute_residual`, a scalar.
 
@@ -319,15 +321,9 @@ def squared_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
   return jnp.square(absolute_residual(conditions, sums))
 
 
+@_checks.annotated
 def relative_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
-  """``|mask (target - sum)|^2 / |mask target|^2`` over all parameters: 0 is a perfect fit, 1 what a sum of 0 gives.
-
-  Args:
-    conditions: target and mask.
-    sums: `stationarity_sum`.
-
-  Returns:
-    A scalar.
+  """``|mask (target - sum)|^2 / |mask target|^2`` over all parameters, a scalar: 0 fits, 1 is what a sum of 0 gives.
 
   >>> print(relative_residual(Conditions(jnp.array([2.0]), jnp.ones(1)), jnp.array([1.0])))
   0.25
@@ -335,6 +331,7 @@ def relative_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
   return stationarity_residual(conditions, sums).relative
 
 
+@_checks.annotated
 def mean_relative_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
   """The mean over tensors of their relative residuals, so that small tensors count as much as large ones.
 
@@ -357,6 +354,7 @@ def mean_relative_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
   return jnp.sum(weights * ratios) / _nonzero(jnp.sum(weights))
 
 
+@_checks.annotated
 def cosine_distance(conditions: Conditions, sums: PyTree) -> jax.Array:
   """Scale-free stationarity, ``1 - cos |cos|`` of the angle between the target and the sum over all masked parameters.
 

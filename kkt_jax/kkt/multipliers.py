@@ -44,6 +44,7 @@ def from_network(
   return jnp.exp(_checks.floats(log_scale)) * positive(_checks.floats(raw))
 
 
+@_checks.annotated
 def from_softmax(logits: ArrayLike, *, log_scale: ArrayLike = 0.0) -> jax.Array:
   """Multipliers tied to the classifier: its own probabilities p_c, exact at a minimum with weight decay.
 
@@ -74,6 +75,7 @@ def from_softmax(logits: ArrayLike, *, log_scale: ArrayLike = 0.0) -> jax.Array:
   return jnp.exp(jnp.minimum(exponent, math.log(jnp.finfo(exponent.dtype).max) - 1))
 
 
+@_checks.annotated
 def on_runner_up(raw: ArrayLike, logits: ArrayLike, classes: ArrayLike) -> jax.Array:
   """One free multiplier per sample, on the runner-up class alone: the form of Buzaglo et al. (2023).
 
@@ -101,6 +103,7 @@ def on_runner_up(raw: ArrayLike, logits: ArrayLike, classes: ArrayLike) -> jax.A
   return jnp.where(runner_up, raw / jnp.sum(runner_up, axis=1, keepdims=True, dtype=raw.dtype), 0.0)
 
 
+@_checks.annotated
 def softmax_distance(mu: ArrayLike, logits: ArrayLike, classes: ArrayLike) -> jax.Array:
   """How far free multipliers are from the classifier's own probabilities, whatever their common factor.
 
@@ -133,6 +136,7 @@ def softmax_distance(mu: ArrayLike, logits: ArrayLike, classes: ArrayLike) -> ja
   return jnp.var(gap, where=~losses.is_true_class(gap, classes))
 
 
+@_checks.annotated
 def shortfall(mu: ArrayLike, *, least: float) -> jax.Array:
   """How far each sample is from being a support vector: ``relu(least - sum_c mu_ic)^2``.
 

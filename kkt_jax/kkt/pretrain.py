@@ -141,6 +141,7 @@ class Descent:
     return cls(num_steps, falling, loss_scaled=True, **further)
 
 
+@_checks.annotated
 @full_precision
 def gradient_descent(
   apply_fn: ApplyFn,
@@ -176,11 +177,11 @@ def gradient_descent(
   """
   x = jnp.asarray(x)
   _checks.check_batch("x", x)
+  _checks.check_params("params", params)
   _checks.check_labels("classes", classes, x.shape[0])
   _checks.check_label_range("classes", classes, jax.eval_shape(apply_fn, params, x).shape[1])
   classes = _checks.integers(classes)
   _checks.check_finite("x", x)
-  _checks.check_finite("params", params)
   params = jax.tree.map(jnp.array, params)  # a copy: the steps reuse the memory of their argument
   optimizer = optax.chain(optax.trace(decay=descent.momentum), optax.scale_by_learning_rate(descent.learning_rate))
   gradient_of = functools.partial(_gradient, apply_fn, descent.weight_decay, descent.loss_scaled)

@@ -49,6 +49,7 @@ class RateSolution:
   undetermined: PyTree
 
 
+@_checks.annotated
 @full_precision
 def balanced(equations: DerivativeEquations, params: PyTree, *, rcond: float | None = None) -> RateSolution:
   """Lambda whose greatest rate of a multiplicative tensor (everything but biases) is least, then the sum of squares.
@@ -104,6 +105,7 @@ def balanced(equations: DerivativeEquations, params: PyTree, *, rcond: float | N
   return solution
 
 
+@_checks.annotated
 @full_precision
 def least_norm(equations: DerivativeEquations, params: PyTree, *, rcond: float | None = None) -> RateSolution:
   """Lambda with the least sum of squares over all tensors: the paper's least squares to the letter.
@@ -121,6 +123,7 @@ def least_norm(equations: DerivativeEquations, params: PyTree, *, rcond: float |
   return _solve(equations, params, everything, everything, rcond)
 
 
+@_checks.annotated
 @full_precision
 def last_layer(
   equations: DerivativeEquations, params: PyTree, *, layer: str, rcond: float | None = None

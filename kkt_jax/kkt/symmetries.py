@@ -20,12 +20,11 @@ and with p the products and G the Gram matrix of all directions, ``p' G^-1 p`` i
 has in them. ``_units`` finds the coefficients (here 1 and -1) by trying, ``_along_units`` adds up p and G.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import dataclasses
-import functools
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
@@ -34,6 +33,7 @@ from kkt_jax._precision import full_precision
 from kkt_jax._tree import tensor_names
 from kkt_jax._typing import ApplyFn, PyTree
 from kkt_jax.criteria import AnalysisCriteria
+from kkt_jax.kkt import functionals
 from kkt_jax.kkt.conditions import Conditions
 
 _DEFAULT = AnalysisCriteria()
@@ -55,6 +55,7 @@ class LeastResidual:
   by_tensor: Mapping[str, float]
 
 
+@_checks.annotated
 @full_precision
 def least_residual(
   apply_fn: ApplyFn, params: PyTree, conditions: Conditions, x: ArrayLike, *, criteria: AnalysisCriteria = _DEFAULT
@@ -87,26 +88,10 @@ def least_residual(
   >>> round(least_residual(net, weights, weight_decay_conditions(weights), x).value, 2)
   0.64
   """
-  params, x = _checks.arrays("params", params), jnp.asarray(x)
-  _checks.check_batch("x", x)
-  trees = (conditions.target, conditions.mask)
-  wanted, masks = ([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)] for tree in trees)
-  targets = [t * m for t, m in zip(wanted, masks, strict=True)]
-  usable = [bool(np.all(m == 1)) for m in masks]
-  total = sum(float(np.sum(t * t)) for t in targets)
-  tensors = [own for own in _tensors(params, targets) if usable[own.index]]
-  change = _Change(apply_fn, params, x, criteria)
-  num_classes = jax.eval_shape(apply_fn, params, x).shape[1]
-  scalable = [t for t in tensors if np.any(t.value)]  # what is 0 has no scale
-  parts = _shifts(tensors, num_classes, change) | _whole_tensors(scalable, change) | _units(scalable, change)
-  if not total:
-    return LeastResidual(1.0, {"no condition is left": 1.0}, {})
-  shares = {name: sum(own.values()) / total for name, own in parts.items()}
-  moved = {name for own in parts.values() for name in own}
-  by_tensor = {name: max(own.get(name, 0.0) for own in parts.values()) / total for name in moved}
-  return LeastResidual(max(shares.values(), default=0.0), shares, by_tensor)
+  return _tried(apply_fn, params, x, criteria).bound(conditions)([])
 
 
+@_checks.annotated
 @full_precision
 def scale_invariant(
   apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, criteria: AnalysisCriteria = _DEFAULT
@@ -130,126 +115,161 @@ def scale_invariant(
   >>> print(scale_invariant(net, params, jnp.array([[1.0, 2.0], [3.0, -1.0]])))
   {'a': True, 'b': False}
   """
-  from scipy import optimize  # type: ignore[import-untyped]
-
-  params, x = _checks.arrays("params", params), jnp.asarray(x)
-  _checks.check_batch("x", x)
-  names = tensor_names(params)
-  scalable = [t for t in _tensors(params, [np.zeros(0)] * len(names)) if np.any(t.value)]
-  change = _Change(apply_fn, params, x, criteria)
-  null = _whole_relations(scalable, change)
-  found = dict.fromkeys(range(len(names)), False)
-  for place, tensor in enumerate(scalable if null.shape[1] else []):
-    # Is there a combination of null vectors that scales this tensor up and none down?
-    solved = optimize.linprog(
-      -null[place], A_ub=np.vstack([-null, null]), b_ub=np.repeat([1e-6, 1.0], len(null)), bounds=(None, None)
-    )
-    found[tensor.index] = bool(solved.success and -solved.fun > criteria.moved)
-  return jax.tree.unflatten(jax.tree.structure(params), list(found.values()))
+  return _tried(apply_fn, params, x, criteria).scale_invariant()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-  """One parameter tensor: its place, its name, its value and its target."""
-
-  index: int
-  name: str
-  value: np.ndarray
-  target: np.ndarray
-
-
-def _tensors(params: PyTree, targets: Sequence[np.ndarray]) -> list[_Tensor]:
-  parts = enumerate(zip(tensor_names(params), jax.tree.leaves(params), targets, strict=True))
-  return [_Tensor(index, name, np.asarray(leaf, np.float64), target) for index, (name, leaf, target) in parts]
+def _tried(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, criteria: AnalysisCriteria) -> "Symmetries":
+  params = _checks.arrays("params", params)
+  return Symmetries(params, functionals.functionals(apply_fn, params, x), criteria=criteria)
 
 
 _Parts = dict[str, dict[str, float]]  # squared length of what the target has in a family, by tensor that it moves
 
 
-@dataclasses.dataclass(frozen=True)
-class _Change:
-  """How margins change along a direction, given by the tensors it moves: the logits' change less its class mean."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tensor:
+  """One parameter tensor.
 
-  apply_fn: ApplyFn
-  params: PyTree
-  x: jax.Array
-  criteria: AnalysisCriteria
+  Attributes:
+    name: its path.
+    shape: its own.
+    changes: of random sums of margins along directions in it.
+    squares: of its values v, a sum over all but the last two axes [D, F].
+    products: ``v t`` with the target t [D, F].
+    shifted: squared length of what the target has in shifts of all logits.
+  """
 
-  def __call__(self, moved: Mapping[int, np.ndarray]) -> np.ndarray:
-    structure = jax.tree.structure(self.params)
-    tangents = [jnp.asarray(moved[i], a.dtype) if i in moved else a for i, a in enumerate(self._still)]
-    found = _margins_along(self.apply_fn, self.params, self.x, jax.tree.unflatten(structure, tangents))
-    return np.asarray(found, np.float64)
+  name: str
+  shape: tuple[int, ...]
+  changes: functionals.Changes
+  squares: np.ndarray
+  products: np.ndarray
+  shifted: float
 
-  @functools.cached_property
-  def _still(self) -> list[jax.Array]:
-    return [jnp.zeros_like(leaf) for leaf in jax.tree.leaves(self.params)]
+  @classmethod
+  def of(cls, name: str, value: Any, target: Any, changes: functionals.Changes) -> "_Tensor":
+    """From its values and its target, arrays of one shape."""
+    v, t = np.asarray(value, np.float64), np.asarray(target, np.float64)
+    shape = v.shape[-2:] if v.ndim > 1 else (1, v.size)
+    summed = lambda own: own.reshape(-1, *shape).sum(axis=0)
+    shifted = float(np.sum(np.square(t.mean(axis=-1))) * v.shape[-1]) if v.ndim else 0.0
+    return cls(name, v.shape, changes, summed(v * v), summed(v * t), shifted)
 
-
-@functools.partial(jax.jit, static_argnames="apply_fn")  # here, so that it is compiled once for all that is tried
-def _margins_along(apply_fn: ApplyFn, params: PyTree, x: jax.Array, tangents: PyTree) -> jax.Array:
-  change = jax.jvp(lambda p: apply_fn(p, x), (params,), (tangents,))[1]
-  return (change - jnp.mean(change, axis=1, keepdims=True)).reshape(-1)
-
-
-def _shifts(tensors: Sequence[_Tensor], num_classes: int, change: _Change) -> _Parts:
-  """What the targets have in shifts of all logits alike: the same change of all output columns."""
-  parts: _Parts = {}
-  random = np.random.default_rng(0)
-  for tensor in tensors:
-    if not tensor.value.ndim or tensor.value.shape[-1] != num_classes:
-      continue
-    direction = np.broadcast_to(random.normal(size=(*tensor.value.shape[:-1], 1)), tensor.value.shape)
-    one_sided = direction * (np.arange(num_classes) == 0)
-    if np.linalg.norm(change({tensor.index: direction})) <= change.criteria.symmetric * np.linalg.norm(
-      change({tensor.index: one_sided})
-    ):
-      parts[f"shift of {tensor.name}"] = {tensor.name: float(np.sum(tensor.target.mean(axis=-1) ** 2) * num_classes)}
-  return parts
+  @property
+  def generic(self) -> float:
+    """How much margins change when every entry is scaled at random: the measure of what counts as none."""
+    return float(np.linalg.norm(self.changes.uneven))
 
 
-def _whole_tensors(tensors: Sequence[_Tensor], change: _Change) -> _Parts:
+_Known = dict[tuple[_Tensor, ...], tuple[str, dict[str, float]] | None]
+
+
+class Symmetries:
+  """The symmetries of a network at given parameters, for any conditions; what they need of it is computed once."""
+
+  def __init__(self, params: PyTree, known: functionals.Functionals, *, criteria: AnalysisCriteria = _DEFAULT):
+    """Takes the arguments of `least_residual`, and how random sums of margins change."""
+    self.params, self.changes, self.criteria = params, known.margins, criteria
+    self.names, self.leaves = tensor_names(params), jax.tree.leaves(params)
+    self.num_classes = known.num_classes
+
+  def bound(self, conditions: Conditions) -> Callable[[Collection[str]], LeastResidual]:
+    """`least_residual`, a function of the names of tensors without which it is asked."""
+    trees = (conditions.target, conditions.mask)
+    of = zip(self.names, self.leaves, *map(jax.tree.leaves, trees), self.changes, strict=True)
+    totals, usable = {}, []
+    known: _Known = {}
+    for name, value, target, mask, changes in of:
+      masked = np.asarray(target, np.float64) * np.asarray(mask)
+      totals[name] = float(np.sum(np.square(masked)))
+      if np.all(np.asarray(mask) == 1):
+        usable.append(_Tensor.of(name, value, masked, changes))
+
+    def without(left: Collection[str]) -> LeastResidual:
+      total = sum(own for name, own in totals.items() if name not in left)
+      tensors = [tensor for tensor in usable if tensor.name not in left]
+      if not total:
+        return LeastResidual(1.0, {"no condition is left": 1.0}, {})
+      scalable = [t for t in tensors if t.squares.any()]  # what is 0 has no scale
+      parts = self._shifts(tensors) | _whole_tensors(scalable, self.criteria) | _units(scalable, self.criteria, known)
+      shares = {name: sum(own.values()) / total for name, own in parts.items()}
+      moved = {name for own in parts.values() for name in own}
+      by_tensor = {name: max(own.get(name, 0.0) for own in parts.values()) / total for name in moved}
+      return LeastResidual(max(shares.values(), default=0.0), shares, by_tensor)
+
+    return without
+
+  def scale_invariant(self) -> PyTree:
+    """See the function of this name."""
+    from scipy import optimize  # type: ignore[import-untyped]
+
+    scalable = [place for place, leaf in enumerate(self.leaves) if np.any(np.asarray(leaf))]
+    own = [self.changes[place] for place in scalable]
+    sizes = [float(np.linalg.norm(of.uneven)) for of in own]
+    null = _null_space([of.scaled for of in own], sizes, self.criteria.symmetric)
+    found = dict.fromkeys(range(len(self.names)), False)
+    for row, place in enumerate(scalable if null.shape[1] else []):
+      # Is there a combination of null vectors that scales this tensor up and none down?
+      solved = optimize.linprog(
+        -null[row], A_ub=np.vstack([-null, null]), b_ub=np.repeat([1e-6, 1.0], len(null)), bounds=(None, None)
+      )
+      found[place] = bool(solved.success and -solved.fun > self.criteria.moved)
+    return jax.tree.unflatten(jax.tree.structure(self.params), list(found.values()))
+
+  def _shifts(self, tensors: Sequence[_Tensor]) -> _Parts:
+    """What the targets have in shifts of all logits alike: the same change of all output columns."""
+    length = lambda change: float(np.linalg.norm(change))
+    return {
+      f"shift of {tensor.name}": {tensor.name: tensor.shifted}
+      for tensor in tensors
+      if tensor.shape[-1:] == (self.num_classes,)
+      and length(tensor.changes.shift) <= self.criteria.symmetric * length(tensor.changes.one_sided)
+    }
+
+
+def _whole_tensors(tensors: Sequence[_Tensor], criteria: AnalysisCriteria) -> _Parts:
   """The same in rescalings of whole tensors against one another."""
-  null = _whole_relations(tensors, change)
+  null = _null_space([t.changes.scaled for t in tensors], [t.generic for t in tensors], criteria.symmetric)
   if not null.shape[1]:
     return {}
-  products = np.array([float(np.sum(t.value * t.target)) for t in tensors]) @ null
-  squares = np.array([float(np.sum(t.value**2)) for t in tensors])
+  products = np.array([t.products.sum() for t in tensors]) @ null
+  squares = np.array([t.squares.sum() for t in tensors])
   scales = null @ _coefficients(products, null.T @ (squares[:, None] * null))
-  moved = np.abs(null).max(axis=1) > change.criteria.moved
+  moved = np.abs(null).max(axis=1) > criteria.moved
   parts = zip(tensors, scales**2 * squares, moved, strict=True)
   return {"scales of whole tensors": {t.name: float(part) for t, part, own in parts if own}}
 
 
-def _whole_relations(tensors: Sequence[_Tensor], change: _Change) -> np.ndarray:
-  """Combinations of rescalings of whole tensors that change no margin."""
-  columns = [change({t.index: t.value}) for t in tensors]
-  return _null_space(columns, [_generic(t, change) for t in tensors], change.criteria.symmetric)
+def _units(tensors: Sequence[_Tensor], criteria: AnalysisCriteria, known: _Known) -> _Parts:
+  """The same in rescalings of single units: what comes into each up, what goes out of it down.
+
+  What depends on the same tensors is ``known`` from call to call.
+  """
+  found = []
+  for width in sorted({t.shape[-1] for t in tensors if t.shape}):
+    own = tuple(t for t in tensors if width in t.shape[-2:])
+    if own not in known:
+      known[own] = _units_of(own, width, criteria)
+    found.append(known[own])
+  return dict(filter(None, found))
 
 
-def _units(tensors: Sequence[_Tensor], change: _Change) -> _Parts:
-  """The same in rescalings of single units: what comes into each up, what goes out of it down."""
-  found: _Parts = {}
-  random = np.random.default_rng(1)
-  generic = {t.index: _generic(t, change) for t in tensors}
-  for width in sorted({t.value.shape[-1] for t in tensors if t.value.ndim}):
-    into = [t for t in tensors if t.value.ndim and t.value.shape[-1] == width]
-    out = [t for t in tensors if t.value.ndim > 1 and t.value.shape[-2] == width]
-    parts = [(t, False) for t in into] + [(t, True) for t in out]
-    # A relation that holds for two random scalings of the units holds for all: it is linear in them.
-    trials = [random.normal(size=width) for _ in range(2)]
-    columns = [
-      np.concatenate([change({t.index: _scaled(t.value, v, outgoing)}) for v in trials]) for t, outgoing in parts
-    ]
-    null = _null_space(columns, [len(trials) ** 0.5 * generic[t.index] for t, _ in parts], change.criteria.symmetric)
-    if null.shape[1]:
-      coefficients = _coefficients(*_along_units(parts, null, width)).reshape(null.shape[1], width)
-      moved = {
-        t.index: t for (t, _), weights in zip(parts, null, strict=True) if np.abs(weights).max() > change.criteria.moved
-      }
-      name = f"units of {', '.join(t.name for t in moved.values())}"
-      found[name] = {t.name: _in_tensor(t, parts, null @ coefficients) for t in moved.values()}
-  return found
+def _units_of(
+  tensors: Sequence[_Tensor], width: int, criteria: AnalysisCriteria
+) -> tuple[str, dict[str, float]] | None:
+  """The same for units of which a layer has so many: what is moved, and its parts; None if nothing is."""
+  parts = [(t, False) for t in tensors if t.shape[-1:] == (width,)]
+  parts += [(t, True) for t in tensors if t.shape[-2:-1] == (width,)]
+  # A relation that holds for two random scalings of the units holds for all: it is linear in them.
+  trials = np.random.default_rng([1, width]).normal(size=(width, 2))
+  columns = [((t.changes.out if outgoing else t.changes.into) @ trials).ravel() for t, outgoing in parts]
+  null = _null_space(columns, [2**0.5 * t.generic for t, _ in parts], criteria.symmetric)
+  if not null.shape[1]:
+    return None
+  coefficients = _coefficients(*_along_units(parts, null, width)).reshape(null.shape[1], width)
+  moved = {t.name: t for (t, _), weights in zip(parts, null, strict=True) if np.abs(weights).max() > criteria.moved}
+  lengths = {t.name: _in_tensor(t, parts, null @ coefficients) for t in moved.values()}
+  return f"units of {', '.join(moved)}", lengths
 
 
 def _in_tensor(tensor: _Tensor, parts: Sequence[tuple[_Tensor, bool]], scales: np.ndarray) -> float:
@@ -258,7 +278,7 @@ def _in_tensor(tensor: _Tensor, parts: Sequence[tuple[_Tensor, bool]], scales: n
   for (own, outgoing), units in zip(parts, scales, strict=True):
     if own is tensor:
       factor = factor + (units[:, None] if outgoing else units[None, :])
-  return float(np.sum((tensor.value * (factor[0] if tensor.value.ndim == 1 else factor)) ** 2))
+  return float(np.sum(tensor.squares * factor**2))
 
 
 def _along_units(parts: Sequence[tuple[_Tensor, bool]], null: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -268,33 +288,16 @@ def _along_units(parts: Sequence[tuple[_Tensor, bool]], null: np.ndarray, width:
   gram = np.zeros((num_relations, width, num_relations, width))
   diagonal = np.arange(width)
   for (tensor, outgoing), weights in zip(parts, null, strict=True):
-    products += weights[:, None] * _per_unit(tensor.value * tensor.target, outgoing)
-    squares = _per_unit(tensor.value**2, outgoing)
+    products += weights[:, None] * tensor.products.sum(axis=int(outgoing))
+    squares = tensor.squares.sum(axis=int(outgoing))
     gram[:, diagonal, :, diagonal] += squares[:, None, None] * np.outer(weights, weights)
   for (tensor, outgoing), down in zip(parts, null, strict=True):
     ups = [up for (other, out), up in zip(parts, null, strict=True) if other is tensor and not out]
     if outgoing and ups:  # it comes from as many units as it goes to, and both of its scalings meet
-      square = np.sum((tensor.value**2).reshape(-1, width, width), axis=0)
-      gram += np.einsum("r,s,ik->risk", down, ups[0], square)
-      gram += np.einsum("r,s,ik->rksi", ups[0], down, square)
+      for r, s in np.ndindex(num_relations, num_relations):
+        gram[r, :, s] += down[r] * ups[0][s] * tensor.squares
+        gram[r, :, s] += ups[0][r] * down[s] * tensor.squares.T
   return products.reshape(-1), gram.reshape(products.size, products.size)
-
-
-def _scaled(value: np.ndarray, units: np.ndarray, outgoing: bool) -> np.ndarray:
-  return value * (units[:, None] if outgoing else units)
-
-
-def _per_unit(value: np.ndarray, outgoing: bool) -> np.ndarray:
-  """The sum over all axes but that of the units."""
-  axis = value.ndim - (2 if outgoing else 1)
-  return value.sum(axis=tuple(k for k in range(value.ndim) if k != axis))
-
-
-def _generic(tensor: _Tensor, change: _Change) -> float:
-  """How much margins change when every entry of a tensor is scaled at random: the measure of what counts as none."""
-  return float(
-    np.linalg.norm(change({tensor.index: tensor.value * np.random.default_rng(2).normal(size=tensor.value.shape)}))
-  )
 
 
 def _null_space(columns: Sequence[np.ndarray], sizes: Sequence[float], tolerance: float) -> np.ndarray:

@@ -34,6 +34,7 @@ _DISTANCES = np.array([0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
 _LEAST_RIDGE = 1e-9  # relative to an atom's own square: keeps a factorisation possible
 
 
+@_checks.annotated
 @full_precision
 def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = None) -> dict[str, np.ndarray]:
   """All scores that the classifier allows, each the higher, the more likely a candidate was trained on.
@@ -56,6 +57,7 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
   """
   classifier = examination.classifier
   x = jnp.asarray(x)
+  _checks.check_finite("x", x)
   logits = classifier.predict(x)
   labels = jnp.asarray(classifier.labels)[jnp.argmax(logits, axis=1)] if labels is None else labels
   conditions = _of_first_kernel(examination)
@@ -76,6 +78,7 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
   return found | {"loss": -np.asarray(optax.losses.softmax_cross_entropy_with_integer_labels(logits, classes))}
 
 
+@_checks.annotated
 @full_precision
 def multipliers(
   classifier: Classifier,
@@ -121,6 +124,7 @@ def multipliers(
   return _scaled_parts(classifier, correlations, x, labels, ridge)
 
 
+@_checks.annotated
 @full_precision
 def change_scores(before: Classifier, after: Classifier, x: ArrayLike, labels: ArrayLike) -> dict[str, np.ndarray]:
   """How much of the change from one classifier to another each candidate explains, as what was removed in between.
@@ -282,6 +286,7 @@ def _of_first_kernel(examination: Examination) -> Conditions:
   return alone if any(bool(jnp.any(own * target)) for own, target in targets) else conditions
 
 
+@_checks.annotated
 @full_precision
 def boundary_fractions(classifier: Classifier, x: ArrayLike, *, within: float = 0.001) -> np.ndarray:
   """The fraction of all units on whose activation boundary each sample lies.

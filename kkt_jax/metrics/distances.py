@@ -32,6 +32,7 @@ def within_class(matrix: jax.Array, sample_labels: ArrayLike, data_labels: Array
   return jnp.where(same_class(sample_labels, matrix.shape[0], data_labels, matrix.shape[1]), matrix, other)
 
 
+@_checks.annotated
 @jax.jit
 def pairwise_distance(a: ArrayLike, b: ArrayLike) -> jax.Array:
   """Euclidean distance of every sample of ``a`` from every sample of ``b``.
@@ -55,6 +56,7 @@ def pairwise_distance(a: ArrayLike, b: ArrayLike) -> jax.Array:
   return jax.lax.map(lambda row: jnp.sqrt(jnp.sum(jnp.square(row[None] - b), axis=1)), a)
 
 
+@_checks.annotated
 def precision_coverage(
   samples: ArrayLike, sample_labels: ArrayLike, data: ArrayLike, data_labels: ArrayLike, *, radius: float
 ) -> dict[str, float]:
@@ -89,6 +91,7 @@ def precision_coverage(
   }
 
 
+@_checks.annotated
 def within_class_distance(features: ArrayLike, labels: ArrayLike) -> float:
   """Mean distance of two different samples of one class, averaged over the classes that have at least two samples.
 

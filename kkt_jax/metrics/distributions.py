@@ -8,6 +8,7 @@ from kkt_jax import _checks
 from kkt_jax.metrics.distances import check_batches, pairwise_distance
 
 
+@_checks.annotated
 def precision_recall(
   real: ArrayLike, real_labels: ArrayLike, generated: ArrayLike, generated_labels: ArrayLike, *, k: int
 ) -> dict[str, float]:
@@ -76,6 +77,7 @@ def _neighbour_radius(points: np.ndarray, k: int) -> np.ndarray:
   return np.partition(distance, k - 1, axis=1)[:, k - 1]
 
 
+@_checks.annotated
 def kernel_distance(a: ArrayLike, b: ArrayLike) -> float:
   """Kernel distance of two sets of features, unbiased (KID, Binkowski et al. 2018).
 

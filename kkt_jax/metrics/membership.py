@@ -9,6 +9,9 @@ from jax.typing import ArrayLike
 import numpy as np
 from scipy import optimize, special, stats  # type: ignore[import-untyped]
 
+from kkt_jax import _checks
+from kkt_jax._errors import InputError
+
 _Z = 1.96  # of a two-sided interval of 95 %
 
 
@@ -46,6 +49,7 @@ class Roc(NamedTuple):
   points: tuple[Point, ...]
 
 
+@_checks.annotated
 def roc(members: ArrayLike, others: ArrayLike, *, allowed: Sequence[float] = (0.0, 0.001, 0.01)) -> Roc:
   """The curve of a score that is meant to be greater for members.
 
@@ -64,10 +68,11 @@ def roc(members: ArrayLike, others: ArrayLike, *, allowed: Sequence[float] = (0.
   >>> round(curve.auc, 3), curve.points[0].members, round(curve.points[0].low, 3)  # 5 of 6 pairs; 2 of 3
   (0.833, 2, 0.094)
   """
-  members, others = np.asarray(members), np.asarray(others)
-  for name, scores in (("members", members), ("others", others)):
-    if scores.ndim != 1 or not len(scores) or np.isnan(scores).any():
-      raise ValueError(f"{name} must be a vector of at least one score without NaN; got shape {scores.shape}.")
+  members, others = _scores("members", members), _scores("others", others)
+  if not isinstance(allowed, Sequence | np.ndarray) or not all(
+    isinstance(own, float | int) and 0 <= own < 1 for own in allowed
+  ):
+    raise InputError(f"allowed must hold shares, each at least 0 and less than 1; got {allowed!r:.60}.")
   n, m = len(members), len(others)
   auc = float(stats.mannwhitneyu(members, others).statistic) / (n * m)
   falling = np.sort(others)[::-1]
@@ -83,12 +88,16 @@ def roc(members: ArrayLike, others: ArrayLike, *, allowed: Sequence[float] = (0.
   return Roc(auc, low, high, tuple(points))
 
 
+@_checks.annotated
 def conformal_p_values(scores: ArrayLike, others: ArrayLike) -> np.ndarray:
   """For each sample by itself: how probable so high a score is if it was not trained on.
 
   Args:
     scores: of the samples in question [n], the higher, the more likely a member.
     others: of samples of the same source that were not trained on [m].
+
+  Raises:
+    InputError: scores are missing, not vectors or NaN.
 
   Returns:
     [n]: ``(1 + others that score at least as high) / (1 + m)``, valid if a non-member is exchangeable with the others
@@ -97,10 +106,11 @@ def conformal_p_values(scores: ArrayLike, others: ArrayLike) -> np.ndarray:
   >>> conformal_p_values([0.9, 0.4], [0.5, 0.2, 0.1])
   array([0.25, 0.5 ])
   """
-  scores, rising = np.asarray(scores), np.sort(np.asarray(others))
+  scores, rising = _scores("scores", scores), np.sort(_scores("others", others))
   return (1 + len(rising) - np.searchsorted(rising, scores)) / (1 + len(rising))
 
 
+@_checks.annotated
 def epsilon_lower_bound(members: ArrayLike, others: ArrayLike, *, confidence: float = 0.95) -> float:
   """What differential privacy the training cannot have had, by how many of the highest scores are of members.
 
@@ -131,6 +141,7 @@ def epsilon_lower_bound(members: ArrayLike, others: ArrayLike, *, confidence: fl
   return float(max(0.0, np.max(special.logit(low)) - np.log(n / m)))
 
 
+@_checks.annotated
 def q_values(p_values: ArrayLike) -> np.ndarray:
   """The least false-discovery rate at which each of several hypotheses is rejected (Benjamini and Hochberg 1995).
 
@@ -143,7 +154,17 @@ def q_values(p_values: ArrayLike) -> np.ndarray:
   >>> q_values([0.01, 0.5, 0.02, 0.03]).round(3).tolist()
   [0.04, 0.5, 0.04, 0.04]
   """
-  return stats.false_discovery_control(np.asarray(p_values, np.float64))
+  values = np.asarray(p_values, np.float64)
+  if values.ndim != 1 or not np.all((values >= 0) & (values <= 1)):
+    raise InputError(f"p_values must be a vector of numbers from 0 to 1; got {values!r:.60}.")
+  return stats.false_discovery_control(values)
+
+
+def _scores(name: str, scores: ArrayLike) -> np.ndarray:
+  values = np.asarray(scores)
+  if values.ndim != 1 or not len(values) or np.isnan(values).any():
+    raise InputError(f"{name} must be a vector of at least one score without NaN; got shape {values.shape}.")
+  return values
 
 
 def _beyond(area: float, auc: float, n: int, m: int) -> float:

@@ -9,6 +9,7 @@ from kkt_jax import _checks
 from kkt_jax.metrics.distances import check_batches, pairwise_distance
 
 
+@_checks.annotated
 def nearer_to_training(generated: ArrayLike, training: ArrayLike, disjoint: ArrayLike) -> dict[str, float]:
   """Are generated samples nearer (Euclidean) to their training set than to an equally large set of other real data?
 
@@ -50,6 +51,7 @@ def nearer_to_training(generated: ArrayLike, training: ArrayLike, disjoint: Arra
   }
 
 
+@_checks.annotated
 def retrieval(training_scores: ArrayLike, distractor_scores: ArrayLike) -> dict[str, float]:
   """Can training images be picked out of real images of the same kind by how near a generator comes to them?
 

@@ -16,6 +16,7 @@ RECOVERED_SSIM = 0.4
 """Best SSIM above which a data image counts as recovered (Buzaglo et al. 2023)."""
 
 
+@_checks.annotated
 def ssim(a: ArrayLike, b: ArrayLike, *, data_range: float = 1.0) -> jax.Array:
   """Structural similarity of image pairs (Wang et al. 2004), the same definition as scikit-image's default.
 
@@ -66,6 +67,7 @@ def _window_matrix(size: int) -> jax.Array:
   return jnp.asarray(((position >= start) & (position < start + _WINDOW)) / _WINDOW, jnp.result_type(float))
 
 
+@_checks.annotated
 @jax.jit
 def pairwise_ssim(a: ArrayLike, b: ArrayLike) -> jax.Array:
   """SSIM of every image of ``a`` with every image of ``b``, pixel values in [0, 1].
@@ -88,6 +90,7 @@ def pairwise_ssim(a: ArrayLike, b: ArrayLike) -> jax.Array:
   return jax.lax.map(lambda image: ssim(image[None], jnp.asarray(b)), jnp.asarray(a))
 
 
+@_checks.annotated
 @jax.jit
 def pairwise_ncc(a: ArrayLike, b: ArrayLike) -> jax.Array:
   """Zero-mean normalised cross-correlation of every image of ``a`` with every image of ``b``.
@@ -121,6 +124,7 @@ def _standardised(images: ArrayLike) -> jax.Array:
   return centred / jnp.where(constant, 1.0, jnp.sqrt(jnp.sum(jnp.square(centred), axis=1, keepdims=True)))
 
 
+@_checks.annotated
 @jax.jit
 def pairwise_mse(a: ArrayLike, b: ArrayLike) -> jax.Array:
   """Mean squared pixel difference of every image of ``a`` and every image of ``b``.
@@ -144,6 +148,7 @@ def pairwise_mse(a: ArrayLike, b: ArrayLike) -> jax.Array:
   return jax.lax.map(lambda row: jnp.mean(jnp.square(row[None] - b), axis=1), a)
 
 
+@_checks.annotated
 def faithfulness(
   samples: ArrayLike, sample_labels: ArrayLike, data: ArrayLike, data_labels: ArrayLike
 ) -> dict[str, float]:
@@ -231,6 +236,7 @@ def _mean_square(images: ArrayLike) -> np.ndarray:
   return np.mean(np.square(x.reshape(len(x), -1)), axis=1)
 
 
+@_checks.annotated
 def ssim_nearest_indices(
   samples: ArrayLike, sample_labels: ArrayLike, data: ArrayLike, data_labels: ArrayLike
 ) -> jax.Array:

@@ -74,6 +74,7 @@ class Reconstruction:
     pairs = zip(self.exact, self.examinations, strict=False)
     return min((len(exact.y) / max(examination.most_samples, 1) for exact, examination in pairs), default=0.0)
 
+  @_checks.annotated
   def sample(self, key: jax.Array, y: ArrayLike, *, t: ArrayLike | None = None) -> jax.Array:
     """Draws from the generator with fresh noise.
 
@@ -97,11 +98,13 @@ class Reconstruction:
     noise = jax.random.normal(noise_key, (len(labels), self.problem.generator.noise_dim))
     return self.generate(noise, labels, t)
 
+  @_checks.annotated
   def generate(self, noise: ArrayLike, y: ArrayLike, t: ArrayLike) -> jax.Array:
     """What the generator makes of given noise [S, D], labels [S] and classifier indices [S]; see `sample`."""
     labels, indices = _seen(y), _seen(t)
     knows = self._knows(labels)
     _checks.check_labels("t", indices, len(knows))
+    _checks.check_shape("noise", noise, (len(knows), self.problem.generator.noise_dim), "[S, D]")
     fits = (knows & (indices[:, None] == np.arange(len(self.examinations))[None])).any(axis=1)
     known = _checks.concrete(fits.all())
     if known is False:
@@ -109,6 +112,7 @@ class Reconstruction:
     x = self.trainer.generate(self.state, jnp.asarray(noise), _checks.integers(labels), _checks.integers(indices))
     return x if known else jnp.where(fits.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
 
+  @_checks.annotated
   def choose_classifiers(self, key: jax.Array, y: ArrayLike) -> jax.Array:
     """For each label y [S] one of the classifiers that know it, at random [S].
 

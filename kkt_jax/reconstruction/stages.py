@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
+from kkt_jax import _checks
 from kkt_jax._precision import full_precision
 from kkt_jax.analysis.examination import Examination
 from kkt_jax.classifiers.classifier import Classifier
@@ -28,6 +29,7 @@ from kkt_jax.reconstruction.trainer import Trainer
 _QUICK, _QUICK_STEPS = 4, 20  # rounds of polishing where training may end, and steps of each
 
 
+@_checks.annotated
 @full_precision
 def reconstruct(
   classifiers: Sequence[Classifier],
@@ -94,6 +96,7 @@ def reconstruct(
   return distil(made, others=others, seed=seed, observer=_later(observer, schedule, schedule.tables))
 
 
+@_checks.annotated
 def start(
   classifiers: Sequence[Classifier], recipe: Recipe | None = None, *, seed: int = 0, **settings: Any
 ) -> Reconstruction:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import circle, faces, images, mnist, novelty, swap
+from experiments import circle, faces, images, mnist, novelty
 from experiments.attack import methods, plane
 from experiments.benchmark import __main__ as benchmark
 import kkt_jax
@@ -309,31 +309,16 @@ def test_every_method_makes_a_recipe_and_ablations_change_one_thing(examinations
   assert recipe.generator([examinations[True]]).batch_size >= 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("batch_norm", [True, False])
-def test_a_wrong_digit_is_seen_by_every_equation(tmp_path, monkeypatch, batch_norm):
-  monkeypatch.setattr(images, "_BATCH_NORM", {"pretrain_steps": 400, "pretrain_learning_rate": 0.5})
-  monkeypatch.setattr(images, "_WEIGHT_DECAY", {"pretrain_steps": 400, "pretrain_learning_rate": 0.1})
-  rows = swap.run(swap.Config(samples_per_class=2, batch_norm=batch_norm), tmp_path)["rows"]
-  assert list(rows) == ["0 exchanged", "1 exchanged", "3 exchanged", "10 exchanged", "20 exchanged"]
-  none, one, *_, every = rows.values()
-  assert list(none) == ["stationarity", "margin spread", *["statistics"] * batch_norm]
-  assert none["stationarity"] < one["stationarity"] < every["stationarity"]
-  if batch_norm:
-    assert none["statistics"] < 1e-6 < one["statistics"] < every["statistics"]
-
-
 @slow
-def test_the_curve_of_novelty_is_that_of_the_run_that_is_given_or_trained(tmp_path, monkeypatch):
+def test_the_curve_of_novelty_is_that_of_the_run_that_is_there_or_trained(tmp_path, monkeypatch):
   small = images.resolve(mnist.Config(batch_norm=False, **SMALL), mnist.DEFAULTS)
   data = mnist.digits(small)
   few = dataclasses.replace(data, evaluation=matching.first_of_each_class(data.evaluation, 5))
   monkeypatch.setattr(mnist, "digits", lambda config: few)
   monkeypatch.setattr(novelty, "_EPOCHS", 1)
   config = novelty.Config(sizes="0,2", draws=20)
-  with monkeypatch.context() as context:
-    context.setattr(novelty, "_attacked", lambda config: small)
-    results = novelty.run(config, tmp_path / "trains")
+  monkeypatch.setattr(images, "resolve", lambda *_: small)
+  results = novelty.run(config, tmp_path / "trains")
   assert_complete(tmp_path / "trains", "novelty.png", "curve.png")
   sets = [
     "draws, 0",
@@ -347,16 +332,14 @@ def test_the_curve_of_novelty_is_that_of_the_run_that_is_given_or_trained(tmp_pa
   plain, bent = results["sets"]["training digits, 0"], results["sets"]["training digits, 2"]
   assert plain["trained"] == plain["label"] == 1.0
   assert bent["trained"] < 0.5
-  again = novelty.run(dataclasses.replace(config, run=str(tmp_path / "trains" / "mnist")), tmp_path / "given")
-  assert again["sets"] == results["sets"]
+  monkeypatch.setattr(mnist, "run", None)
+  assert novelty.run(config, tmp_path / "trains")["sets"] == results["sets"]
 
 
 @pytest.mark.parametrize("sizes", ["one", "-1", "nan"])
 def test_impossible_sizes_of_displacements_are_named(tmp_path, sizes):
   with pytest.raises(UsageError, match="--sizes must be"):
     novelty.run(novelty.Config(sizes=sizes), tmp_path / "new")
-  with pytest.raises(UsageError, match=r"--run must be .* has none"):
-    novelty.run(novelty.Config(run=str(tmp_path)), tmp_path / "new")
   assert not (tmp_path / "new").exists()
 
 

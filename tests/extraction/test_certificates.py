@@ -1,5 +1,6 @@
 """Which points are certified, and which account for one another: `unambiguous`, on points of every kind of evidence."""
 
+import dataclasses
 import types
 
 import jax
@@ -65,6 +66,13 @@ def test_of_copies_the_surest_is_certified(evidence):
   x, subspace = images(6)
   points = candidates(x[[0, 0, 1, 2, 1]], evidence, doubt=[1, 0, 2, 3, 4])
   assert certified(points, subspace) == [1, 2, 3]
+
+
+def test_two_points_that_come_to_one_image_on_levels_are_one():
+  x, subspace = images(6)
+  points = candidates(x[[0, 1, 2, 0]], LEVELS)
+  bent = np.concatenate([x[:3], 0.95 * x[:1] + 0.05 * x[1:2]])
+  assert certified(dataclasses.replace(points, unit=bent), subspace) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("evidence", [EQUATIONS, LEVELS, RANGE])

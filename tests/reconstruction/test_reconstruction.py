@@ -247,6 +247,24 @@ def test_training_ends_once_all_samples_are_certified(monkeypatch, certified, st
   assert [int(own.state.step) for own in polished] == steps
 
 
+def test_further_tables_are_trained_until_nearly_all_samples_are_certified(monkeypatch):
+  """Each from a start of its own, and polished beside what was certified before."""
+  certified, polished = [4, 6, 10, 11], []
+
+  def polish(own, *_, known=(), **__):
+    polished.append((own, [len(one.y) for one in known]))
+    return dataclasses.replace(own, exact=(exact.Exact(*[np.zeros((certified[len(polished) - 1], 2))] * 5),))
+
+  monkeypatch.setattr(stages, "polish", polish)
+  monkeypatch.setattr(Reconstruction, "certified_share", property(lambda own: len(own.exact[0].y) / 10))
+  made = run(tiny(steps=3).with_schedule(tables=5, looks=()))
+  assert [known for _, known in polished] == [[], [4], [6]]
+  assert len(made.exact[0].y) == 10
+  assert int(made.state.step) == 3
+  first, second, _ = (np.asarray(own.every_sample()[0]) for own, _ in polished)
+  assert np.abs(first - second).max() > 0.01
+
+
 @pytest.mark.slow
 def test_saved_loaded_and_continued_it_is_bitwise_the_same(tmp_path):
   classifiers, examinations = two()

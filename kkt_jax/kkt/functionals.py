@@ -1,0 +1,143 @@
+"""Random sums of a network's logits, and how they change along directions in its tensors.
+
+Along every direction at once: one backward pass for each sum, of which there need be hardly more than tensors. In
+forward mode each direction takes a pass, and ResNet-18 has 400 of them.
+"""
+
+from collections.abc import Iterator
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+import numpy as np
+
+from kkt_jax import _checks
+from kkt_jax._precision import full_precision
+from kkt_jax._typing import ApplyFn, PyTree
+
+_LOGITS, _MARGINS = 8, 48  # sums of logits, and of margins, or a quarter more than there are tensors
+_LARGE = 10**6  # parameters from which a sum runs over few inputs
+_FEW = 4
+
+
+class Changes(NamedTuple):
+  """The derivatives of R sums by one tensor t, along directions in it.
+
+  Attributes:
+    scaled: along t [R].
+    uneven: along t, each entry times a random number [R].
+    random: along random numbers [R].
+    into: along t in each place of its last axis alone [R, F]; [R, 0] for a scalar.
+    out: the same of the axis before that [R, D]; [R, 0] if there is none.
+    shift: along the same random numbers in all places of the last axis [R].
+    one_sided: along these in the first place alone [R].
+  """
+
+  scaled: Any
+  uneven: Any
+  random: Any
+  into: Any
+  out: Any
+  shift: Any
+  one_sided: Any
+
+
+class Functionals(NamedTuple):
+  """Sums of logits at given parameters.
+
+  Attributes:
+    values: the sums [R].
+    changes: by each tensor, in the order of the leaves, in float64.
+    num_classes: how many logits an input has.
+  """
+
+  values: np.ndarray
+  changes: list[Changes]
+  num_classes: int
+
+  @property
+  def logits(self) -> np.ndarray:
+    """The sums of logits alone."""
+    return self.values[:_LOGITS]
+
+  @property
+  def margins(self) -> list[Changes]:
+    """Of the others, of margins, which do not change where all logits of an input do alike."""
+    return jax.tree.map(lambda own: own[_LOGITS:], self.changes)
+
+
+@full_precision
+def functionals(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, margins: bool = True) -> Functionals:
+  """A few sums of logits, and if asked for more of margins than there are tensors.
+
+  Args:
+    apply_fn: ``(params, x[K, ...]) -> logits[K, C]``; samples may interact.
+    params: zeta, floating point.
+    x: inputs [K, ...]; each takes part in sums of logits.
+    margins: whether there are sums of margins.
+
+  Raises:
+    ValueError: ``x`` is no batch of finite floats, or ``params`` are not floating point.
+  """
+  _checks.check_batch("x", x)
+  _checks.check_finite("x", x)
+  params = jax.tree.map(jnp.asarray, _checks.arrays("params", params))
+  leaves = jax.tree.leaves(params)
+  normals = [jnp.asarray(normal(leaf)) for leaf in leaves]
+  count = _LOGITS + (max(_MARGINS, len(leaves) * 5 // 4) if margins else 0)
+  found = [jax.device_get(_changes(apply_fn, params, *own, normals)) for own in sums(apply_fn, params, x, count)]
+  stacked = lambda *rows: np.asarray(np.stack(rows), np.float64)
+  values, changes = jax.tree.map(stacked, *found)
+  return Functionals(values, changes, jax.eval_shape(apply_fn, params, x).shape[1])
+
+
+def normal(leaf: jax.Array) -> np.ndarray:
+  """Random numbers of the shape of a tensor."""
+  return np.random.default_rng([2, *leaf.shape]).standard_normal(leaf.shape, np.float32).astype(leaf.dtype)
+
+
+def large(params: PyTree) -> bool:
+  """Whether passes through a network are dear."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params)) > _LARGE
+
+
+def sums(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """The inputs [m, ...] of each sum, all K or a few in turn of large networks, and the weights [m, C] of their logits.
+
+  After the first ones the weights of the logits of an input add up to 0.
+  """
+  x = np.asarray(x)
+  few = max(min(len(x), _FEW), -(-len(x) // _LOGITS)) if large(params) else len(x)
+  batches = [x[begin : begin + few] for begin in range(0, len(x) - few + 1, few)]
+  logits = jax.eval_shape(apply_fn, params, batches[0])
+  random = np.random.default_rng(3)
+  for row in range(count):
+    weights = random.standard_normal(logits.shape)
+    weights -= weights.mean(axis=1, keepdims=True) if row >= _LOGITS else 0.0
+    yield batches[row % len(batches)], weights.astype(logits.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="apply_fn")
+def _changes(
+  apply_fn: ApplyFn, params: PyTree, x: jax.Array, weights: jax.Array, normals: list[jax.Array]
+) -> tuple[jax.Array, list[Changes]]:
+  value, gradient = jax.value_and_grad(lambda p: jnp.vdot(apply_fn(p, x), weights))(params)
+  return value, [_of_tensor(*own) for own in zip(*map(jax.tree.leaves, (gradient, params)), normals, strict=True)]
+
+
+def _of_tensor(gradient: jax.Array, value: jax.Array, random: jax.Array) -> Changes:
+  products = gradient * value
+  over_all_but = lambda axis: jnp.sum(products, axis=[k for k in range(value.ndim) if k != value.ndim + axis])
+  nothing = jnp.zeros(0, products.dtype)
+  first = lambda own: own[..., 0] if own.ndim else own
+  return Changes(
+    jnp.sum(products),
+    jnp.vdot(products, random),
+    jnp.vdot(gradient, random),
+    over_all_but(-1) if value.ndim else nothing,
+    over_all_but(-2) if value.ndim > 1 else nothing,
+    jnp.vdot(jnp.sum(gradient, axis=-1) if value.ndim else gradient, first(random)),
+    jnp.vdot(first(gradient), first(random)),
+  )
