@@ -131,13 +131,13 @@ class Bridge:
     """Raises ValueError if the classifier gives other logits of inputs x than the framework does of ``arranged(x)``."""
     with jax.numpy_rank_promotion("allow"):
       theirs = np.asarray(self.reference(arranged(x)))
-    _compare(self.argument, classifier.predict(jnp.asarray(x)), theirs, self.probabilities)
+    _check_alike(self.argument, classifier.predict(jnp.asarray(x)), theirs, self.probabilities)
     if self.training is not None and (trained := self.training(arranged(x))) is not None:
       logits = classifier.apply_fn(classifier.params, jnp.asarray(x))
-      _compare(f"{self.argument}, in training,", logits, np.asarray(trained), self.probabilities)
+      _check_alike(f"{self.argument}, in training,", logits, np.asarray(trained), self.probabilities)
 
 
-def _compare(argument: str, logits: jax.Array, theirs: np.ndarray, probabilities: bool) -> None:
+def _check_alike(argument: str, logits: jax.Array, theirs: np.ndarray, probabilities: bool) -> None:
   """Raises ValueError if logits [M, C] are not what the framework gives, [M, C], or [M, 1] or [M] for two classes."""
   ours = np.asarray(logits, np.float64)
   if probabilities:

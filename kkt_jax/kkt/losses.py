@@ -303,14 +303,7 @@ def stationarity_residual(conditions: Conditions, sums: PyTree) -> StationarityR
 
 @_checks.annotated
 def absolute_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
-  """L_stationarity of Eq. 5: ``|mask (target - sum)|`` over all parameters. At 0 its gradient is 0, not NaN.
-
-  Args:
-    conditions: target and mask.
-    sums: `stationarity_sum`.
-
-  Returns:
-    A scalar.
+  """L_stationarity of Eq. 5: ``|mask (target - sum)|`` over all parameters, a scalar. At 0 its gradient is 0, not NaN.
 
   >>> print(absolute_residual(Conditions(jnp.array([3.0, 4.0]), jnp.ones(2)), jnp.zeros(2)))
   5.0
@@ -330,14 +323,7 @@ def squared_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
 
 @_checks.annotated
 def relative_residual(conditions: Conditions, sums: PyTree) -> jax.Array:
-  """``|mask (target - sum)|^2 / |mask target|^2`` over all parameters: 0 is a perfect fit, 1 what a sum of 0 gives.
-
-  Args:
-    conditions: target and mask.
-    sums: `stationarity_sum`.
-
-  Returns:
-    A scalar.
+  """``|mask (target - sum)|^2 / |mask target|^2`` over all parameters, a scalar: 0 fits, 1 is what a sum of 0 gives.
 
   >>> print(relative_residual(Conditions(jnp.array([2.0]), jnp.ones(1)), jnp.array([1.0])))
   0.25
