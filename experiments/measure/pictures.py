@@ -10,6 +10,44 @@ import numpy as np
 _CLASS_COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#ff9900", "#0099c6", "#dd4477", "#66aa00")
 
 
+def scaling_curves(path: pathlib.Path, alphas: ArrayLike, scaled: ArrayLike, expected: ArrayLike) -> None:
+  """Fig. 3: Phi(x; e^(alpha Lambda) zeta) solid, e^alpha Phi(x; zeta) dotted, one colour per input.
+
+  Args:
+    path: PNG file.
+    alphas: [A].
+    scaled: [A, K], solid.
+    expected: [A, K], dotted.
+  """
+  figure, (axes,) = _figure((5, 4))
+  for k, (solid, dotted) in enumerate(zip(np.asarray(scaled).T, np.asarray(expected).T, strict=True)):
+    labels = (r"$\Phi(x; e^{\alpha\Lambda}\zeta)$", r"$e^{\alpha}\Phi(x; \zeta)$") if k == 0 else (None, None)
+    axes.plot(alphas, solid, color=_CLASS_COLOURS[k % len(_CLASS_COLOURS)], alpha=0.5, linewidth=3, label=labels[0])
+    axes.plot(alphas, dotted, color="black", linestyle=":", label=labels[1])
+  axes.set(xlabel=r"$\alpha$", ylabel="output", title="Solid and dotted coincide where Lambda is right")
+  axes.legend()
+  figure.savefig(path)
+
+
+def u_shape(path: pathlib.Path, margin: ArrayLike, loss: ArrayLike, *, alpha: float, delta: float) -> None:
+  """Fig. 2: the duality loss of one margin.
+
+  Args:
+    path: PNG file.
+    margin: [A].
+    loss: [A].
+    alpha: the flat bottom begins at e^-alpha.
+    delta: its width.
+  """
+  figure, (axes,) = _figure((5, 3))
+  axes.plot(margin, loss, linewidth=2)
+  low = float(np.exp(-alpha))
+  axes.axvspan(low, low + delta, alpha=0.15)
+  axes.set_xticks([low, low + delta], [r"$e^{-\alpha}$", r"$e^{-\alpha}+\delta$"])
+  axes.set(xlabel="margin to the runner-up", ylabel="duality loss")
+  figure.savefig(path)
+
+
 def curves(path: pathlib.Path, x: Sequence[float], y: Mapping[str, Sequence[float]], label: str) -> None:
   """Named curves over the same numbers, with the label of these."""
   figure, (axes,) = _figure((6, 4))

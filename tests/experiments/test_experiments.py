@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import circle, faces, images, mnist, novelty
+from experiments import circle, duality_loss, faces, images, lambda_estimation, mnist, novelty
 from experiments.attack import methods, plane
 from experiments.benchmark import __main__ as benchmark
 import kkt_jax
@@ -51,6 +51,20 @@ def assert_complete(workdir, *pictures):
   for name in ("config.json", "metrics.json", *pictures):
     assert (workdir / name).stat().st_size > 0, name
   json.loads((workdir / "metrics.json").read_text())
+
+
+@slow
+def test_lambda_estimation_meets_its_claim(tmp_path):
+  metrics = lambda_estimation.run(lambda_estimation.Config(), tmp_path)
+  assert metrics["claim_holds"]
+  assert metrics["null_space_dimension"] == 1  # two layers can be rescaled against each other
+  assert_complete(tmp_path, "fig3.png")
+
+
+def test_duality_loss_has_the_shape_of_fig_2(tmp_path):
+  metrics = duality_loss.run(duality_loss.Config(), tmp_path)
+  np.testing.assert_allclose([metrics[name] for name in ("below", "left_end", "right_end", "above")], [1, 0, 0, 1])
+  assert_complete(tmp_path, "fig2.png")
 
 
 @slow

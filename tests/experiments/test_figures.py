@@ -41,3 +41,12 @@ def test_points_of_the_plane_have_the_colour_of_their_class(tmp_path):
   )
   assert len(blue) and len(red)
   assert blue.mean() < red.mean()  # class 0 on the left
+
+
+def test_the_remaining_pictures_are_drawn(tmp_path):
+  x = np.linspace(0.0, 1.0, 5)
+  pictures.scaling_curves(tmp_path / "fig3.png", x, np.stack([x, 2 * x], 1), np.stack([x, 2 * x], 1))
+  pictures.u_shape(tmp_path / "fig2.png", x, x, alpha=1.0, delta=0.2)
+  for path in ("fig2.png", "fig3.png"):
+    picture = matplotlib.image.imread(tmp_path / path)[..., :3]
+    assert picture.std() > 0.05, path  # something is on it
