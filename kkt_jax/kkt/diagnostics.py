@@ -4,8 +4,10 @@ This is the yardstick of every experiment: the residual that the true data reach
 for, and the residual of random data says how much the equations tell data from noise.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,6 @@ def _with_gates(apply_fn: ApplyFn, gates: list[jax.Array]) -> ApplyFn:
 
 
 @_checks.annotated
-@functools.partial(jax.jit, static_argnames=("gradient_fn", "num_steps"))
 @full_precision
 def nonnegative_multipliers(
   gradient_fn: ApplyFn,
@@ -69,31 +70,61 @@ def nonnegative_multipliers(
   >>> [round(float(value), 3) for value in mu[0]]  # 3 * (2 on class 0, -2 on class 1)
   [0.0, 3.0]
   """
-  x, classes = jnp.asarray(x), jnp.asarray(classes)
+  arguments = (params, jnp.asarray(x), jnp.asarray(classes), conditions, gates)
+  traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
+  if traced or jax.default_backend() != "cpu" or "conv_general" not in str(jax.make_jaxpr(gradient_fn)(params, x)):
+    return _in_one_program(gradient_fn, *arguments, num_steps=num_steps)
+  return _multipliers(jax.jit(_operator, static_argnums=0)(gradient_fn, *arguments), num_steps, compiled_loop=False)
+
+
+class _Operator(NamedTuple):
+  """From multipliers to the masked stationarity sum, a pytree."""
+
+  pull_back: Callable[[jax.Array], tuple[PyTree]]
+  push_forward: Callable[[PyTree], jax.Array]
+  logits: jax.Array
+  classes: jax.Array
+  conditions: Conditions
+
+  def __call__(self, mu: jax.Array) -> PyTree:
+    (sums,) = self.pull_back(losses.cotangent(self.logits, self.classes, mu).astype(self.logits.dtype))
+    return jax.tree.map(jnp.multiply, self.conditions.mask, sums)
+
+  def transpose(self, cotangent: PyTree) -> jax.Array:
+    masked = jax.tree.map(jnp.multiply, self.conditions.mask, cotangent)
+    moved = self.push_forward(masked)
+    differences = jnp.take_along_axis(moved, self.classes[:, None], axis=1) - moved
+    return jnp.where(losses.is_true_class(self.logits, self.classes), 0.0, differences) / len(self.logits)
+
+  def squared(self, mu: jax.Array) -> jax.Array:
+    return self.transpose(self(mu))
+
+  def descended(self, step_size: jax.Array, mu: jax.Array) -> jax.Array:
+    target = jax.tree.map(jnp.multiply, self.conditions.mask, self.conditions.target)
+    step = step_size * self.transpose(jax.tree.map(jnp.subtract, self(mu), target))
+    return jnp.where(losses.is_true_class(self.logits, self.classes), 0.0, jax.nn.relu(mu - step))
+
+
+def _operator(
+  gradient_fn: ApplyFn, params: PyTree, x: jax.Array, classes: jax.Array, conditions: Conditions, gates: Any
+) -> _Operator:
   function = gradient_fn if gates is None else _with_gates(gradient_fn, gates)
   logits, pull_back = jax.vjp(lambda p: function(p, x), params)
   _, push_forward = jax.linearize(lambda p: function(p, x), params)
-  true_class = losses.is_true_class(logits, classes)
-  target = jax.tree.map(jnp.multiply, conditions.mask, conditions.target)
+  return _Operator(pull_back, push_forward, logits, classes, conditions)
 
-  def apply(mu: jax.Array) -> PyTree:
-    (sums,) = pull_back(losses.cotangent(logits, classes, mu).astype(logits.dtype))
-    return jax.tree.map(jnp.multiply, conditions.mask, sums)
 
-  def transpose(cotangent: PyTree) -> jax.Array:
-    masked = jax.tree.map(jnp.multiply, conditions.mask, cotangent)
-    moved = push_forward(masked)
-    differences = jnp.take_along_axis(moved, classes[:, None], axis=1) - moved
-    return jnp.where(true_class, 0.0, differences) / x.shape[0]
+def _multipliers(operator: _Operator, num_steps: int, *, compiled_loop: bool) -> jax.Array:
+  ones = jnp.where(losses.is_true_class(operator.logits, operator.classes), 0.0, 1.0)
+  squared = jax.tree_util.Partial(_Operator.squared, operator)
+  step_size = 0.9 / greatest_value(squared, ones, num_steps=30, compiled_loop=compiled_loop)
+  descend = jax.tree_util.Partial(_Operator.descended, operator, step_size)
+  return accelerated(descend, jnp.zeros_like(ones), num_steps=num_steps, compiled_loop=compiled_loop)
 
-  ones = jnp.where(true_class, 0.0, 1.0)
-  step_size = 0.9 / greatest_value(lambda mu: transpose(apply(mu)), ones, num_steps=30)
 
-  def descend(mu: jax.Array) -> jax.Array:
-    error = jax.tree.map(jnp.subtract, apply(mu), target)
-    return jnp.where(true_class, 0.0, jax.nn.relu(mu - step_size * transpose(error)))
-
-  return accelerated(descend, jnp.zeros_like(ones), num_steps=num_steps)
+@functools.partial(jax.jit, static_argnames=("gradient_fn", "num_steps"))
+def _in_one_program(gradient_fn: ApplyFn, *arguments: Any, num_steps: int) -> jax.Array:
+  return _multipliers(_operator(gradient_fn, *arguments), num_steps, compiled_loop=True)
 
 
 @_checks.annotated

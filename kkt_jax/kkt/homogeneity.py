@@ -140,8 +140,8 @@ def summed_equations(
   >>> params = {"weight": jnp.array([[2.0]]), "shift": jnp.array([3.0])}
   >>> apply_fn, x = lambda p, x: x @ p["weight"] + p["shift"], jnp.array([[5.0]])
   >>> equations = summed_equations(apply_fn, params, x, functionals.functionals(apply_fn, params, x, margins=False))
-  >>> (equations.coefficients[0] / equations.values[0] * 13).round(3).tolist()  # shift * 3 + weight * 10 = 13
-  [3.0, 10.0]
+  >>> print((equations.coefficients[0] / equations.values[0] * 13).round(2))  # shift * 3 + weight * 10 = 13
+  [ 3. 10.]
   """
   params, x = _prepare(params, x)
   leaves, structure = jax.tree.flatten(params)

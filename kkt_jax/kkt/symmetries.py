@@ -78,6 +78,7 @@ def least_residual(
   Raises:
     ValueError: ``x`` is no batch of floats.
 
+  >>> import jax.numpy as jnp
   >>> from kkt_jax.kkt.conditions import weight_decay_conditions
   >>> net = lambda p, x: jnp.maximum(x @ p["a"], 0) @ p["b"]
   >>> x = jnp.array([[1.0], [2.0]])
@@ -110,6 +111,7 @@ def scale_invariant(
   Returns:
     A pytree of Python bools like ``params``.
 
+  >>> import jax.numpy as jnp
   >>> net = lambda w, x: (x @ w["a"]) / jnp.linalg.norm(x @ w["a"]) @ w["b"]
   >>> params = {"a": jnp.array([[1.0, 2.0, 0.0], [4.0, -3.0, 1.0]]), "b": jnp.eye(3)}
   >>> print(scale_invariant(net, params, jnp.array([[1.0, 2.0], [3.0, -1.0]])))

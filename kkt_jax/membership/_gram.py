@@ -37,8 +37,8 @@ def gram(
   """All inner products of the gradients of M samples, and those with a target, in float64.
 
   Gradients of many entries that are no such products are summed with random signs into 260,000 numbers, in one pass:
-  inner products of unit gradients are then off by .002 (their standard deviation), lengths and products with the target
-  are not.
+  inner products of unit gradients are then off by about .002, one over the root of that number; lengths and products
+  with the target are not.
 
   Args:
     gradients: of the samples of a slice, a list of tensors [m, ...].

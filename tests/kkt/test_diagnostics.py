@@ -117,3 +117,21 @@ def test_labels_are_mapped_to_the_outputs_that_stand_for_them():
     diagnostics.diagnose(classifier, conditions, x, labels[:1])
   with pytest.raises(ValueError, match="^labels must .*5"):
     diagnostics.diagnose(classifier, conditions, x, jnp.array([7, 5]))
+
+
+def test_steps_of_a_convolution_one_by_one_lead_where_one_program_does():
+  random = np.random.default_rng(0)
+  params = {"c": jnp.asarray(random.normal(size=(3, 3, 1, 2)), jnp.float32)}
+  params["d"] = jnp.asarray(random.normal(size=(32, 3)), jnp.float32)
+
+  def network(params, x):
+    layout = ("NHWC", "HWIO", "NHWC")
+    hidden = jax.lax.conv_general_dilated(x, params["c"], (1, 1), "SAME", dimension_numbers=layout)
+    return jax.nn.relu(hidden).reshape(len(x), -1) @ params["d"]
+
+  x, y = jnp.asarray(random.normal(size=(5, 4, 4, 1)), jnp.float32), jnp.array([0, 1, 2, 0, 1])
+  conditions = weight_decay_conditions(params)
+  solve = lambda x: diagnostics.nonnegative_multipliers(network, params, x, y, conditions, num_steps=50)
+  found = solve(x)
+  assert float(found.max()) > 0
+  np.testing.assert_allclose(found, jax.jit(solve)(x), rtol=1e-4, atol=1e-5)  # traced, so in one program
