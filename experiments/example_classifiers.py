@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 from flax import nnx
-from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +25,7 @@ from safetensors.numpy import save_file
 from experiments.attack import classifiers
 from experiments.data import load_digits, split
 from kkt_jax import Subject
+from kkt_jax._tree import tensor_names
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.classifiers import PyTree, two_logits
 from kkt_jax.cli import flags
@@ -323,8 +323,9 @@ def _as_people_do(subject: Subject, start: PyTree, x: np.ndarray, y: np.ndarray,
 
 def store(path: pathlib.Path, variables: PyTree) -> None:
   """Writes variables to a safetensors file, named as in PyTorch: by their path, joined by dots."""
-  tensors = flatten_dict(variables, sep=".")
-  save_file({name: np.ascontiguousarray(leaf) for name, leaf in tensors.items()}, path)  # it scrambles all others
+  names = [name.replace("/", ".") for name in tensor_names(variables)]
+  arrays = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(variables)]  # safetensors scrambles all others
+  save_file(dict(zip(names, arrays, strict=True)), path)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ class Samples:
   names: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
-    for name, values, rank in (("x", self.x, 2), ("y", self.y, 1)):
-      if not _checks.is_numbers(values) or np.ndim(values) < rank:
-        raise InputError(f"{name} must be an array of numbers, of {rank} axes at least; got {values!r:.60}.")
+    for name, values in (("x", self.x), ("y", self.y)):
+      if not _checks.is_numbers(values) or not np.ndim(values):
+        raise InputError(f"{name} must be an array of numbers, one row for each sample; got {values!r:.60}.")
     if not self.names:
       object.__setattr__(self, "names", tuple(f"sample {place}" for place in range(len(self.x))))
     for name, own in (("y", self.y), ("names", self.names)):
