@@ -71,10 +71,15 @@ def nonnegative_multipliers(
   [0.0, 3.0]
   """
   arguments = (params, jnp.asarray(x), jnp.asarray(classes), conditions, gates)
-  traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
-  if traced or jax.default_backend() != "cpu" or "conv_general" not in str(jax.make_jaxpr(gradient_fn)(params, x)):
+  if _in_one_loop(gradient_fn, *arguments):
     return _in_one_program(gradient_fn, *arguments, num_steps=num_steps)
   return _multipliers(jax.jit(_operator, static_argnums=0)(gradient_fn, *arguments), num_steps, compiled_loop=False)
+
+
+def _in_one_loop(apply_fn: ApplyFn, params: PyTree, x: jax.Array, *others: Any) -> bool:
+  """Whether all steps of a descent can be one program: not those of convolutions on a CPU, which are slow there."""
+  traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, x, *others)))
+  return traced or jax.default_backend() != "cpu" or "conv_general" not in str(jax.make_jaxpr(apply_fn)(params, x))
 
 
 class _Operator(NamedTuple):
@@ -162,11 +167,51 @@ def free_gates(
   roots = relaxation.pre_activations(classifier.apply_fn, classifier.params, x)
   if not roots:
     return []
-  return _free_gates(classifier, conditions, x, classes, mu, roots, kink, num_steps)
+  problem = _gates_problem(classifier, conditions, x, classes, mu, roots, kink)
+  if _in_one_loop(classifier.apply_fn, classifier.params, *jax.tree.leaves((x, problem))):
+    return _gates_in_one_program(problem, num_steps)
+  return _descended_gates(problem, num_steps, compiled_loop=False)
 
 
-@functools.partial(jax.jit, static_argnames="num_steps")
-def _free_gates(
+class _Gates(NamedTuple):
+  """The bounded least squares of `free_gates`, a pytree: of gates that are ``free`` [M, ...] in units of their own."""
+
+  classifier: Classifier
+  conditions: Conditions
+  x: jax.Array
+  classes: jax.Array
+  mu: jax.Array
+  exact: list[jax.Array]
+  free: list[jax.Array]
+  unit: list[jax.Array]
+
+  def start(self) -> list[jax.Array]:
+    return self.chosen([jnp.full_like(gate, 0.5) for gate in self.exact])
+
+  def chosen(self, gates: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.where(own, gate, shut) for own, gate, shut in zip(self.free, gates, self.exact, strict=True)]
+
+  def error(self, gates: list[jax.Array]) -> PyTree:
+    function = _with_gates(self.classifier.apply_fn, gates)
+    sums = losses.stationarity_sum(function, self.classifier.params, self.x, self.classes, self.mu)
+    return jax.tree.map(lambda m, s, t: m * (s - t), self.conditions.mask, sums, self.conditions.target)
+
+  def squared(self, vector: list[jax.Array]) -> list[jax.Array]:
+    change = jax.jvp(self.error, (self.start(),), (_times(vector, self.unit),))[1]
+    return _times(jax.vjp(self.error, self.start())[1](change)[0], self.unit)
+
+  def descended(self, step: jax.Array, gates: list[jax.Array]) -> list[jax.Array]:
+    value, pull_back = jax.vjp(self.error, gates)
+    moves = _times(_times(pull_back(value)[0], self.unit), self.unit)
+    return self.chosen([jnp.clip(gate - step * move, 0.0, 1.0) for gate, move in zip(gates, moves, strict=True)])
+
+
+def _times(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
+  return [own * other for own, other in zip(a, b, strict=True)]
+
+
+@jax.jit
+def _gates_problem(
   classifier: Classifier,
   conditions: Conditions,
   x: jax.Array,
@@ -174,49 +219,34 @@ def _free_gates(
   mu: jax.Array,
   roots: list[jax.Array],
   kink: float,
-  num_steps: int,
-) -> list[jax.Array]:
+) -> _Gates:
   exact = [(root > 0).astype(root.dtype) for root in roots]
   free = [jnp.abs(root) < kink * jnp.std(root) for root in roots]
-  target = jax.tree.map(jnp.multiply, conditions.mask, conditions.target)
-
-  def error(gates: list[jax.Array]) -> PyTree:
-    function = _with_gates(classifier.apply_fn, gates)
-    sums = losses.stationarity_sum(function, classifier.params, x, classes, mu)
-    return jax.tree.map(lambda m, s, t: m * s - t, conditions.mask, sums, target)
-
-  def chosen(gates: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.where(own, gate, shut) for own, gate, shut in zip(free, gates, exact, strict=True)]
-
-  start = chosen([jnp.full_like(gate, 0.5) for gate in exact])
-  _, pull_back = jax.vjp(error, start)
+  problem = _Gates(classifier, conditions, x, classes, mu, exact, free, exact)
+  pull_back = jax.vjp(problem.error, problem.start())[1]
 
   def share(key: jax.Array) -> list[jax.Array]:  # the mean square of a random combination of errors by each gate
-    leaves, structure = jax.tree.flatten(target)
+    leaves, structure = jax.tree.flatten(conditions.target)
     keys = jax.random.split(key, len(leaves))
     random = [jax.random.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
     return [jnp.square(own) for own in pull_back(jax.tree.unflatten(structure, random))[0]]
 
   squares = [jnp.mean(own, axis=0) for own in jax.vmap(share)(jax.random.split(jax.random.key(0), _PROBES))]
-  unit = [
-    jnp.where(own, 1 / (jnp.sqrt(s) + 1e-3 * jnp.sqrt(jnp.max(s)) + 1e-30), 0.0)
-    for own, s in zip(free, squares, strict=True)
-  ]
-  times = lambda a, b: jax.tree.map(jnp.multiply, a, b)
+  units = [1 / (jnp.sqrt(s) + 1e-3 * jnp.sqrt(jnp.max(s)) + 1e-30) for s in squares]
+  return problem._replace(unit=[jnp.where(own, unit, 0.0) for own, unit in zip(free, units, strict=True)])
 
-  def squared(vector: list[jax.Array]) -> list[jax.Array]:  # in the gates' units
-    change = jax.jvp(error, (start,), (times(vector, unit),))[1]
-    return times(pull_back(change)[0], unit)
 
-  ones = [own.astype(gate.dtype) for own, gate in zip(free, start, strict=True)]
-  step = 0.8 / greatest_value(squared, ones, num_steps=20)
+def _descended_gates(problem: _Gates, num_steps: int, *, compiled_loop: bool) -> list[jax.Array]:
+  ones = [own.astype(gate.dtype) for own, gate in zip(problem.free, problem.exact, strict=True)]
+  squared = jax.tree_util.Partial(_Gates.squared, problem)
+  step = 0.8 / greatest_value(squared, ones, num_steps=20, compiled_loop=compiled_loop)
+  descend = jax.tree_util.Partial(_Gates.descended, problem, step)
+  return accelerated(descend, problem.start(), num_steps=num_steps, compiled_loop=compiled_loop)
 
-  def descend(gates: list[jax.Array]) -> list[jax.Array]:
-    value, pull_back = jax.vjp(error, gates)
-    moves = times(times(pull_back(value)[0], unit), unit)
-    return chosen([jnp.clip(gate - step * move, 0.0, 1.0) for gate, move in zip(gates, moves, strict=True)])
 
-  return accelerated(descend, start, num_steps=num_steps)
+@functools.partial(jax.jit, static_argnames="num_steps")
+def _gates_in_one_program(problem: _Gates, num_steps: int) -> list[jax.Array]:
+  return _descended_gates(problem, num_steps, compiled_loop=True)
 
 
 @dataclasses.dataclass(frozen=True)
