@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ class TrainingDiverged(FloatingPointError):
   """A loss term or the gradient became NaN or infinite; the message names it."""
 
 
+@runtime_checkable
 class Saver(Protocol):
   """What keeps states, such as `kkt_jax.checkpoint.Checkpointer`."""
 
