@@ -212,7 +212,7 @@ def annotated(function: Callable[_P, _R]) -> Callable[_P, _R]:
   def looked_at(*args: _P.args, **kwargs: _P.kwargs) -> _R:
     for name, value in signature.bind(*args, **kwargs).arguments.items():
       if name in kinds and not kinds[name][1](value):
-        got = f"a {type(value).__name__}" if kinds[name][0].startswith("a kkt_jax.") else f"{value!r:.60}"
+        got = type(value).__name__ if kinds[name][0].startswith("a kkt_jax.") else f"{value!r:.60}"
         cure = " Its classifier(variables) makes one." if hasattr(value, "variables_like") else ""
         raise InputError(f"{name} must be {kinds[name][0]}; got {got}.{cure}")
     return function(*args, **kwargs)

@@ -61,7 +61,7 @@ class Trainer:
     for classifier in classifiers:
       check_classifier("each of classifiers", classifier)
     if not isinstance(recipe, Recipe | None):
-      raise ValueError(f"recipe must be a kkt_jax.Recipe; got a {type(recipe).__name__}.")
+      raise ValueError(f"recipe must be a kkt_jax.Recipe; got {type(recipe).__name__}.")
     shapes = {classifier.input_shape for classifier in classifiers}
     if len(shapes) > 1:
       raise ValueError(f"classifiers must have inputs of one shape; got {sorted(shapes)}.")

@@ -480,7 +480,7 @@ def test_the_derivatives_are_those_of_the_function_in_training(sharpness):
     (lambda c, e: reconstruct([]), "classifiers must hold at least one classifier"),
     (lambda c, e: reconstruct(c[0]), "classifiers must hold at least one classifier, in a sequence; got a Classifier"),
     (lambda c, e: reconstruct([e[0]]), "each of classifiers must be a kkt_jax.Classifier; got Examination"),
-    (lambda c, e: reconstruct(c, {"steps": 2}), "recipe must be a kkt_jax.Recipe; got a dict"),
+    (lambda c, e: reconstruct(c, {"steps": 2}), "recipe must be a kkt_jax.Recipe; got dict"),
     (lambda c, e: reconstruct(c, examinations=e[::-1]), "examinations must be those of the classifiers"),
     (
       lambda c, e: reconstruct([c[0], kkt_jax.make_classifier(lambda w, x: x @ w, jnp.ones((3, 2)), (3,))]),
