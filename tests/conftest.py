@@ -41,7 +41,7 @@ def _strict_jax() -> Iterator[None]:
     yield
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _room_for_programs() -> Iterator[None]:
   """Every compiled program holds memory maps, of which Linux allows a process 65,530: at the limit it crashes."""
   yield
