@@ -205,12 +205,13 @@ def annotated(function: Callable[_P, _R]) -> Callable[_P, _R]:
   Traceback (most recent call last):
   kkt_jax._errors.InputError: x must be an array of numbers; got 'a'.
   """
-  signature = inspect.signature(function)
-  kinds = {name: own for name, given in signature.parameters.items() if (own := _kind(name, given))}
+  parameters = inspect.signature(function).parameters
+  kinds = {name: own for name, parameter in parameters.items() if (own := _kind(name, parameter))}
 
   @functools.wraps(function)
   def looked_at(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-    for name, value in signature.bind(*args, **kwargs).arguments.items():
+    given = dict(zip(parameters, args, strict=False)) | kwargs  # what is missing or too much Python says best
+    for name, value in given.items():
       if name in kinds and not kinds[name][1](value):
         got = type(value).__name__ if kinds[name][0].startswith("a kkt_jax.") else f"{value!r:.60}"
         cure = " Its classifier(variables) makes one." if hasattr(value, "variables_like") else ""
@@ -252,6 +253,8 @@ def is_numbers(value: Any) -> bool:
   try:
     dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
     return bool(jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_))
+  except jax.errors.TracerArrayConversionError:  # rows inside of jit
+    return True
   except (TypeError, ValueError):  # rows of different lengths
     return False
 

@@ -126,3 +126,16 @@ def test_parameters_of_another_shape_than_those_of_init_fn_are_refused():
   subject = kkt_jax.Subject(network, lambda: {"w": jnp.zeros((2, 3)), "v": jnp.zeros((3, 2))}, (2,))
   with pytest.raises(ValueError, match=r"variables must have the shapes of what init_fn returns, \(3, 2\) at v; got"):
     subject.classifier({"w": jnp.ones((2, 3)), "v": jnp.ones((3, 4))})
+
+
+def test_rows_that_are_traced_are_an_array_too():
+  rows = [LOGITS[0], LOGITS[1]]
+  traced = jax.jit(lambda own: losses.margins(own, Y[:2]))(rows)
+  np.testing.assert_allclose(traced, losses.margins(LOGITS[:2], Y[:2]), rtol=1e-6)
+
+
+def test_what_is_missing_or_too_much_is_said_with_the_name_of_the_function():
+  with pytest.raises(TypeError, match=r"^margins\(\) missing 1 required positional argument: 'classes'"):
+    losses.margins(LOGITS)
+  with pytest.raises(TypeError, match=r"^margins\(\) got an unexpected keyword argument 'weights'"):
+    losses.margins(LOGITS, Y, weights=1.0)

@@ -106,12 +106,15 @@ class Subspace:
     return jnp.linalg.norm(outside, axis=1) / jnp.maximum(jnp.linalg.norm(offsets, axis=1), 1e-12)
 
   @functools.cached_property
+  def moving(self) -> np.ndarray:
+    """The indices of the values that differ among its points."""
+    return np.flatnonzero(np.linalg.norm(np.asarray(self.basis, np.float64), axis=1) > self.criteria.moves)
+
+  @functools.cached_property
   def free_coordinates(self) -> np.ndarray:
     """Which values [D] differ among its points, those that always move together counted once."""
-    rows = np.asarray(self.basis, np.float64)
-    lengths = np.linalg.norm(rows, axis=1)
-    moving = np.flatnonzero(lengths > self.criteria.moves)
-    directions = rows[moving] / lengths[moving, None]
+    rows, moving = np.asarray(self.basis, np.float64), self.moving
+    directions = rows[moving] / np.linalg.norm(rows[moving], axis=1, keepdims=True)
     free = np.zeros(len(rows), bool)
     for begin in range(0, len(moving), _ROWS):  # a block at a time: images have many values
       end = begin + _ROWS

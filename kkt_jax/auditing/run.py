@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import hashlib
 import logging
 from typing import Any
 
@@ -13,11 +12,11 @@ import numpy as np
 import kkt_jax
 from kkt_jax import _checks, metrics
 from kkt_jax._errors import InputError
-from kkt_jax._tree import tensor_names
 from kkt_jax.analysis.examination import check_outputs, Examination, examine
 from kkt_jax.auditing import data, description, matching, membership, pictures, verdict
 from kkt_jax.auditing.report import AuditReport, CONTROLS, Leak, ROWS
 from kkt_jax.auditing.samples import Given, given_samples, Samples
+from kkt_jax.checkpoint import fingerprint
 from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.criteria import AuditCriteria, Criteria
 from kkt_jax.extraction.certificates import EVIDENCE
@@ -170,11 +169,9 @@ def _fit(
 
 def _identity(examination: Examination, sets: Mapping[str, Samples | None], *settings: Any) -> dict[str, str]:
   """What decides on the result: SHA-256 of weights, data and settings, and the version of this program."""
-  own, variables = hashlib.sha256(), (examination.classifier.params, examination.classifier.statistics)
-  for name, leaf in zip(tensor_names(variables), jax.tree.leaves(variables), strict=True):
-    own.update(f"{name} {leaf.dtype} {leaf.shape} ".encode() + np.asarray(leaf).tobytes())
-  digests = {"weights": own.hexdigest()} | {what: own.digest() for what, own in sets.items() if own is not None}
-  digests["settings"] = hashlib.sha256(repr((*settings, examination.criteria)).encode()).hexdigest()
+  classifier, data_of = examination.classifier, {what: own.digest() for what, own in sets.items() if own is not None}
+  decided = {"weights": (classifier.params, classifier.statistics), "settings": (*settings, examination.criteria)}
+  digests = data_of | {what: fingerprint(own).hex() for what, own in decided.items()}
   return {f"Identity of {what}": digest for what, digest in digests.items()} | {"Version": kkt_jax.__version__}
 
 

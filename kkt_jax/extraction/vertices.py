@@ -94,8 +94,7 @@ def polish(x: ArrayLike, subspace: Subspace, *, likely: ArrayLike | None = None,
   trust = jnp.ones((2, *x.shape)) if likely is None else (-1 / jnp.log(jnp.asarray(likely))) ** 0.5
   _checks.check_shape("likely", trust, (2, *x.shape), "[2, M, ...]")
   trust = trust.reshape(2, x.shape[0], -1).swapaxes(0, 1)
-  moving = np.flatnonzero(np.linalg.norm(subspace.basis, axis=1) > subspace.criteria.moves)
-  return subspace.points(_polished(subspace.coordinates(x), trust, subspace, moving, num_steps))
+  return subspace.points(_polished(subspace.coordinates(x), trust, subspace, subspace.moving, num_steps))
 
 
 @jax.jit
@@ -202,14 +201,13 @@ def to_levels(x: ArrayLike, subspace: Subspace, criteria: Criteria = _DEFAULT) -
   """
   x, levels = _checked(x, subspace), criteria.levels
   basis, origin = np.asarray(subspace.basis, np.float64), levels * np.asarray(subspace.origin, np.float64).reshape(-1)
-  varies = np.linalg.norm(basis, axis=1) > subspace.criteria.moves
   unit = np.asarray(x, np.float64).reshape(x.shape[0], -1)
-  points, bound = levels * unit, off_level(subspace, criteria)
+  points, bound, moving = levels * unit, off_level(subspace, criteria), subspace.moving
   for index, point in enumerate(points):
     light = np.mean(point) > levels / 2  # then its white values are the surest
     point, flat = (levels - point, levels - origin) if light else (point, origin)
     for _ in range(_TRIES):  # from where it came to, if that is not on levels
-      point[varies] = _on_levels(point[varies], flat[varies], basis[varies], levels)
+      point[moving] = _on_levels(point[moving], flat[moving], basis[moving], levels)
       point = _settled(point, flat, basis, levels)
       if np.abs(point - _rounded(point, levels)).max() < bound:
         break
@@ -283,8 +281,7 @@ def off_level(subspace: Subspace, criteria: Criteria = _DEFAULT) -> float:
   Then no point with one value on another level passes beside the right one. At most ``criteria.off_level``; 0 if a
   value can move by itself.
   """
-  basis = np.asarray(subspace.basis, np.float64)
-  moving = np.flatnonzero(np.linalg.norm(basis, axis=1) > subspace.criteria.moves)
+  basis, moving = np.asarray(subspace.basis, np.float64), subspace.moving
   least = 2 * criteria.off_level
   for begin in range(0, len(moving), _COLUMNS):
     own = moving[begin : begin + _COLUMNS]

@@ -168,7 +168,7 @@ def free_gates(
   if not roots:
     return []
   problem = _gates_problem(classifier, conditions, x, classes, mu, roots, kink)
-  if _in_one_loop(classifier.apply_fn, classifier.params, *jax.tree.leaves((x, problem))):
+  if _in_one_loop(classifier.apply_fn, classifier.params, x, problem):
     return _gates_in_one_program(problem, num_steps)
   return _descended_gates(problem, num_steps, compiled_loop=False)
 

@@ -43,6 +43,11 @@ class Changes(NamedTuple):
   shift: Any
   one_sided: Any
 
+  @property
+  def generic(self) -> float:
+    """How much the sums change when every entry is scaled at random: the measure of what counts as none."""
+    return float(np.linalg.norm(self.uneven))
+
 
 class Functionals(NamedTuple):
   """Sums of logits at given parameters.

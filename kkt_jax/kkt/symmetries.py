@@ -17,7 +17,7 @@ products with the target and with one another are
 - ``<d_k, d'_l> = -C_kl^2``: both scale the entry from unit k to unit l, which is what makes a square C special,
 
 and with p the products and G the Gram matrix of all directions, ``p' G^-1 p`` is the squared length of what the target
-has in them. ``_units`` finds the coefficients (here 1 and -1) by trying, ``_along_units`` adds up p and G.
+has in them. ``_units_of`` finds the coefficients (here 1 and -1) by trying, ``_along_units`` adds up p and G.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -157,11 +157,6 @@ class _Tensor:
     shifted = float(np.sum(np.square(t.mean(axis=-1))) * v.shape[-1]) if v.ndim else 0.0
     return cls(name, v.shape, changes, summed(v * v), summed(v * t), shifted)
 
-  @property
-  def generic(self) -> float:
-    """How much margins change when every entry is scaled at random: the measure of what counts as none."""
-    return float(np.linalg.norm(self.changes.uneven))
-
 
 _Known = dict[tuple[_Tensor, ...], tuple[str, dict[str, float]] | None]
 
@@ -206,9 +201,7 @@ class Symmetries:
     from scipy import optimize  # type: ignore[import-untyped]
 
     scalable = [place for place, leaf in enumerate(self.leaves) if np.any(np.asarray(leaf))]
-    own = [self.changes[place] for place in scalable]
-    sizes = [float(np.linalg.norm(of.uneven)) for of in own]
-    null = _null_space([of.scaled for of in own], sizes, self.criteria.symmetric)
+    null = _whole_relations([self.changes[place] for place in scalable], self.criteria)
     found = dict.fromkeys(range(len(self.names)), False)
     for row, place in enumerate(scalable if null.shape[1] else []):
       # Is there a combination of null vectors that scales this tensor up and none down?
@@ -231,7 +224,7 @@ class Symmetries:
 
 def _whole_tensors(tensors: Sequence[_Tensor], criteria: AnalysisCriteria) -> _Parts:
   """The same in rescalings of whole tensors against one another."""
-  null = _null_space([t.changes.scaled for t in tensors], [t.generic for t in tensors], criteria.symmetric)
+  null = _whole_relations([t.changes for t in tensors], criteria)
   if not null.shape[1]:
     return {}
   products = np.array([t.products.sum() for t in tensors]) @ null
@@ -240,6 +233,11 @@ def _whole_tensors(tensors: Sequence[_Tensor], criteria: AnalysisCriteria) -> _P
   moved = np.abs(null).max(axis=1) > criteria.moved
   parts = zip(tensors, scales**2 * squares, moved, strict=True)
   return {"scales of whole tensors": {t.name: float(part) for t, part, own in parts if own}}
+
+
+def _whole_relations(changes: Sequence[functionals.Changes], criteria: AnalysisCriteria) -> np.ndarray:
+  """Combinations of rescalings of whole tensors that change no margin, as `_null_space`."""
+  return _null_space([own.scaled for own in changes], [own.generic for own in changes], criteria.symmetric)
 
 
 def _units(tensors: Sequence[_Tensor], criteria: AnalysisCriteria, known: _Known) -> _Parts:
@@ -265,7 +263,7 @@ def _units_of(
   # A relation that holds for two random scalings of the units holds for all: it is linear in them.
   trials = np.random.default_rng([1, width]).normal(size=(width, 2))
   columns = [((t.changes.out if outgoing else t.changes.into) @ trials).ravel() for t, outgoing in parts]
-  null = _null_space(columns, [2**0.5 * t.generic for t, _ in parts], criteria.symmetric)
+  null = _null_space(columns, [2**0.5 * t.changes.generic for t, _ in parts], criteria.symmetric)
   if not null.shape[1]:
     return None
   coefficients = _coefficients(*_along_units(parts, null, width)).reshape(null.shape[1], width)

@@ -50,9 +50,10 @@ def gram(
     The products of gradients [M, M] and those with the target [M].
   """
   chunks = _slices(count, chunk_size)
-  first = [leaf.ndim > 2 and float(_factors(leaf)[2]) <= _RANK_ONE for leaf in map(jnp.asarray, gradients(chunks[0]))]
-  if sum(wanted.size for wanted, product in zip(target, first, strict=True) if not product) > SKETCHED:
-    return _sketched(gradients, chunks, target, first)
+  if sum(wanted.size for wanted in target) > SKETCHED:
+    first = [leaf.ndim > 2 and float(_factors(leaf)[2]) <= _RANK_ONE for leaf in map(jnp.asarray, gradients(chunks[0]))]
+    if sum(wanted.size for wanted, product in zip(target, first, strict=True) if not product) > SKETCHED:
+      return _sketched(gradients, chunks, target, first)
   found = [[_factors(leaf) for leaf in gradients(chunk) if leaf.ndim > 2] for chunk in chunks]
   products, total, rest = np.zeros(count), np.zeros((count, count)), []
   matrices = iter(zip(*found, strict=True))

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 import optax
-from scipy import stats  # type: ignore[import-untyped]
 
 from kkt_jax import _checks
 from kkt_jax._precision import full_precision
@@ -235,7 +234,7 @@ def _scaled_parts(
 
 def _parts(correlations: _Correlations, ridge: float) -> tuple[np.ndarray, np.ndarray]:
   """The multipliers of unit gradients [M], and the slopes of the least squares [M]."""
-  from scipy import linalg, optimize
+  from scipy import linalg, optimize  # type: ignore[import-untyped]
 
   gram, products, length, _ = correlations
   unexplained = 0.0
@@ -250,6 +249,8 @@ def _parts(correlations: _Correlations, ridge: float) -> tuple[np.ndarray, np.nd
 
 def _joined(scores: Sequence[np.ndarray]) -> np.ndarray:
   """Fisher's combination of the ranks among the candidates [M] by several scores."""
+  from scipy import stats
+
   return -sum(np.log(stats.rankdata(-own, method="max") / len(own)) for own in scores)
 
 
