@@ -104,14 +104,15 @@ def normal(leaf: jax.Array) -> np.ndarray:
 
 
 def large(params: PyTree) -> bool:
-  """Whether passes through a network are dear."""
+  """Whether a network has so many parameters that passes through it are expensive."""
   return sum(leaf.size for leaf in jax.tree.leaves(params)) > _LARGE
 
 
 def sums(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """The inputs [m, ...] of each sum, all K or a few in turn of large networks, and the weights [m, C] of their logits.
+  """For each sum, its inputs [m, ...] and the weights [m, C] of their logits.
 
-  After the first ones the weights of the logits of an input add up to 0.
+  The inputs are all K, or for large networks a few in turn. The first sums are of logits; in the others, of margins,
+  the weights of each input add up to 0.
   """
   x = np.asarray(x)
   few = max(min(len(x), _FEW), -(-len(x) // _LOGITS)) if large(params) else len(x)
