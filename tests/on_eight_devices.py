@@ -26,7 +26,7 @@ def begin(mesh=None, microbatch_size=None, **settings):
   examinations, recipe = problem(**settings)
   classifiers = [own.classifier for own in examinations]
   own = start(classifiers, recipe, examinations=examinations, microbatch_size=microbatch_size, mesh=mesh)
-  parts = (own.state, own.classifiers, own.conditions)
+  parts = (own.state, own.classifiers, own.trainer.equations)
   return make_train_step(own.problem), parts if mesh is None else sharding.replicate(parts, mesh)
 
 

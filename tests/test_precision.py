@@ -126,4 +126,4 @@ def test_every_product_of_a_training_step_is_precise():
   classifier = kkt_jax.make_classifier(lambda w, x: jax.nn.relu(x @ w["w1"]) @ w["w2"], PARAMS, (4,), weight_decay=1.0)
   begin = kkt_jax.reconstruction.start([classifier])
   step = make_train_step(begin.problem)
-  assert_precise(functools.partial(step, count=None), begin.state, begin.classifiers, begin.conditions)
+  assert_precise(functools.partial(step, count=None), begin.state, begin.classifiers, begin.trainer.equations)

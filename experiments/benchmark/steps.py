@@ -25,7 +25,7 @@ _SHAPE = (28, 28, 1)
 def training_step(begin: kkt_jax.Reconstruction) -> tuple[Callable[..., Any], Any, Any, Any]:
   """A step of the training that a reconstruction begins, and its arguments."""
   step: Any = make_train_step(begin.problem)
-  return lambda *arguments: step(*arguments, None), begin.state, begin.classifiers, begin.trainer.conditions
+  return lambda *arguments: step(*arguments, None), begin.state, begin.classifiers, begin.trainer.equations
 
 
 def problem(num_samples: int, hidden: Sequence[int], num_classes: int) -> tuple[Classifier, Any, Any]:

@@ -20,7 +20,8 @@ from kkt_jax._typing import ApplyFn, PyTree
 from kkt_jax.classifiers.classifier import Classifier, Evaluation, Forward
 
 Result = TypeVar("Result")
-_INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}  # primitives that only call
+#: Primitives that only call, and where their program is.
+INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
 _OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call")
 _GUARD = 1e-3  # max(norm, 1e-6) keeps a division finite: a positive constant below this makes no gate
 
@@ -291,14 +292,14 @@ def _evaluate(closed: Any, arguments: Sequence[_Value], report: _Report) -> list
     inputs, name = [read(atom) for atom in equation.invars], equation.primitive.name
     depends = any(value.depends for value in inputs)
     own = report if depends else _Report()
-    if name in _INLINED:
-      outputs = _evaluate(equation.params[_INLINED[name]], inputs, report)
+    if name in INLINED:
+      outputs = _evaluate(equation.params[INLINED[name]], inputs, report)
     elif name == "custom_jvp_call" and _only_gates(equation.params["call_jaxpr"]):
       outputs = _evaluate(equation.params["call_jaxpr"], inputs, report)
     else:
       if name not in _OWN_DERIVATIVE:
         equation = equation.replace(params={k: _inside(v, own) for k, v in equation.params.items()})
-      outputs = [_Value(array) for array in _run(jaxpr, equation, [value.array for value in inputs])]
+      outputs = [_Value(array) for array in run(jaxpr, equation, [value.array for value in inputs])]
       if len(outputs) == 1:
         outputs = [_described(name, inputs, outputs[0], own)]
       outputs = [value._replace(depends=depends) for value in outputs]
@@ -306,8 +307,8 @@ def _evaluate(closed: Any, arguments: Sequence[_Value], report: _Report) -> list
   return [read(atom) for atom in jaxpr.outvars]
 
 
-def _run(jaxpr: Any, equation: Any, arrays: Sequence[Any]) -> list[Any]:
-  """One operation, as a program of its own."""
+def run(jaxpr: Any, equation: Any, arrays: Sequence[Any]) -> list[Any]:
+  """One operation of a program on other arrays."""
   variables = {v: a for v, a in zip(equation.invars, arrays, strict=True) if not isinstance(v, core.Literal)}
   alone = jaxpr.replace(constvars=[], invars=list(variables), outvars=equation.outvars, eqns=[equation])
   return core.jaxpr_as_fun(core.ClosedJaxpr(alone, []))(*variables.values())
@@ -333,7 +334,7 @@ def _only_gates(closed: Any) -> bool:
   """Whether a function with a derivative of its own is `jax.nn.relu` or the like, and nothing else."""
   inner = [(eqn.primitive.name, eqn.params) for eqn in closed.jaxpr.eqns]
   return bool(inner) and all(
-    _only_gates(params[_INLINED[name]]) if name in _INLINED else name in ("max", "min") for name, params in inner
+    _only_gates(params[INLINED[name]]) if name in INLINED else name in ("max", "min") for name, params in inner
   )
 
 

@@ -40,6 +40,8 @@ class Generator(NamedTuple):
     codes: samples of each label and classifier that it can draw, one for each code (`code_of`); 0 if they are endless.
     put: ``(theta, t, y [K], codes [K], unit [K, ...]) -> theta`` with other samples of classifier t in some places, in
       units of the range; None if its samples cannot be set.
+    coordinates: ``(theta, noise [M, D], y [M], t) -> [M, r]``, where samples of classifier t lie in its subspace in
+      training; None if they do not.
   """
 
   init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -49,6 +51,7 @@ class Generator(NamedTuple):
   batch_size: int
   codes: int = 0
   put: Callable[[PyTree, int, np.ndarray, np.ndarray, jax.Array], PyTree] | None = None
+  coordinates: Callable[[PyTree, jax.Array, jax.Array, int], jax.Array] | None = None
 
 
 #: Makes a generator for classifiers that have been examined.
@@ -148,20 +151,19 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
     first = deviation * typical_deviation(examinations)
     revealed = [examination.subspace for examination in examinations if in_span and examination.subspace is not None]
     factors: list[jax.Array | None] = [None] * len(starts)
-    if len(revealed) == len(starts):
+    scales: list[jax.Array] = []
+    if within := len(revealed) == len(starts):
       power = float(np.mean([examination.share for examination in examinations]))
-      factors = []
-      for subspace in revealed:
-        scale = subspace.singular_values**power
-        scale = scale * first * math.sqrt(starts[0].size) / jnp.linalg.norm(scale)
-        factors.append(scale[:, None] * subspace.basis.T)
+      scales = [subspace.singular_values**power for subspace in revealed]
+      scales = [scale * first * math.sqrt(starts[0].size) / jnp.linalg.norm(scale) for scale in scales]
+      factors = [scale[:, None] * subspace.basis.T for scale, subspace in zip(scales, revealed, strict=True)]
     sizes = [starts[0].size if factor is None else factor.shape[0] for factor in factors]
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
       keys = jax.random.split(key, len(sizes))
-      scales = [first if factor is None else 1.0 for factor in factors]
+      deviations = [first if factor is None else 1.0 for factor in factors]
       shapes = [(num_labels(examinations), codes, size) for size in sizes]
-      return [s * jax.random.normal(k, size) for k, size, s in zip(keys, shapes, scales, strict=True)], {}
+      return [s * jax.random.normal(k, size) for k, size, s in zip(keys, shapes, deviations, strict=True)], {}
 
     def generate(
       theta: PyTree, statistics: PyTree, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool
@@ -181,8 +183,13 @@ def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> G
       coefficients = offsets if factor is None else offsets @ factor.T / jnp.sum(jnp.square(factor), axis=1)[None]
       return [*theta[:t], theta[t].at[place_of(y), chosen].set(coefficients), *theta[t + 1 :]]
 
+    def coordinates(theta: PyTree, noise: jax.Array, y: jax.Array, t: int) -> jax.Array:
+      learned: jax.Array = theta[t][place_of(y), code_of(noise, codes)]
+      return scales[t][None] * learned
+
     batch_size = codes * max(classifier.num_classes for classifier in classifiers)
-    return Generator(init, generate, stratified_noise(1), 1, batch_size, codes, put)
+    placed = coordinates if within else None
+    return Generator(init, generate, stratified_noise(1), 1, batch_size, codes, put, placed)
 
   return make
 

@@ -26,6 +26,7 @@ from kkt_jax.classifiers.relaxation import computed_in, pre_activations
 from kkt_jax.generators.base import code_of, Generator
 from kkt_jax.kkt import losses, multipliers
 from kkt_jax.kkt.conditions import Conditions
+from kkt_jax.reconstruction.coordinates import Equations
 from kkt_jax.reconstruction.recipes import Multipliers, Stationarity
 from kkt_jax.reconstruction.terms import Batch, Term
 
@@ -89,7 +90,7 @@ class TrainState(NamedTuple):
 
 
 TrainStep = Callable[
-  [TrainState, Sequence[Classifier], Sequence[Conditions], Any], tuple[TrainState, dict[str, jax.Array]]
+  [TrainState, Sequence[Classifier], Sequence[Equations], Any], tuple[TrainState, dict[str, jax.Array]]
 ]
 
 
@@ -131,7 +132,7 @@ def init_state(
   key: jax.Array,
   problem: Problem,
   classifiers: Sequence[Classifier],
-  conditions: Sequence[Conditions],
+  equations: Sequence[Equations],
   *,
   theta: PyTree,
   statistics: PyTree,
@@ -144,7 +145,7 @@ def init_state(
     key: typed random key.
     problem: the problem.
     classifiers: T classifiers.
-    conditions: the stationarity condition of each.
+    equations: those of each, see `kkt_jax.reconstruction.coordinates`.
     theta: initial parameters of the generator.
     statistics: its initial running averages.
     eta: initial parameters of the multipliers.
@@ -181,23 +182,23 @@ def init_state(
 
   @jax.jit
   def first_batch(
-    params: PyTree, classifiers: Sequence[Classifier], conditions: Sequence[Conditions]
+    params: PyTree, classifiers: Sequence[Classifier], equations: Sequence[Equations]
   ) -> tuple[jax.Array, jax.Array]:
     """The log-scale and the median absolute margin of each classifier on a first batch."""
     log_scales, sizes = [], []
     noise, y = _samples(problem, classifiers, first_key, jnp.zeros(()))
     few = slice(problem.microbatch_size)  # enough for a start
     samples, _ = _generate(problem, params, statistics, noise[few], y[few])
-    batches = _batches(problem, params, classifiers, samples, noise[few], y[few])
-    for condition, (batch, pull_back) in zip(conditions, batches, strict=True):
+    batches = _batches(problem, params, classifiers, equations, samples, noise[few], y[few])
+    for own, (batch, pull_back) in zip(equations, batches, strict=True):
       sums = _stationarity_sum(batch, pull_back)
-      log_scales.append(multipliers.initial_log_scale(condition, sums))
+      log_scales.append(multipliers.initial_log_scale(own.conditions, sums))
       sizes.append(jnp.median(jnp.abs(losses.runner_up_margin(batch.logits, batch.classes))))
     return jnp.stack(log_scales), jnp.stack(sizes)
 
   first = [margin for margin in margins if margin is not None]
   if problem.multipliers.scaled or None in margins:
-    log_scales, sizes = first_batch(params, classifiers, conditions)
+    log_scales, sizes = first_batch(params, classifiers, equations)
     first = [float(size) if margin is None else margin for margin, size in zip(margins, sizes, strict=True)]
   if not all(margin > 0 for margin in first):
     raise ValueError(f"margin must be given: the first samples have none that is positive; got {first}.")
@@ -210,7 +211,7 @@ def init_state(
 
 
 def make_train_step(problem: Problem) -> TrainStep:
-  """The jitted ``(state, classifiers, conditions, count) -> (state, metrics)``, which takes ``count`` steps.
+  """The jitted ``(state, classifiers, equations, count) -> (state, metrics)``, which takes ``count`` steps.
 
   ``count`` is None for a single step, or an integer: then the steps run inside one compiled loop, whatever their
   number.
@@ -224,11 +225,11 @@ def make_train_step(problem: Problem) -> TrainStep:
 
   @full_precision
   def one_step(
-    state: TrainState, classifiers: Sequence[Classifier], conditions: Sequence[Conditions]
+    state: TrainState, classifiers: Sequence[Classifier], equations: Sequence[Equations]
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     noise_key, _, key = jax.random.split(state.key, 3)
     loss_fn = jax.grad(functools.partial(_loss, problem), has_aux=True)
-    gradient, (metrics, statistics) = loss_fn(state.params, state, noise_key, classifiers, conditions)
+    gradient, (metrics, statistics) = loss_fn(state.params, state, noise_key, classifiers, equations)
     metrics["gradient_norm"] = optax.tree.norm(gradient)
     updates, opt_state = problem.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -239,13 +240,13 @@ def make_train_step(problem: Problem) -> TrainStep:
 
   @functools.partial(jax.jit, out_shardings=everywhere)
   def steps(
-    state: TrainState, classifiers: Sequence[Classifier], conditions: Sequence[Conditions], count: Any
+    state: TrainState, classifiers: Sequence[Classifier], equations: Sequence[Equations], count: Any
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     if count is None:
-      return one_step(state, classifiers, conditions)
-    shapes = jax.eval_shape(one_step, state, classifiers, conditions)[1]
+      return one_step(state, classifiers, equations)
+    shapes = jax.eval_shape(one_step, state, classifiers, equations)[1]
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.fori_loop(0, count, lambda _, carry: one_step(carry[0], classifiers, conditions), (state, zeros))
+    return jax.lax.fori_loop(0, count, lambda _, carry: one_step(carry[0], classifiers, equations), (state, zeros))
 
   return steps
 
@@ -256,12 +257,12 @@ def _loss(
   state: TrainState,
   key: jax.Array,
   classifiers: Sequence[Classifier],
-  conditions: Sequence[Conditions],
+  equations: Sequence[Equations],
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
   """The loss of a batch, summed over classifiers (Eqs. 7, 12, 13), with metrics and running averages."""
   progress = _progress(problem, state)
   samples = _samples(problem, classifiers, key, progress)
-  of_part = lambda part: _means(problem, params, state.statistics, classifiers, part)
+  of_part = lambda part: _means(problem, params, state.statistics, classifiers, equations, part)
   if problem.microbatch_size is not None:
     mean = optax.microbatching.AccumulationType.MEAN
     of_part = optax.microbatching.microbatch(jax.checkpoint(of_part), 0, problem.microbatch_size, mean)
@@ -272,8 +273,8 @@ def _loss(
   metrics = dict(values)
   if problem.stationarity.weight:
     pairs = [
-      _stationarity(problem.stationarity, condition, sums, alpha)
-      for condition, (sums, _), alpha in zip(conditions, means, params["alpha"], strict=True)
+      _stationarity(problem.stationarity, own.conditions, sums, alpha)
+      for own, (sums, _), alpha in zip(equations, means, params["alpha"], strict=True)
     ]
     values["stationarity"] = jnp.stack([value for value, _ in pairs])
     weights["stationarity"] = _stationarity_weight(problem.stationarity, progress)
@@ -288,6 +289,7 @@ def _means(
   params: PyTree,
   statistics: PyTree,
   classifiers: Sequence[Classifier],
+  equations: Sequence[Equations],
   samples: tuple[jax.Array, jax.Array],
 ) -> tuple[list[tuple[PyTree, dict[str, jax.Array]]], PyTree]:
   """For each classifier the stationarity sum and the means of the other terms over (a part of) a batch."""
@@ -295,7 +297,7 @@ def _means(
     samples = sharding.split_samples(samples, problem.mesh)
   x, statistics = _generate(problem, params, statistics, *samples)
   means = []
-  batches = _batches(problem, params, classifiers, x, *samples)
+  batches = _batches(problem, params, classifiers, equations, x, *samples)
   for classifier, (batch, pull_back) in zip(classifiers, batches, strict=True):
     values = {name: term.function(classifier, batch) for name, term in problem.active_terms.items()}
     whole = [name for name, value in values.items() if jnp.ndim(value) == 0]
@@ -349,20 +351,24 @@ def _batches(
   problem: Problem,
   params: PyTree,
   classifiers: Sequence[Classifier],
+  equations: Sequence[Equations],
   samples: Sequence[jax.Array],
   noise: jax.Array,
   y: jax.Array,
 ) -> list[tuple[Batch, PullBack]]:
   """For each classifier what it makes of its samples, with multipliers, and the pull-back from logits to parameters."""
   batches = []
-  for index, (classifier, x) in enumerate(zip(classifiers, samples, strict=True)):
-    labels, alpha = y[:, index], params["alpha"][index]
+  for index, (classifier, own, x) in enumerate(zip(classifiers, equations, samples, strict=True)):
+    labels, alpha, inputs = y[:, index], params["alpha"][index], x
+    if own.size is not None:
+      assert problem.generator.coordinates is not None
+      inputs = own.inputs(problem.generator.coordinates(params["theta"], noise[:, index], labels, index))
     classes = classifier.classes_of(labels)
     gates = []
     if "gates" in params:
       code = code_of(noise[:, index], problem.generator.codes)
       gates = [[logits[classes, code] for logits in params["gates"][index]]]
-    whole, pull_back = _evaluate(classifier, x, problem.stationarity.compute_dtype, *gates)
+    whole, pull_back = _evaluate(own.classifier, inputs, problem.stationarity.compute_dtype, *gates)
     batch = Batch(x, classifier.to_unit(x), labels, classes, noise[:, index], index, alpha, *whole)
     mu = problem.multipliers.apply(params["eta"]["multipliers"], classifier, batch)
     if problem.multipliers.scaled:

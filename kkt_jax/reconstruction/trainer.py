@@ -16,8 +16,8 @@ from kkt_jax.analysis.examination import Examination, examine
 from kkt_jax.checkpoint import CheckpointError, fingerprint
 from kkt_jax.classifiers.classifier import check_classifier, Classifier
 from kkt_jax.classifiers.relaxation import relaxed
-from kkt_jax.kkt.conditions import Conditions
 from kkt_jax.reconstruction import recipes
+from kkt_jax.reconstruction.coordinates import Equations, in_coordinates
 from kkt_jax.reconstruction.recipes import Recipe
 from kkt_jax.reconstruction.step import class_sequence, init_state, make_train_step, Problem, TrainState
 
@@ -87,9 +87,18 @@ class Trainer:
 
   @functools.cached_property
   @full_precision
-  def conditions(self) -> list[Conditions]:
-    """The stationarity condition of each classifier, as it is trained."""
-    return [self.recipe.stationarity.conditions(examination) for examination in self.examinations]
+  def equations(self) -> list[Equations]:
+    """What is evaluated of each classifier, in the coordinates of its subspace where samples are given by them."""
+    stationarity, found = self.recipe.stationarity, list[Equations]()
+    for classifier, examination in zip(self.classifiers, self.examinations, strict=True):
+      conditions, within = stationarity.conditions(examination), None
+      if self.problem.generator.coordinates is not None and stationarity.of_norms:
+        within = in_coordinates(classifier, conditions, examination)
+      if within is not None:
+        relaxed_within = relaxed(within.classifier, stationarity.gate_sharpness)
+        within = dataclasses.replace(within, classifier=relaxed_within)
+      found.append(within or Equations(classifier, conditions))
+    return found
 
   @functools.cached_property
   @full_precision
@@ -115,8 +124,8 @@ class Trainer:
   def step(self) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """``(state, count) -> (state, metrics)``; see `kkt_jax.reconstruction.step.make_train_step`."""
     step = make_train_step(self.problem)
-    classifiers, conditions = self.placed((self.classifiers, self.conditions))
-    return lambda state, count: step(state, classifiers, conditions, count)
+    classifiers, equations = self.placed((self.classifiers, self.equations))
+    return lambda state, count: step(state, classifiers, equations, count)
 
   @functools.cached_property
   def generate(self) -> Callable[[TrainState, jax.Array, jax.Array, jax.Array], jax.Array]:
@@ -143,7 +152,7 @@ class Trainer:
       state_key,
       self.problem,
       self.classifiers,
-      self.conditions,
+      self.equations,
       theta=theta,
       statistics=statistics,
       eta=self.problem.multipliers.init(multiplier_key),

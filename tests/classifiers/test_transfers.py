@@ -36,7 +36,7 @@ def test_no_step_copies_or_is_compiled_again(begin, steps_per_call):
     count = jax.device_put(count)  # the only number that the host knows and the device does not
     with jax.transfer_guard("disallow"):
       calls.append(count)
-      return step(state, begin.classifiers, begin.conditions, count)
+      return step(state, begin.classifiers, begin.trainer.equations, count)
 
   observer = reconstruction.Observer(log_every=5)
   loop.fit(guarded, begin.state, num_steps=10, steps_per_call=steps_per_call, observer=observer)

@@ -19,6 +19,7 @@ from kkt_jax.checkpoint import Checkpointer
 from kkt_jax.classifiers import make_classifier, relaxation
 from kkt_jax.kkt import Conditions, losses, multipliers, weight_decay_conditions
 from kkt_jax.reconstruction import loop, Observer, Problem, recipes, Term, terms, TrainingDiverged, TrainState
+from kkt_jax.reconstruction.coordinates import Equations
 from kkt_jax.reconstruction.loop import fit
 from kkt_jax.reconstruction.step import batch_samples, class_sequence, init_state, make_train_step, TrainStep
 
@@ -56,6 +57,10 @@ def fixed_table(examinations):
   return generators.table(codes=CODES)(examinations)._replace(noise=noise)
 
 
+def equations_of(classifiers, conditions):
+  return [Equations(*pair) for pair in zip(classifiers, conditions, strict=True)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
   """A tiny problem: linear classifiers of the plane, their conditions, a start and a compiled step."""
@@ -66,13 +71,17 @@ class Setup:
   classifiers: tuple
   conditions: tuple
 
+  @property
+  def equations(self):
+    return equations_of(self.classifiers, self.conditions)
+
   def run(self, num_steps, state=None, *, saver=None, steps_per_call=1, **observed):
-    step = lambda state, count: self.step(state, self.classifiers, self.conditions, count)
+    step = lambda state, count: self.step(state, self.classifiers, self.equations, count)
     settings = {"saver": saver, "steps_per_call": steps_per_call, "observer": Observer(**observed)}
     return fit(step, self.state if state is None else state, num_steps=num_steps, **settings)
 
   def once(self, state=None):
-    return self.step(self.state if state is None else state, self.classifiers, self.conditions, None)
+    return self.step(self.state if state is None else state, self.classifiers, self.equations, None)
 
 
 def setup(
@@ -108,7 +117,7 @@ def setup(
     jax.random.key(2),
     problem,
     classifiers,
-    conditions,
+    equations_of(classifiers, conditions),
     theta=theta,
     statistics=statistics,
     eta=problem.multipliers.init(jax.random.key(3)),
@@ -266,7 +275,7 @@ def test_the_target_can_follow_alpha():
   after, metrics = following.once(start)
   # e^(2 log 3) = 9 times the target, by alpha or by hand.
   scaled = [dataclasses.replace(plain.conditions[0], target=9.0 * plain.conditions[0].target)]
-  by_hand, expected = plain.step(start, plain.classifiers, scaled, None)
+  by_hand, expected = plain.step(start, plain.classifiers, equations_of(plain.classifiers, scaled), None)
   np.testing.assert_allclose(metrics["stationarity"], expected["stationarity"], rtol=1e-5)
   assert float(by_hand.params["alpha"][0]) == float(start.params["alpha"][0])  # a constant gives alpha no gradient
   assert float(after.params["alpha"][0]) != float(start.params["alpha"][0])
@@ -310,7 +319,7 @@ def test_free_multipliers_are_pulled_to_the_least_one():
     optimizer=optax.adam(1e-2),
   )
   start = own.state.params["eta"]["multipliers"]
-  after, metrics = own.step(own.state, own.classifiers, own.conditions, 300)
+  after, metrics = own.step(own.state, own.classifiers, own.equations, 300)
   before = own.once()[1]["least_multiplier"][0]
   # Mean of the squares of 0.5 - raw where raw is below 0.5.
   np.testing.assert_allclose(before, jnp.mean(jnp.square(jax.nn.relu(0.5 - start))), rtol=1e-5)
@@ -332,7 +341,7 @@ def test_free_multipliers_are_drawn_to_the_softmax():
     ),
   )
   first = float(own.once()[1]["softmax_distance"][0])
-  after, metrics = own.step(own.state, own.classifiers, own.conditions, 300)
+  after, metrics = own.step(own.state, own.classifiers, own.equations, 300)
   assert first > 0.01
   assert float(metrics["softmax_distance"][0]) < 1e-3
   (x, y), *_ = batch_samples(own.problem, after, own.classifiers)
