@@ -136,7 +136,7 @@ def _controls(
     path: the file.
     data: training images, images for the judge, held-out images.
     y: labels of the samples [S].
-    like: as many images of noise are drawn for their residual as these.
+    like: as many images of noise are drawn for their residual as these, and no more than these of any other kind.
     key: of the noise.
     measure: the metrics of a set of samples.
     kkt: the method's own metrics of as many images as a classifier was trained on.
@@ -151,7 +151,7 @@ def _controls(
   del populations["real_held_out"]  # the conditions are those of other data
   results: dict[str, Any] = {name: measure(images) for name, images in samples.items()}
   for name, images in populations.items():
-    results[name] |= kkt(images)
+    results[name] |= kkt(images if len(images.y) <= len(like.y) else _with_labels(images, like.y))
   results["recovered_by_real_held_out"] = comparison.recovered(data.held_out, data.train)
   results["recovered_by_class_means"] = comparison.recovered(samples["class_means"], data.train)
   write_json(path, results)
@@ -241,4 +241,4 @@ def _at_inference(classifier: Classifier, x: jax.Array, y: jax.Array, alpha: flo
 @jax.jit
 def _mean_gradients(classifier: Classifier, x: jax.Array, y: jax.Array) -> PyTree:
   mu = multipliers.from_softmax(classifier.predict(x))
-  return losses.stationarity_sum(classifier.gradient_fn, classifier.params, x, classifier.classes_of(y), mu)
+  return losses.stationarity_sum(classifier.apply_fn, classifier.params, x, classifier.classes_of(y), mu)

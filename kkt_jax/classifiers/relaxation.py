@@ -7,6 +7,7 @@ function is read as JAX sees it, operation by operation, and every gate in it is
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -136,13 +137,14 @@ def pre_activations(apply_fn: ApplyFn, params: PyTree, x: Any) -> list[jax.Array
   >>> pre_activations(lambda w, x: jnp.tanh(jax.nn.relu6(w * x)), 2.0, jnp.array([-1.0, 2.0]))[0].tolist()
   [-2.0, 4.0]
   """
+  return _roots(apply_fn, params, x)
 
-  def roots(params: PyTree, x: Any) -> list[jax.Array]:
-    report = _Report()
-    _relaxed(apply_fn, params, x, report)
-    return report.roots
 
-  return jax.jit(roots)(params, x)
+@functools.partial(jax.jit, static_argnums=0)
+def _roots(apply_fn: ApplyFn, params: PyTree, x: Any) -> list[jax.Array]:
+  report = _Report()
+  _relaxed(apply_fn, params, x, report)
+  return report.roots
 
 
 def relaxed(classifier: Classifier, sharpness: float | None) -> Classifier:

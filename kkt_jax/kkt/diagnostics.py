@@ -313,14 +313,18 @@ def diagnose(
   _checks.check_shape("x", x, (x.shape[0], *classifier.input_shape), "[M, *input_shape]")
   _checks.check_labels("labels", labels, x.shape[0])
   classes = classifier.classes_of(labels)
-  solve = functools.partial(nonnegative_multipliers, params=classifier.params, x=x, classes=classes)
-  solve = functools.partial(solve, conditions=conditions, num_steps=num_steps)
-  exact_mu = jnp.asarray(mu) if mu is not None else solve(classifier.gradient_fn)
-  exact, margin = _measured(classifier, conditions, x, classes, exact_mu, None)
-  gates = free_gates(classifier, conditions, x, classes, exact_mu)
-  best_mu = solve(classifier.apply_fn, gates=gates) if mu is None and gates else exact_mu
-  residual, _ = _measured(classifier, conditions, x, classes, best_mu, gates) if gates else (exact, margin)
-  mu = best_mu
+  classifier = relaxation.relaxed(classifier, 0)  # the same programs serve both kinds of gates, and any sharpness
+  solve = functools.partial(nonnegative_multipliers, classifier.apply_fn, classifier.params, x, classes, conditions)
+  given = None if mu is None else jnp.asarray(mu)
+  measured = lambda mu, gates: _measured(classifier, conditions, x, classes, mu, gates)
+  roots = relaxation.pre_activations(classifier.apply_fn, classifier.params, x)
+  gates = [(root > 0).astype(root.dtype) for root in roots]
+  mu = solve(gates=gates, num_steps=num_steps) if given is None else given
+  exact, margin = residual, _ = measured(mu, gates)
+  if gates:
+    gates = free_gates(classifier, conditions, x, classes, mu)
+    mu = solve(gates=gates, num_steps=num_steps) if given is None else given
+    residual, _ = measured(mu, gates)
   wrong = np.asarray(mu)[np.arange(mu.shape[1]) != np.asarray(classes)[:, None]]
   low, median, high = np.percentile(margin, [5, 50, 95])
   with np.errstate(divide="ignore", invalid="ignore"):  # infinite if the median is 0
@@ -348,10 +352,9 @@ def _measured(
   x: jax.Array,
   classes: jax.Array,
   mu: jax.Array,
-  gates: list[jax.Array] | None,
+  gates: list[jax.Array],
 ) -> tuple[losses.StationarityResidual, jax.Array]:
-  """The residual with multipliers mu and given gates, exact ones if None, and the margins [M] at inference."""
-  function = classifier.gradient_fn if gates is None else _with_gates(classifier.apply_fn, gates)
-  sums = losses.stationarity_sum(function, classifier.params, x, classes, mu)
+  """The residual with multipliers mu and given gates, and the margins [M] at inference."""
+  sums = losses.stationarity_sum(_with_gates(classifier.apply_fn, gates), classifier.params, x, classes, mu)
   margins = losses.runner_up_margin(classifier.predict_fn(classifier.params, x), classes)
   return losses.stationarity_residual(conditions, sums), margins
