@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import io
 import pathlib
+import textwrap
 from typing import IO
 
 from jax.typing import ArrayLike
@@ -79,7 +80,7 @@ def scores(file: pathlib.Path | IO[bytes], values: Mapping[str, tuple[np.ndarray
   bins = np.linspace(0, len(ranks), 26)
   for own, label in ((ranks[: len(members)], "members"), (ranks[len(members) :], "non-members")):
     right.hist(own, bins, density=True, alpha=0.6, label=label)
-  right.set(xlabel=f"rank by {name}", yticks=[], ylabel="density", title="Members and non-members")
+  right.set(xlabel=textwrap.fill(f"rank by {name}", 48), yticks=[], ylabel="density", title="Members and non-members")
   right.legend(fontsize=7)
   figure.savefig(file)
 
