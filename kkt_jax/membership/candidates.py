@@ -120,7 +120,7 @@ def multipliers(
   correlations = _correlations(classifier, conditions, x, labels, chunk_size)
   if weighed:
     parts = _parts(correlations, ridge)[0] / correlations.sizes
-    weights = _weights(classifier, conditions, x, labels, parts)
+    weights = _weights(classifier, conditions, x, labels, parts, chunk_size)
     correlations = _correlations(classifier, weigh_tensors(conditions, weights), x, labels, chunk_size)
   return _scaled_parts(classifier, correlations, x, labels, ridge)
 
@@ -206,14 +206,25 @@ def _log_odds(classifier: Classifier, params: PyTree, x: jax.Array, classes: jax
 
 
 def _weights(
-  classifier: Classifier, conditions: Conditions, x: jax.Array, labels: ArrayLike, parts: np.ndarray
+  classifier: Classifier,
+  conditions: Conditions,
+  x: jax.Array,
+  labels: ArrayLike,
+  parts: np.ndarray,
+  chunk_size: int,
 ) -> dict[str, float]:
   """By tensor the inverse variance of what a sum of gradients leaves of the target; 0 for a target that is 0."""
-  classes, chosen = classifier.classes_of(labels), np.flatnonzero(parts > 0)
-  own = lambda params: (
-    jnp.asarray(parts[chosen]) @ _log_odds(classifier, params, x[chosen], jnp.asarray(classes)[chosen])
-  )
-  total = jax.grad(own)(classifier.params)
+
+  @jax.jit
+  def summed(params: PyTree, parts: jax.Array, x: jax.Array, index: jax.Array) -> PyTree:
+    return jax.grad(lambda own: parts @ _log_odds(classifier, own, x, index))(params)
+
+  classes, order = jnp.asarray(classifier.classes_of(labels)), np.argsort(-parts, kind="stable")
+  total = jax.tree.map(jnp.zeros_like, classifier.params)
+  for start in range(0, int(np.sum(parts > 0)), chunk_size):
+    chunk = order[start : start + chunk_size]
+    found = summed(classifier.params, jnp.asarray(parts[chunk], x.dtype), x[chunk], classes[chunk])
+    total = jax.tree.map(jnp.add, total, found)
   weights = {}
   trees = (conditions.target, total, conditions.mask)
   for name, target, found, mask in zip(tensor_names(total), *map(jax.tree.leaves, trees), strict=True):
