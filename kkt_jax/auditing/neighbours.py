@@ -66,8 +66,8 @@ def nearest(classifier: Classifier, unit: np.ndarray, y: np.ndarray, criteria: A
   Returns:
     A `Neighbour`.
   """
-  places = _affordable(classifier, len(y))
-  unit, y = unit[places], y[places]
+  drawn = _affordable(classifier, len(y))
+  unit, y = unit[drawn], y[drawn]
   x = np.asarray(classifier.from_unit(unit))
   near = _nearness(classifier, x, y)
   ground, deviation = float(np.median(x)), max(float(x.std()), 1e-6)  # most values of a digit are its ground
