@@ -25,7 +25,7 @@ _GAINS, _SHIFTS = (0.25, 0.5, 1.0, 2.0, 4.0), (-2.0, -1.0, 0.0, 1.0, 2.0)  # fir
 _EVALUATIONS, _OF_SHIFTS = 60, 20  # of each of two searches, and of shifts alone between them
 _PRECISE = 0.01  # shifts between the two searches, in deviations: the second one goes on from there
 _STEPS = (-0.7, -0.35, 0.0, 0.35, 0.7)  # in the logarithm of the gain
-_WORK, _LEAST = 10**13, 64  # operations for all evaluations of a large network, and samples that it has at least
+_WORK, _LEAST = 2 * 10**12, 32  # operations for all evaluations of a large network, and samples that it has at least
 
 
 class Neighbour(NamedTuple):
