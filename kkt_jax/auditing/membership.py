@@ -61,6 +61,7 @@ class Scored(NamedTuple):
     values: by score, those of the members [n] and of the non-members [m].
     risks: each member by itself, the surest first.
     p_value: of as great a difference by chance, in any score.
+    surest: the name of the score that gives this p-value.
   """
 
   curves: Mapping[str, Roc]
@@ -68,6 +69,7 @@ class Scored(NamedTuple):
   values: Mapping[str, tuple[np.ndarray, np.ndarray]]
   risks: Sequence[Risk]
   p_value: float
+  surest: str
 
   @property
   def epsilon(self) -> float:
@@ -108,8 +110,9 @@ def compared(asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]]
   """What scores say of samples [n] and of held-out ones [m], given for each score by its name."""
   curves = {name: roc(*sides) for name, sides in values.items()}
   best = max(curves, key=lambda name: (curves[name].points[0].members, curves[name].auc))
-  p_values = [_p_value(*sides, curves[name].points[0].members) for name, sides in values.items()]
-  return Scored(curves, best, values, risks(asked, values), min(1.0, len(p_values) * min(p_values)))
+  p_values = {name: _p_value(*sides, curves[name].points[0].members) for name, sides in values.items()}
+  surest = min(p_values, key=lambda name: (p_values[name], name != best))
+  return Scored(curves, best, values, risks(asked, values), min(1.0, len(p_values) * p_values[surest]), surest)
 
 
 def suspects(

@@ -7,7 +7,7 @@ are those of the training data. So a slip in the range or the mean is found by l
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,9 @@ from kkt_jax.criteria import AuditCriteria
 _DEFAULT = AuditCriteria()
 _GAINS, _SHIFTS = (0.25, 0.5, 1.0, 2.0, 4.0), (-2.0, -1.0, 0.0, 1.0, 2.0)  # first tried; these in deviations
 _EVALUATIONS, _OF_SHIFTS = 60, 20  # of each of two searches, and of shifts alone between them
+_PRECISE = 0.01  # shifts between the two searches, in deviations: the second one goes on from there
 _STEPS = (-0.7, -0.35, 0.0, 0.35, 0.7)  # in the logarithm of the gain
+_WORK, _LEAST = 2 * 10**12, 32  # operations for all evaluations of a large network, and samples that it has at least
 
 
 class Neighbour(NamedTuple):
@@ -64,6 +66,8 @@ def nearest(classifier: Classifier, unit: np.ndarray, y: np.ndarray, criteria: A
   Returns:
     A `Neighbour`.
   """
+  drawn = _affordable(classifier, len(y))
+  unit, y = unit[drawn], y[drawn]
   x = np.asarray(classifier.from_unit(unit))
   near = _nearness(classifier, x, y)
   ground, deviation = float(np.median(x)), max(float(x.std()), 1e-6)  # most values of a digit are its ground
@@ -79,8 +83,8 @@ def nearest(classifier: Classifier, unit: np.ndarray, y: np.ndarray, criteria: A
 
   def shifted(log_gain: float, shift: float) -> tuple[float, float]:  # it is far better determined than a gain
     along = lambda own: farness((log_gain, own))
-    bounds = (shift - 1, shift + 1)
-    found = optimize.minimize_scalar(along, bounds=bounds, method="bounded", options={"maxiter": _OF_SHIFTS})
+    bounds, precise = (shift - 1, shift + 1), {"maxiter": _OF_SHIFTS, "xatol": _PRECISE}
+    found = optimize.minimize_scalar(along, bounds=bounds, method="bounded", options=precise)
     return log_gain, float(found.x)
 
   found = search(np.array(min(((np.log(gain), shift) for gain in _GAINS for shift in _SHIFTS), key=farness)), 0.3)
@@ -95,6 +99,16 @@ def nearest(classifier: Classifier, unit: np.ndarray, y: np.ndarray, criteria: A
   if best < least or best < criteria.nearer_doubted * given:
     return Neighbour(confirmed=given >= least)
   return Neighbour(what, best / max(given, 1e-9))
+
+
+def _affordable(classifier: Classifier, count: int) -> np.ndarray:
+  """The places of the samples with which one search takes at most `_WORK` operations, or the least number of them."""
+  one = jax.ShapeDtypeStruct((1, *classifier.input_shape), jnp.float32)
+  counted: Any = jax.jit(classifier.predict_fn).lower(classifier.params, one).cost_analysis() or {}
+  evaluations = 2 * _EVALUATIONS + 2 * len(_STEPS) * _OF_SHIFTS
+  passes = evaluations * (3 if classifier.statistics_fn is None else 1)  # a gradient takes three
+  most = max(_LEAST, int(_WORK / (passes * max(counted.get("flops", 0.0), 1.0))))
+  return np.sort(np.random.default_rng(0).choice(count, min(count, most), replace=False))
 
 
 def other_decay(classifier: Classifier, x: np.ndarray, y: np.ndarray, criteria: AuditCriteria = _DEFAULT) -> str:

@@ -73,11 +73,14 @@ def of_scores(scored: Scored, criteria: AuditCriteria = _DEFAULT) -> Verdict:
   )
   if scored.best != "loss":
     counted += f", and {naive.points[0].members} by their loss, the baseline (AUC {naive.auc:.3f})"
+  p_value = with_p(scored.p_value)
   if scored.p_value < criteria.significant:
+    if scored.surest != scored.best:
+      p_value += f" by {SCORES[scored.surest]} (AUC {scored.curves[scored.surest].auc:.3f})"
     answer = "Membership can be inferred: members and non-members are distinguishable."
-    return Verdict("member", answer, [f"{counted}; {with_p(scored.p_value)}."])
+    return Verdict("member", answer, [f"{counted}; {p_value}."])
   answer = "No evidence that membership can be inferred from these scores."
-  return Verdict("none", answer, [f"{counted}; chance explains that ({with_p(scored.p_value)})."])
+  return Verdict("none", answer, [f"{counted}; chance explains that ({p_value})."])
 
 
 def with_scores(verdict: Verdict, scored: Scored | None, criteria: AuditCriteria = _DEFAULT) -> Verdict:

@@ -106,8 +106,9 @@ def _sketched(
       if float(missed) > _RANK_ONE:
         return _sketched(gradients, chunks, target, [own and at != place for at, own in enumerate(are_products)])
       own.append(tuple(np.asarray(factor, np.float64) for factor in factors))
+    arrays = [np.asarray(leaves[place]) for place in rest]
     for row, sample in enumerate(range(chunk.start, chunk.stop)):
-      entries = np.concatenate([np.asarray(leaves[place][row]).reshape(-1) for place in rest])
+      entries = np.concatenate([own[row].reshape(-1) for own in arrays])
       products[sample] = entries @ flat
       summed = (np.pad(entries, (0, padded - flat.size)) * signs).reshape(-1, number).sum(axis=0)
       rows[sample] = summed * np.linalg.norm(entries) / max(float(np.linalg.norm(summed)), 1e-37)

@@ -120,7 +120,7 @@ def multipliers(
   correlations = _correlations(classifier, conditions, x, labels, chunk_size)
   if weighed:
     parts = _parts(correlations, ridge)[0] / correlations.sizes
-    weights = _weights(classifier, conditions, x, labels, parts)
+    weights = _weights(classifier, conditions, x, labels, parts, chunk_size)
     correlations = _correlations(classifier, weigh_tensors(conditions, weights), x, labels, chunk_size)
   return _scaled_parts(classifier, correlations, x, labels, ridge)
 
@@ -189,8 +189,8 @@ def _correlations(
 
   target = [np.asarray(leaf, np.float64) for leaf in masked(conditions.target)]
   if sum(leaf.size for leaf in target) > SKETCHED:  # one by one: together their convolutions are slower, and large
-    own, chunk_size = jax.jit(gradients), 1
-    of = lambda chunk: [leaf[None] for leaf in own(classifier.params, x[chunk.start], classes[chunk.start])]
+    one = jax.jit(lambda params, x, index: [leaf[None] for leaf in gradients(params, x, index)])
+    chunk_size, of = 1, lambda chunk: one(classifier.params, x[chunk.start], classes[chunk.start])
   else:
     many = jax.jit(jax.vmap(gradients, in_axes=(None, 0, 0)))
     of = lambda chunk: many(classifier.params, x[chunk], classes[chunk])
@@ -206,18 +206,30 @@ def _log_odds(classifier: Classifier, params: PyTree, x: jax.Array, classes: jax
 
 
 def _weights(
-  classifier: Classifier, conditions: Conditions, x: jax.Array, labels: ArrayLike, parts: np.ndarray
+  classifier: Classifier,
+  conditions: Conditions,
+  x: jax.Array,
+  labels: ArrayLike,
+  parts: np.ndarray,
+  chunk_size: int,
 ) -> dict[str, float]:
   """By tensor the inverse variance of what a sum of gradients leaves of the target; 0 for a target that is 0."""
-  classes, chosen = classifier.classes_of(labels), np.flatnonzero(parts > 0)
-  own = lambda params: (
-    jnp.asarray(parts[chosen]) @ _log_odds(classifier, params, x[chosen], jnp.asarray(classes)[chosen])
-  )
-  total = jax.grad(own)(classifier.params)
+
+  @jax.jit
+  def summed(params: PyTree, parts: jax.Array, x: jax.Array, index: jax.Array) -> PyTree:
+    return jax.grad(lambda own: parts @ _log_odds(classifier, own, x, index))(params)
+
+  classes, order = jnp.asarray(classifier.classes_of(labels)), np.argsort(-parts, kind="stable")
+  total = jax.tree.map(jnp.zeros_like, classifier.params)
+  for start in range(0, int(np.sum(parts > 0)), chunk_size):
+    chunk = order[start : start + chunk_size]
+    found = summed(classifier.params, jnp.asarray(parts[chunk], x.dtype), x[chunk], classes[chunk])
+    total = jax.tree.map(jnp.add, total, found)
   weights = {}
   trees = (conditions.target, total, conditions.mask)
-  for name, target, found, mask in zip(tensor_names(total), *map(jax.tree.leaves, trees), strict=True):
-    left, all_of_it = (float(jnp.mean(jnp.square(mask * own))) for own in (target - found, target))
+  arrays = (map(np.asarray, jax.tree.leaves(tree)) for tree in trees)  # in JAX each shape would be compiled
+  for name, target, found, mask in zip(tensor_names(total), *arrays, strict=True):
+    left, all_of_it = (float(np.mean(np.square(mask * own))) for own in (target - found, target))
     weights[name] = 1 / max(left, 1e-9 * all_of_it) if all_of_it else 0.0
   return weights
 
@@ -284,12 +296,13 @@ def common_margin(margins: ArrayLike, margin: float | None = None, *, neighbours
 def _of_first_kernel(examination: Examination) -> Conditions:
   """The conditions on a fully connected first layer's kernel alone, left out before or not; all if it has no target."""
   conditions = examination.conditions
+  held = lambda role, target: role == "first kernel" and bool(np.any(np.asarray(target)))
+  if not any(jax.tree.leaves(jax.tree.map(held, examination.roles, conditions.target))):
+    return conditions
   mask = jax.tree.map(
-    lambda role, leaf: jnp.full_like(leaf, role == "first kernel"), examination.roles, conditions.target
+    lambda role, own: jnp.full_like(own, role == "first kernel"), examination.roles, conditions.target
   )
-  alone = dataclasses.replace(conditions, mask=mask)
-  targets = zip(jax.tree.leaves(mask), jax.tree.leaves(conditions.target), strict=True)
-  return alone if any(bool(jnp.any(own * target)) for own, target in targets) else conditions
+  return dataclasses.replace(conditions, mask=mask)
 
 
 @_checks.annotated

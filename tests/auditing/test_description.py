@@ -201,6 +201,16 @@ def test_stored_statistics_tell_a_slip_before_batch_norm(given, said):
   assert found.confirmed == (not said) and re.search(said, str(found)) and bool(str(found)) == bool(said)
 
 
+def test_of_a_large_network_some_samples_are_drawn_with_which_a_slip_is_found_all_the_same(monkeypatch):
+  monkeypatch.setattr(neighbours, "_WORK", 1)
+  monkeypatch.setattr(neighbours, "_LEAST", 40)
+  _, variables = batch_normalised(lambda x: x)
+  right, wrong = (batch_normalised(given)[0].classifier(variables) for given in (lambda x: x, lambda x: x + 0.5))
+  assert len(neighbours._affordable(right, 60)) == 40
+  assert not str(neighbours.nearest(right, samples(0).x, samples(0).y))
+  assert re.search(r"inputs lowered by 0\.(49|5) ", str(neighbours.nearest(wrong, samples(0).x, samples(0).y)))
+
+
 def test_stored_statistics_tell_a_wrong_epsilon_if_they_are_exact():
   x = samples(0).x
   subject, variables = batch_normalised(lambda x: x)

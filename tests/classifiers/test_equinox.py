@@ -2,17 +2,16 @@
 
 import chex
 import equinox as eqx
+import flax_twin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sklearn.datasets import load_digits
 
 import kkt_jax
 
-X, Y = (own[:100] for own in load_digits(return_X_y=True))
-X = jnp.asarray(X / 16, jnp.float32).reshape(-1, 8, 8, 1)
+X, Y = jnp.asarray(flax_twin.X), flax_twin.Y
 KEY = jax.random.key(0)
 
 
@@ -128,6 +127,44 @@ def test_batch_norm_is_that_of_equinox_in_both_modes(mode):
     for name in ("weight", "bias"):
       expected = getattr(getattr(theirs, layer), name)
       np.testing.assert_allclose(found[layer][name], expected, rtol=2e-3, atol=1e-6)
+
+
+class Normalised(eqx.Module):
+  first: eqx.nn.Linear
+  norm: eqx.nn.BatchNorm
+  last: eqx.nn.Linear
+
+  def __init__(self, key):
+    a, b = jax.random.split(key)
+    self.first, self.last = eqx.nn.Linear(64, flax_twin.WIDTH, key=a), eqx.nn.Linear(flax_twin.WIDTH, 10, key=b)
+    self.norm = eqx.nn.BatchNorm(flax_twin.WIDTH, "batch", momentum=flax_twin.KEPT, mode="batch")
+
+  def __call__(self, x, state):
+    h, state = self.norm(self.first(x.ravel()), state)
+    return self.last(jax.nn.relu(h)), state
+
+
+@pytest.mark.slow
+def test_the_own_training_data_leave_as_much_as_in_flax():
+  """100 digits, batch norm, full batch: trained by Equinox, and in flax from the same start with the same steps."""
+  module, state = eqx.nn.make_with_state(Normalised)(KEY)
+  pair = lambda layer: (layer.weight.T, layer.bias)
+  twin = flax_twin.from_flax(pair(module.first), pair(module.norm), pair(module.last), 1e-5)
+  tensors, rest = eqx.partition(module, eqx.is_inexact_array)
+
+  def loss(tensors, state):
+    forward = jax.vmap(eqx.combine(tensors, rest), (0, None), (0, None), axis_name="batch")
+    logits, state = forward(X.transpose(0, 3, 1, 2), state)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean(), state
+
+  def step(carry, _):
+    gradient, state = jax.grad(loss, has_aux=True)(*carry)
+    return (jax.tree.map(lambda own, slope: own - flax_twin.RATE * slope, carry[0], gradient), state), None
+
+  with jax.numpy_rank_promotion("allow"):
+    (tensors, state), _ = jax.lax.scan(step, (tensors, state), None, flax_twin.STEPS)
+  own = kkt_jax.from_equinox(eqx.combine(tensors, rest), state, input_shape=(1, 8, 8))
+  flax_twin.check_residual(own, twin)
 
 
 def test_derivatives_by_inputs_see_the_averages_move_with_them():

@@ -1,18 +1,17 @@
 """Functions that Haiku transformed are the classifiers that they are in Haiku."""
 
 import chex
+import flax_twin
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sklearn.datasets import load_digits
 
 import kkt_jax
 
-X, Y = (own[:100] for own in load_digits(return_X_y=True))
-X = jnp.asarray(X / 16, jnp.float32).reshape(-1, 8, 8, 1)
+X, Y = jnp.asarray(flax_twin.X), flax_twin.Y
 KEY = jax.random.key(0)
 
 
@@ -52,13 +51,17 @@ def test_a_function_without_state_is_what_it_is_in_haiku(network, first, rng):
   chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def trained(network, steps=60, decay=1e-3):
-  """By full-batch descent whose steps shrink to nothing."""
-  transformed = hk.transform_with_state(network)
-  params, state = transformed.init(KEY, X, is_training=True)
-  optimizer = optax.chain(
+def falling(steps=60, decay=1e-3):
+  """Descent with weight decay whose steps shrink to nothing."""
+  return optax.chain(
     optax.add_decayed_weights(decay), optax.sgd(optax.linear_schedule(0.2, 0, steps // 2), momentum=0.9)
   )
+
+
+def trained(network, steps=60, optimizer=falling()):
+  """By full-batch descent."""
+  transformed = hk.transform_with_state(network)
+  params, state = transformed.init(KEY, X, is_training=True)
 
   def loss(params, state):
     logits, after = transformed.apply(params, state, None, X, is_training=True)
@@ -87,6 +90,25 @@ def test_batch_norm_follows_the_batch_and_its_statistics_hold_where_haiku_has_tr
   theirs = jax.grad(lambda p: loss(p, state)[0])(params)
   mean_loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(own.gradient_fn(p, X), Y).mean()
   chex.assert_trees_all_close(jax.grad(mean_loss)(own.params), theirs, rtol=1e-3, atol=1e-6)
+
+
+NORMALISED = (("linear", ("w", "b")), ("batch_norm", ("scale", "offset")), ("linear_1", ("w", "b")))
+
+
+def normalised(x, is_training):
+  h = hk.BatchNorm(True, True, flax_twin.KEPT)(hk.Linear(flax_twin.WIDTH)(hk.Flatten()(x)), is_training)
+  return hk.Linear(10)(jax.nn.relu(h))
+
+
+@pytest.mark.slow
+def test_the_own_training_data_leave_as_much_as_in_flax():
+  """100 digits, batch norm, full batch: trained by Haiku, and in flax from the same start with the same steps."""
+  transformed = hk.transform_with_state(normalised)
+  start = transformed.init(KEY, X, is_training=True)[0]
+  layers = (tuple(start[name][own].squeeze() for own in order) for name, order in NORMALISED)
+  twin = flax_twin.from_flax(*layers, 1e-5)
+  params, state, _ = trained(normalised, flax_twin.STEPS, optax.sgd(flax_twin.RATE))
+  flax_twin.check_residual(kkt_jax.from_haiku(transformed, params, state, input_shape=(8, 8, 1)), twin)
 
 
 def test_another_name_of_the_switch_is_given():

@@ -4,11 +4,11 @@ import copy
 import pathlib
 
 import chex
+import flax_twin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
 import kkt_jax
 
@@ -17,9 +17,8 @@ torchax = pytest.importorskip("torchax", reason="torchax is not installed: make 
 nn = torch.nn
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-X, Y = (own[:100] for own in load_digits(return_X_y=True))
-X = (X / 16).reshape(-1, 1, 8, 8).astype(np.float32)
-LAST = jnp.asarray(X.transpose(0, 2, 3, 1))  # channels last, as the library has them
+LAST, Y = jnp.asarray(flax_twin.X), flax_twin.Y  # channels last, as the library has them
+X = flax_twin.X.reshape(-1, 1, 8, 8)
 
 
 @pytest.fixture(autouse=True)
@@ -258,6 +257,20 @@ def test_batch_norm_follows_the_batch_and_its_statistics_hold_where_pytorch_has_
   found = dict(zip(kkt_jax.tensor_names(own.params), jax.tree.leaves(jax.grad(mean_loss)(own.params)), strict=True))
   for name, parameter in module.named_parameters():
     np.testing.assert_allclose(found[name.replace(".", "/")], parameter.grad.numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_own_training_data_leave_as_much_as_in_flax():
+  """100 digits, batch norm, full batch: trained by PyTorch, and in flax from the same start with the same steps."""
+  norm = nn.BatchNorm1d(flax_twin.WIDTH, momentum=1 - flax_twin.KEPT)
+  module = nn.Sequential(nn.Flatten(), nn.Linear(64, flax_twin.WIDTH), norm, nn.ReLU(), nn.Linear(flax_twin.WIDTH, 10))
+  pair = lambda layer: (layer.weight.detach().numpy().T, layer.bias.detach().numpy())
+  twin = flax_twin.from_flax(pair(module[1]), pair(norm), pair(module[4]), norm.eps)
+  optimizer = torch.optim.SGD(module.parameters(), flax_twin.RATE)
+  for _ in range(flax_twin.STEPS):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(module(torch.tensor(X)), torch.tensor(Y)).backward()
+    optimizer.step()
+  flax_twin.check_residual(kkt_jax.from_torch(module, input_shape=(1, 8, 8)), twin)
 
 
 def test_frozen_tensors_and_buffers_are_constants_and_a_start_is_known():

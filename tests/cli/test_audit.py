@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import tomllib
 import zipfile
 
@@ -540,6 +541,18 @@ def test_members_at_risk_are_shown_and_the_page_says_what_was_not_run(images_at_
   assert len(names) > 12 and page.count("<figure>") == min(len(names), 24)
   assert all(f"<small>{name}</small>" in page for name in names[:24])
   assert "not applicable" in page and "RMIA" in page and "EDPB opinion 28/2024" in page
+
+
+def test_a_p_value_names_its_score_where_another_has_more_members_above_all_others():
+  normal = np.random.default_rng(0).normal
+  values = {
+    "multipliers": (np.append(normal(size=199), 9.0), normal(size=200)),
+    "loss": (normal(1.0, size=200), np.append(normal(size=199), 9.0)),
+  }
+  found = membership.compared(Samples(np.zeros((200, 1)), np.zeros(200, np.int32)), values)
+  assert (found.best, found.surest) == ("multipliers", "loss") and found.p_value < 1e-6
+  (said,) = verdict.of_scores(found).reasons
+  assert re.search(r"^1 of 200 members .* by their multiplier .* by their loss \(AUC 0\.7\d\d\)\.$", said)
 
 
 def test_scores_join_the_verdict(known_members):

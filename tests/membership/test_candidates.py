@@ -120,6 +120,8 @@ def test_tensors_that_the_sum_does_not_explain_count_less_if_they_are_weighed(me
   plain, weighed = (candidates.multipliers(both, conditions, x, classes, weighed=own) for own in (False, True))
   assert weighed[:12].min() > weighed[12:].max()
   assert plain[:12].min() < plain[12:].max()
+  few = candidates.multipliers(both, conditions, x, classes, weighed=True, chunk_size=5)
+  np.testing.assert_allclose(few, weighed, rtol=1e-3, atol=1e-5)
 
 
 def test_all_scores_that_a_classifier_allows(members):
