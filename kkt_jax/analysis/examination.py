@@ -15,14 +15,13 @@ import numpy as np
 
 from kkt_jax import _checks, kkt
 from kkt_jax._precision import full_precision
-from kkt_jax._tree import tensor_names
 from kkt_jax._typing import PyTree
 from kkt_jax.analysis import _probing, forms
 from kkt_jax.analysis.first_layer import FirstLayer, origin_of, read_first_layer
 from kkt_jax.analysis.forms import FORMS
 from kkt_jax.analysis.last_layer import collapsed_features, decay_limit, LastLayer, margin_of, read_last_layer
 from kkt_jax.analysis.subspace import is_image, Subspace
-from kkt_jax.classifiers.classifier import check_classifier, Classifier
+from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import functionals, homogeneity, symmetries
 from kkt_jax.kkt.conditions import Conditions
@@ -239,7 +238,6 @@ def examine(
   >>> examine(relu, form="max_margin").rates.rates["w1"][0, 0].round(3)
   Array(0.5, dtype=float32)
   """
-  check_classifier("classifier", classifier)
   if form is not None:
     _checks.check_choice("form", form, FORMS)
   if form == "change" and classifier.initial_params is None:
@@ -248,14 +246,14 @@ def examine(
   probes = _probes(classifier, seed, criteria.probes)
   _check_logits(classifier, probes)
   known = functionals.functionals(classifier.apply_fn, params, probes)
-  unused = _unused(classifier, known)
+  unused = _unused(known)
   rates = kkt.balanced(homogeneity.summed_equations(classifier.apply_fn, params, probes, known), params)
   error = float(kkt.scaling_error(classifier.apply_fn, params, rates.rates, probes, np.linspace(-0.5, 0.5, 5)))
   symmetric = symmetries.Symmetries(params, known, criteria=criteria)
   free = symmetric.scale_invariant()
   start, layer, subspace, first, left = read_first_layer(classifier, probes, criteria)
   tried = [form] if form else FORMS[2:] if classifier.initial_params is not None else FORMS[:2]
-  conditions = forms.possible_conditions(classifier, rates, free, unused, left)
+  conditions = forms.possible_conditions(classifier, rates, free, known, left)
   possible = {name: forms.attainable(symmetric, conditions[name], first, criteria) for name in tried}
   blurred = subspace is not None and bool(subspace.blur)
   if form is None and classifier.initial_params is not None:
@@ -263,13 +261,13 @@ def examine(
   else:
     choice = lambda: forms.choose(classifier, rates, error, possible, blurred, criteria)
     form, why = (form, "it was asked for") if form else choice()
-  names = tensor_names(params)
-  if possible[form].bound > criteria.unexplained or (first is not None and names[first] in possible[form].left_out):
+  chosen = possible[form]
+  if chosen.bound > criteria.unexplained or (first is not None and known.names[first] in chosen.left_out):
     subspace = None  # a rank alone is no subspace of data
   last = read_last_layer(classifier, probes, criteria)
   most_decay, beyond = decay_limit(classifier, last)
   if beyond and form == "weight_decay":
-    possible[form] = forms.short_of(possible[form], beyond)
+    chosen = possible[form] = forms.short_of(chosen, beyond)
   leaves, structure = jax.tree.flatten(params)
   roles = ["kernel" if leaf.ndim > 1 else "other" for leaf in leaves]
   if first is not None:
@@ -280,9 +278,9 @@ def examine(
     classifier=classifier,
     form=form,
     why=why,
-    conditions=possible[form].conditions,
+    conditions=chosen.conditions,
     bounds={name: own.bound for name, own in possible.items()},
-    left_out=possible[form].left_out,
+    left_out=chosen.left_out,
     unused=unused,
     free=free,
     rates=rates,
@@ -308,6 +306,7 @@ def _probes(classifier: Classifier, seed: int, count: int = AnalysisCriteria().p
 
 
 @_checks.annotated
+@full_precision
 def check_outputs(classifier: Classifier, *, seed: int = 0) -> tuple[str, ...]:
   """Whether the outputs are logits, of which each follows from its own input and from the parameters.
 
@@ -326,20 +325,20 @@ def check_outputs(classifier: Classifier, *, seed: int = 0) -> tuple[str, ...]:
   >>> check_outputs(make_classifier(lambda p, x: x @ p["w"], {"w": jnp.eye(2), "step": jnp.ones(())}, (2,)))
   ('step',)
   """
-  check_classifier("classifier", classifier)
   probes = _probes(classifier, seed)
   _check_logits(classifier, probes)
   known = functionals.functionals(classifier.apply_fn, classifier.params, probes, margins=False)
-  return _unused(classifier, known)
+  return _unused(known)
 
 
 def _check_logits(classifier: Classifier, probes: jax.Array) -> None:
   """See `check_outputs`."""
-  logits = np.asarray(classifier.predict(probes), np.float64)
+  logits_of = lambda x: np.asarray(jax.jit(classifier.predict_fn)(classifier.params, x), np.float64)
+  logits = logits_of(probes)
   if not np.isfinite(logits).all():
     raise ValueError("classifier must give finite logits; of random inputs in its range some are NaN or infinite.")
   others = jnp.tile(probes[::-2], (2, *[1] * len(classifier.input_shape)))[: len(probes)]
-  apart = np.abs(logits[::-2] - np.asarray(classifier.predict(others), np.float64)[: len(logits[::-2])]).max()
+  apart = np.abs(logits[::-2] - logits_of(others)[: len(logits[::-2])]).max()
   if apart > 0.01 * np.abs(logits).max():
     raise ValueError(
       "classifier must give each input its own logits at inference (predict_fn); those of random inputs change with the"
@@ -350,7 +349,7 @@ def _check_logits(classifier: Classifier, probes: jax.Array) -> None:
       "classifier must tell inputs apart; it gives all random inputs the same logits: its units are dead, or its"
       " weights are 0."
     )
-  wide = [logits, *(np.asarray(classifier.predict(probes * factor), np.float64) for factor in (30.0, 1000.0))]
+  wide = [logits, *(logits_of(probes * factor) for factor in (30.0, 1000.0))]
   difference = [own[:, 1] - own[:, 0] for own in wide]
   many = all(np.all((own >= 0) & (own <= 1)) for own in wide)
   one = classifier.num_classes == 2 and np.ptp(difference) > 0 and all(np.all((d >= 0) & (d <= 1)) for d in difference)
@@ -361,10 +360,8 @@ def _check_logits(classifier: Classifier, probes: jax.Array) -> None:
     )
 
 
-def _unused(classifier: Classifier, known: functionals.Functionals) -> tuple[str, ...]:
+def _unused(known: functionals.Functionals) -> tuple[str, ...]:
   """The names of the tensors on which no logit of any random input depends."""
-  names = tensor_names(classifier.params)
-  unused = tuple(name for name, own in zip(names, known.changes, strict=True) if not own.random.any())
-  if len(unused) == len(names):
+  if len(known.unused) == len(known.names):
     raise ValueError("apply_fn must compute the logits from params; they do not depend on any of them.")
-  return unused
+  return known.unused

@@ -19,7 +19,6 @@ from kkt_jax.analysis import _probing
 from kkt_jax.analysis.noise import subspace_above_noise
 from kkt_jax.analysis.subspace import Subspace
 from kkt_jax.classifiers.classifier import Classifier
-from kkt_jax.classifiers.decay import decay_of_tensors
 from kkt_jax.criteria import AnalysisCriteria
 
 _TURNS = 8  # most turns of finding what is left of a known start
@@ -261,7 +260,7 @@ def read_first_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCri
       origin = origin_of(classifier, start if classifier.offset is None else classifier.offset)
       rank, subspace = _span(kernel, origin, noise=noise, num_classes=classifier.num_classes, criteria=criteria)
     at, gain = _first_bias(leaves, found, gradients, flat - constant, criteria.alike)
-    decays = jax.tree.leaves(decay_of_tensors(classifier.weight_decay or 1.0, classifier.params))
+    decays = classifier.decays
     bias = None if at is None or decays[at] != decays[place] else np.asarray(leaves[at])
     layer = FirstLayer(kernel / gain, constant, place, turned, gain, bias, rank, decays[place], criteria)
     if subspace and not (subspace.blur or classifier.initial_params is not None or classifier.batch_coupled):

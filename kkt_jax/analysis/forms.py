@@ -9,20 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from kkt_jax import kkt
-from kkt_jax._tree import tensor_names
 from kkt_jax._typing import PyTree
 from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.classifiers.decay import WeightDecay
 from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import symmetries
 from kkt_jax.kkt.conditions import Conditions, max_margin_conditions, weight_decay_conditions
+from kkt_jax.kkt.functionals import Functionals
 
 #: The stationarity conditions that weights can obey.
 FORMS = ("weight_decay", "max_margin", "change")
 
 
 def possible_conditions(
-  classifier: Classifier, rates: kkt.RateSolution, free: PyTree, unused: Sequence[str], left: float
+  classifier: Classifier, rates: kkt.RateSolution, free: PyTree, known: Functionals, left: float
 ) -> dict[str, Conditions]:
   """The condition of each form; weight decay leaves none on what has no scale of its own, and none bears on the unused.
 
@@ -38,10 +38,10 @@ def possible_conditions(
   if classifier.initial_params is not None:
     change = jax.tree.map(lambda own, first: own - left * first, classifier.params, classifier.initial_params)
     possible["change"] = Conditions(change, decay.mask)
-  if not unused:
+  if not known.unused:
     return possible
-  names, structure = tensor_names(classifier.params), jax.tree.structure(classifier.params)
-  used = jax.tree.unflatten(structure, [float(name not in unused) for name in names])
+  structure = jax.tree.structure(classifier.params)
+  used = jax.tree.unflatten(structure, [float(name not in known.unused) for name in known.names])
   return {
     name: dataclasses.replace(own, mask=jax.tree.map(jnp.multiply, own.mask, used)) for name, own in possible.items()
   }
@@ -56,14 +56,14 @@ class Attainable(NamedTuple):
 
 
 def attainable(
-  own: symmetries.Symmetries, conditions: Conditions, first: int | None, criteria: AnalysisCriteria
+  symmetric: symmetries.Symmetries, conditions: Conditions, first: int | None, criteria: AnalysisCriteria
 ) -> Attainable:
   """The conditions without the tensors that account for most of what is out of reach, if they can hold then.
 
   A tensor on which no symmetry bears has a bound of 0 whatever it is. So what is left must be moved by one, and be the
   first kernel, at place ``first``, or more than half of the parameters.
   """
-  names, structure = tensor_names(conditions.mask), jax.tree.structure(conditions.mask)
+  names, structure = symmetric.names, jax.tree.structure(conditions.mask)
   sizes = {name: leaf.size for name, leaf in zip(names, jax.tree.leaves(conditions.mask), strict=True)}
 
   def without(left: Sequence[str]) -> Conditions:
@@ -75,7 +75,7 @@ def attainable(
     known = first is not None and names[first] in found.by_tensor
     return known or 2 * sum(sizes[name] for name in found.by_tensor) > sum(sizes.values())
 
-  judge = own.bound(conditions)
+  judge = symmetric.bound(conditions)
   whole = found = judge([])
   left: list[str] = []
   while found.value > criteria.unexplained and len(left) < criteria.left_out:

@@ -13,7 +13,6 @@ from kkt_jax import _checks
 from kkt_jax._precision import full_precision
 from kkt_jax.analysis import _probing
 from kkt_jax.classifiers.classifier import Classifier
-from kkt_jax.classifiers.decay import decay_of_tensors
 from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import losses
 
@@ -244,7 +243,7 @@ def decay_limit(classifier: Classifier, reading: LastReading) -> tuple[float | N
   most = most_weight_decay(reading.layer.kernel)
   if classifier.weight_decay is None:
     return most, 0.0
-  own = float(jax.tree.leaves(decay_of_tensors(classifier.weight_decay, classifier.params))[reading.kernel])
+  own = float(classifier.decays[reading.kernel])
   size = float(np.sum(np.square(np.asarray(reading.layer.kernel, np.float64))))
   return (float(classifier.weight_decay) * most / own, max(own - most, 0.0) ** 2 * size) if own else (None, 0.0)
 
@@ -256,7 +255,7 @@ def margin_of(classifier: Classifier, reading: LastReading) -> float | None:
     return None
   margin = math.nan
   if classifier.weight_decay is not None:
-    decay = jax.tree.leaves(decay_of_tensors(classifier.weight_decay, classifier.params))[place]
+    decay = classifier.decays[place]
     margin = typical_margin(last.kernel, weight_decay=decay) if decay else math.nan
   elif last.scale is not None and last.shift is not None:
     margin = collapsed_margin(last.kernel, last.bias, last.scale, last.shift)

@@ -91,11 +91,6 @@ class Classifier:
     return _Output(self.exact_forward, True, "logits")
 
   @functools.cached_property
-  def gradient_fn(self) -> ApplyFn:
-    """The same values, with the derivatives that enter the stationarity condition: those of relaxed gates, if any."""
-    return _Output(self.forward, True, "logits")
-
-  @functools.cached_property
   def predict_fn(self) -> ApplyFn:
     """``(params, x) -> logits [M, C]`` at inference; margins are measured on it."""
     return _Output(self.exact_forward, False, "logits")
@@ -115,6 +110,11 @@ class Classifier:
   def batch_coupled(self) -> bool:
     """Whether the samples of a batch interact in training, as in batch norm."""
     return self.statistics is not None
+
+  @property
+  def decays(self) -> list[float]:
+    """The weight decay of each tensor, in the order of the leaves; 1 for all if it is unknown."""
+    return jax.tree.leaves(decay_of_tensors(self.weight_decay or 1.0, self.params))
 
   def with_params(self, params: PyTree | None = None, *, initial_params: PyTree | None = None) -> Self:
     """The same classifier with other parameters, or from another start; None leaves what there is.
@@ -204,13 +204,6 @@ class Classifier:
         f"x must be floating point, or integers within value_range, {self.value_range}; got {least} to {greatest} of"
         f" {jnp.result_type(x)}. Bytes are to be divided by 255 first."
       )
-
-
-def check_classifier(name: str, value: Any) -> None:
-  """Raises ValueError unless a value is a `Classifier`."""
-  if not isinstance(value, Classifier):
-    cure = " Its classifier(variables) makes one." if hasattr(value, "variables_like") else ""
-    raise ValueError(f"{name} must be a kkt_jax.Classifier; got {type(value).__name__}.{cure}")
 
 
 def _floating(x: ArrayLike) -> jax.Array:

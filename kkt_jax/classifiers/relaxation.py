@@ -131,17 +131,13 @@ def gates(apply_fn: ApplyFn, params: PyTree, x: Any) -> list[str]:
   return report.gates
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def pre_activations(apply_fn: ApplyFn, params: PyTree, x: Any) -> list[jax.Array]:
   """The arguments of all gates outside loops and branches, in order; a gate's kink is at 0.
 
   >>> pre_activations(lambda w, x: jnp.tanh(jax.nn.relu6(w * x)), 2.0, jnp.array([-1.0, 2.0]))[0].tolist()
   [-2.0, 4.0]
   """
-  return _roots(apply_fn, params, x)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _roots(apply_fn: ApplyFn, params: PyTree, x: Any) -> list[jax.Array]:
   report = _Report()
   _relaxed(apply_fn, params, x, report)
   return report.roots
@@ -153,7 +149,7 @@ def relaxed(classifier: Classifier, sharpness: float | None) -> Classifier:
     return dataclasses.replace(classifier, forward=classifier.exact_forward)
   classifier = dataclasses.replace(classifier, forward=Relaxed(classifier.exact_forward, sharpness))
   probe = jax.ShapeDtypeStruct((2, *classifier.input_shape), jnp.result_type(float))
-  jax.eval_shape(classifier.gradient_fn, classifier.params, probe)  # now is the time to complain
+  jax.eval_shape(lambda params, x: classifier.forward(params, x, True), classifier.params, probe)  # or it complains now
   return classifier
 
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
-from kkt_jax import _checks
 from kkt_jax._precision import full_precision
+from kkt_jax._tree import tensor_names
 from kkt_jax._typing import ApplyFn, PyTree
 
 _LOGITS, _MARGINS = 8, 48  # sums of logits, and of margins, or a quarter more than there are tensors
@@ -55,17 +55,24 @@ class Functionals(NamedTuple):
   Attributes:
     values: the sums [R].
     changes: by each tensor, in the order of the leaves, in float64.
+    names: of the tensors, in this order.
     num_classes: how many logits an input has.
   """
 
   values: np.ndarray
   changes: list[Changes]
+  names: list[str]
   num_classes: int
 
   @property
   def logits(self) -> np.ndarray:
     """The sums of logits alone."""
     return self.values[:_LOGITS]
+
+  @property
+  def unused(self) -> tuple[str, ...]:
+    """The names of the tensors on which no sum depends."""
+    return tuple(name for name, own in zip(self.names, self.changes, strict=True) if not own.random.any())
 
   @property
   def margins(self) -> list[Changes]:
@@ -79,23 +86,18 @@ def functionals(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, margins: boo
 
   Args:
     apply_fn: ``(params, x[K, ...]) -> logits[K, C]``; samples may interact.
-    params: zeta, floating point.
-    x: inputs [K, ...]; each takes part in sums of logits.
+    params: zeta, arrays of floats.
+    x: inputs [K, ...], finite floats; each takes part in sums of logits.
     margins: whether there are sums of margins.
-
-  Raises:
-    ValueError: ``x`` is no batch of finite floats, or ``params`` are not floating point.
   """
-  _checks.check_batch("x", x)
-  _checks.check_finite("x", x)
-  params = jax.tree.map(jnp.asarray, _checks.arrays("params", params))
+  params = jax.tree.map(jnp.asarray, params)
   leaves = jax.tree.leaves(params)
   normals = [jnp.asarray(normal(leaf)) for leaf in leaves]
   count = _LOGITS + (max(_MARGINS, len(leaves) * 5 // 4) if margins else 0)
   found = [jax.device_get(_changes(apply_fn, params, *own, normals)) for own in sums(apply_fn, params, x, count)]
   stacked = lambda *rows: np.asarray(np.stack(rows), np.float64)
   values, changes = jax.tree.map(stacked, *found)
-  return Functionals(values, changes, jax.eval_shape(apply_fn, params, x).shape[1])
+  return Functionals(values, changes, tensor_names(params), jax.eval_shape(apply_fn, params, x).shape[1])
 
 
 def normal(leaf: jax.Array) -> np.ndarray:

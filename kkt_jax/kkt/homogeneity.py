@@ -125,7 +125,7 @@ def derivative_equations(
 
 @full_precision
 def summed_equations(
-  apply_fn: ApplyFn, params: PyTree, x: ArrayLike, known: functionals.Functionals
+  apply_fn: ApplyFn, params: PyTree, x: jax.Array, known: functionals.Functionals
 ) -> DerivativeEquations:
   """`derivative_equations` of random sums of the logits, hardly more than there are tensors.
 
@@ -133,8 +133,8 @@ def summed_equations(
 
   Args:
     apply_fn: as in `derivative_equations`.
-    params: as in `derivative_equations`.
-    x: as in `derivative_equations`.
+    params: zeta, arrays of floats of at least 32 bits.
+    x: inputs [K, ...], finite floats.
     known: the sums, of the same.
 
   >>> params = {"weight": jnp.array([[2.0]]), "shift": jnp.array([3.0])}
@@ -143,7 +143,6 @@ def summed_equations(
   >>> print((equations.coefficients[0] / equations.values[0] * 13).round(2))  # shift * 3 + weight * 10 = 13
   [ 3. 10.]
   """
-  params, x = _prepare(params, x)
   leaves, structure = jax.tree.flatten(params)
   biases = bias_tensors(apply_fn, params, x)
   chosen = np.array([bias or leaf.ndim <= 1 for bias, leaf in zip(biases, leaves, strict=True)])

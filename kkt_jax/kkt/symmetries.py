@@ -30,7 +30,6 @@ import numpy as np
 
 from kkt_jax import _checks
 from kkt_jax._precision import full_precision
-from kkt_jax._tree import tensor_names
 from kkt_jax._typing import ApplyFn, PyTree
 from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import functionals
@@ -89,40 +88,11 @@ def least_residual(
   >>> round(least_residual(net, weights, weight_decay_conditions(weights), x).value, 2)
   0.64
   """
-  return _tried(apply_fn, params, x, criteria).bound(conditions)([])
-
-
-@_checks.annotated
-@full_precision
-def scale_invariant(
-  apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, criteria: AnalysisCriteria = _DEFAULT
-) -> PyTree:
-  """Which tensors can be scaled up, alone or together with others, without any change of the margins.
-
-  Such are the weights before batch norm or layer norm. Weight decay shrinks them for ever: they are at no stationary
-  point of it, and a condition that asks for one asks for the impossible.
-
-  Args:
-    apply_fn: ``(params, x[K, ...]) -> logits[K, C]`` with exact derivatives; samples may interact.
-    params: zeta.
-    x: inputs [K, ...], any.
-    criteria: as in `least_residual`.
-
-  Returns:
-    A pytree of Python bools like ``params``.
-
-  >>> import jax.numpy as jnp
-  >>> net = lambda w, x: (x @ w["a"]) / jnp.linalg.norm(x @ w["a"]) @ w["b"]
-  >>> params = {"a": jnp.array([[1.0, 2.0, 0.0], [4.0, -3.0, 1.0]]), "b": jnp.eye(3)}
-  >>> print(scale_invariant(net, params, jnp.array([[1.0, 2.0], [3.0, -1.0]])))
-  {'a': True, 'b': False}
-  """
-  return _tried(apply_fn, params, x, criteria).scale_invariant()
-
-
-def _tried(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, criteria: AnalysisCriteria) -> "Symmetries":
   params = _checks.arrays("params", params)
-  return Symmetries(params, functionals.functionals(apply_fn, params, x), criteria=criteria)
+  _checks.check_batch("x", x)
+  _checks.check_finite("x", x)
+  known = functionals.functionals(apply_fn, params, x)
+  return Symmetries(params, known, criteria=criteria).bound(conditions)([])
 
 
 _Parts = dict[str, dict[str, float]]  # squared length of what the target has in a family, by tensor that it moves
@@ -167,8 +137,7 @@ class Symmetries:
   def __init__(self, params: PyTree, known: functionals.Functionals, *, criteria: AnalysisCriteria = _DEFAULT):
     """Takes the arguments of `least_residual`, and how random sums of margins change."""
     self.params, self.changes, self.criteria = params, known.margins, criteria
-    self.names, self.leaves = tensor_names(params), jax.tree.leaves(params)
-    self.num_classes = known.num_classes
+    self.names, self.leaves, self.num_classes = known.names, jax.tree.leaves(params), known.num_classes
 
   def bound(self, conditions: Conditions) -> Callable[[Collection[str]], LeastResidual]:
     """`least_residual`, a function of the names of tensors without which it is asked."""
@@ -197,7 +166,21 @@ class Symmetries:
     return without
 
   def scale_invariant(self) -> PyTree:
-    """See the function of this name."""
+    """Which tensors can be scaled up, alone or together with others, without any change of the margins.
+
+    Such are the weights before batch norm or layer norm. Weight decay shrinks them for ever: they are at no stationary
+    point of it, and a condition that asks for one asks for the impossible.
+
+    Returns:
+      A pytree of Python bools like ``params``.
+
+    >>> import jax.numpy as jnp
+    >>> net = lambda w, x: (x @ w["a"]) / jnp.linalg.norm(x @ w["a"]) @ w["b"]
+    >>> params = {"a": jnp.array([[1.0, 2.0, 0.0], [4.0, -3.0, 1.0]]), "b": jnp.eye(3)}
+    >>> known = functionals.functionals(net, params, jnp.array([[1.0, 2.0], [3.0, -1.0]]))
+    >>> print(Symmetries(params, known).scale_invariant())
+    {'a': True, 'b': False}
+    """
     from scipy import optimize  # type: ignore[import-untyped]
 
     scalable = [place for place, leaf in enumerate(self.leaves) if np.any(np.asarray(leaf))]

@@ -14,7 +14,7 @@ from kkt_jax import sharding
 from kkt_jax._precision import full_precision
 from kkt_jax.analysis.examination import Examination, examine
 from kkt_jax.checkpoint import CheckpointError, fingerprint
-from kkt_jax.classifiers.classifier import check_classifier, Classifier
+from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.classifiers.relaxation import relaxed
 from kkt_jax.reconstruction import recipes
 from kkt_jax.reconstruction.coordinates import Equations, in_coordinates
@@ -58,8 +58,9 @@ class Trainer:
     if not isinstance(classifiers, Sequence) or not classifiers:
       got = "none" if isinstance(classifiers, Sequence) else f"a {type(classifiers).__name__}"
       raise ValueError(f"classifiers must hold at least one classifier, in a sequence; got {got}.")
-    for classifier in classifiers:
-      check_classifier("each of classifiers", classifier)
+    if strange := [type(own).__name__ for own in classifiers if not isinstance(own, Classifier)]:
+      cure = " Its classifier(variables) makes one." if strange[0] == "Subject" else ""
+      raise ValueError(f"each of classifiers must be a kkt_jax.Classifier; got {strange[0]}.{cure}")
     if not isinstance(recipe, Recipe | None):
       raise ValueError(f"recipe must be a kkt_jax.Recipe; got {type(recipe).__name__}.")
     shapes = {classifier.input_shape for classifier in classifiers}
