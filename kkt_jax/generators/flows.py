@@ -28,6 +28,7 @@ from kkt_jax.criteria import Criteria
 from kkt_jax.generators import base as generators
 from kkt_jax.generators.base import Generator
 from kkt_jax.metrics.distances import pairwise_distance
+from kkt_jax.networks import conditioned
 
 _RATE, _LAST_RATE = 1e-3, 0.02  # peak learning rate of flow matching, and the share of it at the end
 _WIDEST = 512  # network that is chosen by the dimension
@@ -54,12 +55,8 @@ class Destination(nn.Module):
   def __call__(self, x: jax.Array, time: jax.Array, y: jax.Array, t: jax.Array) -> jax.Array:
     """Maps places [M, D], times [M] from 0 to 1, places of labels [M] and classifier indices [M] to places [M, D]."""
     angle = 2 * jnp.pi * time[:, None] * jnp.arange(1, _WAVES + 1)[None]
-    given = [time[:, None], jnp.sin(angle), jnp.cos(angle)]
-    given += [
-      3 * jax.nn.one_hot(_checks.integers(indices), n)
-      for indices, n in ((y, self.num_labels), (t, self.num_classifiers))
-    ]
-    condition = jnp.concatenate(given, axis=1)
+    times = jnp.concatenate([time[:, None], jnp.sin(angle), jnp.cos(angle)], axis=1)
+    condition = conditioned(times, y, t, self.num_labels, self.num_classifiers)
     h = nn.Dense(self.width)(jnp.concatenate([x, condition], axis=1))
     for _ in range(self.blocks):
       inner = nn.Dense(self.width)(nn.silu(nn.LayerNorm()(h))) + nn.Dense(self.width)(condition)

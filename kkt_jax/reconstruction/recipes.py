@@ -416,7 +416,7 @@ def free_multipliers(*, positive: Callable[[jax.Array], jax.Array] = jax.nn.soft
     place_of = generators.places_of(examinations)
 
     def apply(eta: PyTree, classifier: Classifier, batch: Batch) -> jax.Array:
-      values = eta[batch.t, place_of(batch.y), generators.code_of(batch.noise, generator.codes)]
+      values = eta[batch.t, place_of(batch.y), batch.code]
       return multipliers.from_network(values[:, : classifier.num_classes], positive=positive)
 
     return Multipliers(lambda key: jnp.zeros(shape), apply)
@@ -435,7 +435,7 @@ def runner_up_multipliers(*, scaled: bool = False) -> MultipliersFactory:
     place_of = generators.places_of(examinations)
 
     def apply(eta: PyTree, classifier: Classifier, batch: Batch) -> jax.Array:
-      values = eta[batch.t, place_of(batch.y), generators.code_of(batch.noise, generator.codes)]
+      values = eta[batch.t, place_of(batch.y), batch.code]
       return multipliers.on_runner_up(values, batch.logits, batch.classes)
 
     return Multipliers(lambda key: jax.random.uniform(key, shape), apply, scaled)

@@ -360,16 +360,14 @@ def _batches(
   batches = []
   for index, (classifier, own, x) in enumerate(zip(classifiers, equations, samples, strict=True)):
     labels, alpha, inputs = y[:, index], params["alpha"][index], x
+    code = code_of(noise[:, index], problem.generator.codes) if problem.generator.codes else None
     if own.size is not None:
-      assert problem.generator.coordinates is not None
-      inputs = own.inputs(problem.generator.coordinates(params["theta"], noise[:, index], labels, index))
+      assert problem.generator.coordinates is not None and code is not None
+      inputs = own.inputs(problem.generator.coordinates(params["theta"], code, labels, index))
     classes = classifier.classes_of(labels)
-    gates = []
-    if "gates" in params:
-      code = code_of(noise[:, index], problem.generator.codes)
-      gates = [[logits[classes, code] for logits in params["gates"][index]]]
+    gates = [[logits[classes, code] for logits in params["gates"][index]]] if "gates" in params else []
     whole, pull_back = _evaluate(own.classifier, inputs, problem.stationarity.compute_dtype, *gates)
-    batch = Batch(x, classifier.to_unit(x), labels, classes, noise[:, index], index, alpha, *whole)
+    batch = Batch(x, classifier.to_unit(x), labels, classes, code, index, alpha, *whole)
     mu = problem.multipliers.apply(params["eta"]["multipliers"], classifier, batch)
     if problem.multipliers.scaled:
       mu = jnp.exp(params["eta"]["log_scale"][index]) * mu

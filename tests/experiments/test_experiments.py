@@ -243,7 +243,7 @@ def test_the_terms_are_what_their_names_say(examinations):
   classes = jnp.arange(6) % 3
   logits = classifier.predict_fn(classifier.params, x)
   inside = (own(classifier.params, x) for own in (classifier.statistics_fn, classifier.features_fn))
-  batch = kkt_jax.reconstruction.Batch(x, x, classes, classes, jnp.zeros((6, 1)), 0, jnp.zeros(()), logits, *inside)
+  batch = kkt_jax.reconstruction.Batch(x, x, classes, classes, None, 0, jnp.zeros(()), logits, *inside)
   features, scale = own.class_features
   expected = {
     "range": priors.out_of_range(x),
