@@ -67,9 +67,7 @@ class Checkpointer:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(
-    self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-  ) -> None:
+  def __exit__(self, *error: object) -> None:
     if self._manager is not None:
       self._manager.close()
 

@@ -74,11 +74,7 @@ def check(
   Without training data only the last is asked, of held-out data.
   """
   sets = {"training data": train, "held-out data": held_out}
-  answers = {
-    name: _Answers(classifier, _some(images, criteria), criteria=criteria)
-    for name, images in sets.items()
-    if images is not None
-  }
+  answers = {name: _Answers(classifier, own, criteria=criteria) for name, own in sets.items() if own is not None}
   if not answers:
     return None
   name, own = next(iter(answers.items()))
@@ -153,7 +149,7 @@ def check_start(classifier: Classifier, train: Samples | None, criteria: AuditCr
   if train is None:
     return ""
   first = dataclasses.replace(classifier, params=classifier.initial_params)
-  before, after = (_Answers(own, _some(train, criteria)).loss for own in (first, classifier))
+  before, after = (_Answers(own, train, criteria=criteria).loss for own in (first, classifier))
   if before < after:
     return (
       f"the training data fit the start better (loss {before:.3g}) than the weights that were trained on them"
@@ -226,7 +222,9 @@ class _Answers:
     self, classifier: Classifier, images: Samples, x: np.ndarray | None = None, criteria: AuditCriteria = _DEFAULT
   ):
     """Classifies the samples, or others in their place, ``x`` in the classifier's units."""
-    self.images, self.num_classes, self.criteria = images, classifier.num_classes, criteria
+    count = np.clip(2 * criteria.values // images.x[0].size, criteria.least_classified, criteria.classified)
+    self.images = images = images.at_most(int(count))
+    self.num_classes, self.criteria = classifier.num_classes, criteria
     inputs = classifier.from_unit(images.x) if x is None else jnp.asarray(x, jnp.float32)
     logits = np.nan_to_num(np.asarray(classifier.predict(inputs), np.float64))
     logs = special.log_softmax(logits, axis=1)
@@ -294,14 +292,6 @@ class _Answers:
     counts = 1e-3 * np.eye(self.num_classes)
     np.add.at(counts, (self.images.y[some], self.taken[some]), 1)
     return np.asarray(optimize.linear_sum_assignment(counts, maximize=True)[1])
-
-
-def _some(images: Samples, criteria: AuditCriteria) -> Samples:
-  most = int(np.clip(2 * criteria.values // images.x[0].size, criteria.least_classified, criteria.classified))
-  if len(images.y) <= most:
-    return images
-  places = np.sort(np.random.default_rng(0).choice(len(images.y), most, replace=False))
-  return Samples(images.x[places], images.y[places])
 
 
 def _other_inputs(classifier: Classifier, own: _Answers, other: _Answers | None, wrong: bool) -> tuple[str, float]:

@@ -11,7 +11,6 @@ from kkt_jax import metrics
 from kkt_jax._errors import InputError
 from kkt_jax.auditing import pictures
 from kkt_jax.auditing.samples import Samples
-from kkt_jax.extraction.certificates import EVIDENCE
 from kkt_jax.reconstruction.result import Reconstruction
 
 LEAST_SIDE = 8  # of images that are compared by structural similarity
@@ -200,20 +199,18 @@ def exactness(reconstruction: Reconstruction, train: Samples) -> tuple[list[dict
     certified.append(np.clip(own.unit, 0, 1))
     difference = nearest_by_value(certified[-1], train.x)[1]
     exact, criteria = int(np.sum(difference < own.criteria.same)), own.criteria
-    counts.append(
-      {"certified": len(own.y)}
-      | {kind: int(np.sum(own.evidence == place)) for place, kind in enumerate(EVIDENCE)}
-      | {"most": examination.most_samples, "exact": exact, "false": len(own.y) - exact}
-      | {
-        "to_the_bit": int(own.to_the_bit.sum()),
-        "identical": int(np.sum(difference[own.to_the_bit] < criteria.off_level / criteria.levels)),
-      }
-    )
+    row = {"certified": len(own.y), **own.counts, "most": examination.most_samples, "exact": exact}
+    row |= {"false": len(own.y) - exact, "to_the_bit": int(own.to_the_bit.sum())}
+    counts.append(row | {"identical": int(np.sum(difference[own.to_the_bit] < criteria.off_level / criteria.levels))})
   return counts, np.concatenate(certified)
 
 
-def table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> str:
+def table(
+  rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str], *, title: str = "", form: str = ".3f", width: int = 18
+) -> str:
   """Some metrics as a table for people, one row per set of samples; of several classifiers the mean.
+
+  Numbers are formatted by ``form`` in columns of ``width``; the ``title`` stands above the names of the rows.
 
   >>> print(table({"generated": {"accuracy": 0.5, "residual": [0.1, 0.3]}, "noise": {"accuracy": 0.1}},
   ...             ["accuracy", "residual"]))
@@ -221,9 +218,9 @@ def table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> str:
   generated               0.500             0.200
   noise                   0.100                 -
   """
-  first = max(map(len, rows)) + 2
-  lines = [" " * first + "".join(f"{name:>18}" for name in columns)]
+  first = max(map(len, [*rows, title])) + 2
+  lines = [f"{title:<{first}}" + "".join(f"{name:>{width}}" for name in columns)]
   for name, row in rows.items():
-    cells = (f"{np.mean(row[column]):.3f}" if column in row else "-" for column in columns)
-    lines.append(f"{name:<{first}}" + "".join(f"{cell:>18}" for cell in cells))
+    cells = (f"{np.mean(row[column]):{form}}" if column in row else "-" for column in columns)
+    lines.append(f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
   return "\n".join(lines)

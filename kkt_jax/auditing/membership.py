@@ -87,7 +87,7 @@ class Scored(NamedTuple):
 
 def score(examination: Examination, train: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT) -> Scored:
   """Scores training and held-out samples together, at most 1,500 of each (`AuditCriteria.scored`), drawn at random."""
-  own, others = _some(train, criteria.scored), _some(held_out, criteria.scored)
+  own, others = train.at_most(criteria.scored), held_out.at_most(criteria.scored)
   x, y = np.concatenate([own.x, others.x]), np.concatenate([own.y, others.y])
   classifier = examination.classifier
   found = candidates.scores(examination, classifier.from_unit(x), np.asarray(classifier.labels)[y])
@@ -106,7 +106,7 @@ def suspects(
   examination: Examination, asked: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT
 ) -> Sequence[Risk]:
   """Scores samples together with held-out ones; all count as what the classifier takes them for."""
-  others = _some(held_out, criteria.scored)
+  others = held_out.at_most(criteria.scored)
   found = candidates.scores(examination, examination.classifier.from_unit(np.concatenate([asked.x, others.x])))
   return risks(asked, {name: (values[: len(asked.x)], values[len(asked.x) :]) for name, values in found.items()})
 
@@ -154,13 +154,6 @@ def limits(train: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT
       )
     )
   return said
-
-
-def _some(images: Samples, most: int) -> Samples:
-  if len(images.y) <= most:
-    return images
-  places = np.sort(np.random.default_rng(0).choice(len(images.y), most, replace=False))
-  return images.only(places)
 
 
 def _p_value(members: np.ndarray, others: np.ndarray, leading: int) -> float:

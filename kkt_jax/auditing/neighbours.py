@@ -17,7 +17,6 @@ from scipy import optimize  # type: ignore[import-untyped]
 from kkt_jax._precision import full_precision
 from kkt_jax._typing import PyTree
 from kkt_jax.classifiers.classifier import Classifier
-from kkt_jax.classifiers.decay import decay_of_tensors
 from kkt_jax.criteria import AuditCriteria
 
 _DEFAULT = AuditCriteria()
@@ -102,9 +101,9 @@ def other_decay(classifier: Classifier, x: np.ndarray, y: np.ndarray, criteria: 
   if classifier.weight_decay is None or classifier.batch_coupled or classifier.initial_params is not None:
     return ""
   near, shares, _ = _along(classifier, y)(x)
-  said = jax.tree.leaves(decay_of_tensors(classifier.weight_decay, classifier.params))
   kernels = [leaf.ndim > 1 for leaf in jax.tree.leaves(classifier.params)]
-  ratios = [float(a) / own for a, own, kernel in zip(shares, said, kernels, strict=True) if kernel and own > 0]
+  described = zip(shares, classifier.decays, kernels, strict=True)
+  ratios = [float(share) / decay for share, decay, kernel in described if kernel and decay > 0]
   ratio = float(np.median(ratios)) if ratios else 1.0
   if float(near) < criteria.converged or 1 / criteria.other_decay < ratio < criteria.other_decay:
     return ""

@@ -184,10 +184,7 @@ def _concluded(report: AuditReport, held_out: Samples | None, likeness: Reconstr
     sets = {"generated": generated(reconstruction)}
     if likeness is not None:
       sets["class_likeness"] = generated(likeness)
-    counts = {
-      kind: sum(int(np.sum(own.evidence == place)) for own in reconstruction.exact)
-      for place, kind in enumerate(EVIDENCE)
-    }
+    counts = {kind: sum(own.counts[kind] for own in reconstruction.exact) for kind in EVIDENCE}
     false: int | None = None
     compared: list[dict[str, int]] = []
     trials: dict[str, Trial] = {}

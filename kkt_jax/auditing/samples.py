@@ -102,6 +102,13 @@ class Samples:
     """Some of them, by their places."""
     return Samples(self.x[places], self.y[places], tuple(self.names[place] for place in places))
 
+  def at_most(self, count: int, random: np.random.Generator | None = None) -> "Samples":
+    """These, or ``count`` of them in their order, drawn by ``random``, always the same if None."""
+    if len(self.y) <= count:
+      return self
+    random = np.random.default_rng(0) if random is None else random
+    return self.only(np.sort(random.choice(len(self.y), count, replace=False)))
+
   def digest(self) -> str:
     """What tells these samples from all others, in a few characters."""
     return hashlib.sha256(self.x.tobytes() + self.y.tobytes()).hexdigest()

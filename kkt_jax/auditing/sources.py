@@ -23,7 +23,7 @@ def p_value(first: Samples, second: Samples, criteria: AuditCriteria = _DEFAULT)
   (`AuditCriteria.shuffles`), so that the p-value is exact for exchangeable samples.
   """
   random = np.random.default_rng(0)
-  parts = [_some(images, random, criteria.sources_samples) for images in (first, second)]
+  parts = [images.at_most(criteria.sources_samples, random) for images in (first, second)]
   x, y = np.concatenate([own.x for own in parts]), np.concatenate([own.y for own in parts])
   member = np.repeat([1.0, 0.0], [len(own.y) for own in parts])
   members = np.stack([member, *_shuffled(member, y, random, criteria.shuffles)], axis=1)
@@ -97,10 +97,3 @@ def _standard(values: np.ndarray, y: np.ndarray) -> np.ndarray:
   values = values - _class_means(values, y)
   deviations = values.std(axis=0)
   return values / np.where(deviations > 1e-9, deviations, np.inf)
-
-
-def _some(images: Samples, random: np.random.Generator, most: int) -> Samples:
-  if len(images.y) <= most:
-    return images
-  places = np.sort(random.choice(len(images.y), most, replace=False))
-  return Samples(images.x[places], images.y[places])

@@ -92,6 +92,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   import jax
 
   from kkt_jax import auditing
+  from kkt_jax.checkpoint import fingerprint
   from kkt_jax.cli.progress import say_what_is_logged
   from kkt_jax.cli.workdir import Workdir
 
@@ -109,7 +110,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     for name, path in paths.items()
     if path
   }
-  settings = dataclasses.asdict(config) | {"checkpoint_digest": _digest_of_params(classifier)}
+  params = fingerprint((classifier.params, classifier.initial_params))
+  settings = dataclasses.asdict(config) | {"checkpoint_digest": params.hex()[:16]}
 
   @functools.cache  # what is refused leaves no folder
   def out() -> Workdir:
@@ -148,14 +150,6 @@ def _check(config: Config) -> None:
   if config.form == "change" and not config.initial_checkpoint:
     raise UsageError("--form=change needs --initial_checkpoint.")
   weights.parse_weights(config.weights)
-
-
-def _digest_of_params(classifier: "kkt_jax.Classifier") -> str:
-  import jax
-  import numpy as np
-
-  leaves = jax.tree.leaves((classifier.params, classifier.initial_params))
-  return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()[:16]
 
 
 def _train(

@@ -108,6 +108,14 @@ def check(config: Any) -> None:
       _value(field, getattr(config, field.name))
 
 
+class Checked:
+  """What a configuration extends, a dataclass of `flag` fields, so that every one that exists has passed `check`."""
+
+  def __post_init__(self) -> None:
+    """Raises UsageError as `check` does."""
+    check(self)
+
+
 def _value(field: dataclasses.Field[Any], given: Any) -> Any:
   """The value of a field, which is given as such or as text."""
   kind, wanted, hint = field.metadata["type"], field.metadata["wanted"], "."

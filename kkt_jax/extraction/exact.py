@@ -39,6 +39,11 @@ class Exact(NamedTuple):
   evidence: np.ndarray
   criteria: Criteria = Criteria()
 
+  @property
+  def counts(self) -> dict[str, int]:
+    """How many are certified by each kind of evidence."""
+    return {kind: int(np.sum(self.evidence == place)) for place, kind in enumerate(certificates.EVIDENCE)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
