@@ -9,14 +9,12 @@ import dataclasses
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmark import steps, timing
-from kkt_jax import generators, networks, reconstruction, sharding
+from kkt_jax import generators, reconstruction, sharding
 from kkt_jax.analysis import Examination
 from kkt_jax.classifiers import Classifier
-from kkt_jax.classifiers import spec as subject
 from kkt_jax.kkt import losses, weight_decay_conditions
 from kkt_jax.reconstruction import recipes, terms
 
@@ -55,12 +53,9 @@ class Size:
 
 def step(size: Size) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   """A training step of a generator without batch norm and tied multipliers, and its arguments."""
-  classifiers = []
-  for t in range(size.classifiers):
-    module = networks.MLPClassifier(num_classes=size.classes, hidden=(size.width, size.width))
-    variables = module.init(jax.random.key(t), jnp.zeros((1, *_SHAPE)))
-    labels = range(t * size.classes, (t + 1) * size.classes)
-    classifiers.append(subject.from_linen(module, variables, input_shape=_SHAPE, labels=labels, weight_decay=0.02))
+  groups = [range(t * size.classes, (t + 1) * size.classes) for t in range(size.classifiers)]
+  make = lambda t: steps.mlp((size.width, size.width), size.classes, seed=t, labels=groups[t], weight_decay=0.02)
+  classifiers = list(map(make, range(size.classifiers)))
   network = generators.MLPGenerator(
     sample_shape=_SHAPE,
     num_labels=size.classes * size.classifiers,
