@@ -118,7 +118,7 @@ def to_data(tree: PyTree) -> PyTree:
 def from_data(tree: PyTree, like: PyTree) -> PyTree:
   """What `to_data` was given: random keys where ``like`` has them."""
   return jax.tree.map(
-    lambda leaf, own: jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(own)) if _is_key(own) else leaf,
+    lambda leaf, key: jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(key)) if _is_key(key) else leaf,
     tree,
     like,
   )

@@ -124,10 +124,10 @@ class Examination:
 
   def _decay(self) -> str:
     """What the weights tell of the weight decay that they are said to have had."""
-    own, most = self.classifier.weight_decay, self.most_weight_decay
-    if own is None or most is None or self.form != "weight_decay":
+    decay, most = self.classifier.weight_decay, self.most_weight_decay
+    if decay is None or most is None or self.form != "weight_decay":
       return ""
-    if own > most:
+    if decay > most:
       return f" That is too much: where training ends, such a last layer has had {most:.2g} at most."
     return f" They do not tell whether that is right; up to {most:.2g} it can be."
 
@@ -279,7 +279,7 @@ def examine(
     form=form,
     why=why,
     conditions=chosen.conditions,
-    bounds={name: own.bound for name, own in possible.items()},
+    bounds={name: attainable.bound for name, attainable in possible.items()},
     left_out=chosen.left_out,
     unused=unused,
     free=free,
@@ -350,8 +350,8 @@ def _check_logits(classifier: Classifier, probes: jax.Array) -> None:
       " weights are 0."
     )
   wide = [logits, *(logits_of(probes * factor) for factor in (30.0, 1000.0))]
-  difference = [own[:, 1] - own[:, 0] for own in wide]
-  many = all(np.all((own >= 0) & (own <= 1)) for own in wide)
+  difference = [output[:, 1] - output[:, 0] for output in wide]
+  many = all(np.all((output >= 0) & (output <= 1)) for output in wide)
   one = classifier.num_classes == 2 and np.ptp(difference) > 0 and all(np.all((d >= 0) & (d <= 1)) for d in difference)
   if many or one:
     raise ValueError(

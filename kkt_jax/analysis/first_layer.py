@@ -233,7 +233,7 @@ def read_first_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCri
   leaves = jax.tree.leaves(classifier.params)
   flat = np.asarray(x[:3], np.float64).reshape(3, -1)
   matrices = _probing.matrices(leaves, flat.shape[1], axis=0) if flat.shape[1] > 1 else []
-  found = _probing.gradients(
+  of_samples = _probing.gradients(
     classifier,
     np.linspace(-1.0, 1.0, classifier.num_classes, dtype=np.float32),
     x[:3],
@@ -241,7 +241,7 @@ def read_first_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCri
   )
   for place, turned in matrices:
     upright = lambda leaf, turned=turned: np.asarray(leaf).T if turned else np.asarray(leaf)
-    gradients = [upright(own[place]) for own in found]
+    gradients = [upright(of_sample[place]) for of_sample in of_samples]
     constant = _constant(flat, gradients, criteria.alike)
     if constant is None:
       continue  # its inputs are not the data: another layer, or they go through something else first
@@ -259,7 +259,7 @@ def read_first_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCri
     if around_mean or classifier.initial_params is None:
       origin = origin_of(classifier, start if classifier.offset is None else classifier.offset)
       rank, subspace = _span(kernel, origin, noise=noise, num_classes=classifier.num_classes, criteria=criteria)
-    at, gain = _first_bias(leaves, found, gradients, flat - constant, criteria.alike)
+    at, gain = _first_bias(leaves, of_samples, gradients, flat - constant, criteria.alike)
     decays = classifier.decays
     bias = None if at is None or decays[at] != decays[place] else np.asarray(leaves[at])
     layer = FirstLayer(kernel / gain, constant, place, turned, gain, bias, rank, decays[place], criteria)
@@ -271,7 +271,7 @@ def read_first_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCri
 
 def _first_bias(
   leaves: list[jax.Array],
-  found: list[dict[int, np.ndarray]],
+  of_samples: list[dict[int, np.ndarray]],
   gradients: list[np.ndarray],
   offsets: np.ndarray,
   alike: float,
@@ -280,12 +280,12 @@ def _first_bias(
 
   By the kernel a logit's gradient is the outer product of the layer's input with the one by its bias.
   """
-  signals = np.stack([offset @ own / (offset @ offset) for offset, own in zip(offsets, gradients, strict=True)])
+  signals = np.stack([offset @ g / (offset @ offset) for offset, g in zip(offsets, gradients, strict=True)])
   for place, leaf in enumerate(leaves):
     if leaf.shape == signals.shape[1:]:
-      own = np.stack([gradient[place] for gradient in found])
-      gain = float(np.vdot(signals, own) / max(np.vdot(own, own), 1e-300))
-      if gain > 0 and np.linalg.norm(signals - gain * own) <= alike * np.linalg.norm(signals):
+      by_bias = np.stack([gradient[place] for gradient in of_samples])
+      gain = float(np.vdot(signals, by_bias) / max(np.vdot(by_bias, by_bias), 1e-300))
+      if gain > 0 and np.linalg.norm(signals - gain * by_bias) <= alike * np.linalg.norm(signals):
         return place, gain if abs(gain - 1) > alike else 1.0
   return None, 1.0
 

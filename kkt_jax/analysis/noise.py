@@ -113,16 +113,16 @@ def subspace_above_noise(
   ((60, 5), 0.0074)
   """
   kernel, origin = np.asarray(kernel), jnp.asarray(origin)
-  found = _above_noise(kernel, len(kernel), origin, criteria)
-  if found is None:
+  above = _above_noise(kernel, len(kernel), origin, criteria)
+  if above is None:
     return None
-  floor, subspace = found
+  floor, subspace = above
   squares = np.sum(np.square(kernel, dtype=np.float64), axis=1)
   width = kernel.shape[1]
   loud = squares > floor.deviation**2 * (width + criteria.quiet * (2 * width) ** 0.5)
   if not loud.all():
-    found = _above_noise(np.where(loud[:, None], kernel, 0), int(loud.sum()), origin, criteria)
-  return subspace if found is None else found[1]
+    above = _above_noise(np.where(loud[:, None], kernel, 0), int(loud.sum()), origin, criteria)
+  return subspace if above is None else above[1]
 
 
 def _above_noise(

@@ -48,15 +48,15 @@ def compared(
     InputError: a class is missing, the two share samples, or the second is given without the first.
   """
   sets = {"train": train, "held_out": held_out}
-  given = {name: own for name, own in sets.items() if own is not None}
+  given = {name: samples for name, samples in sets.items() if samples is not None}
   check_classes(given, range(classifier.num_classes))
   if held_out is not None and train is None and not alone:
     raise InputError("held_out needs train or candidates, with which it is compared.")
   if held_out is not None and train is not None:
     check_disjoint("train", train, held_out, classifier)
   remarks: list[str] = []
-  for name, own in given.items():
-    given[name], said = _distinct(name, own, classifier)
+  for name, samples in given.items():
+    given[name], said = _distinct(name, samples, classifier)
     remarks += said
   if len(given) == 2:
     remarks += membership.limits(given["train"], given["held_out"], criteria or AuditCriteria())

@@ -28,11 +28,11 @@ def check_classes(sets: Mapping[str, Samples], classes: Sequence[int] | None = N
   """
   wanted = set().union(*(images.y.tolist() for images in sets.values())) if classes is None else set(classes)
   for name, images in sets.items():
-    found = set(images.y.tolist())
-    if wanted - found:
-      raise InputError(f"{name} must hold samples of every class; it has none of class {min(wanted - found)}.")
-    if found - wanted:
-      raise InputError(f"{name} must hold the classes {sorted(wanted)} only; it has class {min(found - wanted)}, too.")
+    held = set(images.y.tolist())
+    if wanted - held:
+      raise InputError(f"{name} must hold samples of every class; it has none of class {min(wanted - held)}.")
+    if held - wanted:
+      raise InputError(f"{name} must hold the classes {sorted(wanted)} only; it has class {min(held - wanted)}, too.")
 
 
 def controls(train: Samples, held_out: Samples | None, y: np.ndarray, key: jax.Array) -> dict[str, Samples]:
@@ -92,8 +92,8 @@ def similarity(samples: Samples, data: Samples) -> np.ndarray:
   most = [int(np.unique(images.y, return_counts=True)[1].max()) for images in (samples, data)]
   for label in np.intersect1d(samples.y, data.y):
     of_class = [np.flatnonzero(images.y == label) for images in (samples, data)]
-    own, other = (np.resize(indices, count) for indices, count in zip(of_class, most, strict=True))
-    best[other] = np.asarray(pairwise(samples.x[own], data.x[other])).max(axis=0)
+    places, other = (np.resize(indices, count) for indices, count in zip(of_class, most, strict=True))
+    best[other] = np.asarray(pairwise(samples.x[places], data.x[other])).max(axis=0)
   return best
 
 
@@ -168,8 +168,8 @@ def similar_pairs(
   framed: dict[int, np.ndarray] = {}
   drawn_twice = 0.1  # greatest difference of a pixel of one image
   for row in range(rows):
-    own = [np.flatnonzero(shown.y == label)[row * columns : (row + 1) * columns] for label in labels]
-    chosen = np.concatenate(own)
+    of_classes = [np.flatnonzero(shown.y == label)[row * columns : (row + 1) * columns] for label in labels]
+    chosen = np.concatenate(of_classes)
     if certified is not None and len(certified):
       near = [np.abs(certified - image).max(axis=(1, 2, 3)).min() for image in shown.x[chosen]]
       framed[len(drawn)] = np.array(near) < drawn_twice
@@ -195,13 +195,13 @@ def exactness(reconstruction: Reconstruction, train: Samples) -> tuple[list[dict
   if not reconstruction.exact:  # not polished
     return [], train.x[:0]
   counts, certified = [], []
-  for own, examination in zip(reconstruction.exact, reconstruction.examinations, strict=True):
-    certified.append(np.clip(own.unit, 0, 1))
+  for proof, examination in zip(reconstruction.exact, reconstruction.examinations, strict=True):
+    certified.append(np.clip(proof.unit, 0, 1))
     difference = nearest_by_value(certified[-1], train.x)[1]
-    exact, criteria = int(np.sum(difference < own.criteria.same)), own.criteria
-    row = {"certified": len(own.y), **own.counts, "most": examination.most_samples, "exact": exact}
-    row |= {"false": len(own.y) - exact, "to_the_bit": int(own.to_the_bit.sum())}
-    counts.append(row | {"identical": int(np.sum(difference[own.to_the_bit] < criteria.off_level / criteria.levels))})
+    exact, criteria = int(np.sum(difference < proof.criteria.same)), proof.criteria
+    row = {"certified": len(proof.y), **proof.counts, "most": examination.most_samples, "exact": exact}
+    row |= {"false": len(proof.y) - exact, "to_the_bit": int(proof.to_the_bit.sum())}
+    counts.append(row | {"identical": int(np.sum(difference[proof.to_the_bit] < criteria.off_level / criteria.levels))})
   return counts, np.concatenate(certified)
 
 

@@ -87,11 +87,11 @@ class Scored(NamedTuple):
 
 def score(examination: Examination, train: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT) -> Scored:
   """Scores training and held-out samples together, at most 1,500 of each (`AuditCriteria.scored`), drawn at random."""
-  own, others = train.at_most(criteria.scored), held_out.at_most(criteria.scored)
-  x, y = np.concatenate([own.x, others.x]), np.concatenate([own.y, others.y])
+  asked, others = train.at_most(criteria.scored), held_out.at_most(criteria.scored)
+  x, y = np.concatenate([asked.x, others.x]), np.concatenate([asked.y, others.y])
   classifier = examination.classifier
-  found = candidates.scores(examination, classifier.from_unit(x), np.asarray(classifier.labels)[y])
-  return compared(own, {name: (values[: len(own.y)], values[len(own.y) :]) for name, values in found.items()})
+  scores = candidates.scores(examination, classifier.from_unit(x), np.asarray(classifier.labels)[y])
+  return compared(asked, {name: (values[: len(asked.y)], values[len(asked.y) :]) for name, values in scores.items()})
 
 
 def compared(asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Scored:
@@ -107,8 +107,8 @@ def suspects(
 ) -> Sequence[Risk]:
   """Scores samples together with held-out ones; all count as what the classifier takes them for."""
   others = held_out.at_most(criteria.scored)
-  found = candidates.scores(examination, examination.classifier.from_unit(np.concatenate([asked.x, others.x])))
-  return risks(asked, {name: (values[: len(asked.x)], values[len(asked.x) :]) for name, values in found.items()})
+  scores = candidates.scores(examination, examination.classifier.from_unit(np.concatenate([asked.x, others.x])))
+  return risks(asked, {name: (values[: len(asked.x)], values[len(asked.x) :]) for name, values in scores.items()})
 
 
 def risks(asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Sequence[Risk]:

@@ -68,7 +68,7 @@ def nearest(classifier: Classifier, unit: np.ndarray, y: np.ndarray, criteria: A
   ground, deviation = float(np.median(x)), max(float(x.std()), 1e-6)  # most values of a digit are its ground
   moved = lambda gain, shift: gain * (x - ground) + ground + shift * deviation
   given = near(x)
-  named = {what: near(own) for what, own in preprocessed(classifier, unit)}
+  named = {what: near(other) for what, other in preprocessed(classifier, unit)}
   farness = lambda place: -np.log(near(moved(np.exp(place[0]), place[1])) + 1e-9)
 
   def search(start: np.ndarray, size: float) -> optimize.OptimizeResult:
@@ -77,17 +77,17 @@ def nearest(classifier: Classifier, unit: np.ndarray, y: np.ndarray, criteria: A
     return optimize.minimize(farness, start, method="Nelder-Mead", options=options)
 
   def shifted(log_gain: float, shift: float) -> tuple[float, float]:  # it is far better determined than a gain
-    along = lambda own: farness((log_gain, own))
+    along = lambda moved_by: farness((log_gain, moved_by))
     bounds = (shift - 1, shift + 1)
-    found = optimize.minimize_scalar(along, bounds=bounds, method="bounded", options={"maxiter": _OF_SHIFTS})
-    return log_gain, float(found.x)
+    least = optimize.minimize_scalar(along, bounds=bounds, method="bounded", options={"maxiter": _OF_SHIFTS})
+    return log_gain, float(least.x)
 
-  found = search(np.array(min(((np.log(gain), shift) for gain in _GAINS for shift in _SHIFTS), key=farness)), 0.3)
-  places = [shifted(own, found.x[1]) for middle in (0.0, found.x[0]) for own in middle + np.array(_STEPS)]
-  found = search(np.array(min([tuple(found.x), *places], key=farness)), 0.03)
-  gain, shift = float(np.exp(found.x[0])), float(found.x[1])
-  best, what = float(np.exp(-found.fun)), _in_words(gain, ground - gain * ground + shift * deviation)
-  slip = max(named, key=lambda own: named[own])
+  optimum = search(np.array(min(((np.log(gain), shift) for gain in _GAINS for shift in _SHIFTS), key=farness)), 0.3)
+  places = [shifted(log_gain, optimum.x[1]) for middle in (0.0, optimum.x[0]) for log_gain in middle + np.array(_STEPS)]
+  optimum = search(np.array(min([tuple(optimum.x), *places], key=farness)), 0.03)
+  gain, shift = float(np.exp(optimum.x[0])), float(optimum.x[1])
+  best, what = float(np.exp(-optimum.fun)), _in_words(gain, ground - gain * ground + shift * deviation)
+  slip = max(named, key=lambda name: named[name])
   if named[slip] > 0.5 * best:
     best, what = named[slip], slip
   least = criteria.least_near_batch_norm if classifier.batch_coupled else criteria.least_near
@@ -143,8 +143,8 @@ def _nearness(classifier: Classifier, x: np.ndarray, y: np.ndarray) -> Callable[
     most = 0.5 * float(np.log(classifier.num_classes))  # inputs of next to no size are near to all weights
 
     def near(x: np.ndarray) -> float:
-      found, _, loss = along(x)
-      return float(found) if float(loss) <= max(most, float(given)) else 0.0
+      ratio, _, loss = along(x)
+      return float(ratio) if float(loss) <= max(most, float(given)) else 0.0
 
     return near
   of_batch = jax.jit(classifier.statistics_fn)
@@ -168,21 +168,21 @@ def _along(
     moved = params if start is None else jax.tree.map(jnp.subtract, params, start)
     value, gradient = jax.value_and_grad(loss)(params)
     pairs = list(zip(*map(jax.tree.leaves, (gradient, moved)), strict=True))
-    shares = [jnp.maximum(-jnp.vdot(own, w), 0) / jnp.maximum(jnp.vdot(w, w), 1e-30) for own, w in pairs]
-    left = sum(jnp.sum(jnp.square(own + a * w)) for a, (own, w) in zip(shares, pairs, strict=True))
-    whole = sum(jnp.vdot(own, own) for own, _ in pairs)
+    shares = [jnp.maximum(-jnp.vdot(slope, w), 0) / jnp.maximum(jnp.vdot(w, w), 1e-30) for slope, w in pairs]
+    left = sum(jnp.sum(jnp.square(slope + a * w)) for a, (slope, w) in zip(shares, pairs, strict=True))
+    whole = sum(jnp.vdot(slope, slope) for slope, _ in pairs)
     return jnp.nan_to_num(jnp.maximum(whole - left, 0) / left), shares, value
 
   return lambda x: along(classifier.params, classifier.initial_params, jnp.asarray(x, jnp.float32))
 
 
-def _errors(stored: PyTree, found: PyTree, before: str = "") -> dict[str, float]:
+def _errors(stored: PyTree, fresh: PyTree, before: str = "") -> dict[str, float]:
   """By layer the squared relative errors of means and variances."""
   if not {"mean", "var"} <= set(stored):
     return {
-      layer: error for key in stored for layer, error in _errors(stored[key], found[key], f"{before}{key}/").items()
+      layer: error for key in stored for layer, error in _errors(stored[key], fresh[key], f"{before}{key}/").items()
     }
-  means, variances = ([np.asarray(own[name], np.float64) for own in (stored, found)] for name in ("mean", "var"))
+  means, variances = ([np.asarray(tree[name], np.float64) for tree in (stored, fresh)] for name in ("mean", "var"))
   total = np.maximum(sum(variances), 1e-30)
   error = np.square(means[1] - means[0]) / total + np.square((variances[1] - variances[0]) / total)
   return {before.rstrip("/"): float(np.mean(np.minimum(error, 1e3)))}

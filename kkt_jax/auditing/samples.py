@@ -38,9 +38,9 @@ class Samples:
         raise InputError(f"{name} must be an array of numbers, one row for each sample; got {values!r:.60}.")
     if not self.names:
       object.__setattr__(self, "names", tuple(f"sample {place}" for place in range(len(self.x))))
-    for name, own in (("y", self.y), ("names", self.names)):
-      if len(own) != len(self.x):
-        raise InputError(f"{name} must be one for each of {len(self.x)} samples; got {len(own)}.")
+    for name, column in (("y", self.y), ("names", self.names)):
+      if len(column) != len(self.x):
+        raise InputError(f"{name} must be one for each of {len(self.x)} samples; got {len(column)}.")
 
   @classmethod
   def of(
@@ -75,10 +75,10 @@ class Samples:
     if labels.shape != x.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
       raise InputError(f"{name}: y must be {len(x)} integers; got {labels.dtype} of shape {labels.shape}.")
     if not len(labels) or not np.isin(labels, known).all():
-      found = f"{labels.min()} to {labels.max()}" if len(labels) else "none"
-      own = known == tuple(range(len(known)))
-      wanted = f"lie in 0 to {len(known) - 1}" if own else f"be among the classifier's, {known}"
-      raise InputError(f"{name}: labels must {wanted}; got {found}.")
+      got = f"{labels.min()} to {labels.max()}" if len(labels) else "none"
+      plain = known == tuple(range(len(known)))
+      wanted = f"lie in 0 to {len(known) - 1}" if plain else f"be among the classifier's, {known}"
+      raise InputError(f"{name}: labels must {wanted}; got {got}.")
     return cls(unit, np.asarray(classifier.classes_of(labels), np.int32), tuple(names))
 
   def checked(self, name: str, classifier: Classifier) -> "Samples":

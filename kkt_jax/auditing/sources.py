@@ -24,23 +24,23 @@ def p_value(first: Samples, second: Samples, criteria: AuditCriteria = _DEFAULT)
   """
   random = np.random.default_rng(0)
   parts = [images.at_most(criteria.sources_samples, random) for images in (first, second)]
-  x, y = np.concatenate([own.x for own in parts]), np.concatenate([own.y for own in parts])
-  member = np.repeat([1.0, 0.0], [len(own.y) for own in parts])
+  x, y = np.concatenate([images.x for images in parts]), np.concatenate([images.y for images in parts])
+  member = np.repeat([1.0, 0.0], [len(images.y) for images in parts])
   members = np.stack([member, *_shuffled(member, y, random, criteria.shuffles)], axis=1)
   members -= _class_means(members, y)  # constant within a class
   flat = x.reshape(len(x), -1).astype(np.float64)
   if flat.shape[1] > criteria.sources_values:
     flat = flat[:, np.sort(random.choice(flat.shape[1], criteria.sources_values, replace=False))]
-  summaries = np.stack([stats.rankdata(own) for own in _summaries(x)], axis=1)
+  summaries = np.stack([stats.rankdata(summary) for summary in _summaries(x)], axis=1)
   values, summaries = _standard(flat, y), _standard(summaries, y)
   left, sizes, _ = np.linalg.svd(values, full_matrices=False)
   components = left[:, : criteria.components][:, sizes[: criteria.components] > 1e-6] * len(x) ** 0.5
-  found = [
+  statistics = [
     _predicted(np.concatenate([components, summaries], axis=1), members, random, criteria),
     np.abs(summaries.T @ members).max(axis=0),
     np.square(values.T @ members).sum(axis=0),
   ]
-  return float(min(1.0, len(found) * min(np.mean(own >= own[0] * (1 - 1e-9)) for own in found)))
+  return float(min(1.0, len(statistics) * min(np.mean(row >= row[0] * (1 - 1e-9)) for row in statistics)))
 
 
 def _predicted(
@@ -48,10 +48,10 @@ def _predicted(
 ) -> np.ndarray:
   """How well each of many memberships [N, T] is predicted by ridge regression, on samples that it was not fitted to."""
   fold, predicted = random.permutation(len(features)) % criteria.folds, np.zeros_like(members)
-  for own in range(criteria.folds):
-    fitted, tested = features[fold != own], features[fold == own]
+  for turn in range(criteria.folds):
+    fitted, tested = features[fold != turn], features[fold == turn]
     ridge = criteria.ridge * len(fitted) * np.eye(features.shape[1])
-    predicted[fold == own] = tested @ np.linalg.solve(fitted.T @ fitted + ridge, fitted.T @ members[fold != own])
+    predicted[fold == turn] = tested @ np.linalg.solve(fitted.T @ fitted + ridge, fitted.T @ members[fold != turn])
   lengths = np.linalg.norm(predicted, axis=0) * np.linalg.norm(members, axis=0)
   return np.asarray(np.sum(predicted * members, axis=0) / np.maximum(lengths, 1e-12))
 

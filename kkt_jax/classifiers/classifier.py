@@ -281,8 +281,8 @@ class _Forward:
   one_logit: bool = False
 
   def __call__(self, params: PyTree, x: jax.Array, train: bool) -> Evaluation:
-    found = self.apply_fn(params, x, *[train] if self.batch_norm else [])
-    whole = found if isinstance(found, Evaluation) else Evaluation(found)
+    output = self.apply_fn(params, x, *[train] if self.batch_norm else [])
+    whole = output if isinstance(output, Evaluation) else Evaluation(output)
     return whole._replace(logits=lifted_logits(whole.logits)) if self.one_logit else whole
 
 
@@ -335,15 +335,15 @@ def make_classifier(
   (3, (0, 1, 2))
   """
   input_shape = _checks.sizes("input_shape", input_shape)
-  own = _checked_params(params, initial_params)
-  forward, num_classes = _checked_forward(apply_fn, own["params"], input_shape, statistics)
+  checked = _checked_params(params, initial_params)
+  forward, num_classes = _checked_forward(apply_fn, checked["params"], input_shape, statistics)
   if value_range is not None:
     value_range = _range(value_range)
   if weight_decay is not None:
-    strengths = jax.tree.leaves(decay_of_tensors(weight_decay, own["params"]))
-    weight_decay = strengths[0] if all(own == strengths[0] for own in strengths) else WeightDecay(strengths)
+    strengths = jax.tree.leaves(decay_of_tensors(weight_decay, checked["params"]))
+    weight_decay = strengths[0] if all(strength == strengths[0] for strength in strengths) else WeightDecay(strengths)
   return Classifier(
-    **own,
+    **checked,
     forward=forward,
     input_shape=input_shape,
     labels=_checked_labels(labels, num_classes),

@@ -103,10 +103,10 @@ def relax_gates(apply_fn: Callable[[PyTree, jax.Array], Result], *, sharpness: f
     following = iter(free)
 
     def gate(root: jax.Array) -> jax.Array:
-      own, smooth = next(following, None), jax.nn.sigmoid(sharpness * root)
-      if own is None or own.shape != root.shape:
+      given, smooth = next(following, None), jax.nn.sigmoid(sharpness * root)
+      if given is None or given.shape != root.shape:
         return smooth
-      return smooth + 4 * smooth * (1 - smooth) * (jax.nn.sigmoid(own.astype(root.dtype)) - smooth)
+      return smooth + 4 * smooth * (1 - smooth) * (jax.nn.sigmoid(given.astype(root.dtype)) - smooth)
 
     report = _Report(gate, lambda root: jax.nn.sigmoid(sharpness * root))
     result: Result = _relaxed(apply_fn, params, x, report)
@@ -289,17 +289,17 @@ def _evaluate(closed: Any, arguments: Sequence[_Value], report: _Report) -> list
   for equation in jaxpr.eqns:
     inputs, name = [read(atom) for atom in equation.invars], equation.primitive.name
     depends = any(value.depends for value in inputs)
-    own = report if depends else _Report()
+    noted = report if depends else _Report()
     if name in INLINED:
       outputs = _evaluate(equation.params[INLINED[name]], inputs, report)
     elif name == "custom_jvp_call" and _only_gates(equation.params["call_jaxpr"]):
       outputs = _evaluate(equation.params["call_jaxpr"], inputs, report)
     else:
       if name not in _OWN_DERIVATIVE:
-        equation = equation.replace(params={k: _inside(v, own) for k, v in equation.params.items()})
+        equation = equation.replace(params={k: _inside(v, noted) for k, v in equation.params.items()})
       outputs = [_Value(array) for array in run(jaxpr, equation, [value.array for value in inputs])]
       if len(outputs) == 1:
-        outputs = [_described(name, inputs, outputs[0], own)]
+        outputs = [_described(name, inputs, outputs[0], noted)]
       outputs = [value._replace(depends=depends) for value in outputs]
     known |= dict(zip(equation.outvars, outputs, strict=True))
   return [read(atom) for atom in jaxpr.outvars]

@@ -121,9 +121,9 @@ class Subject:
       def forward(params: PyTree, x: jax.Array, train: bool) -> Evaluation:
         if not train:
           return inference(params, statistics, x)
-        found = evaluate(params, x)
-        features = found.features if has_features else None
-        return Evaluation(found.logits, _statistics.canonical(found.statistics), features)
+        evaluation = evaluate(params, x)
+        features = evaluation.features if has_features else None
+        return Evaluation(evaluation.logits, _statistics.canonical(evaluation.statistics), features)
 
       classifier = make_classifier(forward, params, shape, statistics=_statistics.canonical(statistics), **known)
       if self.train_fn.__module__ != __name__:  # that of a module is the same function by construction
@@ -141,11 +141,11 @@ class Subject:
         logits, features = features_fn(stored.whole(params, statistics), x)
         return Evaluation(logits, None, features)
 
-      own = lambda params, x: featured(params, stored.statistics, x)
+      evaluate = lambda params, x: featured(params, stored.statistics, x)
       whole = stored.whole(stored.params, stored.statistics)
       for name, function in (("apply_fn", self.apply_fn), ("features_fn", features_fn)):
         result_shape(name, function, whole, self.input_shape)
-      if _normalised.feeds_last_layer(own, stored.params, self.input_shape):
+      if _normalised.feeds_last_layer(evaluate, stored.params, self.input_shape):
         return featured, True
     return lambda params, statistics, x: Evaluation(self.apply_fn(stored.whole(params, statistics), x)), False
 
@@ -191,11 +191,11 @@ class Subject:
     if train_argument is not None and not (arguments or attributes):
       raise ValueError(f"train_argument must name an argument or attribute of module; got {train_argument!r}.")
     mode = lambda train: {name: train == on for name, on in arguments.items()}
-    own = lambda train: module.clone(**{name: train == on for name, on in attributes.items()})
+    switched = lambda train: module.clone(**{name: train == on for name, on in attributes.items()})
 
     def init(_: None, x: jax.Array) -> dict[str, PyTree]:
       with nn.intercept_methods(_without_dropout):
-        return dict(own(False).init(jax.random.key(0), x, **mode(False)))
+        return dict(switched(False).init(jax.random.key(0), x, **mode(False)))
 
     collections = result_shape("module", init, None, input_shape)
     bare = set(collections) == {"params"}
@@ -207,7 +207,7 @@ class Subject:
     def run(variables: PyTree, x: jax.Array, *, train: bool = False, **settings: Any) -> Any:
       collections = {"params": variables} if bare else variables
       with nn.intercept_methods(_without_dropout):
-        return own(train).apply(collections, _shifted(x, offset), **mode(train), **settings)
+        return switched(train).apply(collections, _shifted(x, offset), **mode(train), **settings)
 
     def train_fn(variables: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree, jax.Array]:
       return _with_features(run, variables, x, train=True, mutable=["batch_stats"])

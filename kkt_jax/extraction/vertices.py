@@ -112,8 +112,8 @@ def likely_ends(x: ArrayLike, y: ArrayLike, others: ArrayLike, others_y: ArrayLi
     Shares black and white [2, M, ...], from .05 to .95.
   """
   x, others = jnp.asarray(x), jnp.clip(jnp.asarray(others), 0.0, 1.0)
-  own, rest = jnp.clip(x, 0.0, 1.0).reshape(x.shape[0], -1), others.reshape(others.shape[0], -1)
-  distances = jnp.sum(rest**2, axis=1)[None] - 2 * own @ rest.T
+  flat, rest = jnp.clip(x, 0.0, 1.0).reshape(x.shape[0], -1), others.reshape(others.shape[0], -1)
+  distances = jnp.sum(rest**2, axis=1)[None] - 2 * flat @ rest.T
   distances = jnp.where(jnp.asarray(y)[:, None] == jnp.asarray(others_y)[None], distances, jnp.inf)
   near, nearest = jax.lax.top_k(-distances, min(_NEAREST, len(others)))
   counts = jnp.isfinite(near).astype(rest.dtype)
@@ -141,14 +141,14 @@ def certify(x: ArrayLike, subspace: Subspace, criteria: Criteria = _DEFAULT) -> 
     ValueError: see `polish`.
   """
   x, origin, free = _checked(x, subspace), subspace.origin, subspace.free_coordinates
-  own = np.asarray(x, np.float64).reshape(x.shape[0], -1)[:, free]
-  black, white = np.abs(own) < criteria.tight, np.abs(own - 1) < criteria.tight
-  tight, overshoot = (black | white).sum(axis=1), np.linalg.norm(np.maximum(0.0, np.maximum(-own, own - 1)), axis=1)
+  unit = np.asarray(x, np.float64).reshape(x.shape[0], -1)[:, free]
+  black, white = np.abs(unit) < criteria.tight, np.abs(unit - 1) < criteria.tight
+  tight, overshoot = (black | white).sum(axis=1), np.linalg.norm(np.maximum(0.0, np.maximum(-unit, unit - 1)), axis=1)
   away = np.abs(np.asarray(x - origin[None])).reshape(x.shape[0], -1).max(axis=1) > criteria.away
   required = subspace.required_active(criteria)
   enough = (tight >= required) & (overshoot <= criteria.overshoot) & away
-  firmness, contrast, one_sided = np.zeros((3, len(own)))
-  ends, which = np.unique(np.where(black | white, own > 0.5, -1)[enough], axis=0, return_inverse=True)
+  firmness, contrast, one_sided = np.zeros((3, len(unit)))
+  ends, which = np.unique(np.where(black | white, unit > 0.5, -1)[enough], axis=0, return_inverse=True)
   if len(ends):  # many samples come to one vertex
     rows = np.asarray(subspace.basis, np.float64)[free]
     measured = np.array([_held(rows, vertex, required, criteria.firmness) for vertex in ends])
@@ -168,7 +168,7 @@ def _held(basis: np.ndarray, ends: np.ndarray, count: int, least: float) -> tupl
   firmness = _least_singular(np.concatenate(parts))
   if firmness < least:
     return firmness, 0.0, 0.0
-  contrast = _least_singular(np.concatenate([part - part.mean(axis=0) for part in parts if len(part)]))
+  contrast = _least_singular(np.concatenate([rows - rows.mean(axis=0) for rows in parts if len(rows)]))
   most = max(parts, key=len)
   return firmness, contrast, _least_singular(most) if len(most) >= count else 0.0
 
@@ -284,9 +284,9 @@ def off_level(subspace: Subspace, criteria: Criteria = _DEFAULT) -> float:
   basis, moving = np.asarray(subspace.basis, np.float64), subspace.moving
   least = 2 * criteria.off_level
   for begin in range(0, len(moving), _COLUMNS):
-    own = moving[begin : begin + _COLUMNS]
-    left = -basis @ basis[own].T
-    left[own, np.arange(len(own))] += 1
+    columns = moving[begin : begin + _COLUMNS]
+    left = -basis @ basis[columns].T
+    left[columns, np.arange(len(columns))] += 1
     least = min(least, float(np.abs(left).max(axis=0).min()))
   return least / 2
 
@@ -301,14 +301,14 @@ def left_open(x: np.ndarray, subspace: Subspace, criteria: Criteria = _DEFAULT) 
   """
   basis, flat = np.asarray(subspace.basis, np.float64), x.reshape(len(x), subspace.origin.size)
   ends = flat == (np.mean(flat, axis=1, keepdims=True) > 0.5)
-  grams = (basis[own].T @ basis[own] for own in ends)
+  grams = (basis[at_end].T @ basis[at_end] for at_end in ends)
   return np.array([np.sum(np.linalg.eigvalsh(gram) < criteria.firmness**2) for gram in grams], int)
 
 
 def promising(x: ArrayLike, subspace: Subspace) -> np.ndarray:
   """Which samples [M, ...] have enough values near the ends of the range to be certified after polishing."""
-  own = np.asarray(x).reshape(np.shape(x)[0], -1)[:, subspace.free_coordinates]
-  near = np.sum(np.minimum(np.abs(own), np.abs(own - 1)) < _NEAR, axis=1)
+  values = np.asarray(x).reshape(np.shape(x)[0], -1)[:, subspace.free_coordinates]
+  near = np.sum(np.minimum(np.abs(values), np.abs(values - 1)) < _NEAR, axis=1)
   return near >= subspace.required_active()
 
 
@@ -380,7 +380,7 @@ def _polished(c: jax.Array, trust: jax.Array, subspace: Subspace, moving: np.nda
     c, _ = jax.lax.scan(descend, c, jnp.geomspace(_FIRST, _LAST, num_steps))
     return jax.lax.scan(refit, c, jnp.geomspace(_FAR * _LAST, _LAST, _REFITS))[0]
 
-  return jax.lax.map(lambda own: one(*own), (c, trust), batch_size=_AT_ONCE)
+  return jax.lax.map(lambda pair: one(*pair), (c, trust), batch_size=_AT_ONCE)
 
 
 def _with_neighbours(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -389,7 +389,7 @@ def _with_neighbours(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return values
   image = values.reshape(shape)
   for axis in (0, 1):
-    padded = jnp.pad(image, [(1, 1) if axis == own else (0, 0) for own in range(3)], mode="edge")
+    padded = jnp.pad(image, [(1, 1) if axis == side else (0, 0) for side in range(3)], mode="edge")
     around = sum(jax.lax.slice_in_dim(padded, at, at + shape[axis], axis=axis) for at in (0, 2))
     image = _ALONE * image + (1 - _ALONE) / 2 * around
   return image.reshape(-1)

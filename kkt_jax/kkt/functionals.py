@@ -72,12 +72,12 @@ class Functionals(NamedTuple):
   @property
   def unused(self) -> tuple[str, ...]:
     """The names of the tensors on which no sum depends."""
-    return tuple(name for name, own in zip(self.names, self.changes, strict=True) if not own.random.any())
+    return tuple(name for name, change in zip(self.names, self.changes, strict=True) if not change.random.any())
 
   @property
   def margins(self) -> list[Changes]:
     """Of the others, of margins, which do not change where all logits of an input do alike."""
-    return jax.tree.map(lambda own: own[_LOGITS:], self.changes)
+    return jax.tree.map(lambda change: change[_LOGITS:], self.changes)
 
 
 @full_precision
@@ -94,9 +94,9 @@ def functionals(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, margins: boo
   leaves = jax.tree.leaves(params)
   normals = [jnp.asarray(normal(leaf)) for leaf in leaves]
   count = _LOGITS + (max(_MARGINS, len(leaves) * 5 // 4) if margins else 0)
-  found = [jax.device_get(_changes(apply_fn, params, *own, normals)) for own in sums(apply_fn, params, x, count)]
+  measured = [jax.device_get(_changes(apply_fn, params, *pair, normals)) for pair in sums(apply_fn, params, x, count)]
   stacked = lambda *rows: np.asarray(np.stack(rows), np.float64)
-  values, changes = jax.tree.map(stacked, *found)
+  values, changes = jax.tree.map(stacked, *measured)
   return Functionals(values, changes, tensor_names(params), jax.eval_shape(apply_fn, params, x).shape[1])
 
 
@@ -132,14 +132,14 @@ def _changes(
   apply_fn: ApplyFn, params: PyTree, x: jax.Array, weights: jax.Array, normals: list[jax.Array]
 ) -> tuple[jax.Array, list[Changes]]:
   value, gradient = jax.value_and_grad(lambda p: jnp.vdot(apply_fn(p, x), weights))(params)
-  return value, [_of_tensor(*own) for own in zip(*map(jax.tree.leaves, (gradient, params)), normals, strict=True)]
+  return value, [_of_tensor(*tensor) for tensor in zip(*map(jax.tree.leaves, (gradient, params)), normals, strict=True)]
 
 
 def _of_tensor(gradient: jax.Array, value: jax.Array, random: jax.Array) -> Changes:
   products = gradient * value
   over_all_but = lambda axis: jnp.sum(products, axis=[k for k in range(value.ndim) if k != value.ndim + axis])
   nothing = jnp.zeros(0, products.dtype)
-  first = lambda own: own[..., 0] if own.ndim else own
+  first = lambda array: array[..., 0] if array.ndim else array
   return Changes(
     jnp.sum(products),
     jnp.vdot(products, random),

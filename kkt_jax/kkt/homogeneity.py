@@ -146,20 +146,20 @@ def summed_equations(
   leaves, structure = jax.tree.flatten(params)
   biases = bias_tensors(apply_fn, params, x)
   chosen = np.array([bias or leaf.ndim <= 1 for bias, leaf in zip(biases, leaves, strict=True)])
-  scaled, uneven, random = (np.stack([own[k] for own in known.changes], axis=1) for k in range(3))
+  scaled, uneven, random = (np.stack([change[k] for change in known.changes], axis=1) for k in range(3))
   rows, sizes = [scaled], [scaled, uneven]
   values = [known.values]
-  size, own, moved = (np.linalg.norm(part[: len(known.logits)], axis=0) for part in (known.values, scaled, random))
+  size, scale, moved = (np.linalg.norm(block[: len(known.logits)], axis=0) for block in (known.values, scaled, random))
   normals = jax.tree.unflatten(structure, [jnp.asarray(functionals.normal(leaf)) for leaf in leaves])
   direction, heard = _second_order_direction(params, normals, moved, size, chosen)
-  quiet = own < _QUIET * size if functionals.large(params) else True
+  quiet = scale < _QUIET * size if functionals.large(params) else True
   if np.any(np.asarray(heard) & quiet):
     sums = functionals.sums(apply_fn, params, x, max(32, len(leaves) // 2))
-    found = [jax.device_get(_moved_rows(apply_fn, params, *of, normals, direction)) for of in sums]
-    for parts, more in zip((values, rows, sizes), zip(*found, strict=True), strict=True):
+    further = [jax.device_get(_moved_rows(apply_fn, params, *of, normals, direction)) for of in sums]
+    for parts, more in zip((values, rows, sizes), zip(*further, strict=True), strict=True):
       parts.append(np.stack(more))
   dtype = jnp.result_type(*leaves)
-  coefficients, whole, squares = (jnp.asarray(np.concatenate(own), dtype) for own in (rows, values, sizes))
+  coefficients, whole, squares = (jnp.asarray(np.concatenate(blocks), dtype) for blocks in (rows, values, sizes))
   return DerivativeEquations(coefficients, whole, jnp.linalg.norm(squares, axis=0), biases)
 
 
@@ -171,9 +171,9 @@ def _moved_rows(
 
   def rows(params: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
     value, gradient = jax.value_and_grad(lambda p: jnp.vdot(apply_fn(p, x), weights))(params)
-    products = [own * p for own, p in zip(*map(jax.tree.leaves, (gradient, params)), strict=True)]
-    uneven = [jnp.vdot(own, normal) for own, normal in zip(products, jax.tree.leaves(normals), strict=True)]
-    return value, jnp.stack([jnp.sum(own) for own in products]), jnp.stack(uneven)
+    products = [slope * p for slope, p in zip(*map(jax.tree.leaves, (gradient, params)), strict=True)]
+    uneven = [jnp.vdot(product, normal) for product, normal in zip(products, jax.tree.leaves(normals), strict=True)]
+    return value, jnp.stack([jnp.sum(product) for product in products]), jnp.stack(uneven)
 
   return jax.jvp(rows, (params,), (direction,))[1]
 

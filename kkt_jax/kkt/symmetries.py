@@ -123,7 +123,7 @@ class _Tensor:
     """From its values and its target, arrays of one shape."""
     v, t = np.asarray(value, np.float64), np.asarray(target, np.float64)
     shape = v.shape[-2:] if v.ndim > 1 else (1, v.size)
-    summed = lambda own: own.reshape(-1, *shape).sum(axis=0)
+    summed = lambda entries: entries.reshape(-1, *shape).sum(axis=0)
     shifted = float(np.sum(np.square(t.mean(axis=-1))) * v.shape[-1]) if v.ndim else 0.0
     return cls(name, v.shape, changes, summed(v * v), summed(v * t), shifted)
 
@@ -152,15 +152,15 @@ class Symmetries:
         usable.append(_Tensor.of(name, value, masked, changes))
 
     def without(left: Collection[str]) -> LeastResidual:
-      total = sum(own for name, own in totals.items() if name not in left)
+      total = sum(square for name, square in totals.items() if name not in left)
       tensors = [tensor for tensor in usable if tensor.name not in left]
       if not total:
         return LeastResidual(1.0, {"no condition is left": 1.0}, {})
       scalable = [t for t in tensors if t.squares.any()]  # what is 0 has no scale
       parts = self._shifts(tensors) | _whole_tensors(scalable, self.criteria) | _units(scalable, self.criteria, known)
-      shares = {name: sum(own.values()) / total for name, own in parts.items()}
-      moved = {name for own in parts.values() for name in own}
-      by_tensor = {name: max(own.get(name, 0.0) for own in parts.values()) / total for name in moved}
+      shares = {name: sum(lengths.values()) / total for name, lengths in parts.items()}
+      moved = {name for lengths in parts.values() for name in lengths}
+      by_tensor = {name: max(lengths.get(name, 0.0) for lengths in parts.values()) / total for name in moved}
       return LeastResidual(max(shares.values(), default=0.0), shares, by_tensor)
 
     return without
@@ -185,14 +185,14 @@ class Symmetries:
 
     scalable = [place for place, leaf in enumerate(self.leaves) if np.any(np.asarray(leaf))]
     null = _whole_relations([self.changes[place] for place in scalable], self.criteria)
-    found = dict.fromkeys(range(len(self.names)), False)
+    invariant = dict.fromkeys(range(len(self.names)), False)
     for row, place in enumerate(scalable if null.shape[1] else []):
       # Is there a combination of null vectors that scales this tensor up and none down?
       solved = optimize.linprog(
         -null[row], A_ub=np.vstack([-null, null]), b_ub=np.repeat([1e-6, 1.0], len(null)), bounds=(None, None)
       )
-      found[place] = bool(solved.success and -solved.fun > self.criteria.moved)
-    return jax.tree.unflatten(jax.tree.structure(self.params), list(found.values()))
+      invariant[place] = bool(solved.success and -solved.fun > self.criteria.moved)
+    return jax.tree.unflatten(jax.tree.structure(self.params), list(invariant.values()))
 
   def _shifts(self, tensors: Sequence[_Tensor]) -> _Parts:
     """What the targets have in shifts of all logits alike: the same change of all output columns."""
@@ -215,12 +215,12 @@ def _whole_tensors(tensors: Sequence[_Tensor], criteria: AnalysisCriteria) -> _P
   scales = null @ _coefficients(products, null.T @ (squares[:, None] * null))
   moved = np.abs(null).max(axis=1) > criteria.moved
   parts = zip(tensors, scales**2 * squares, moved, strict=True)
-  return {"scales of whole tensors": {t.name: float(part) for t, part, own in parts if own}}
+  return {"scales of whole tensors": {t.name: float(length) for t, length, is_moved in parts if is_moved}}
 
 
 def _whole_relations(changes: Sequence[functionals.Changes], criteria: AnalysisCriteria) -> np.ndarray:
   """Combinations of rescalings of whole tensors that change no margin, as `_null_space`."""
-  return _null_space([own.scaled for own in changes], [own.generic for own in changes], criteria.symmetric)
+  return _null_space([change.scaled for change in changes], [change.generic for change in changes], criteria.symmetric)
 
 
 def _units(tensors: Sequence[_Tensor], criteria: AnalysisCriteria, known: _Known) -> _Parts:
@@ -228,13 +228,13 @@ def _units(tensors: Sequence[_Tensor], criteria: AnalysisCriteria, known: _Known
 
   What depends on the same tensors is ``known`` from call to call.
   """
-  found = []
+  families = []
   for width in sorted({t.shape[-1] for t in tensors if t.shape}):
-    own = tuple(t for t in tensors if width in t.shape[-2:])
-    if own not in known:
-      known[own] = _units_of(own, width, criteria)
-    found.append(known[own])
-  return dict(filter(None, found))
+    group = tuple(t for t in tensors if width in t.shape[-2:])
+    if group not in known:
+      known[group] = _units_of(group, width, criteria)
+    families.append(known[group])
+  return dict(filter(None, families))
 
 
 def _units_of(
@@ -258,8 +258,8 @@ def _units_of(
 def _in_tensor(tensor: _Tensor, parts: Sequence[tuple[_Tensor, bool]], scales: np.ndarray) -> float:
   """The squared length in one tensor of scalings of units, those of each part a row."""
   factor = np.zeros((1, 1))
-  for (own, outgoing), units in zip(parts, scales, strict=True):
-    if own is tensor:
+  for (other, outgoing), units in zip(parts, scales, strict=True):
+    if other is tensor:
       factor = factor + (units[:, None] if outgoing else units[None, :])
   return float(np.sum(tensor.squares * factor**2))
 

@@ -63,20 +63,20 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
   labels = jnp.asarray(classifier.labels)[jnp.argmax(logits, axis=1)] if labels is None else labels
   conditions = _of_first_kernel(examination)
   weighed = conditions is examination.conditions and examination.form != "weight_decay"
-  found = {"multipliers": multipliers(classifier, conditions, x, labels, weighed=weighed)}
+  scored = {"multipliers": multipliers(classifier, conditions, x, labels, weighed=weighed)}
   if examination.subspace is not None:
-    found["subspace"] = -np.asarray(examination.subspace.distance(classifier.to_unit(x)))
+    scored["subspace"] = -np.asarray(examination.subspace.distance(classifier.to_unit(x)))
   if certificates.applicable(examination):
-    found["signal"] = -signals.signals(examination, x, labels).distance
+    scored["signal"] = -signals.signals(examination, x, labels).distance
   if relaxation.gates(classifier.predict_fn, classifier.params, x[:2]):
-    found["boundaries"] = boundary_scores(classifier, x)
+    scored["boundaries"] = boundary_scores(classifier, x)
   classes = classifier.classes_of(labels)
   if examination.form == "max_margin":
-    found["margin"] = common_margin(losses.runner_up_margin(logits, classes), examination.margin)
-  second = found.get("boundaries" if classifier.statistics is None else "margin")
+    scored["margin"] = common_margin(losses.runner_up_margin(logits, classes), examination.margin)
+  second = scored.get("boundaries" if classifier.statistics is None else "margin")
   if second is not None:
-    found["together"] = _joined([found["multipliers"], second])
-  return found | {"loss": -np.asarray(optax.losses.softmax_cross_entropy_with_integer_labels(logits, classes))}
+    scored["together"] = _joined([scored["multipliers"], second])
+  return scored | {"loss": -np.asarray(optax.losses.softmax_cross_entropy_with_integer_labels(logits, classes))}
 
 
 @_checks.annotated
@@ -185,12 +185,12 @@ def _correlations(
   masked = lambda tree: [leaf * masks[i] for i, leaf in enumerate(jax.tree.leaves(tree)) if i in kept]
 
   def gradients(params: PyTree, x: jax.Array, index: jax.Array) -> list[jax.Array]:
-    return masked(jax.grad(lambda own: _log_odds(classifier, own, x[None], index[None])[0])(params))
+    return masked(jax.grad(lambda p: _log_odds(classifier, p, x[None], index[None])[0])(params))
 
   target = [np.asarray(leaf, np.float64) for leaf in masked(conditions.target)]
   if sum(leaf.size for leaf in target) > SKETCHED:  # one by one: together their convolutions are slower, and large
-    own, chunk_size = jax.jit(gradients), 1
-    of = lambda chunk: [leaf[None] for leaf in own(classifier.params, x[chunk.start], classes[chunk.start])]
+    one, chunk_size = jax.jit(gradients), 1
+    of = lambda chunk: [leaf[None] for leaf in one(classifier.params, x[chunk.start], classes[chunk.start])]
   else:
     many = jax.jit(jax.vmap(gradients, in_axes=(None, 0, 0)))
     of = lambda chunk: many(classifier.params, x[chunk], classes[chunk])
@@ -210,14 +210,14 @@ def _weights(
 ) -> dict[str, float]:
   """By tensor the inverse variance of what a sum of gradients leaves of the target; 0 for a target that is 0."""
   classes, chosen = classifier.classes_of(labels), np.flatnonzero(parts > 0)
-  own = lambda params: (
+  log_odds = lambda params: (
     jnp.asarray(parts[chosen]) @ _log_odds(classifier, params, x[chosen], jnp.asarray(classes)[chosen])
   )
-  total = jax.grad(own)(classifier.params)
+  total = jax.grad(log_odds)(classifier.params)
   weights = {}
   trees = (conditions.target, total, conditions.mask)
-  for name, target, found, mask in zip(tensor_names(total), *map(jax.tree.leaves, trees), strict=True):
-    left, all_of_it = (float(jnp.mean(jnp.square(mask * own))) for own in (target - found, target))
+  for name, target, explained, mask in zip(tensor_names(total), *map(jax.tree.leaves, trees), strict=True):
+    left, all_of_it = (float(jnp.mean(jnp.square(mask * tensor))) for tensor in (target - explained, target))
     weights[name] = 1 / max(left, 1e-9 * all_of_it) if all_of_it else 0.0
   return weights
 
@@ -250,7 +250,7 @@ def _joined(scores: Sequence[np.ndarray]) -> np.ndarray:
   """Fisher's combination of the ranks among the candidates [M] by several scores."""
   from scipy import stats
 
-  return -sum(np.log(stats.rankdata(-own, method="max") / len(own)) for own in scores)
+  return -sum(np.log(stats.rankdata(-values, method="max") / len(values)) for values in scores)
 
 
 def common_margin(margins: ArrayLike, margin: float | None = None, *, neighbours: int = 10) -> np.ndarray:
@@ -270,12 +270,12 @@ def common_margin(margins: ArrayLike, margin: float | None = None, *, neighbours
   values = np.asarray(margins, np.float64)
   logs = np.full(values.shape, -np.inf)
   logs[values > 0] = np.log(values[values > 0])
-  own = np.sort(logs[values > 0])
-  if margin is None and own.size:
-    reach = min(neighbours, own.size - 1)
-    wide = own[reach:] - own[: own.size - reach]
+  ordered = np.sort(logs[values > 0])
+  if margin is None and ordered.size:
+    reach = min(neighbours, ordered.size - 1)
+    wide = ordered[reach:] - ordered[: ordered.size - reach]
     narrowest = int(np.argmin(wide))
-    centre = float(np.median(own[narrowest : narrowest + reach + 1]))
+    centre = float(np.median(ordered[narrowest : narrowest + reach + 1]))
   else:
     centre = np.log(margin or 1.0)
   return -np.abs(logs - centre)
@@ -289,7 +289,7 @@ def _of_first_kernel(examination: Examination) -> Conditions:
   )
   alone = dataclasses.replace(conditions, mask=mask)
   targets = zip(jax.tree.leaves(mask), jax.tree.leaves(conditions.target), strict=True)
-  return alone if any(bool(jnp.any(own * target)) for own, target in targets) else conditions
+  return alone if any(bool(jnp.any(mask * target)) for mask, target in targets) else conditions
 
 
 @_checks.annotated
@@ -355,9 +355,9 @@ def _distances(classifier: Classifier, x: jax.Array) -> list[np.ndarray]:
     raise ValueError("classifier must have gates such as ReLU, with an argument for each sample; it has none.")
   step = -(-sum(math.prod(shapes[place]) for place in kept) // _ARGUMENTS)
   blocks = [x] if step == 1 else np.split(np.asarray(x), range(_BLOCK, len(x), _BLOCK))
-  found = ((len(block), of(classifier.params, block)) for block in blocks)
-  rows = [[np.asarray(roots[place]).reshape(count, -1)[:, ::step] for place in kept] for count, roots in found]
+  arguments = ((len(block), of(classifier.params, block)) for block in blocks)
+  rows = [[np.asarray(roots[place]).reshape(count, -1)[:, ::step] for place in kept] for count, roots in arguments]
   layers = [np.concatenate(of_layer) for of_layer in zip(*rows, strict=True)]
-  deviations = [own.std(axis=0) for own in layers]
-  moving = 1e-6 * max(own.max() for own in deviations)
-  return [np.abs(own[:, wide > moving]) / wide[wide > moving] for own, wide in zip(layers, deviations, strict=True)]
+  deviations = [layer.std(axis=0) for layer in layers]
+  moving = 1e-6 * max(deviation.max() for deviation in deviations)
+  return [np.abs(layer[:, wide > moving]) / wide[wide > moving] for layer, wide in zip(layers, deviations, strict=True)]

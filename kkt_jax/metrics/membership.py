@@ -70,7 +70,7 @@ def roc(members: ArrayLike, others: ArrayLike, *, allowed: Sequence[float] = (0.
   """
   members, others = _scores("members", members), _scores("others", others)
   if not isinstance(allowed, Sequence | np.ndarray) or not all(
-    isinstance(own, float | int) and 0 <= own < 1 for own in allowed
+    isinstance(share, float | int) and 0 <= share < 1 for share in allowed
   ):
     raise InputError(f"allowed must hold shares, each at least 0 and less than 1; got {allowed!r:.60}.")
   n, m = len(members), len(others)
@@ -232,8 +232,8 @@ class Trial:
     random, hits = np.random.default_rng(0), np.zeros(times, int)
     scores = np.concatenate([self.members[:, None], self.others], axis=1)
     for label in np.unique(self.y):
-      own = scores[self.y == label]
+      of_class = scores[self.y == label]
       for turn in range(times):
-        drawn = random.permutation(own.ravel()).reshape(own.shape)
+        drawn = random.permutation(of_class.ravel()).reshape(of_class.shape)
         hits[turn] += np.sum(drawn[:, 0] > drawn[:, 1:].max(axis=1))
     return hits

@@ -138,8 +138,8 @@ class Reconstruction:
     if not codes:
       return [(x, np.asarray(y)) for x, y in batch_samples(self.problem, self.state, self.classifiers)]
     pairs = zip(self.examinations, self.problem.classes, strict=True)
-    labels = [np.asarray(own.classifier.labels)[np.unique(classes)] for own, classes in pairs]
-    t = np.repeat(np.arange(len(labels)), [codes * len(own) for own in labels])
+    labels = [np.asarray(examination.classifier.labels)[np.unique(classes)] for examination, classes in pairs]
+    t = np.repeat(np.arange(len(labels)), [codes * len(known) for known in labels])
     y = np.repeat(np.concatenate(labels), codes)
     x = self.generate(jnp.tile(noise_of(codes), (len(y) // codes, 1)), y, t)
     return [(x[t == index], y[t == index]) for index in range(len(labels))]

@@ -221,8 +221,8 @@ def distil(
   tables = [reconstruction.samples_of_each() for reconstruction in (table, *others)]
   samples = []
   for index, examination in enumerate(table.examinations):
-    unit = examination.classifier.to_unit(jnp.concatenate([own[index][0] for own in tables]))
-    labels = np.concatenate([own[index][1] for own in tables])
+    unit = examination.classifier.to_unit(jnp.concatenate([of_each[index][0] for of_each in tables]))
+    labels = np.concatenate([of_each[index][1] for of_each in tables])
     certified = table.exact[index] if table.exact else None
     known = {} if certified is None else {"certified": certified.unit, "least": certified.criteria.least_distance}
     samples.append((flow.leaning_on_others(unit, labels, **known), labels))

@@ -190,9 +190,9 @@ def init_state(
     few = slice(problem.microbatch_size)  # enough for a start
     samples, _ = _generate(problem, params, statistics, noise[few], y[few])
     batches = _batches(problem, params, classifiers, equations, samples, noise[few], y[few])
-    for own, (batch, pull_back) in zip(equations, batches, strict=True):
+    for equation, (batch, pull_back) in zip(equations, batches, strict=True):
       sums = _stationarity_sum(batch, pull_back)
-      log_scales.append(multipliers.initial_log_scale(own.conditions, sums))
+      log_scales.append(multipliers.initial_log_scale(equation.conditions, sums))
       sizes.append(jnp.median(jnp.abs(losses.runner_up_margin(batch.logits, batch.classes))))
     return jnp.stack(log_scales), jnp.stack(sizes)
 
@@ -273,8 +273,8 @@ def _loss(
   metrics = dict(values)
   if problem.stationarity.weight:
     pairs = [
-      _stationarity(problem.stationarity, own.conditions, sums, alpha)
-      for own, (sums, _), alpha in zip(equations, means, params["alpha"], strict=True)
+      _stationarity(problem.stationarity, equation.conditions, sums, alpha)
+      for equation, (sums, _), alpha in zip(equations, means, params["alpha"], strict=True)
     ]
     values["stationarity"] = jnp.stack([value for value, _ in pairs])
     weights["stationarity"] = _stationarity_weight(problem.stationarity, progress)
@@ -358,15 +358,15 @@ def _batches(
 ) -> list[tuple[Batch, PullBack]]:
   """For each classifier what it makes of its samples, with multipliers, and the pull-back from logits to parameters."""
   batches = []
-  for index, (classifier, own, x) in enumerate(zip(classifiers, equations, samples, strict=True)):
+  for index, (classifier, equation, x) in enumerate(zip(classifiers, equations, samples, strict=True)):
     labels, alpha, inputs = y[:, index], params["alpha"][index], x
     code = code_of(noise[:, index], problem.generator.codes) if problem.generator.codes else None
-    if own.size is not None:
+    if equation.size is not None:
       assert problem.generator.coordinates is not None and code is not None
-      inputs = own.inputs(problem.generator.coordinates(params["theta"], code, labels, index))
+      inputs = equation.inputs(problem.generator.coordinates(params["theta"], code, labels, index))
     classes = classifier.classes_of(labels)
     gates = [[logits[classes, code] for logits in params["gates"][index]]] if "gates" in params else []
-    whole, pull_back = _evaluate(own.classifier, inputs, problem.stationarity.compute_dtype, *gates)
+    whole, pull_back = _evaluate(equation.classifier, inputs, problem.stationarity.compute_dtype, *gates)
     batch = Batch(x, classifier.to_unit(x), labels, classes, code, index, alpha, *whole)
     mu = problem.multipliers.apply(params["eta"]["multipliers"], classifier, batch)
     if problem.multipliers.scaled:

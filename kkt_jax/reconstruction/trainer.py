@@ -58,7 +58,7 @@ class Trainer:
     if not isinstance(classifiers, Sequence) or not classifiers:
       got = "none" if isinstance(classifiers, Sequence) else f"a {type(classifiers).__name__}"
       raise ValueError(f"classifiers must hold at least one classifier, in a sequence; got {got}.")
-    if strange := [type(own).__name__ for own in classifiers if not isinstance(own, Classifier)]:
+    if strange := [type(other).__name__ for other in classifiers if not isinstance(other, Classifier)]:
       cure = " Its classifier(variables) makes one." if strange[0] == "Subject" else ""
       raise ValueError(f"each of classifiers must be a kkt_jax.Classifier; got {strange[0]}.{cure}")
     if not isinstance(recipe, Recipe | None):
