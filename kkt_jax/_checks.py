@@ -190,7 +190,7 @@ def _where(path: Any) -> str:
 
 
 def annotated(function: Callable[_P, _R]) -> Callable[_P, _R]:
-  """The function, whose arguments are looked at first: arrays of numbers, random keys, numbers, functions, objects.
+  """Decorates a function to check that arguments are of the kinds that their annotations name: arrays, keys, functions.
 
   What is of another kind than its annotation says would else fail somewhere inside, with a message of JAX or NumPy that
   names neither the argument nor what it needs.
@@ -222,7 +222,7 @@ def annotated(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _kind(name: str, parameter: inspect.Parameter) -> tuple[str, Callable[[Any], bool]] | None:
-  """What an argument must be, in words and as a test; None if anything may come."""
+  """What an argument must be, in words and as a test; None if anything will do."""
   annotation, optional = parameter.annotation, False
   fits: Callable[[Any], bool]
   if annotation not in (ArrayLike, ArrayLike | None) and type(None) in get_args(annotation):

@@ -43,7 +43,7 @@ _compiled_power = jax.jit(_power)
 def accelerated(
   descend: Callable[[PyTree], PyTree], start: PyTree, *, num_steps: int, compiled_loop: bool = True
 ) -> PyTree:
-  """Where projected gradient steps lead to, accelerated (FISTA, Beck and Teboulle 2009).
+  """The point that accelerated projected gradient steps reach (FISTA, Beck and Teboulle 2009).
 
   The inertia is dropped when it points uphill (O'Donoghue and Candes 2015), which keeps the descent monotone.
 

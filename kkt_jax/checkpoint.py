@@ -165,7 +165,7 @@ class Checkpointer:
 
 
 def fingerprint(value: Any) -> bytes:
-  """SHA-256 of what settings say, the same in every process: by the names of classes and functions and what these hold.
+  """SHA-256 of settings, the same in every process: of the names of classes and functions, and of what these hold.
 
   Arrays count with their bytes, but inside a function only with their shapes, and numbers with six digits: such are
   often computed, and rounded as the machine does. What a function does is not looked at.

@@ -15,7 +15,7 @@ from kkt_jax.criteria import AnalysisCriteria
 def gradients(
   classifier: Classifier, weights: np.ndarray, samples: jax.Array, places: Sequence[int]
 ) -> list[dict[int, np.ndarray]]:
-  """For each sample the gradient of ``weights . logits`` at inference by the tensors at some places, by place."""
+  """For each sample, the gradients of ``weights . logits`` at inference by the tensors at some places, by place."""
   params, wanted = classifier.params, tuple(sorted(set(places)))
   if not wanted:
     return [{} for _ in samples]
@@ -44,13 +44,13 @@ def matrices(leaves: list[jax.Array], size: int, *, axis: int) -> list[tuple[int
 
 
 def layers(leaves: list[jax.Array], kernels: list[tuple[int, bool]]) -> list[int]:
-  """The places of matrices and of what can be their biases."""
+  """The places of matrices, and of the vectors that can be their biases."""
   sides = {side for place, _ in kernels for side in leaves[place].shape}
   return [place for place, _ in kernels] + [i for i, leaf in enumerate(leaves) if leaf.ndim == 1 and leaf.size in sides]
 
 
 def rounded(params: PyTree, criteria: AnalysisCriteria) -> bool:
-  """Whether all matrices of a tree hold values of 16 bits."""
+  """Whether all matrices of a tree hold values that 16 bits can represent."""
   leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params) if np.ndim(leaf) > 1]
   alike = lambda leaf, dtype: bool(np.all(leaf == leaf.astype(dtype).astype(leaf.dtype)))
   few = lambda leaf: len(np.unique(leaf)) < criteria.few_values  # such as ones

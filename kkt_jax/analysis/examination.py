@@ -86,7 +86,7 @@ class Examination:
 
   @property
   def bound(self) -> float:
-    """The share of the target that no data can account for, less what is left out."""
+    """The share of the target that no data can account for, without the tensors that are left out."""
     return self.bounds[self.form]
 
   @property
@@ -123,7 +123,7 @@ class Examination:
     return collapsed_features(last.kernel, last.scale, last.shift), last.scale
 
   def _decay(self) -> str:
-    """What the weights tell of the weight decay that they are said to have had."""
+    """In words, whether the weights agree with the weight decay that they are said to have had."""
     decay, most = self.classifier.weight_decay, self.most_weight_decay
     if decay is None or most is None or self.form != "weight_decay":
       return ""
@@ -136,7 +136,7 @@ class Examination:
     return [f"Left out, because no training set could have caused them: {names}."] if names else []
 
   def _directions(self) -> str:
-    """In which directions the data lie, and by what single samples could be certified (`extraction.certificates`)."""
+    """In words, the subspace of the data, and how a single sample could be certified (`extraction.certificates`)."""
     subspace, rank = self.subspace, self.first.rank if self.first is not None else 0
     dimensions = math.prod(self.classifier.input_shape)
     if subspace is None and rank:
@@ -189,7 +189,7 @@ class Examination:
 
 
 def _blurred(subspace: Subspace) -> str:
-  """How far a subspace is off that stands out of noise, by the sine of its angle with the true one."""
+  """In words, how far noise turns a subspace: the sine of the angle between its directions and the true ones."""
   if not subspace.blur:
     return ""
   best, worst = (float(subspace.blur / subspace.singular_values[k]) for k in (0, -1))
@@ -217,7 +217,7 @@ def _subtracted(start: jax.Array | None, alike: float) -> str:
 def examine(
   classifier: Classifier, *, form: str | None = None, seed: int = 0, criteria: AnalysisCriteria = _DEFAULT
 ) -> Examination:
-  """Tries the classifier on random inputs, and draws the conclusions.
+  """What the weights of a classifier reveal, found by trying its function on random inputs.
 
   Args:
     classifier: the classifier.
@@ -308,7 +308,7 @@ def _probes(classifier: Classifier, seed: int, count: int = AnalysisCriteria().p
 @_checks.annotated
 @full_precision
 def check_outputs(classifier: Classifier, *, seed: int = 0) -> tuple[str, ...]:
-  """Whether the outputs are logits, of which each follows from its own input and from the parameters.
+  """Checks that the outputs are logits, each of which depends on its own input and on the parameters.
 
   Args:
     classifier: the classifier.

@@ -60,7 +60,7 @@ class FirstLayer:
 
   @functools.cached_property
   def normal(self) -> np.ndarray | None:
-    """The v [D] with ``v . (x - start) = 1`` for every training input x; None if the bias does not tell it.
+    """The v [D] with ``v . (x - start) = 1`` for every training input x; None if the bias does not determine it.
 
     Every step of gradient descent adds ``sum_i x_i s_i^T`` to the kernel and ``sum_i s_i`` to the bias, with the same
     s_i. So once the same weight decay has shrunk the start of both, ``bias = kernel^T v``, whether training has
@@ -88,7 +88,7 @@ def origin_of(classifier: Classifier, start: jax.Array | None) -> jax.Array:
 
 
 def affine_subspace(first: FirstLayer, classifier: Classifier) -> Subspace | None:
-  """The affine subspace of the training inputs, around its point next to the layer's start; None without a normal.
+  """The affine subspace of the training inputs, around its point nearest to the layer's start; None without a normal.
 
   Among the r directions of the kernel, the equation ``normal . (x - start) = 1`` leaves r - 1 free. It is what tells a
   sample from a darker or a brighter one.
@@ -154,7 +154,7 @@ def input_subspace(kernel: ArrayLike, origin: ArrayLike, *, tolerance: float) ->
 def _subspace(
   origin: jax.Array, basis: np.ndarray, values: np.ndarray, rank: int, criteria: AnalysisCriteria
 ) -> Subspace:
-  """That of the first singular vectors."""
+  """The subspace that the first ``rank`` singular vectors span."""
   kept, singular_values = jnp.asarray(basis[:, :rank], jnp.float32), jnp.asarray(values[:rank], jnp.float32)
   return Subspace(origin, kept, singular_values, criteria=criteria)
 
@@ -276,7 +276,7 @@ def _first_bias(
   offsets: np.ndarray,
   alike: float,
 ) -> tuple[int | None, float]:
-  """The place of the first layer's bias, if it has one, and what the network multiplies its inputs by before; else 1.
+  """The place of the first layer's bias, None if there is none, and the factor on its inputs, 1 if that is unknown.
 
   By the kernel a logit's gradient is the outer product of the layer's input with the one by its bias.
   """
@@ -337,7 +337,7 @@ def _span(
   num_classes: int = 0,
   criteria: AnalysisCriteria = _DEFAULT,
 ) -> tuple[int, Subspace | None]:
-  """How many directions stand before a fall of the singular values, and the subspace of the data, if it is that.
+  """The rank at which the singular values fall, and the subspace of those directions if it is that of the data.
 
   The kernel ``sum_i x_i s_i^T`` has the rank of the signals s_i where these are fewer than the samples: samples of one
   class that open the same gates are fitted alike, and two classes leave two to a dozen directions, whatever the number
@@ -354,7 +354,7 @@ def _span(
 
 
 def _fall(singular_values: np.ndarray, criteria: AnalysisCriteria = _DEFAULT) -> tuple[int, bool]:
-  """How many singular values stand before their greatest fall to almost nothing, 0 if there is none; is it sharp?
+  """The number of singular values before they fall to almost nothing, 0 if they do not, and whether the fall is sharp.
 
   It is if it is deep, or ends in rounding errors, below which nothing can be seen to fall.
   """

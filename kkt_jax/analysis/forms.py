@@ -24,7 +24,7 @@ FORMS = ("weight_decay", "max_margin", "change")
 def possible_conditions(
   classifier: Classifier, rates: kkt.RateSolution, free: PyTree, known: Functionals, left: float
 ) -> dict[str, Conditions]:
-  """The condition of each form; weight decay leaves none on what has no scale of its own, and none bears on the unused.
+  """The conditions of each form, without unused tensors, and in weight decay without those that have no scale.
 
   With momentum, minibatches and weight decay alike, weights are a multiple of the start, ``left``, and a sum of
   gradients along the way. The gradients at its end stand for these.
@@ -48,7 +48,7 @@ def possible_conditions(
 
 
 class Attainable(NamedTuple):
-  """Conditions, the tensors that were left out of them for their sake, and the bound of the others."""
+  """Conditions that data can satisfy, the tensors that were left out for that, and the bound on the others."""
 
   conditions: Conditions
   left_out: Mapping[str, float]
@@ -58,7 +58,7 @@ class Attainable(NamedTuple):
 def attainable(
   symmetric: symmetries.Symmetries, conditions: Conditions, first: int | None, criteria: AnalysisCriteria
 ) -> Attainable:
-  """The conditions without the tensors that account for most of what is out of reach, if they can hold then.
+  """The conditions without the tensors of which most is out of reach, if data can satisfy the others.
 
   A tensor on which no symmetry bears has a bound of 0 whatever it is. So what is left must be moved by one, and be the
   first kernel, at place ``first``, or more than half of the parameters.
@@ -91,7 +91,7 @@ def attainable(
 
 
 def short_of(given: Attainable, least: float) -> Attainable:
-  """The same, if of the target at least so much is out of reach for another reason, squared and absolute."""
+  """The same with a greater bound: at least so much, squared and absolute, is out of reach for another reason."""
   trees = (given.conditions.target, given.conditions.mask)
   parts = zip(*([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)] for tree in trees), strict=True)
   whole = sum(float(np.sum(np.square(target * mask))) for target, mask in parts)

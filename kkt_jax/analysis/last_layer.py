@@ -234,7 +234,7 @@ def _last_norm(
 
 
 def decay_limit(classifier: Classifier, reading: LastReading) -> tuple[float | None, float]:
-  """The most that ``weight_decay`` can have been, None if that is unknown, and what more than it leaves of the target.
+  """The greatest possible ``weight_decay``, None if unknown, and the squared length in the target of what is above it.
 
   The latter is squared and absolute: with ``own > most``, no data reach more than ``most W`` of ``own W``, along W.
   """

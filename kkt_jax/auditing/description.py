@@ -159,7 +159,7 @@ def check_start(classifier: Classifier, train: Samples | None, criteria: AuditCr
 
 
 class Residuals(NamedTuple):
-  """What the stationarity conditions leave of the weights, with the best multipliers: squared, relative; 1 is all.
+  """The squared share of the weights that the stationarity conditions leave unexplained, with the best multipliers.
 
   Attributes:
     own: with the training data.
@@ -216,7 +216,7 @@ def residuals(
 
 
 class _Answers:
-  """What the classifier says of labelled samples."""
+  """The classifier's predictions for labelled samples."""
 
   def __init__(
     self, classifier: Classifier, images: Samples, x: np.ndarray | None = None, criteria: AuditCriteria = _DEFAULT
@@ -248,7 +248,7 @@ class _Answers:
     return {"accuracy": self.accuracy, "loss": self.loss, "chance": self.chance}
 
   def is_chance(self) -> bool:
-    """Whether neither labels nor probabilities tell more of the data than the shares of the classes do."""
+    """Whether labels and probabilities are predicted no better than by the frequencies of the classes."""
     above = stats.binomtest(int(self.hits.sum()), len(self.hits), self.chance, alternative="greater").pvalue
     error = max(self.gains.std() / len(self.gains) ** 0.5, 1e-6)
     return above >= self.criteria.significant and self.kappa < 0.5 and self.gains.mean() < 2 * error
@@ -261,7 +261,7 @@ class _Answers:
     return bool(stats.fisher_exact(table, alternative="greater").pvalue < self.criteria.significant)
 
   def p_value_of(self, hits: np.ndarray) -> float:
-    """Of other ``hits`` that are more (McNemar); 1 if more than half of the errors are left."""
+    """The p-value of more ``hits`` by another description (McNemar); 1 if more than half of the errors remain."""
     more, fewer = int(np.sum(hits & ~self.hits)), int(np.sum(self.hits & ~hits))
     if more == 0 or np.sum(~hits) > 0.5 * np.sum(~self.hits):
       return 1.0
@@ -288,7 +288,7 @@ class _Answers:
     return f"With {what}, {right:.1%} would be right: the labels are in another order."
 
   def _order(self, some: np.ndarray) -> np.ndarray:
-    """The class that each label stands for so that most of some samples are right."""
+    """The class for each label with which most of some samples are classified correctly."""
     counts = 1e-3 * np.eye(self.num_classes)
     np.add.at(counts, (self.images.y[some], self.taken[some]), 1)
     return np.asarray(optimize.linear_sum_assignment(counts, maximize=True)[1])
@@ -328,7 +328,7 @@ def _other_inputs(classifier: Classifier, now: _Answers, other: _Answers | None,
 
 
 def _p_value_of_areas(given: tuple[_Answers, _Answers], changed: tuple[_Answers, _Answers]) -> float:
-  """Whether margins tell one kind of samples from another better than before: paired areas (DeLong et al. 1988).
+  """The p-value of margins separating two sets of samples better than before: paired AUCs (DeLong et al. 1988).
 
   The others are weighted so that both kinds have the same mixture of classes, on which margins depend, too.
   """

@@ -70,7 +70,7 @@ class Scored(NamedTuple):
 
   @property
   def epsilon(self) -> float:
-    """With 95 % confidence, over all scores, training was not differentially private with a lesser epsilon."""
+    """The lower bound on epsilon, of differential privacy, that all scores together give at 95 % confidence."""
     confidence = 1 - 0.05 / len(self.values)
     return max(epsilon_lower_bound(*sides, confidence=confidence) for sides in self.values.values())
 
@@ -95,7 +95,7 @@ def score(examination: Examination, train: Samples, held_out: Samples, criteria:
 
 
 def compared(asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Scored:
-  """What scores say of samples [n] and of held-out ones [m], given for each score by its name."""
+  """The curves, the risks and the p-value of scores of samples [n] and of held-out ones [m], by the score's name."""
   curves = {name: roc(*sides) for name, sides in values.items()}
   best = max(curves, key=lambda name: (curves[name].points[0].members, curves[name].auc))
   p_values = [_p_value(*sides, curves[name].points[0].members) for name, sides in values.items()]
@@ -105,14 +105,14 @@ def compared(asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]]
 def suspects(
   examination: Examination, asked: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT
 ) -> Sequence[Risk]:
-  """Scores samples together with held-out ones; all count as what the classifier takes them for."""
+  """Scores samples together with held-out ones, all with the labels that the classifier predicts."""
   others = held_out.at_most(criteria.scored)
   scores = candidates.scores(examination, examination.classifier.from_unit(np.concatenate([asked.x, others.x])))
   return risks(asked, {name: (values[: len(asked.x)], values[len(asked.x) :]) for name, values in scores.items()})
 
 
 def risks(asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Sequence[Risk]:
-  """Each of several samples by itself, the surest member first.
+  """The risk of each sample by itself, the surest member first.
 
   Args:
     asked: the samples [n].
@@ -157,7 +157,7 @@ def limits(train: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT
 
 
 def _p_value(members: np.ndarray, others: np.ndarray, leading: int) -> float:
-  """Of one score, for exchangeable samples: twice the lesser of two, that of the ranks and that of the leading ones."""
+  """The p-value of a score for exchangeable samples: twice the lesser of that of the ranks and of the leading ones."""
   ranks = stats.mannwhitneyu(members, others, alternative="greater").pvalue
   n, m = len(members), len(others)
   tops = np.arange(leading)  # the greatest of all n + m is a member with odds n / (n + m), and so on

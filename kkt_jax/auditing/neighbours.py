@@ -97,7 +97,7 @@ def nearest(classifier: Classifier, unit: np.ndarray, y: np.ndarray, criteria: A
 
 
 def other_decay(classifier: Classifier, x: np.ndarray, y: np.ndarray, criteria: AuditCriteria = _DEFAULT) -> str:
-  """A sentence if the gradient on the training data shows that kernels decayed otherwise than it is said."""
+  """A sentence if the gradients on the training data contradict the weight decay that was described; else empty."""
   if classifier.weight_decay is None or classifier.batch_coupled or classifier.initial_params is not None:
     return ""
   near, shares, _ = _along(classifier, y)(x)
@@ -136,7 +136,7 @@ def _in_words(gain: float, shift: float) -> str:
 
 
 def _nearness(classifier: Classifier, x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], float]:
-  """How near other inputs than ``x`` with labels ``y`` are to the weights; 0 if they fit hardly. See `nearest`."""
+  """A function that says how near inputs with labels ``y`` are to the weights, 0 if they hardly fit. See `nearest`."""
   if classifier.statistics_fn is None:
     along = _along(classifier, y)
     given = along(x)[2]
@@ -155,7 +155,7 @@ def _nearness(classifier: Classifier, x: np.ndarray, y: np.ndarray) -> Callable[
 def _along(
   classifier: Classifier, y: np.ndarray
 ) -> Callable[[np.ndarray], tuple[jax.Array, list[jax.Array], jax.Array]]:
-  """A function of inputs that tells how near they are, and how many times its tensor a gradient holds, and the loss."""
+  """A function of inputs: how near they are, how many times its tensor each gradient holds, and the loss."""
   rows = jnp.arange(len(y))
 
   @full_precision

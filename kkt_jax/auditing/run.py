@@ -155,7 +155,7 @@ def audit(
 def _fit(
   classifier: Classifier, train: Samples | None, held_out: Samples | None, config: AuditConfig
 ) -> description.Fit | None:
-  """How the classifier fits its data; raises InputError if it does not know them as it is described."""
+  """How the classifier fits its data; raises InputError if, as it is described, it does not know them."""
   wrong_start = description.check_start(classifier, train, config.criteria)
   if wrong_start and not config.force:
     raise InputError(f"initial_params: {wrong_start}")

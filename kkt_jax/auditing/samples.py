@@ -46,7 +46,7 @@ class Samples:
   def of(
     cls, name: str, classifier: Classifier, x: ArrayLike, y: ArrayLike | None = None, names: Sequence[str] = ()
   ) -> "Samples":
-    """Samples as somebody has them.
+    """Samples from arrays in the classifier's own range, with its own labels.
 
     Args:
       name: of the argument, for errors.
@@ -82,7 +82,7 @@ class Samples:
     return cls(unit, np.asarray(classifier.classes_of(labels), np.int32), tuple(names))
 
   def checked(self, name: str, classifier: Classifier) -> "Samples":
-    """These samples.
+    """These samples, if they suit a classifier.
 
     Raises:
       InputError: they are not such as `of` makes for this classifier; the message begins with the name.
@@ -110,7 +110,7 @@ class Samples:
     return self.only(np.sort(random.choice(len(self.y), count, replace=False)))
 
   def digest(self) -> str:
-    """What tells these samples from all others, in a few characters."""
+    """SHA-256 of the samples and their classes."""
     return hashlib.sha256(self.x.tobytes() + self.y.tobytes()).hexdigest()
 
 
@@ -118,7 +118,7 @@ Given = Samples | ArrayLike | tuple[ArrayLike, ArrayLike]
 
 
 def given_samples(name: str, classifier: Classifier, given: Given | None) -> Samples | None:
-  """Samples as an argument of that name gives them: themselves, or a pair of x and y; of candidates x alone will do."""
+  """An argument as `Samples`: it is one already, or a pair of x and y, or for candidates x alone."""
   if given is None:
     return None
   if isinstance(given, Samples):

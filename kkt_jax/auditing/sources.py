@@ -16,7 +16,7 @@ _DEFAULT = AuditCriteria()
 
 
 def p_value(first: Samples, second: Samples, criteria: AuditCriteria = _DEFAULT) -> float:
-  """The odds of so great a difference between two sets of one source, whatever the shares of their classes.
+  """The probability of so great a difference between two sets of one source, whatever the frequencies of their classes.
 
   Thrice the least of three: of a linear classifier of pixels and summaries, cross-validated; of the summary that
   differs most; and of the mean images. Which sample belongs to which set is shuffled within the classes, 1,999 times

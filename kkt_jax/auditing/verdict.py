@@ -91,7 +91,7 @@ def with_scores(verdict: Verdict, scored: Scored | None, criteria: AuditCriteria
 
 
 def with_doubts(verdict: Verdict, doubts: Sequence[str]) -> Verdict:
-  """The verdict, in which "no evidence" is no answer if the description of the classifier or its data is in doubt."""
+  """The verdict, open instead of "no evidence" if the description of the classifier or its data is in doubt."""
   if not doubts or verdict.level not in ("none", "open"):
     return verdict
   said = [reason for reason in verdict.reasons if reason not in doubts]
@@ -99,7 +99,7 @@ def with_doubts(verdict: Verdict, doubts: Sequence[str]) -> Verdict:
 
 
 def with_limits(verdict: Verdict, remarks: Sequence[str], *, certified: bool = False) -> Verdict:
-  """The verdict, of which only what is certified stands if the data are distinguishable without the weights."""
+  """The verdict, of which only certificates stand if the data are distinguishable without the weights."""
   confounded = [remark for remark in remarks if isinstance(remark, Confounded)]
   if not confounded or verdict.level not in ("leak", "member", "class"):
     return verdict
@@ -121,7 +121,7 @@ def of_risks(risks: Sequence[Risk], what: str, criteria: AuditCriteria = _DEFAUL
 
 
 def refusal(bound: float) -> Verdict:
-  """If no generator was trained, because the weights are too far from all conditions."""
+  """The verdict if no generator was trained, because the weights are too far from all conditions."""
   return Verdict(
     "open",
     "The theory of this audit does not cover these weights: reconstruction was not attempted, and nothing follows for"
@@ -137,7 +137,7 @@ def refusal(bound: float) -> Verdict:
 
 
 def disobedience(residuals: Residuals) -> Verdict:
-  """If no generator was trained, because not even the training data explain the weights."""
+  """The verdict if no generator was trained, because not even the training data explain the weights."""
   return Verdict(
     "open",
     "These weights do not satisfy the stationarity conditions: reconstruction was not attempted, and nothing follows"

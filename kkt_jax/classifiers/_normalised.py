@@ -70,7 +70,7 @@ def check_train_fn(
   classifier: Classifier,
   stored: PyTree,
 ) -> None:
-  """Whether a pass as in training is one at inference with the batch's own statistics; dropout would make another.
+  """Checks that training gives what inference gives with the batch's own statistics; with dropout it does not.
 
   If every sample comes twice, biased variances stay, and unbiased ones fall from n / (n - 1) to 2n / (2n - 1) times
   them, which tells n, the number of values that a feature has in the batch.
@@ -112,7 +112,7 @@ def check_train_fn(
 def feeds_last_layer(
   evaluate: Callable[[PyTree, jax.Array], Evaluation], params: PyTree, input_shape: Sequence[int]
 ) -> bool:
-  """Whether the ReLU of features is the last layer's input, which is a logit's gradient by a column of its kernel."""
+  """Whether the ReLU of the features is the last layer's input: the gradient of a logit by a column of the kernel."""
   x = jax.random.normal(jax.random.key(0), (4, *input_shape))
 
   @jax.jit

@@ -129,7 +129,7 @@ class Classifier:
 
   @_checks.annotated
   def with_offset(self, offset: ArrayLike) -> Self:
-    """The same classifier, of which the constant [*input_shape] is known that it subtracts from its inputs.
+    """The same classifier with a known constant [*input_shape], which it subtracts from its inputs.
 
     Raises:
       ValueError: ``offset`` has another shape or is not finite.
@@ -212,7 +212,7 @@ def _floating(x: ArrayLike) -> jax.Array:
 
 
 def _in_32_bits(params: PyTree) -> PyTree:
-  """Parameters, in float32 if some have 16 bits, in which ranks are not determined, and which LAPACK does not know."""
+  """Parameters, in float32 if some have 16 bits, which determine no ranks and which LAPACK does not take."""
   rough = any(jnp.result_type(leaf).itemsize < 4 for leaf in jax.tree.leaves(params))
   return jax.tree.map(_checks.floats, params) if rough else params
 

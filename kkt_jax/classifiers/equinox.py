@@ -166,7 +166,7 @@ def _averages(norm: Any, state: Any) -> dict[str, jax.Array]:
 
 
 def _with_averages(norm: Any, state: Any, mean: jax.Array, var: jax.Array) -> Any:
-  """The state with these; the other is spent."""
+  """The state with these averages; the other cannot be used again."""
   if norm.mode == "ema":
     return state.set(norm.ema_state_index, (mean, var))
   return state.set(norm.batch_state_index, (mean, var)).set(norm.batch_counter, jnp.array(0))

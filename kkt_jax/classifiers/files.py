@@ -177,7 +177,7 @@ def _read_orbax(path: pathlib.Path, needed: Mapping[str, Any]) -> dict[str, np.n
 
 
 def _check_folder(path: pathlib.Path) -> None:
-  """Says of a folder that is no checkpoint itself what in it to name."""
+  """Raises WeightsError for a folder that is no checkpoint but holds some; it names them."""
   if (path / "_METADATA").exists():
     return
   inside = sorted(file.relative_to(path).as_posix() for file in path.glob(f"*{_INDEX}"))
@@ -189,7 +189,7 @@ def _check_folder(path: pathlib.Path) -> None:
 
 
 def _places(found: Collection[str], needed: Collection[str]) -> dict[str, str] | None:
-  """Where what is needed is found, by name: empty for a counter that is not there; None if the names do not fit.
+  """The place of each needed tensor, by name: empty for a counter that is missing; None if the names do not fit.
 
   Names fit if they are equal, without the last part of flax nnx (``value``), without first parts that all names share,
   or, if none of the file's has them, without the names of flax's collections.

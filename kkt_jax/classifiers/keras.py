@@ -136,7 +136,7 @@ def _replaced(layer: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _ending(model: Any) -> tuple[str, Any, str, Any] | None:
-  """The softmax or sigmoid at the end: its name, the layer, and which attribute is to be what, to take it off."""
+  """The softmax or sigmoid at the end: its name, its layer, and the attribute and value that take it off; or None."""
   import keras
 
   end = model

@@ -1,4 +1,4 @@
-"""Relaxed ReLU gates, and other precisions, in a network that somebody else wrote.
+"""Relaxed ReLU gates and other precisions, in anybody's network.
 
 The gradient of a ReLU network sees its gates as steps, whose own derivative is 0: the stationarity sum cannot tell a
 generator which gates to open. A relaxed gate has the same value and a smooth derivative (Haim et al. 2022). The

@@ -347,7 +347,7 @@ def command(
 
 
 def _prepare_jax(folder: str) -> None:
-  """Has JAX, which is not imported yet, keep what it compiles and round nothing; child processes inherit that.
+  """Sets JAX, not yet imported, to keep what it compiles and to multiply in full precision, also in child processes.
 
   A user's own settings in the environment stay. For the precision see `kkt_jax._precision`.
   """

@@ -39,7 +39,7 @@ _PIXELS = 48  # on which combinations of three are looked at first
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-  """Points that may be training samples, and what speaks for each.
+  """Points that may be training samples, with the evidence for each.
 
   Attributes:
     unit: the points [P, *input_shape] in units of the range.
@@ -131,7 +131,7 @@ def by_equations(
 
 
 def _beside_scale(signal: signals.Signals, beside: np.ndarray, criteria: Criteria) -> np.ndarray:
-  """The misfit [M] of all but the scale: the distance, the unrest, and what does not depend on signals."""
+  """The misfit [M] without that of the scale: of the distance, the unrest, and what does not depend on signals."""
   beside = np.hypot(beside, signal.unrest / criteria.unrest)
   alike = signal.distance[np.hypot(signal.distance / criteria.distance, beside) < 1]
   usual = criteria.usual * float(np.median(alike)) if len(alike) >= criteria.agreeing else math.inf
@@ -139,7 +139,7 @@ def _beside_scale(signal: signals.Signals, beside: np.ndarray, criteria: Criteri
 
 
 def calibrated(examination: Examination, unit: np.ndarray, criteria: Criteria) -> Criteria:
-  """Criteria whose distance and scale fit how far training has converged.
+  """Criteria with a distance and a scale that suit how far training has converged.
 
   Halves of two samples each are no training samples. Half of the distance that nine of ten of them keep is
   allowed, if that is more than the criteria allow, and seven times that of the scale: the less training has converged,
@@ -163,7 +163,7 @@ def calibrated(examination: Examination, unit: np.ndarray, criteria: Criteria) -
 
 
 def _common_scale(scales: np.ndarray, criteria: Criteria) -> float | None:
-  """The scale on which most agree, enough and half of all; None if there is none."""
+  """The scale on which at least half agree, and enough; None if there is none."""
   scales = scales[scales > 0]
   if len(scales) < criteria.agreeing:
     return None
@@ -179,7 +179,7 @@ def gather(
   criteria: Criteria,
   pool: Candidates | None = None,
 ) -> tuple[Candidates, np.ndarray]:
-  """The polished samples for which any evidence speaks, each once, and which samples these are or are copies of [M].
+  """The polished samples with any evidence, each once, and which of all samples [M] these or copies of them are.
 
   What is in the pool already is left out.
   """
@@ -274,7 +274,7 @@ def unambiguous(points: Candidates, subspace: Subspace, criteria: Criteria) -> n
 
 
 def _recombined(points: Candidates, indices: list[int], subspace: Subspace, criteria: Criteria) -> set[int]:
-  """Which of some points can be put together, a + b - c, to another one that would pass as well.
+  """Which points combine, as a + b - c, to another one that would pass as well.
 
   Where the origin is no blend of samples, it is one more point: sums and differences of two samples lie in it, too.
   """

@@ -155,7 +155,7 @@ def _random_starts(
 def hope(
   examination: Examination, guesses: jax.Array, y: np.ndarray, *, few: int = _FEW, criteria: Criteria | None = None
 ) -> float:
-  """The share of a few guesses that become training samples when they are polished; 0 says that others need no try.
+  """The share of a few guesses that polishing turns into training samples; at 0 a search is not worth its time.
 
   Args:
     examination: of the classifier.
@@ -180,7 +180,7 @@ def hope(
 
 
 def places(labels: np.ndarray, led: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Where training samples go in a table.
+  """The places of training samples in a table.
 
   Args:
     labels: of the training samples [K].

@@ -1,4 +1,4 @@
-"""One sample alone: does its back-propagated signal stand in the weights? Beyond the paper.
+"""Does the back-propagated signal of a single sample lie in the weights? Beyond the paper.
 
 With weight decay w the stationarity of a fully connected first layer, Eq. 5 by its kernel, is
 
@@ -40,7 +40,7 @@ _AT_ONCE = 16  # samples whose derivatives by their free gates are in memory at 
 
 
 class Signals(NamedTuple):
-  """What the first layer's weights say of samples, each by itself.
+  """What the first layer's weights say of each sample alone.
 
   Attributes:
     distance: of each signal from the row space of the kernel [M], relative to its length; of a training sample near 0.

@@ -42,7 +42,7 @@ _DEFAULT = Criteria()
 
 
 class Certificates(NamedTuple):
-  """What the values of samples say, without data, of whether they are training samples.
+  """How samples lie in the subspace and in the range: the evidence for training samples that needs no equations.
 
   Attributes:
     tight: how many values of each sample lie at an end of the range [M]; only those that `Subspace.free_coordinates`
@@ -67,7 +67,7 @@ class Certificates(NamedTuple):
 
 @full_precision
 def polish(x: ArrayLike, subspace: Subspace, *, likely: ArrayLike | None = None, num_steps: int = 60) -> jax.Array:
-  """Moves samples to points of a subspace nearby, of whose values as many as possible lie at an end of the range.
+  """Moves samples to nearby points of a subspace with as many values as possible at an end of the range.
 
   Iteratively reweighted least squares on ``sum_p |x_p - e_p|^(1/2)``, with e_p the nearer end of the range, smoothed
   ever less; then least squares on the values that have arrived. The exponent is between that of a linear program, which
@@ -100,7 +100,7 @@ def polish(x: ArrayLike, subspace: Subspace, *, likely: ArrayLike | None = None,
 @jax.jit
 @full_precision
 def likely_ends(x: ArrayLike, y: ArrayLike, others: ArrayLike, others_y: ArrayLike) -> jax.Array:
-  """How likely each value is to end black, or white: the share of similar samples of its label in which it is so.
+  """How likely each value is to end black, or white: the share of similar samples of its label that have it there.
 
   Args:
     x: samples [M, ...] in units of the range.
@@ -123,7 +123,7 @@ def likely_ends(x: ArrayLike, y: ArrayLike, others: ArrayLike, others_y: ArrayLi
 
 
 def certify(x: ArrayLike, subspace: Subspace, criteria: Criteria = _DEFAULT) -> Certificates:
-  """Which samples pass for training samples, from the subspace alone: tight, firm, in the range, and not the origin.
+  """Which samples are certified by the subspace alone: tight, firm, in the range, and not the origin.
 
   They must be firm also where all black values may become one grey, and all white ones another. Else a picture with
   even areas would pass when it is made so bright that one of them is white, if a black image is in it. Where the
@@ -355,7 +355,7 @@ def _polished(c: jax.Array, trust: jax.Array, subspace: Subspace, moving: np.nda
   rows = basis[moving]
 
   def solve(c: jax.Array, weights: jax.Array, ends: jax.Array) -> jax.Array:
-    """Weighted least squares, held a little where it is; nothing moves where its equations fail to be solved."""
+    """Weighted least squares, weakly tied to the present point, which stays where the system cannot be solved."""
     weights = weights[moving]
     gram = (rows * weights[:, None]).T @ rows
     scale = jnp.trace(gram) / c.shape[0] + 1e-30

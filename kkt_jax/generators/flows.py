@@ -37,7 +37,7 @@ _DEFAULT = Criteria()
 
 
 class Destination(nn.Module):
-  """Where a place on the way from noise to samples is bound for, v(x, time, y, t): a residual network.
+  """The end of the path through a place between noise and samples, v(x, time, y, t): a residual network.
 
   Attributes:
     num_labels: number of labels altogether.
@@ -228,7 +228,7 @@ class Flow:
 
 
 def _charts(examinations: Sequence[Examination]) -> list[tuple[Subspace, float]]:
-  """For each classifier where samples lie, and the size of a coordinate; anywhere, unless all reveal their subspace."""
+  """For each classifier its subspace, or all of space unless all reveal theirs, and the size of a coordinate."""
   deviation = generators.typical_deviation(examinations)
   subspaces = [examination.subspace for examination in examinations if examination.subspace is not None]
   if len(subspaces) < len(examinations):

@@ -135,7 +135,7 @@ def _decayed(params: PyTree, strengths: PyTree) -> tuple[PyTree, PyTree]:
 
 @_checks.annotated
 def weigh_tensors(conditions: Conditions, weights: Mapping[str, float] | PyTree) -> Conditions:
-  """Conditions whose squared errors count so many times in each tensor: the mask times the roots of the weights.
+  """Conditions with weighted squared errors, tensor by tensor: the mask times the roots of the weights.
 
   Args:
     conditions: the conditions.

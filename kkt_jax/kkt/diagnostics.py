@@ -77,7 +77,7 @@ def nonnegative_multipliers(
 
 
 def _in_one_loop(apply_fn: ApplyFn, params: PyTree, x: jax.Array, *others: Any) -> bool:
-  """Whether all steps of a descent can be one program: not those of convolutions on a CPU, which are slow there."""
+  """Whether all steps of a descent are one program; with convolutions on a CPU that would be slow."""
   traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, x, *others)))
   return traced or jax.default_backend() != "cpu" or "conv_general" not in str(jax.make_jaxpr(apply_fn)(params, x))
 

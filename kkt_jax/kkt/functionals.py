@@ -76,13 +76,13 @@ class Functionals(NamedTuple):
 
   @property
   def margins(self) -> list[Changes]:
-    """Of the others, of margins, which do not change where all logits of an input do alike."""
+    """The changes of the other sums, of margins, which a common shift of an input's logits leaves alone."""
     return jax.tree.map(lambda change: change[_LOGITS:], self.changes)
 
 
 @full_precision
 def functionals(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, margins: bool = True) -> Functionals:
-  """A few sums of logits, and if asked for more of margins than there are tensors.
+  """A few sums of logits, and if wanted more sums of margins than there are tensors.
 
   Args:
     apply_fn: ``(params, x[K, ...]) -> logits[K, C]``; samples may interact.

@@ -167,7 +167,7 @@ def summed_equations(
 def _moved_rows(
   apply_fn: ApplyFn, params: PyTree, x: jax.Array, weights: jax.Array, normals: PyTree, direction: PyTree
 ) -> tuple[jax.Array, ...]:
-  """How along a direction change: one sum, its derivatives along each tensor [U], and along each made uneven [U]."""
+  """Derivatives along a direction: of a sum, of its derivatives along each tensor [U] and along each uneven one [U]."""
 
   def rows(params: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
     value, gradient = jax.value_and_grad(lambda p: jnp.vdot(apply_fn(p, x), weights))(params)

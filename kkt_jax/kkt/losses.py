@@ -435,7 +435,7 @@ def _masked_in_units(conditions: Conditions, sums: PyTree) -> list[PyTree]:
 
 
 def _largest(leaf: jax.Array) -> jax.Array:
-  """The largest entry, a constant to the gradient: what it serves as a unit does not depend on the unit."""
+  """The largest entry, without a gradient: what it is a unit of does not depend on it."""
   return jnp.max(jnp.abs(jax.lax.stop_gradient(leaf)), initial=0.0)
 
 

@@ -329,7 +329,7 @@ def _least_squares(
 
 
 def _choose(bits: ArrayLike, minimised: ArrayLike, *, dtype: np.dtype, even: bool, tolerance: float) -> np.ndarray:
-  """The bits of the solution [U] that is least over the ``minimised`` unknowns, then over all.
+  """The solution [U], in bits, that is least over the ``minimised`` unknowns, then over all.
 
   Least is the norm of the minimised, or if ``even`` the greatest of them and then their norm.
 

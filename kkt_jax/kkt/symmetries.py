@@ -120,7 +120,7 @@ class _Tensor:
 
   @classmethod
   def of(cls, name: str, value: Any, target: Any, changes: functionals.Changes) -> "_Tensor":
-    """From its values and its target, arrays of one shape."""
+    """A tensor from its values and its target, arrays of one shape."""
     v, t = np.asarray(value, np.float64), np.asarray(target, np.float64)
     shape = v.shape[-2:] if v.ndim > 1 else (1, v.size)
     summed = lambda entries: entries.reshape(-1, *shape).sum(axis=0)
@@ -140,7 +140,7 @@ class Symmetries:
     self.names, self.leaves, self.num_classes = known.names, jax.tree.leaves(params), known.num_classes
 
   def bound(self, conditions: Conditions) -> Callable[[Collection[str]], LeastResidual]:
-    """`least_residual`, a function of the names of tensors without which it is asked."""
+    """`least_residual` as a function of the tensors, by name, that are left out."""
     trees = (conditions.target, conditions.mask)
     of = zip(self.names, self.leaves, *map(jax.tree.leaves, trees), self.changes, strict=True)
     totals, usable = {}, []
@@ -206,7 +206,7 @@ class Symmetries:
 
 
 def _whole_tensors(tensors: Sequence[_Tensor], criteria: AnalysisCriteria) -> _Parts:
-  """The same in rescalings of whole tensors against one another."""
+  """What the targets have in rescalings of whole tensors against one another."""
   null = _whole_relations([t.changes for t in tensors], criteria)
   if not null.shape[1]:
     return {}
@@ -224,7 +224,7 @@ def _whole_relations(changes: Sequence[functionals.Changes], criteria: AnalysisC
 
 
 def _units(tensors: Sequence[_Tensor], criteria: AnalysisCriteria, known: _Known) -> _Parts:
-  """The same in rescalings of single units: what comes into each up, what goes out of it down.
+  """What the targets have in rescalings of single units: what comes in up, what goes out down.
 
   What depends on the same tensors is ``known`` from call to call.
   """
@@ -240,7 +240,7 @@ def _units(tensors: Sequence[_Tensor], criteria: AnalysisCriteria, known: _Known
 def _units_of(
   tensors: Sequence[_Tensor], width: int, criteria: AnalysisCriteria
 ) -> tuple[str, dict[str, float]] | None:
-  """The same for units of which a layer has so many: what is moved, and its parts; None if nothing is."""
+  """The same for the units of layers of one width: what is moved, and its lengths; None if nothing is."""
   parts = [(t, False) for t in tensors if t.shape[-1:] == (width,)]
   parts += [(t, True) for t in tensors if t.shape[-2:-1] == (width,)]
   # A relation that holds for two random scalings of the units holds for all: it is linear in them.
@@ -297,7 +297,7 @@ def _null_space(columns: Sequence[np.ndarray], sizes: Sequence[float], tolerance
 
 
 def _coefficients(products: np.ndarray, gram: np.ndarray) -> np.ndarray:
-  """Of a vector's projection on directions, from its products with them and theirs among themselves."""
+  """The coefficients of a vector's projection on directions, from its products with them and their Gram matrix."""
   from scipy import linalg
 
   ridge = 1e-10 * max(float(np.trace(gram)) / len(gram), 1e-300)  # directions may depend on one another, or be 0

@@ -39,7 +39,7 @@ _LEAST_RIDGE = 1e-9  # relative to an atom's own square: keeps a factorisation p
 @_checks.annotated
 @full_precision
 def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = None) -> dict[str, np.ndarray]:
-  """All scores that the classifier allows, each the higher, the more likely a candidate was trained on.
+  """All scores that the classifier allows; the higher, the more likely a candidate was trained on.
 
   Args:
     examination: of the classifier.
@@ -91,7 +91,7 @@ def multipliers(
   weighed: bool = False,
   chunk_size: int = 32,
 ) -> np.ndarray:
-  """The part of each candidate in the stored weights, if these are a sum over few of them.
+  """The share of each candidate in the stored weights, if these are a sum over few of them.
 
   The target of the stationarity condition is a sum over the training data of ``a_i grad log p(y_i | x_i)``, a_i > 0
   (with cross-entropy and weight decay all a_i are equal). Other candidates have no part in it. Non-negative least
@@ -201,14 +201,14 @@ def _correlations(
 
 
 def _log_odds(classifier: Classifier, params: PyTree, x: jax.Array, classes: jax.Array) -> jax.Array:
-  """Of the labels [M]: their gradient is that of log p but for its length, which vanishes with the loss."""
+  """The log-odds of the labels [M]: a gradient in the direction of that of log p, which does not vanish with the loss."""
   return -jax.nn.logsumexp(-losses.margins(classifier.predict_fn(params, x), classes), axis=1)
 
 
 def _weights(
   classifier: Classifier, conditions: Conditions, x: jax.Array, labels: ArrayLike, parts: np.ndarray
 ) -> dict[str, float]:
-  """By tensor the inverse variance of what a sum of gradients leaves of the target; 0 for a target that is 0."""
+  """For each tensor the inverse variance of what a sum of gradients leaves of the target; 0 for a target that is 0."""
   classes, chosen = classifier.classes_of(labels), np.flatnonzero(parts > 0)
   log_odds = lambda params: (
     jnp.asarray(parts[chosen]) @ _log_odds(classifier, params, x[chosen], jnp.asarray(classes)[chosen])
@@ -318,11 +318,11 @@ def boundary_fractions(classifier: Classifier, x: ArrayLike, *, within: float = 
 
 @full_precision
 def boundary_scores(classifier: Classifier, x: ArrayLike) -> np.ndarray:
-  """How much more often a trained sample than another lies as near to all the activation boundaries of a network.
+  """Scores samples by the excess of candidates that lie as close to activation boundaries as they do.
 
-  In every layer candidates are counted by their distance from the boundaries. Where training moved these to its samples
-  there are more candidates than the density farther away lets expect. The logarithm of that ratio, where it is
-  positive, added up over all units, says nothing in layers whose boundaries were not moved, such as convolutions, which
+  In every layer candidates are counted by their distance from the boundaries. Where training moved these to its
+  samples, more candidates lie than the density farther away suggests. The logarithm of that ratio, where it is
+  positive, is added up over all units; it is 0 in layers whose boundaries were not moved, such as convolutions, which
   have most of the units.
 
   Args:

@@ -253,7 +253,7 @@ class Recipe:
     return dataclasses.replace(self, schedule=dataclasses.replace(self.schedule or Schedule(), **changes))
 
   def joint(self, flow: Flow) -> "Recipe":
-    """What a network of continuous noise is trained by, once it is fitted; this recipe must be complete."""
+    """The recipe for a network of continuous noise once it is fitted; this recipe must be complete."""
     schedule, recipe = self.schedule, dataclasses.replace(self, generator=flow)
     recipe = recipe.with_stationarity(begin=0.0, ramp=0.0).with_factors(**schedule.joint_factors)
     return recipe.with_schedule(
@@ -329,7 +329,7 @@ def default(examinations: Sequence[Examination]) -> Recipe:
 
 
 def _codes(examination: Examination) -> int:
-  """Samples of each class that a subspace asks for, which has at most as many dimensions as there are samples."""
+  """The samples of each class that a subspace needs: somewhat more in all than it has dimensions."""
   return (
     0
     if examination.subspace is None
@@ -353,7 +353,7 @@ def weighed_conditions(examination: Examination) -> Conditions:
 
 
 def classification_only(recipe: Recipe, examinations: Sequence[Examination]) -> Recipe:
-  """The same generator, trained only to be classified as wanted: what can be had without the theory.
+  """The same generator, trained for classification only: the baseline that needs no theory.
 
   Images keep total variation, times the mean share of all dimensions that the subspaces fill, and 600 steps.
   """

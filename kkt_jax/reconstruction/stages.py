@@ -143,7 +143,7 @@ def polish(
   known: Sequence[Exact] = (),
   observer: Observer = SILENT,
 ) -> Reconstruction:
-  """Puts training samples in the place of what comes near to them, where the weights alone certify that they are.
+  """Replaces samples by training samples nearby, where the weights alone certify these.
 
   See `kkt_jax.extraction.exact.find`. A label's certified samples, as the classifier labels them, take the places of
   those that led to one, and of others if there are more of them. Nothing in this looks at data.

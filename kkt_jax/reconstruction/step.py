@@ -139,7 +139,7 @@ def init_state(
   eta: PyTree,
   margins: Sequence[float | None],
 ) -> TrainState:
-  """The state at step 0: scaled multipliers make a sum as long as its target, alpha is at a given or the first margin.
+  """The state at step 0. Scaled multipliers make the sum as long as its target; alpha is at the given or first margin.
 
   Args:
     key: typed random key.

@@ -54,7 +54,7 @@ class Trainer:
     microbatch_size: int | None = None,
     mesh: Mesh | None = None,
   ) -> "Trainer":
-    """That of some classifiers; arguments and errors are those of `kkt_jax.reconstruct`."""
+    """The trainer of some classifiers; arguments and errors are those of `kkt_jax.reconstruct`."""
     if not isinstance(classifiers, Sequence) or not classifiers:
       got = "none" if isinstance(classifiers, Sequence) else f"a {type(classifiers).__name__}"
       raise ValueError(f"classifiers must hold at least one classifier, in a sequence; got {got}.")
@@ -137,7 +137,7 @@ class Trainer:
 
   @functools.cached_property
   def _origin(self) -> jax.Array:
-    """What tells whether a saved state is of these classifiers and of this recipe [2, 8]."""
+    """Digests of the classifiers and of the recipe [2, 8], by which saved states are recognised."""
     classifiers = [
       (c.params, c.input_shape, c.labels, c.value_range) for c in (e.classifier for e in self.examinations)
     ]
@@ -145,7 +145,7 @@ class Trainer:
 
   @full_precision
   def init(self, seed: int) -> TrainState:
-    """The random start of a seed."""
+    """The state from which training starts, at random from a seed."""
     generator_key, state_key, multiplier_key = jax.random.split(jax.random.key(seed), 3)
     theta, statistics = self.problem.generator.init(generator_key)
     given = self.recipe.schedule.margin
@@ -175,5 +175,5 @@ class Trainer:
         )
 
   def placed(self, tree: Any) -> Any:
-    """A tree of arrays where the devices of a training step are."""
+    """A tree of arrays, laid out on the devices of a training step."""
     return tree if self.mesh is None else sharding.replicate(tree, self.mesh)
