@@ -201,7 +201,7 @@ def _correlations(
 
 
 def _log_odds(classifier: Classifier, params: PyTree, x: jax.Array, classes: jax.Array) -> jax.Array:
-  """The log-odds of the labels [M]: a gradient in the direction of that of log p, which does not vanish with the loss."""
+  """The log-odds of the labels [M]: their gradient points as that of log p does, but does not vanish with the loss."""
   return -jax.nn.logsumexp(-losses.margins(classifier.predict_fn(params, x), classes), axis=1)
 
 
