@@ -6,7 +6,7 @@ logarithm of the time against the logarithm of that number: 1 is proportional, 0
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -82,10 +82,7 @@ def step(size: Size) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 def _unexamined(classifier: Classifier) -> Examination:
   """Nothing but the condition: examining wide classifiers takes minutes, and a step does not need it."""
-  unknown = dict.fromkeys(field.name for field in dataclasses.fields(Examination) if field.name != "criteria")
-  conditions = weight_decay_conditions(classifier.params)
-  known = {"classifier": classifier, "form": "weight_decay", "conditions": conditions}
-  return Examination(**cast(Any, unknown | known))
+  return Examination.unexamined(classifier, "weight_decay", weight_decay_conditions(classifier.params))
 
 
 def sweeps(*, greatest: int, devices: int) -> dict[str, list[tuple[int, Size]]]:

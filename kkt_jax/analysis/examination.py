@@ -8,6 +8,7 @@ classifier.
 from collections.abc import Mapping
 import dataclasses
 import math
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,13 @@ class Examination:
   most_weight_decay: float | None
   probes: jax.Array
   criteria: AnalysisCriteria = _DEFAULT
+
+  @classmethod
+  def unexamined(cls, classifier: Classifier, form: str, conditions: Conditions, **known: Any) -> Self:
+    """The conditions of a classifier that is not examined, and what else is ``known``; all the rest is None."""
+    unknown: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(cls))
+    given = {"classifier": classifier, "form": form, "conditions": conditions, "criteria": _DEFAULT}
+    return cls(**unknown | given | known)
 
   @property
   def bound(self) -> float:

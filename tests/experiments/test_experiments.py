@@ -171,12 +171,10 @@ def a_classifier(*, batch_norm, input_shape=(8, 8, 1), classes=3):
 
 def known(classifier):
   """An examination that found a margin; to examine for the rest takes longer than what is tested."""
-  unknown = dict.fromkeys(field.name for field in dataclasses.fields(kkt_jax.Examination) if field.name != "criteria")
   decay = kkt_jax.kkt.weight_decay_conditions(classifier.params)
   form = "max_margin" if classifier.batch_coupled else "weight_decay"
   roles = jax.tree.map(lambda leaf: "kernel" if leaf.ndim > 1 else "other", classifier.params)
-  given = {"classifier": classifier, "form": form, "conditions": decay, "roles": roles, "margin": 3.0}
-  return kkt_jax.Examination(**unknown | given)
+  return kkt_jax.Examination.unexamined(classifier, form, decay, roles=roles, margin=3.0)
 
 
 @pytest.fixture(scope="module")
