@@ -19,7 +19,7 @@ Data = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(flags.Checked):
   """Settings of the run; each is a flag of the same name."""
 
   seeds: int = flags.flag(3, "Number of seeds of each kind: of the data and of the classifier.", lower=1)
@@ -139,12 +139,12 @@ def count(certified: np.ndarray, x: np.ndarray) -> dict[str, int]:
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Trains, rebuilds and counts."""
-  flags.check(config)
   names = [name.strip() for name in config.kinds.split(",") if name.strip()] or list(KINDS)
   for name in names:
     if name not in KINDS:
       raise flags.UsageError(f"--kinds must be among {', '.join(KINDS)}{flags.did_you_mean(name, KINDS)}")
   import kkt_jax
+  from kkt_jax.auditing import matching
   from kkt_jax.cli.progress import Progress
 
   out = Workdir(workdir, config)
@@ -160,16 +160,13 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     made = kkt_jax.reconstruct([classifier], recipe, seed=seed, examinations=[examination])
     exact = made.exact[0] if made.exact else None
     own = count(exact.unit if exact else np.zeros((0, *x.shape[1:])), x) | {"samples": len(x)}
-    kinds = enumerate(kkt_jax.extraction.EVIDENCE)
-    own |= {kind: int(np.sum(exact.evidence == place)) if exact else 0 for place, kind in kinds}
+    own |= exact.counts if exact else dict.fromkeys(kkt_jax.extraction.EVIDENCE, 0)
     rows[f"{name} {seed}"] = own
     progress.update(number, f"{name}, seed {seed}: {own['found']} of {len(x)}, {own['false']} false")
   columns = list(next(iter(rows.values())))
-  lines = [f"{'kind, seed':20}" + "".join(f"{column:>11}" for column in columns)]
-  lines += [f"{name:20}" + "".join(f"{row[column]:11}" for column in columns) for name, row in rows.items()]
   total = {column: sum(row[column] for row in rows.values()) for column in columns}
-  lines.append(f"{'all':20}" + "".join(f"{total[column]:11}" for column in columns))
-  results = {"kinds": rows, "all": total, "claim_holds": total["false"] == 0, "summary": "\n".join(lines)}
+  summary = matching.table(rows | {"all": total}, columns, title="kind, seed", form=".0f", width=11)
+  results = {"kinds": rows, "all": total, "claim_holds": total["false"] == 0, "summary": summary}
   out.finish(results)
   return results
 

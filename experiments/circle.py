@@ -22,7 +22,7 @@ _MATCH_STEPS, _JOINT_STEPS = 8000, 400  # of the network of continuous noise
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(flags.Checked):
   """Settings of the run; each is a flag of the same name."""
 
   seed: int = flag(0, "Seed of everything random.", lower=0, group="Data")
@@ -84,7 +84,6 @@ def circle(labels: str) -> tuple[Any, Any]:
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Runs or resumes the experiment; returns the final metrics."""
-  flags.check(config)
   if config.restart_steps >= config.steps:
     raise flags.UsageError(f"--restart_steps must be less than --steps = {config.steps}; got {config.restart_steps}.")
   weights_flag.parse_weights(config.weights)

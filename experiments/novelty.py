@@ -30,7 +30,7 @@ _CURVES = ("new", "accuracy", "coverage", "useful", "taught")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(flags.Checked):
   """Settings of the run; each is a flag of the same name."""
 
   seed: int = flags.flag(0, "Seed of the run, of draws and of deformations.", lower=0)
@@ -41,7 +41,6 @@ class Config:
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Draws, bends and measures; returns the figures."""
-  flags.check(config)
   sizes = _sizes(config)
   settings = mnist.Config(seed=config.seed, samples_per_class=config.samples_per_class)
   attacked = images.resolve(settings, mnist.DEFAULTS)

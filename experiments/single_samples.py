@@ -19,7 +19,7 @@ from kkt_jax.cli.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(flags.Checked):
   """Settings of the run; each is a flag of the same name."""
 
   seed: int = flags.flag(0, "Seed of the digits and of the classifier.", lower=0)
@@ -31,13 +31,13 @@ class Config:
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Trains and measures."""
-  flags.check(config)
   import jax.numpy as jnp
 
   from experiments import certificates as kinds
   from experiments.data import load_digits
   import kkt_jax
   from kkt_jax import metrics
+  from kkt_jax.auditing import matching
   from kkt_jax.extraction import certificates
   from kkt_jax.kkt import diagnostics, multipliers
 
@@ -81,9 +81,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     residuals[name] = {"free gates": diagnosis.residual, "exact gates": diagnosis.residual_exact_gates}
   lines = []
   for title, table in (("misfit of samples", rows), ("gap that sets leave", sets)):
-    columns = list(table["training digits"])
-    lines.append(f"{title:24}" + "".join(f"{column:>10}" for column in columns))
-    lines += [f"{name:24}" + "".join(f"{row[column]:10.4g}" for column in columns) for name, row in table.items()]
+    lines.append(matching.table(table, list(table["training digits"]), title=title, form=".4g", width=10))
   for name, parts in residuals.items():
     lines.append(f"residual, {name}: " + ", ".join(f"{value:.1e} with {gates}" for gates, value in parts.items()))
   results = {"samples": rows, "sets": sets, "residuals": residuals, "summary": "\n".join(lines)}

@@ -16,7 +16,7 @@ from kkt_jax.cli.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(flags.Checked):
   """Settings of the run; each is a flag of the same name."""
 
   seed: int = flags.flag(0, "Seed of the digits and of the classifier.", lower=0)
@@ -27,7 +27,6 @@ class Config:
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Trains, removes and ranks."""
-  flags.check(config)
   import jax
   import jax.numpy as jnp
 

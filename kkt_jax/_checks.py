@@ -77,7 +77,7 @@ def check_all_floating(name: str, tree: PyTree) -> None:
 def arrays(name: str, tree: PyTree) -> PyTree:
   """A pytree whose numbers of Python's own are arrays; a ValueError that names a leaf that is not floating point."""
   check_all_floating(name, tree)
-  return jax.tree.map(lambda own: own if hasattr(own, "shape") else jnp.asarray(own, jnp.result_type(float)), tree)
+  return jax.tree.map(lambda leaf: leaf if hasattr(leaf, "shape") else jnp.asarray(leaf, jnp.result_type(float)), tree)
 
 
 def check_labels(name: str, value: Any, num_samples: int) -> None:
@@ -121,7 +121,7 @@ def sizes(name: str, value: Any) -> tuple[int, ...]:
   (28, 28, 1)
   """
   try:
-    return tuple(operator.index(own) for own in value)
+    return tuple(operator.index(size) for size in value)
   except TypeError as error:
     raise ValueError(f"{name} must be a sequence of integers; got {value!r}.") from error
 
@@ -190,7 +190,7 @@ def _where(path: Any) -> str:
 
 
 def annotated(function: Callable[_P, _R]) -> Callable[_P, _R]:
-  """The function, whose arguments are looked at first: arrays of numbers, random keys, numbers, functions, objects.
+  """Decorates a function to check that arguments are of the kinds that their annotations name: arrays, keys, functions.
 
   What is of another kind than its annotation says would else fail somewhere inside, with a message of JAX or NumPy that
   names neither the argument nor what it needs.
@@ -206,7 +206,7 @@ def annotated(function: Callable[_P, _R]) -> Callable[_P, _R]:
   kkt_jax._errors.InputError: x must be an array of numbers; got 'a'.
   """
   parameters = inspect.signature(function).parameters
-  kinds = {name: own for name, parameter in parameters.items() if (own := _kind(name, parameter))}
+  kinds = {name: kind for name, parameter in parameters.items() if (kind := _kind(name, parameter))}
 
   @functools.wraps(function)
   def looked_at(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -222,11 +222,11 @@ def annotated(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _kind(name: str, parameter: inspect.Parameter) -> tuple[str, Callable[[Any], bool]] | None:
-  """What an argument must be, in words and as a test; None if anything may come."""
+  """What an argument must be, in words and as a test; None if anything will do."""
   annotation, optional = parameter.annotation, False
   fits: Callable[[Any], bool]
   if annotation not in (ArrayLike, ArrayLike | None) and type(None) in get_args(annotation):
-    rest = [own for own in get_args(annotation) if own is not type(None)]
+    rest = [kind for kind in get_args(annotation) if kind is not type(None)]
     annotation, optional = (rest[0] if len(rest) == 1 else None), True
   optional = optional or annotation == ArrayLike | None
   if name == "key" and annotation is jax.Array:

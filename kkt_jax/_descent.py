@@ -21,7 +21,7 @@ def greatest_value(
   """
 
   size = optax.tree.norm(start)
-  unit = jax.tree.map(lambda own: own / jnp.where(size > 0, size, 1.0), start)
+  unit = jax.tree.map(lambda leaf: leaf / jnp.where(size > 0, size, 1.0), start)
   if compiled_loop:
     _, sizes = jax.lax.scan(lambda vector, _: _power(operator, vector), unit, length=num_steps)
     size = sizes[-1]
@@ -34,7 +34,7 @@ def greatest_value(
 def _power(operator: Callable[[PyTree], PyTree], vector: PyTree) -> tuple[PyTree, jax.Array]:
   image = operator(vector)
   size = optax.tree.norm(image)
-  return jax.tree.map(lambda own: own / jnp.where(size > 0, size, 1.0), image), size
+  return jax.tree.map(lambda leaf: leaf / jnp.where(size > 0, size, 1.0), image), size
 
 
 _compiled_power = jax.jit(_power)
@@ -43,7 +43,7 @@ _compiled_power = jax.jit(_power)
 def accelerated(
   descend: Callable[[PyTree], PyTree], start: PyTree, *, num_steps: int, compiled_loop: bool = True
 ) -> PyTree:
-  """Where projected gradient steps lead to, accelerated (FISTA, Beck and Teboulle 2009).
+  """The point that accelerated projected gradient steps reach (FISTA, Beck and Teboulle 2009).
 
   The inertia is dropped when it points uphill (O'Donoghue and Candes 2015), which keeps the descent monotone.
 

@@ -1,5 +1,5 @@
-"""What is raised for what a user gave."""
+"""The error for arguments that cannot be used."""
 
 
 class InputError(ValueError):
-  """Something that was given cannot be used; the message names it, what it is and what is needed."""
+  """An argument cannot be used; the message names it, what it got and what it needs."""

@@ -18,7 +18,7 @@ _R = TypeVar("_R")
 
 
 def full_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
-  """The function, with products of all the digits of their factors, unless the user tells JAX another precision.
+  """The function, with matrix products in full precision unless the user has set another precision in JAX.
 
   And with JAX's standard promotion of types.
 

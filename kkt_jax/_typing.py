@@ -1,4 +1,4 @@
-"""The types that everything speaks of."""
+"""Types that all modules share."""
 
 from collections.abc import Callable
 from typing import Any

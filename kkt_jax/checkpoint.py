@@ -67,9 +67,7 @@ class Checkpointer:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(
-    self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-  ) -> None:
+  def __exit__(self, *error: object) -> None:
     if self._manager is not None:
       self._manager.close()
 
@@ -137,8 +135,8 @@ class Checkpointer:
     size = int(sharding.from_first_process(len(packed)))
     if not size:
       return {}
-    own = np.frombuffer(packed, np.uint8) if packed else np.zeros(size, np.uint8)
-    with np.load(io.BytesIO(np.asarray(sharding.from_first_process(own)).tobytes()), allow_pickle=False) as arrays:
+    content = np.frombuffer(packed, np.uint8) if packed else np.zeros(size, np.uint8)
+    with np.load(io.BytesIO(np.asarray(sharding.from_first_process(content)).tobytes()), allow_pickle=False) as arrays:
       return dict(arrays)
 
   def _newest(self, like: PyTree) -> tuple[int, PyTree, list[str]]:
@@ -157,17 +155,17 @@ class Checkpointer:
     assert self._manager is not None  # it has steps
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
-    found = self._manager.restore(
+    stored = self._manager.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), digest=ocp.args.JsonRestore())
     )
-    packed = base64.b64decode(found["digest"].get("beside", ""))
-    if found["digest"].get("sha256") != _digest(found["state"], packed):
+    packed = base64.b64decode(stored["digest"].get("beside", ""))
+    if stored["digest"].get("sha256") != _digest(stored["state"], packed):
       raise CheckpointError("its content does not match its digest")
-    return found["state"]
+    return stored["state"]
 
 
 def fingerprint(value: Any) -> bytes:
-  """SHA-256 of what settings say, the same in every process: by the names of classes and functions and what these hold.
+  """SHA-256 of settings, the same in every process: of the names of classes and functions, and of what these hold.
 
   Arrays count with their bytes, but inside a function only with their shapes, and numbers with six digits: such are
   often computed, and rounded as the machine does. What a function does is not looked at.
@@ -216,7 +214,7 @@ def _parts(value: Any) -> tuple[Sequence[Any], str]:
   if not isinstance(value, types.FunctionType):
     return [], name
   held = [cell.cell_contents for cell in value.__closure__ or ()]
-  constants = [own for own in value.__code__.co_consts if isinstance(own, float)]  # others depend on Python's version
+  constants = [c for c in value.__code__.co_consts if isinstance(c, float)]  # others depend on Python's version
   return [held, constants, value.__defaults__, value.__kwdefaults__], name
 
 

@@ -1,4 +1,4 @@
-"""What decides what is claimed of a subspace or a sample: every threshold, in one place, stored with the result."""
+"""Every threshold that decides what is claimed of a subspace, a sample or a data set; stored with the result."""
 
 import dataclasses
 
@@ -72,7 +72,7 @@ class Criteria:
 
   @property
   def least_distance(self) -> float:
-    """The Euclidean distance of two points that are not one."""
+    """The Euclidean distance from which two points count as different."""
     return self.apart * self.same
 
 

@@ -14,6 +14,18 @@ def kaiming(scale: float = 1.0) -> nn.initializers.Initializer:
   return nn.initializers.variance_scaling(2.0 * scale**2, "fan_in", "normal")
 
 
+def conditioned(
+  x: jax.Array, y: jax.Array, t: jax.Array, num_labels: int, num_classifiers: int, *, strength: float = 3.0
+) -> jax.Array:
+  """Values [M, D] with places of labels [M] and classifier indices [M] beside them: one-hot, times ``strength``.
+
+  At 3 they are as strong as several dimensions of noise.
+  """
+  pairs = ((y, num_labels), (t, num_classifiers))
+  places = [strength * jax.nn.one_hot(_checks.integers(indices), count, dtype=x.dtype) for indices, count in pairs]
+  return jnp.concatenate([x, *places], axis=1)
+
+
 class MLPClassifier(nn.Module):
   """The paper's classifier: fully connected layers, ReLU, optional batch norm before each ReLU.
 
@@ -70,14 +82,7 @@ class MultiplierNetwork(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, y: jax.Array, t: jax.Array) -> jax.Array:
     """Maps inputs [M, ...], places of labels [M] and classifier indices [M] to mu' [M, C]."""
-    h = jnp.concatenate(
-      [
-        x.reshape(x.shape[0], -1),
-        jax.nn.one_hot(_checks.integers(y), self.num_labels, dtype=x.dtype),
-        jax.nn.one_hot(_checks.integers(t), self.num_classifiers, dtype=x.dtype),
-      ],
-      axis=1,
-    )
+    h = conditioned(x.reshape(x.shape[0], -1), y, t, self.num_labels, self.num_classifiers, strength=1.0)
     for width in self.hidden:
       h = nn.relu(nn.Dense(width, kernel_init=kaiming())(h))
     # A small last layer: all multipliers start near the initial bias, whatever the input.

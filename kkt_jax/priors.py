@@ -117,9 +117,9 @@ def statistics_distance(statistics: PyTree, stored: PyTree) -> jax.Array:
   tiny = 1e-5
   statistics, stored = jax.tree.map(_checks.floats, (statistics, stored))
 
-  def distance(own: Mapping[str, jax.Array], reference: Mapping[str, jax.Array]) -> jax.Array:
-    means = jnp.square(own["mean"] - reference["mean"]) / (reference["var"] + tiny)
-    deviations = jnp.square(jnp.sqrt((own["var"] + tiny) / (reference["var"] + tiny)) - 1)
+  def distance(batch: Mapping[str, jax.Array], reference: Mapping[str, jax.Array]) -> jax.Array:
+    means = jnp.square(batch["mean"] - reference["mean"]) / (reference["var"] + tiny)
+    deviations = jnp.square(jnp.sqrt((batch["var"] + tiny) / (reference["var"] + tiny)) - 1)
     return jnp.mean(means) + jnp.mean(deviations)
 
   def is_layer(node: PyTree) -> bool:

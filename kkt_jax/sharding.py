@@ -100,7 +100,7 @@ def fetch(tree: PyTree) -> PyTree:
 
 
 def is_first_process() -> bool:
-  """Whether this process is the one of several that writes and talks; the only one is. It wakes no device to know."""
+  """Whether this is the process that writes and talks, the first of several. Does not initialise any device."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -111,14 +111,14 @@ def from_first_process(tree: PyTree) -> PyTree:
 
 
 def to_data(tree: PyTree) -> PyTree:
-  """A pytree of arrays with the numbers that make them up in place of random keys."""
+  """A pytree of arrays, with the numbers of random keys in place of the keys."""
   return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
 
 
 def from_data(tree: PyTree, like: PyTree) -> PyTree:
   """What `to_data` was given: random keys where ``like`` has them."""
   return jax.tree.map(
-    lambda leaf, own: jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(own)) if _is_key(own) else leaf,
+    lambda leaf, key: jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(key)) if _is_key(key) else leaf,
     tree,
     like,
   )

@@ -41,7 +41,6 @@ def use(classifier, name):
       kkt.parameter_equations(apply_fn, PARAMS, X)
       kkt.scaling_error(apply_fn, PARAMS, jax.tree.map(jnp.ones_like, PARAMS), X, jnp.ones(1))
     case "symmetries":
-      symmetries.scale_invariant(apply_fn, PARAMS, X)
       symmetries.least_residual(apply_fn, PARAMS, CONDITIONS, X)
     case "diagnostics":
       diagnostics.diagnose(classifier, CONDITIONS, X, CLASSES, num_steps=2)

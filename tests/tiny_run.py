@@ -38,9 +38,7 @@ def examined(t: int, *, batch_norm: bool) -> kkt_jax.Examination:
   module = networks.MLPClassifier(num_classes=3, hidden=(16, 8), batch_norm=batch_norm)
   variables = jax.jit(module.init)(jax.random.key(t), jnp.zeros((2, *_SHAPE)))
   classifier = kkt_jax.from_linen(module, variables, input_shape=_SHAPE, labels=_LABELS[t], weight_decay=1.0)
-  unknown = dict.fromkeys(field.name for field in dataclasses.fields(kkt_jax.Examination) if field.name != "criteria")
-  conditions = weight_decay_conditions(classifier.params)
-  return kkt_jax.Examination(**unknown | {"classifier": classifier, "form": "weight_decay", "conditions": conditions})
+  return kkt_jax.Examination.unexamined(classifier, "weight_decay", weight_decay_conditions(classifier.params))
 
 
 def problem(

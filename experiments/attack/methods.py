@@ -81,11 +81,10 @@ def _weights(recipe: "kkt_jax.Recipe", **weights: float) -> "kkt_jax.Recipe":
   return recipe.with_weights(**{name: weight for name, weight in weights.items() if name in known})
 
 
-def _only(recipe: "kkt_jax.Recipe", **weights: float) -> "kkt_jax.Recipe":
-  """The recipe without any term but those named and the range of the inputs."""
-  off = dict.fromkeys(["stationarity", *recipe.terms], 0.0)
-  range_weight = recipe.terms["range"].weight if "range" in recipe.terms else 0.0
-  return _weights(recipe, **off | {"range": range_weight} | weights)
+def _only(recipe: "kkt_jax.Recipe", *kept: str, **weights: float) -> "kkt_jax.Recipe":
+  """The recipe with these weights, and those of the range and of the terms that are kept; all others are 0."""
+  off = {name: 0.0 for name in ("stationarity", *recipe.terms) if name not in ("range", *kept)}
+  return _weights(recipe, **off | weights)
 
 
 def _table(setting: Setting, *, in_span: bool = False, **changes: Any) -> Any:
@@ -108,10 +107,7 @@ def _points(recipe: "kkt_jax.Recipe", setting: Setting, *, total_variation: floa
   """
   adam = kkt_jax.reconstruction.recipes.adam(0.05)
   least = kkt_jax.reconstruction.Term(5.0, kkt_jax.reconstruction.terms.least_multiplier(0.2))
-  binarisation = recipe.terms["binarisation"].weight if "binarisation" in recipe.terms else 0.0
-  changed = _only(
-    recipe, stationarity=recipe.stationarity.weight, binarisation=binarisation, total_variation=total_variation
-  )
+  changed = _only(recipe, "stationarity", "binarisation", total_variation=total_variation)
   return dataclasses.replace(
     changed.with_terms(least_multiplier=least)
     .with_stationarity(begin=0, ramp=0, free_gates=False)
@@ -155,11 +151,10 @@ def _inversion(recipe: "kkt_jax.Recipe", setting: Setting) -> "kkt_jax.Recipe":
 
   Images with total variation and small squares.
   """
-  statistics = recipe.terms["statistics"].weight if "statistics" in recipe.terms else 0.0
   changed = recipe.with_terms(cross_entropy=_term(1.0, "cross_entropy"))
   if "range" in recipe.terms:
     changed = changed.with_terms(mean_square=_term(0.1, "mean_square")).with_schedule(steps=1200)
-  changed = _only(changed, cross_entropy=1.0, mean_square=0.1, statistics=statistics, total_variation=3.0)
+  changed = _only(changed, "statistics", cross_entropy=1.0, mean_square=0.1, total_variation=3.0)
   return dataclasses.replace(changed, generator=_table(setting))
 
 

@@ -24,7 +24,7 @@ _MOST: Mapping[str, Mapping[str, float]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(flags.Checked):
   """Settings of the run; each is a flag of the same name."""
 
   samples: int = flag(300, "M, generated samples in the stationarity sum.", lower=2, upper=1_000_000)
@@ -38,7 +38,6 @@ class Config:
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Measures; returns the figures."""
-  flags.check(config)
   if config.peers:
     from experiments.benchmark import peers
 

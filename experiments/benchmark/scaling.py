@@ -6,17 +6,15 @@ logarithm of the time against the logarithm of that number: 1 is proportional, 0
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmark import steps, timing
-from kkt_jax import generators, networks, reconstruction, sharding
+from kkt_jax import generators, reconstruction, sharding
 from kkt_jax.analysis import Examination
 from kkt_jax.classifiers import Classifier
-from kkt_jax.classifiers import spec as subject
 from kkt_jax.kkt import losses, weight_decay_conditions
 from kkt_jax.reconstruction import recipes, terms
 
@@ -55,12 +53,9 @@ class Size:
 
 def step(size: Size) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   """A training step of a generator without batch norm and tied multipliers, and its arguments."""
-  classifiers = []
-  for t in range(size.classifiers):
-    module = networks.MLPClassifier(num_classes=size.classes, hidden=(size.width, size.width))
-    variables = module.init(jax.random.key(t), jnp.zeros((1, *_SHAPE)))
-    labels = range(t * size.classes, (t + 1) * size.classes)
-    classifiers.append(subject.from_linen(module, variables, input_shape=_SHAPE, labels=labels, weight_decay=0.02))
+  groups = [range(t * size.classes, (t + 1) * size.classes) for t in range(size.classifiers)]
+  make = lambda t: steps.mlp((size.width, size.width), size.classes, seed=t, labels=groups[t], weight_decay=0.02)
+  classifiers = list(map(make, range(size.classifiers)))
   network = generators.MLPGenerator(
     sample_shape=_SHAPE,
     num_labels=size.classes * size.classifiers,
@@ -87,10 +82,7 @@ def step(size: Size) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 def _unexamined(classifier: Classifier) -> Examination:
   """Nothing but the condition: examining wide classifiers takes minutes, and a step does not need it."""
-  unknown = dict.fromkeys(field.name for field in dataclasses.fields(Examination) if field.name != "criteria")
-  conditions = weight_decay_conditions(classifier.params)
-  known = {"classifier": classifier, "form": "weight_decay", "conditions": conditions}
-  return Examination(**cast(Any, unknown | known))
+  return Examination.unexamined(classifier, "weight_decay", weight_decay_conditions(classifier.params))
 
 
 def sweeps(*, greatest: int, devices: int) -> dict[str, list[tuple[int, Size]]]:

@@ -31,14 +31,14 @@ def training_step(begin: kkt_jax.Reconstruction) -> tuple[Callable[..., Any], An
 def problem(num_samples: int, hidden: Sequence[int], num_classes: int) -> tuple[Classifier, Any, Any]:
   """The MNIST classifier with random weights, random samples and classes: times do not depend on their values."""
   x = jax.random.uniform(jax.random.key(0), (num_samples, *_SHAPE))
-  return _mlp(hidden, num_classes, weight_decay=0.02), x, jnp.arange(num_samples) % num_classes
+  return mlp(hidden, num_classes, weight_decay=0.02), x, jnp.arange(num_samples) % num_classes
 
 
-def _mlp(hidden: Sequence[int], num_classes: int, *, weight_decay: float | None) -> Classifier:
-  """A classifier with random weights; with batch norm if it has no weight decay."""
-  module = networks.MLPClassifier(num_classes=num_classes, hidden=hidden, batch_norm=weight_decay is None)
-  variables = module.init(jax.random.key(0), jnp.zeros((2, *_SHAPE)))
-  return kkt_jax.from_linen(module, variables, input_shape=_SHAPE, weight_decay=weight_decay)
+def mlp(hidden: Sequence[int], num_classes: int, *, seed: int = 0, **known: Any) -> Classifier:
+  """A classifier with random weights; with batch norm if its ``weight_decay`` is None."""
+  module = networks.MLPClassifier(num_classes=num_classes, hidden=hidden, batch_norm=known["weight_decay"] is None)
+  variables = module.init(jax.random.key(seed), jnp.zeros((2, *_SHAPE)))
+  return kkt_jax.from_linen(module, variables, input_shape=_SHAPE, **known)
 
 
 def whole_step(*, batch_norm: bool, in_span: bool = False) -> tuple[timing.Call, timing.Call]:
@@ -69,7 +69,7 @@ def _examined(batch_norm: bool) -> tuple[mnist.Config, kkt_jax.Examination]:
   """The settings of `experiments.mnist`, and what its classifier says with random weights."""
   settings = images.resolve(mnist.Config(batch_norm=batch_norm), mnist.DEFAULTS)
   decay = None if batch_norm else settings.weight_decay
-  return settings, kkt_jax.examine(_mlp((settings.width, settings.second_width), 10, weight_decay=decay))
+  return settings, kkt_jax.examine(mlp((settings.width, settings.second_width), 10, weight_decay=decay))
 
 
 def plain_step(classifier: Classifier, x: Any, y: Any) -> timing.Call:

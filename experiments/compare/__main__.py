@@ -21,7 +21,7 @@ _FIRST = "means"  # trains nothing, so that its run is the quickest that trains 
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(flags.Checked):
   """Settings of the run; each is a flag of the same name."""
 
   experiment: str = flags.flag(
@@ -42,7 +42,6 @@ class Config:
 
 def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   """Runs or resumes the comparison; returns the means of the headline metrics."""
-  flags.check(config)
   settings = pool.fixed_settings(f"experiments.{config.experiment}", config.set)
   chosen = choose_methods(config)
   if config.results:

@@ -8,6 +8,7 @@ classifier.
 from collections.abc import Mapping
 import dataclasses
 import math
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,13 @@ import numpy as np
 
 from kkt_jax import _checks, kkt
 from kkt_jax._precision import full_precision
-from kkt_jax._tree import tensor_names
 from kkt_jax._typing import PyTree
 from kkt_jax.analysis import _probing, forms
 from kkt_jax.analysis.first_layer import FirstLayer, origin_of, read_first_layer
 from kkt_jax.analysis.forms import FORMS
 from kkt_jax.analysis.last_layer import collapsed_features, decay_limit, LastLayer, margin_of, read_last_layer
 from kkt_jax.analysis.subspace import is_image, Subspace
-from kkt_jax.classifiers.classifier import check_classifier, Classifier
+from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import functionals, homogeneity, symmetries
 from kkt_jax.kkt.conditions import Conditions
@@ -85,9 +85,16 @@ class Examination:
   probes: jax.Array
   criteria: AnalysisCriteria = _DEFAULT
 
+  @classmethod
+  def unexamined(cls, classifier: Classifier, form: str, conditions: Conditions, **known: Any) -> Self:
+    """The conditions of a classifier that is not examined, and what else is ``known``; all the rest is None."""
+    unknown: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(cls))
+    given = {"classifier": classifier, "form": form, "conditions": conditions, "criteria": _DEFAULT}
+    return cls(**unknown | given | known)
+
   @property
   def bound(self) -> float:
-    """The share of the target that no data can account for, less what is left out."""
+    """The share of the target that no data can account for, without the tensors that are left out."""
     return self.bounds[self.form]
 
   @property
@@ -124,11 +131,11 @@ class Examination:
     return collapsed_features(last.kernel, last.scale, last.shift), last.scale
 
   def _decay(self) -> str:
-    """What the weights tell of the weight decay that they are said to have had."""
-    own, most = self.classifier.weight_decay, self.most_weight_decay
-    if own is None or most is None or self.form != "weight_decay":
+    """In words, whether the weights agree with the weight decay that they are said to have had."""
+    decay, most = self.classifier.weight_decay, self.most_weight_decay
+    if decay is None or most is None or self.form != "weight_decay":
       return ""
-    if own > most:
+    if decay > most:
       return f" That is too much: where training ends, such a last layer has had {most:.2g} at most."
     return f" They do not tell whether that is right; up to {most:.2g} it can be."
 
@@ -137,7 +144,7 @@ class Examination:
     return [f"Left out, because no training set could have caused them: {names}."] if names else []
 
   def _directions(self) -> str:
-    """In which directions the data lie, and by what single samples could be certified (`extraction.certificates`)."""
+    """In words, the subspace of the data, and how a single sample could be certified (`extraction.certificates`)."""
     subspace, rank = self.subspace, self.first.rank if self.first is not None else 0
     dimensions = math.prod(self.classifier.input_shape)
     if subspace is None and rank:
@@ -189,7 +196,7 @@ class Examination:
 
 
 def _blurred(subspace: Subspace) -> str:
-  """How far a subspace is off that stands out of noise, by the sine of its angle with the true one."""
+  """In words, how far noise turns a subspace: the sine of the angle between its directions and the true ones."""
   if not subspace.blur:
     return ""
   best, worst = (float(subspace.blur / subspace.singular_values[k]) for k in (0, -1))
@@ -217,7 +224,7 @@ def _subtracted(start: jax.Array | None, alike: float) -> str:
 def examine(
   classifier: Classifier, *, form: str | None = None, seed: int = 0, criteria: AnalysisCriteria = _DEFAULT
 ) -> Examination:
-  """Tries the classifier on random inputs, and draws the conclusions.
+  """What the weights of a classifier reveal, found by trying its function on random inputs.
 
   Args:
     classifier: the classifier.
@@ -238,7 +245,6 @@ def examine(
   >>> examine(relu, form="max_margin").rates.rates["w1"][0, 0].round(3)
   Array(0.5, dtype=float32)
   """
-  check_classifier("classifier", classifier)
   if form is not None:
     _checks.check_choice("form", form, FORMS)
   if form == "change" and classifier.initial_params is None:
@@ -247,14 +253,14 @@ def examine(
   probes = _probes(classifier, seed, criteria.probes)
   _check_logits(classifier, probes)
   known = functionals.functionals(classifier.apply_fn, params, probes)
-  unused = _unused(classifier, known)
+  unused = _unused(known)
   rates = kkt.balanced(homogeneity.summed_equations(classifier.apply_fn, params, probes, known), params)
   error = float(kkt.scaling_error(classifier.apply_fn, params, rates.rates, probes, np.linspace(-0.5, 0.5, 5)))
   symmetric = symmetries.Symmetries(params, known, criteria=criteria)
   free = symmetric.scale_invariant()
   start, layer, subspace, first, left = read_first_layer(classifier, probes, criteria)
   tried = [form] if form else FORMS[2:] if classifier.initial_params is not None else FORMS[:2]
-  conditions = forms.possible_conditions(classifier, rates, free, unused, left)
+  conditions = forms.possible_conditions(classifier, rates, free, known, left)
   possible = {name: forms.attainable(symmetric, conditions[name], first, criteria) for name in tried}
   blurred = subspace is not None and bool(subspace.blur)
   if form is None and classifier.initial_params is not None:
@@ -262,13 +268,13 @@ def examine(
   else:
     choice = lambda: forms.choose(classifier, rates, error, possible, blurred, criteria)
     form, why = (form, "it was asked for") if form else choice()
-  names = tensor_names(params)
-  if possible[form].bound > criteria.unexplained or (first is not None and names[first] in possible[form].left_out):
+  chosen = possible[form]
+  if chosen.bound > criteria.unexplained or (first is not None and known.names[first] in chosen.left_out):
     subspace = None  # a rank alone is no subspace of data
   last = read_last_layer(classifier, probes, criteria)
   most_decay, beyond = decay_limit(classifier, last)
   if beyond and form == "weight_decay":
-    possible[form] = forms.short_of(possible[form], beyond)
+    chosen = possible[form] = forms.short_of(chosen, beyond)
   leaves, structure = jax.tree.flatten(params)
   roles = ["kernel" if leaf.ndim > 1 else "other" for leaf in leaves]
   if first is not None:
@@ -279,9 +285,9 @@ def examine(
     classifier=classifier,
     form=form,
     why=why,
-    conditions=possible[form].conditions,
-    bounds={name: own.bound for name, own in possible.items()},
-    left_out=possible[form].left_out,
+    conditions=chosen.conditions,
+    bounds={name: attainable.bound for name, attainable in possible.items()},
+    left_out=chosen.left_out,
     unused=unused,
     free=free,
     rates=rates,
@@ -307,8 +313,9 @@ def _probes(classifier: Classifier, seed: int, count: int = AnalysisCriteria().p
 
 
 @_checks.annotated
+@full_precision
 def check_outputs(classifier: Classifier, *, seed: int = 0) -> tuple[str, ...]:
-  """Whether the outputs are logits, of which each follows from its own input and from the parameters.
+  """Checks that the outputs are logits, each of which depends on its own input and on the parameters.
 
   Args:
     classifier: the classifier.
@@ -325,20 +332,20 @@ def check_outputs(classifier: Classifier, *, seed: int = 0) -> tuple[str, ...]:
   >>> check_outputs(make_classifier(lambda p, x: x @ p["w"], {"w": jnp.eye(2), "step": jnp.ones(())}, (2,)))
   ('step',)
   """
-  check_classifier("classifier", classifier)
   probes = _probes(classifier, seed)
   _check_logits(classifier, probes)
   known = functionals.functionals(classifier.apply_fn, classifier.params, probes, margins=False)
-  return _unused(classifier, known)
+  return _unused(known)
 
 
 def _check_logits(classifier: Classifier, probes: jax.Array) -> None:
   """See `check_outputs`."""
-  logits = np.asarray(classifier.predict(probes), np.float64)
+  logits_of = lambda x: np.asarray(jax.jit(classifier.predict_fn)(classifier.params, x), np.float64)
+  logits = logits_of(probes)
   if not np.isfinite(logits).all():
     raise ValueError("classifier must give finite logits; of random inputs in its range some are NaN or infinite.")
   others = jnp.tile(probes[::-2], (2, *[1] * len(classifier.input_shape)))[: len(probes)]
-  apart = np.abs(logits[::-2] - np.asarray(classifier.predict(others), np.float64)[: len(logits[::-2])]).max()
+  apart = np.abs(logits[::-2] - logits_of(others)[: len(logits[::-2])]).max()
   if apart > 0.01 * np.abs(logits).max():
     raise ValueError(
       "classifier must give each input its own logits at inference (predict_fn); those of random inputs change with the"
@@ -349,9 +356,9 @@ def _check_logits(classifier: Classifier, probes: jax.Array) -> None:
       "classifier must tell inputs apart; it gives all random inputs the same logits: its units are dead, or its"
       " weights are 0."
     )
-  wide = [logits, *(np.asarray(classifier.predict(probes * factor), np.float64) for factor in (30.0, 1000.0))]
-  difference = [own[:, 1] - own[:, 0] for own in wide]
-  many = all(np.all((own >= 0) & (own <= 1)) for own in wide)
+  wide = [logits, *(logits_of(probes * factor) for factor in (30.0, 1000.0))]
+  difference = [output[:, 1] - output[:, 0] for output in wide]
+  many = all(np.all((output >= 0) & (output <= 1)) for output in wide)
   one = classifier.num_classes == 2 and np.ptp(difference) > 0 and all(np.all((d >= 0) & (d <= 1)) for d in difference)
   if many or one:
     raise ValueError(
@@ -360,10 +367,8 @@ def _check_logits(classifier: Classifier, probes: jax.Array) -> None:
     )
 
 
-def _unused(classifier: Classifier, known: functionals.Functionals) -> tuple[str, ...]:
+def _unused(known: functionals.Functionals) -> tuple[str, ...]:
   """The names of the tensors on which no logit of any random input depends."""
-  names = tensor_names(classifier.params)
-  unused = tuple(name for name, own in zip(names, known.changes, strict=True) if not own.random.any())
-  if len(unused) == len(names):
+  if len(known.unused) == len(known.names):
     raise ValueError("apply_fn must compute the logits from params; they do not depend on any of them.")
-  return unused
+  return known.unused

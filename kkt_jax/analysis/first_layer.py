@@ -19,7 +19,6 @@ from kkt_jax.analysis import _probing
 from kkt_jax.analysis.noise import subspace_above_noise
 from kkt_jax.analysis.subspace import Subspace
 from kkt_jax.classifiers.classifier import Classifier
-from kkt_jax.classifiers.decay import decay_of_tensors
 from kkt_jax.criteria import AnalysisCriteria
 
 _TURNS = 8  # most turns of finding what is left of a known start
@@ -61,7 +60,7 @@ class FirstLayer:
 
   @functools.cached_property
   def normal(self) -> np.ndarray | None:
-    """The v [D] with ``v . (x - start) = 1`` for every training input x; None if the bias does not tell it.
+    """The v [D] with ``v . (x - start) = 1`` for every training input x; None if the bias does not determine it.
 
     Every step of gradient descent adds ``sum_i x_i s_i^T`` to the kernel and ``sum_i s_i`` to the bias, with the same
     s_i. So once the same weight decay has shrunk the start of both, ``bias = kernel^T v``, whether training has
@@ -89,7 +88,7 @@ def origin_of(classifier: Classifier, start: jax.Array | None) -> jax.Array:
 
 
 def affine_subspace(first: FirstLayer, classifier: Classifier) -> Subspace | None:
-  """The affine subspace of the training inputs, around its point next to the layer's start; None without a normal.
+  """The affine subspace of the training inputs, around its point nearest to the layer's start; None without a normal.
 
   Among the r directions of the kernel, the equation ``normal . (x - start) = 1`` leaves r - 1 free. It is what tells a
   sample from a darker or a brighter one.
@@ -155,7 +154,7 @@ def input_subspace(kernel: ArrayLike, origin: ArrayLike, *, tolerance: float) ->
 def _subspace(
   origin: jax.Array, basis: np.ndarray, values: np.ndarray, rank: int, criteria: AnalysisCriteria
 ) -> Subspace:
-  """That of the first singular vectors."""
+  """The subspace that the first ``rank`` singular vectors span."""
   kept, singular_values = jnp.asarray(basis[:, :rank], jnp.float32), jnp.asarray(values[:rank], jnp.float32)
   return Subspace(origin, kept, singular_values, criteria=criteria)
 
@@ -234,7 +233,7 @@ def read_first_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCri
   leaves = jax.tree.leaves(classifier.params)
   flat = np.asarray(x[:3], np.float64).reshape(3, -1)
   matrices = _probing.matrices(leaves, flat.shape[1], axis=0) if flat.shape[1] > 1 else []
-  found = _probing.gradients(
+  of_samples = _probing.gradients(
     classifier,
     np.linspace(-1.0, 1.0, classifier.num_classes, dtype=np.float32),
     x[:3],
@@ -242,7 +241,7 @@ def read_first_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCri
   )
   for place, turned in matrices:
     upright = lambda leaf, turned=turned: np.asarray(leaf).T if turned else np.asarray(leaf)
-    gradients = [upright(own[place]) for own in found]
+    gradients = [upright(of_sample[place]) for of_sample in of_samples]
     constant = _constant(flat, gradients, criteria.alike)
     if constant is None:
       continue  # its inputs are not the data: another layer, or they go through something else first
@@ -260,8 +259,8 @@ def read_first_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCri
     if around_mean or classifier.initial_params is None:
       origin = origin_of(classifier, start if classifier.offset is None else classifier.offset)
       rank, subspace = _span(kernel, origin, noise=noise, num_classes=classifier.num_classes, criteria=criteria)
-    at, gain = _first_bias(leaves, found, gradients, flat - constant, criteria.alike)
-    decays = jax.tree.leaves(decay_of_tensors(classifier.weight_decay or 1.0, classifier.params))
+    at, gain = _first_bias(leaves, of_samples, gradients, flat - constant, criteria.alike)
+    decays = classifier.decays
     bias = None if at is None or decays[at] != decays[place] else np.asarray(leaves[at])
     layer = FirstLayer(kernel / gain, constant, place, turned, gain, bias, rank, decays[place], criteria)
     if subspace and not (subspace.blur or classifier.initial_params is not None or classifier.batch_coupled):
@@ -272,21 +271,21 @@ def read_first_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCri
 
 def _first_bias(
   leaves: list[jax.Array],
-  found: list[dict[int, np.ndarray]],
+  of_samples: list[dict[int, np.ndarray]],
   gradients: list[np.ndarray],
   offsets: np.ndarray,
   alike: float,
 ) -> tuple[int | None, float]:
-  """The place of the first layer's bias, if it has one, and what the network multiplies its inputs by before; else 1.
+  """The place of the first layer's bias, None if there is none, and the factor on its inputs, 1 if that is unknown.
 
   By the kernel a logit's gradient is the outer product of the layer's input with the one by its bias.
   """
-  signals = np.stack([offset @ own / (offset @ offset) for offset, own in zip(offsets, gradients, strict=True)])
+  signals = np.stack([offset @ g / (offset @ offset) for offset, g in zip(offsets, gradients, strict=True)])
   for place, leaf in enumerate(leaves):
     if leaf.shape == signals.shape[1:]:
-      own = np.stack([gradient[place] for gradient in found])
-      gain = float(np.vdot(signals, own) / max(np.vdot(own, own), 1e-300))
-      if gain > 0 and np.linalg.norm(signals - gain * own) <= alike * np.linalg.norm(signals):
+      by_bias = np.stack([gradient[place] for gradient in of_samples])
+      gain = float(np.vdot(signals, by_bias) / max(np.vdot(by_bias, by_bias), 1e-300))
+      if gain > 0 and np.linalg.norm(signals - gain * by_bias) <= alike * np.linalg.norm(signals):
         return place, gain if abs(gain - 1) > alike else 1.0
   return None, 1.0
 
@@ -338,7 +337,7 @@ def _span(
   num_classes: int = 0,
   criteria: AnalysisCriteria = _DEFAULT,
 ) -> tuple[int, Subspace | None]:
-  """How many directions stand before a fall of the singular values, and the subspace of the data, if it is that.
+  """The rank at which the singular values fall, and the subspace of those directions if it is that of the data.
 
   The kernel ``sum_i x_i s_i^T`` has the rank of the signals s_i where these are fewer than the samples: samples of one
   class that open the same gates are fitted alike, and two classes leave two to a dozen directions, whatever the number
@@ -355,7 +354,7 @@ def _span(
 
 
 def _fall(singular_values: np.ndarray, criteria: AnalysisCriteria = _DEFAULT) -> tuple[int, bool]:
-  """How many singular values stand before their greatest fall to almost nothing, 0 if there is none; is it sharp?
+  """The number of singular values before they fall to almost nothing, 0 if they do not, and whether the fall is sharp.
 
   It is if it is deep, or ends in rounding errors, below which nothing can be seen to fall.
   """

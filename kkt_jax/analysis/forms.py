@@ -9,46 +9,46 @@ import jax.numpy as jnp
 import numpy as np
 
 from kkt_jax import kkt
-from kkt_jax._tree import tensor_names
 from kkt_jax._typing import PyTree
 from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.classifiers.decay import WeightDecay
 from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import symmetries
 from kkt_jax.kkt.conditions import Conditions, max_margin_conditions, weight_decay_conditions
+from kkt_jax.kkt.functionals import Functionals
 
 #: The stationarity conditions that weights can obey.
 FORMS = ("weight_decay", "max_margin", "change")
 
 
 def possible_conditions(
-  classifier: Classifier, rates: kkt.RateSolution, free: PyTree, unused: Sequence[str], left: float
+  classifier: Classifier, rates: kkt.RateSolution, free: PyTree, known: Functionals, left: float
 ) -> dict[str, Conditions]:
-  """The condition of each form; weight decay leaves none on what has no scale of its own, and none bears on the unused.
+  """The conditions of each form, without unused tensors, and in weight decay without those that have no scale.
 
   With momentum, minibatches and weight decay alike, weights are a multiple of the start, ``left``, and a sum of
   gradients along the way. The gradients at its end stand for these.
   """
   decay = weight_decay_conditions(classifier.params, weight_decay=classifier.weight_decay or 1.0)
-  masks = jax.tree.map(lambda own, ones: jnp.zeros_like(ones) if own else ones, free, decay.mask)
+  masks = jax.tree.map(lambda is_free, ones: jnp.zeros_like(ones) if is_free else ones, free, decay.mask)
   possible = {
     "weight_decay": dataclasses.replace(decay, mask=masks),
     "max_margin": max_margin_conditions(classifier.params, rates),
   }
   if classifier.initial_params is not None:
-    change = jax.tree.map(lambda own, first: own - left * first, classifier.params, classifier.initial_params)
+    change = jax.tree.map(lambda last, first: last - left * first, classifier.params, classifier.initial_params)
     possible["change"] = Conditions(change, decay.mask)
-  if not unused:
+  if not known.unused:
     return possible
-  names, structure = tensor_names(classifier.params), jax.tree.structure(classifier.params)
-  used = jax.tree.unflatten(structure, [float(name not in unused) for name in names])
+  structure = jax.tree.structure(classifier.params)
+  used = jax.tree.unflatten(structure, [float(name not in known.unused) for name in known.names])
   return {
-    name: dataclasses.replace(own, mask=jax.tree.map(jnp.multiply, own.mask, used)) for name, own in possible.items()
+    name: dataclasses.replace(each, mask=jax.tree.map(jnp.multiply, each.mask, used)) for name, each in possible.items()
   }
 
 
 class Attainable(NamedTuple):
-  """Conditions, the tensors that were left out of them for their sake, and the bound of the others."""
+  """Conditions that data can satisfy, the tensors that were left out for that, and the bound on the others."""
 
   conditions: Conditions
   left_out: Mapping[str, float]
@@ -56,14 +56,14 @@ class Attainable(NamedTuple):
 
 
 def attainable(
-  own: symmetries.Symmetries, conditions: Conditions, first: int | None, criteria: AnalysisCriteria
+  symmetric: symmetries.Symmetries, conditions: Conditions, first: int | None, criteria: AnalysisCriteria
 ) -> Attainable:
-  """The conditions without the tensors that account for most of what is out of reach, if they can hold then.
+  """The conditions without the tensors of which most is out of reach, if data can satisfy the others.
 
   A tensor on which no symmetry bears has a bound of 0 whatever it is. So what is left must be moved by one, and be the
   first kernel, at place ``first``, or more than half of the parameters.
   """
-  names, structure = tensor_names(conditions.mask), jax.tree.structure(conditions.mask)
+  names, structure = symmetric.names, jax.tree.structure(conditions.mask)
   sizes = {name: leaf.size for name, leaf in zip(names, jax.tree.leaves(conditions.mask), strict=True)}
 
   def without(left: Sequence[str]) -> Conditions:
@@ -71,31 +71,31 @@ def attainable(
     masks = [jnp.zeros_like(leaf) if name in left else leaf for name, leaf in leaves]
     return dataclasses.replace(conditions, mask=jax.tree.unflatten(structure, masks))
 
-  def tells(found: symmetries.LeastResidual) -> bool:
-    known = first is not None and names[first] in found.by_tensor
-    return known or 2 * sum(sizes[name] for name in found.by_tensor) > sum(sizes.values())
+  def tells(residual: symmetries.LeastResidual) -> bool:
+    known = first is not None and names[first] in residual.by_tensor
+    return known or 2 * sum(sizes[name] for name in residual.by_tensor) > sum(sizes.values())
 
-  judge = own.bound(conditions)
-  whole = found = judge([])
+  judge = symmetric.bound(conditions)
+  whole = rest = judge([])
   left: list[str] = []
-  while found.value > criteria.unexplained and len(left) < criteria.left_out:
-    worst = sorted(found.by_tensor, key=lambda name: -found.by_tensor[name])[: criteria.tried]
+  while rest.value > criteria.unexplained and len(left) < criteria.left_out:
+    worst = sorted(rest.by_tensor, key=lambda name: -rest.by_tensor[name])[: criteria.tried]
     trials = ((name, judge([*left, name])) for name in worst)
-    name, trial = next(((name, of) for name, of in trials if tells(of)), ("", found))
+    name, trial = next(((name, of) for name, of in trials if tells(of)), ("", rest))
     if not name:
       break
-    left, found = [*left, name], trial
-  if found.value > criteria.unexplained:
+    left, rest = [*left, name], trial
+  if rest.value > criteria.unexplained:
     return Attainable(conditions, {}, whole.value)
-  return Attainable(without(left), {name: whole.by_tensor.get(name, 0.0) for name in left}, found.value)
+  return Attainable(without(left), {name: whole.by_tensor.get(name, 0.0) for name in left}, rest.value)
 
 
-def short_of(found: Attainable, least: float) -> Attainable:
-  """The same, if of the target at least so much is out of reach for another reason, squared and absolute."""
-  trees = (found.conditions.target, found.conditions.mask)
+def short_of(given: Attainable, least: float) -> Attainable:
+  """The same with a greater bound: at least so much, squared and absolute, is out of reach for another reason."""
+  trees = (given.conditions.target, given.conditions.mask)
   parts = zip(*([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)] for tree in trees), strict=True)
   whole = sum(float(np.sum(np.square(target * mask))) for target, mask in parts)
-  return found._replace(bound=max(found.bound, min(1.0, least / max(whole, 1e-300))))
+  return given._replace(bound=max(given.bound, min(1.0, least / max(whole, 1e-300))))
 
 
 def choose(
@@ -108,8 +108,8 @@ def choose(
 ) -> tuple[str, str]:
   """The form, and why."""
   if classifier.weight_decay is not None:
-    some = " at most" if isinstance(classifier.weight_decay, WeightDecay) else ""
-    return "weight_decay", f"their weight decay is known,{some} {classifier.weight_decay:g}"
+    at_most = " at most" if isinstance(classifier.weight_decay, WeightDecay) else ""
+    return "weight_decay", f"their weight decay is known,{at_most} {classifier.weight_decay:g}"
   if classifier.batch_coupled:
     return (
       "max_margin",

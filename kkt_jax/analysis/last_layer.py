@@ -13,7 +13,6 @@ from kkt_jax import _checks
 from kkt_jax._precision import full_precision
 from kkt_jax.analysis import _probing
 from kkt_jax.classifiers.classifier import Classifier
-from kkt_jax.classifiers.decay import decay_of_tensors
 from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import losses
 
@@ -186,16 +185,16 @@ def read_last_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCrit
   weights = [np.linspace(-1.0, 1.0, classes, dtype=np.float32), np.cos(np.arange(classes, dtype=np.float32))]
   matrices = _probing.matrices(leaves, classes, axis=1)
   places = _probing.layers(leaves, matrices)
-  found = [_probing.gradients(classifier, own, x[:1], places)[0] for own in weights]
-  v = [np.asarray(own, np.float64) for own in weights]
+  by_leaf = [_probing.gradients(classifier, direction, x[:1], places)[0] for direction in weights]
+  v = [np.asarray(direction, np.float64) for direction in weights]
   alike = lambda a, b: bool(np.linalg.norm(a - b) <= criteria.alike * max(float(np.linalg.norm(a)), 1e-30))
   for place, turned in matrices:
-    gradients = [own[place].T if turned else own[place] for own in found]
+    gradients = [slopes[place].T if turned else slopes[place] for slopes in by_leaf]
     inputs = gradients[0] @ v[0] / (v[0] @ v[0])
-    if not np.any(inputs) or not all(alike(g, np.outer(inputs, own)) for g, own in zip(gradients, v, strict=True)):
+    if not np.any(inputs) or not all(alike(g, np.outer(inputs, d)) for g, d in zip(gradients, v, strict=True)):
       continue
     biases = [i for i, leaf in enumerate(leaves) if leaf.shape == (classes,)]
-    bias = next((i for i in biases if all(alike(g[i], own) for g, own in zip(found, v, strict=True))), None)
+    bias = next((i for i in biases if all(alike(g[i], d) for g, d in zip(by_leaf, v, strict=True))), None)
     kernel = leaves[place].T if turned else leaves[place]
     scale, shift = _last_norm(classifier, x, kernel.shape[0], criteria.alike)
     layer = LastLayer(kernel, jnp.zeros(classes) if bias is None else leaves[bias], scale, shift)
@@ -216,12 +215,12 @@ def _last_norm(
   def of_one(leaves: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
     """Features [F] of a sample, and the derivative of their sum: by the shift 1, by the scale the normalised value."""
 
-    def features(some: list[jax.Array]) -> jax.Array:
-      own = dict(zip(places, some, strict=True))
-      return features_fn(jax.tree.unflatten(structure, [own.get(i, leaf) for i, leaf in enumerate(leaves)]), x[:1])
+    def features(chosen: list[jax.Array]) -> jax.Array:
+      replaced = dict(zip(places, chosen, strict=True))
+      return features_fn(jax.tree.unflatten(structure, [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]), x[:1])
 
-    found, pull_back = jax.vjp(features, [leaves[i] for i in places])
-    return found[0], pull_back(jnp.ones_like(found))[0]
+    output, pull_back = jax.vjp(features, [leaves[i] for i in places])
+    return output[0], pull_back(jnp.ones_like(output))[0]
 
   whole, gradients = of_one(leaves)
   features, gradient = np.asarray(whole, np.float64), dict(zip(places, gradients, strict=True))
@@ -235,7 +234,7 @@ def _last_norm(
 
 
 def decay_limit(classifier: Classifier, reading: LastReading) -> tuple[float | None, float]:
-  """The most that ``weight_decay`` can have been, None if that is unknown, and what more than it leaves of the target.
+  """The greatest possible ``weight_decay``, None if unknown, and the squared length in the target of what is above it.
 
   The latter is squared and absolute: with ``own > most``, no data reach more than ``most W`` of ``own W``, along W.
   """
@@ -244,9 +243,9 @@ def decay_limit(classifier: Classifier, reading: LastReading) -> tuple[float | N
   most = most_weight_decay(reading.layer.kernel)
   if classifier.weight_decay is None:
     return most, 0.0
-  own = float(jax.tree.leaves(decay_of_tensors(classifier.weight_decay, classifier.params))[reading.kernel])
+  decay = float(classifier.decays[reading.kernel])
   size = float(np.sum(np.square(np.asarray(reading.layer.kernel, np.float64))))
-  return (float(classifier.weight_decay) * most / own, max(own - most, 0.0) ** 2 * size) if own else (None, 0.0)
+  return (float(classifier.weight_decay) * most / decay, max(decay - most, 0.0) ** 2 * size) if decay else (None, 0.0)
 
 
 def margin_of(classifier: Classifier, reading: LastReading) -> float | None:
@@ -256,7 +255,7 @@ def margin_of(classifier: Classifier, reading: LastReading) -> float | None:
     return None
   margin = math.nan
   if classifier.weight_decay is not None:
-    decay = jax.tree.leaves(decay_of_tensors(classifier.weight_decay, classifier.params))[place]
+    decay = classifier.decays[place]
     margin = typical_margin(last.kernel, weight_decay=decay) if decay else math.nan
   elif last.scale is not None and last.shift is not None:
     margin = collapsed_margin(last.kernel, last.bias, last.scale, last.shift)

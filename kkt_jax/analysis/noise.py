@@ -1,4 +1,4 @@
-"""What stands out of the noise that a small random initialisation leaves in a first layer. Beyond the paper."""
+"""The subspace above the noise that a small random initialisation leaves in a first layer. Beyond the paper."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ _DEFAULT = AnalysisCriteria()
 
 
 class NoiseFloor(NamedTuple):
-  """What remains of a matrix behind its greatest singular values, if that is noise.
+  """What remains of a matrix after its greatest singular values, if that is noise.
 
   Attributes:
     rank: how many singular values stand out.
@@ -113,22 +113,22 @@ def subspace_above_noise(
   ((60, 5), 0.0074)
   """
   kernel, origin = np.asarray(kernel), jnp.asarray(origin)
-  found = _above_noise(kernel, len(kernel), origin, criteria)
-  if found is None:
+  above = _above_noise(kernel, len(kernel), origin, criteria)
+  if above is None:
     return None
-  floor, subspace = found
+  floor, subspace = above
   squares = np.sum(np.square(kernel, dtype=np.float64), axis=1)
   width = kernel.shape[1]
   loud = squares > floor.deviation**2 * (width + criteria.quiet * (2 * width) ** 0.5)
   if not loud.all():
-    found = _above_noise(np.where(loud[:, None], kernel, 0), int(loud.sum()), origin, criteria)
-  return subspace if found is None else found[1]
+    above = _above_noise(np.where(loud[:, None], kernel, 0), int(loud.sum()), origin, criteria)
+  return subspace if above is None else above[1]
 
 
 def _above_noise(
   kernel: np.ndarray, rows: int, origin: jax.Array, criteria: AnalysisCriteria
 ) -> tuple[NoiseFloor, Subspace] | None:
-  """The floor and the subspace of a matrix with so many rows that are not 0."""
+  """The noise floor and the subspace of a matrix of which ``rows`` rows are not 0."""
   basis, values, _ = np.linalg.svd(kernel, full_matrices=False)
   floor = noise_floor(values[:rows], (rows, kernel.shape[1]), criteria)
   if floor is None or not floor.rank:

@@ -18,7 +18,7 @@ _ROWS = 1024  # of the basis that are compared with all before them at once
 
 
 def is_image(origin: jax.Array, criteria: AnalysisCriteria) -> bool:
-  """Whether an origin is no one value throughout, and so taken for a blend of samples, as their mean is."""
+  """Whether an origin varies, and so is taken for a blend of samples, as their mean is."""
   return float(jnp.std(origin)) > criteria.alike
 
 
@@ -112,7 +112,7 @@ class Subspace:
 
   @functools.cached_property
   def free_coordinates(self) -> np.ndarray:
-    """Which values [D] differ among its points, those that always move together counted once."""
+    """Which values [D] differ among its points; of those that always move together, the first one."""
     rows, moving = np.asarray(self.basis, np.float64), self.moving
     directions = rows[moving] / np.linalg.norm(rows[moving], axis=1, keepdims=True)
     free = np.zeros(len(rows), bool)

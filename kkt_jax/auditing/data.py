@@ -48,15 +48,15 @@ def compared(
     InputError: a class is missing, the two share samples, or the second is given without the first.
   """
   sets = {"train": train, "held_out": held_out}
-  given = {name: own for name, own in sets.items() if own is not None}
+  given = {name: samples for name, samples in sets.items() if samples is not None}
   check_classes(given, range(classifier.num_classes))
   if held_out is not None and train is None and not alone:
     raise InputError("held_out needs train or candidates, with which it is compared.")
   if held_out is not None and train is not None:
     check_disjoint("train", train, held_out, classifier)
   remarks: list[str] = []
-  for name, own in given.items():
-    given[name], said = _distinct(name, own, classifier)
+  for name, samples in given.items():
+    given[name], said = _distinct(name, samples, classifier)
     remarks += said
   if len(given) == 2:
     remarks += membership.limits(given["train"], given["held_out"], criteria or AuditCriteria())
@@ -76,7 +76,7 @@ def check_disjoint(name: str, samples: Samples, held_out: Samples, classifier: C
 
 
 def _distinct(name: str, samples: Samples, classifier: Classifier) -> tuple[Samples, list[str]]:
-  """Samples without repetitions, and how many there were."""
+  """Samples without repetitions, and a remark if there were any."""
   keys = [(label, row.tobytes()) for label, row in zip(samples.y, _rounded(samples, classifier), strict=True)]
   first = {key: place for place, key in reversed([*enumerate(keys)])}
   repeated = [(place, first[key]) for place, key in enumerate(keys) if first[key] != place]
@@ -88,5 +88,5 @@ def _distinct(name: str, samples: Samples, classifier: Classifier) -> tuple[Samp
 
 
 def _rounded(samples: Samples, classifier: Classifier) -> np.ndarray:
-  """Samples in which the last bits make no difference, if their size is known."""
+  """Samples rounded so that the last bits make no difference, if they lie in a range."""
   return samples.x if classifier.value_range is None else np.round(samples.x, 4) + np.float32(0)

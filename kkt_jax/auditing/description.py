@@ -49,8 +49,8 @@ class Fit:
 
   def __str__(self) -> str:
     """Accuracy and loss of each set, beside chance."""
-    of_set = lambda own: f"accuracy {own['accuracy']:.1%} ({own['chance']:.1%} by chance), loss {own['loss']:.3g}"
-    return "; ".join(f"{name}: {of_set(own)}" for name, own in self.known.items()) + f" (guessing {self.guessing:.3g})"
+    of_set = lambda row: f"accuracy {row['accuracy']:.1%} ({row['chance']:.1%} by chance), loss {row['loss']:.3g}"
+    return "; ".join(f"{name}: {of_set(row)}" for name, row in self.known.items()) + f" (guessing {self.guessing:.3g})"
 
 
 def check(
@@ -74,41 +74,37 @@ def check(
   Without training data only the last is asked, of held-out data.
   """
   sets = {"training data": train, "held-out data": held_out}
-  answers = {
-    name: _Answers(classifier, _some(images, criteria), criteria=criteria)
-    for name, images in sets.items()
-    if images is not None
-  }
+  answers = {name: _Answers(classifier, given, criteria=criteria) for name, given in sets.items() if given is not None}
   if not answers:
     return None
-  name, own = next(iter(answers.items()))
+  name, main = next(iter(answers.items()))
   guessing = float(np.log(classifier.num_classes))
   fit = Fit({name: of_set.summary() for name, of_set in answers.items()}, guessing)
   other = answers.get("held-out data") if train is not None else None
-  doubts, wrong = [], train is not None and (own.is_chance() or own.loss > criteria.worse * guessing)
-  if train is not None and own.is_overconfident():
-    wrong |= other is not None and not own.is_better_than(other)
+  doubts, wrong = [], train is not None and (main.is_chance() or main.loss > criteria.worse * guessing)
+  if train is not None and main.is_overconfident():
+    wrong |= other is not None and not main.is_better_than(other)
     doubts.append(
-      f"The accuracy on the training data is {own.accuracy:.0%}, the mean confidence {own.confidence:.0%}: no"
+      f"The accuracy on the training data is {main.accuracy:.0%}, the mean confidence {main.confidence:.0%}: no"
       " training leaves it so. The description may be wrong, or the data are not those of the training."
     )
-  elif own.confidence - own.chance < criteria.unsure * (own.accuracy - own.chance):
+  elif main.confidence - main.chance < criteria.unsure * (main.accuracy - main.chance):
     doubts.append(
-      f"The accuracy on the {name} is {own.accuracy:.0%}, but the mean confidence only {own.confidence:.0%}: the"
+      f"The accuracy on the {name} is {main.accuracy:.0%}, but the mean confidence only {main.confidence:.0%}: the"
       " classifier was hardly trained, or the range of the inputs is wrong."
     )
-  labels = own.other_labels()
+  labels = main.other_labels()
   near = neighbours.Neighbour()
   if train is not None and not labels and len(train.y) <= criteria.classified:
     near = neighbours.nearest(classifier, train.x, train.y, criteria)
-  if own.median_margin > criteria.flat and not near.confirmed:
+  if main.median_margin > criteria.flat and not near.confirmed:
     doubts.append(
-      f"The median margin of the {name}, {own.median_margin:.3g} logits, is beyond where cross-entropy has a gradient:"
+      f"The median margin of the {name}, {main.median_margin:.3g} logits, is beyond where cross-entropy has a gradient:"
       " the range of the inputs may be wrong."
     )
   better, p_value = labels, 0.0 if labels else 1.0
-  if not better and (wrong or own.kappa < 0.9 or own.images.x.size <= criteria.values):
-    better, p_value = _other_inputs(classifier, own, other, wrong)
+  if not better and (wrong or main.kappa < 0.9 or main.images.x.size <= criteria.values):
+    better, p_value = _other_inputs(classifier, main, other, wrong)
   better = str(near) or better
   known = not wrong and p_value >= criteria.fits
   if known and near.ratio < criteria.nearer:
@@ -120,9 +116,9 @@ def check(
     if better:
       doubts.append(f"The description may be wrong: {better[0].lower()}{better[1:]}")
     return dataclasses.replace(fit, doubts=tuple(doubts))
-  found = better or "None of the usual slips that were tried explains it."
+  reason = better or "None of the usual slips that were tried explains it."
   fails = f"was hardly trained on the {name} in this form" if known else f"does not know its {name}"
-  refusal = f"the classifier, as it is described, {fails}: {fit}. {found} {_CAUSES}."
+  refusal = f"the classifier, as it is described, {fails}: {fit}. {reason} {_CAUSES}."
   return dataclasses.replace(fit, refusal=refusal, doubts=(f"T{refusal[1:]}", *doubts))
 
 
@@ -136,7 +132,7 @@ def check_start(classifier: Classifier, train: Samples | None, criteria: AuditCr
   if classifier.initial_params is None:
     return ""
   pairs = zip(
-    *(map(np.asarray, jax.tree.leaves(own)) for own in (classifier.initial_params, classifier.params)), strict=True
+    *(map(np.asarray, jax.tree.leaves(tree)) for tree in (classifier.initial_params, classifier.params)), strict=True
   )
   kernels = [(a.ravel() - a.mean(), b.ravel() - b.mean()) for a, b in pairs if a.ndim > 1]
   lengths = [(np.linalg.norm(a) * np.linalg.norm(b), a.size) for a, b in kernels]
@@ -153,7 +149,7 @@ def check_start(classifier: Classifier, train: Samples | None, criteria: AuditCr
   if train is None:
     return ""
   first = dataclasses.replace(classifier, params=classifier.initial_params)
-  before, after = (_Answers(own, _some(train, criteria)).loss for own in (first, classifier))
+  before, after = (_Answers(model, train, criteria=criteria).loss for model in (first, classifier))
   if before < after:
     return (
       f"the training data fit the start better (loss {before:.3g}) than the weights that were trained on them"
@@ -163,7 +159,7 @@ def check_start(classifier: Classifier, train: Samples | None, criteria: AuditCr
 
 
 class Residuals(NamedTuple):
-  """What the stationarity conditions leave of the weights, with the best multipliers: squared, relative; 1 is all.
+  """The squared share of the weights that the stationarity conditions leave unexplained, with the best multipliers.
 
   Attributes:
     own: with the training data.
@@ -205,28 +201,30 @@ def residuals(
   what = "no data" if beside is None else "noise"
   if held_out is not None:
     counts = [(held_out.y == label, int(np.sum(train.y == label))) for label in np.unique(train.y)]
-    places = np.concatenate([np.flatnonzero(own)[:count] for own, count in counts])
+    places = np.concatenate([np.flatnonzero(of_class)[:count] for of_class, count in counts])
     beside, what = Samples(held_out.x[places], held_out.y[places]), "held-out data"
   diagnose = lambda images, steps: diagnostics.diagnose(
     classifier, examination.conditions, classifier.from_unit(images.x), images.y, num_steps=steps
   )
   for steps in criteria.searches:
-    own = diagnose(train, steps).residual
+    residual = diagnose(train, steps).residual
     other = 1.0 if beside is None else diagnose(beside, steps).residual
-    found = Residuals.of(own, other, what, criteria)
-    if not found.disobey:
+    measured = Residuals.of(residual, other, what, criteria)
+    if not measured.disobey:
       break
-  return found
+  return measured
 
 
 class _Answers:
-  """What the classifier says of labelled samples."""
+  """The classifier's predictions for labelled samples."""
 
   def __init__(
     self, classifier: Classifier, images: Samples, x: np.ndarray | None = None, criteria: AuditCriteria = _DEFAULT
   ):
     """Classifies the samples, or others in their place, ``x`` in the classifier's units."""
-    self.images, self.num_classes, self.criteria = images, classifier.num_classes, criteria
+    count = np.clip(2 * criteria.values // images.x[0].size, criteria.least_classified, criteria.classified)
+    self.images = images = images.at_most(int(count))
+    self.num_classes, self.criteria = classifier.num_classes, criteria
     inputs = classifier.from_unit(images.x) if x is None else jnp.asarray(x, jnp.float32)
     logits = np.nan_to_num(np.asarray(classifier.predict(inputs), np.float64))
     logs = special.log_softmax(logits, axis=1)
@@ -241,7 +239,7 @@ class _Answers:
     self.median_margin = float(np.median(ordered[:, -1] - ordered[:, -2]))
     runner_up = np.where(self.taken == y, ordered[:, -2], ordered[:, -1])
     self.margins = logits[rows, y] - runner_up
-    shares = [np.bincount(own, minlength=self.num_classes) / len(y) for own in (self.taken, y)]
+    shares = [np.bincount(classes, minlength=self.num_classes) / len(y) for classes in (self.taken, y)]
     self.chance = float(shares[0] @ shares[1])
     self.kappa = (self.accuracy - self.chance) / max(1 - self.chance, 1e-9)
     self.gains = -np.log(shares[1][y]) - self.losses  # over a constant answer
@@ -250,7 +248,7 @@ class _Answers:
     return {"accuracy": self.accuracy, "loss": self.loss, "chance": self.chance}
 
   def is_chance(self) -> bool:
-    """Whether neither labels nor probabilities tell more of the data than the shares of the classes do."""
+    """Whether labels and probabilities are predicted no better than by the frequencies of the classes."""
     above = stats.binomtest(int(self.hits.sum()), len(self.hits), self.chance, alternative="greater").pvalue
     error = max(self.gains.std() / len(self.gains) ** 0.5, 1e-6)
     return above >= self.criteria.significant and self.kappa < 0.5 and self.gains.mean() < 2 * error
@@ -259,11 +257,11 @@ class _Answers:
     return self.confidence - self.accuracy > self.criteria.overconfident and self.excess > 4
 
   def is_better_than(self, other: "_Answers") -> bool:
-    table = [[int(own.hits.sum()), int((~own.hits).sum())] for own in (self, other)]
+    table = [[int(answers.hits.sum()), int((~answers.hits).sum())] for answers in (self, other)]
     return bool(stats.fisher_exact(table, alternative="greater").pvalue < self.criteria.significant)
 
   def p_value_of(self, hits: np.ndarray) -> float:
-    """Of other ``hits`` that are more (McNemar); 1 if more than half of the errors are left."""
+    """The p-value of more ``hits`` by another description (McNemar); 1 if more than half of the errors remain."""
     more, fewer = int(np.sum(hits & ~self.hits)), int(np.sum(self.hits & ~hits))
     if more == 0 or np.sum(~hits) > 0.5 * np.sum(~self.hits):
       return 1.0
@@ -273,15 +271,15 @@ class _Answers:
     """Which order of the classes fits better, in a sentence; empty if none does."""
     place = np.zeros(len(self.hits), int)
     for label in np.unique(self.images.y):
-      own = self.images.y == label
-      place[own] = np.arange(own.sum())
+      of_class = self.images.y == label
+      place[of_class] = np.arange(of_class.sum())
     half, hits = place % 2 == 1, np.zeros(len(self.hits), bool)
     for fitted in (half, ~half):
       hits[~fitted] = self._order(fitted)[self.images.y[~fitted]] == self.taken[~fitted]
     if self.p_value_of(hits) >= self.criteria.fits:
       return ""
     order, labels = self._order(np.ones(len(self.hits), bool)), np.arange(self.num_classes)
-    changed = [f"{own} for {label}" for label, own in enumerate(order) if own != label]
+    changed = [f"{other} for {label}" for label, other in enumerate(order) if other != label]
     what = "class " + ", ".join(changed[:6]) + (", ..." if len(changed) > 6 else "")
     shift = int(order[0])
     if np.array_equal(order, (labels + shift) % self.num_classes) and self.num_classes > 2:
@@ -290,47 +288,39 @@ class _Answers:
     return f"With {what}, {right:.1%} would be right: the labels are in another order."
 
   def _order(self, some: np.ndarray) -> np.ndarray:
-    """The class that each label stands for so that most of some samples are right."""
+    """The class for each label with which most of some samples are classified correctly."""
     counts = 1e-3 * np.eye(self.num_classes)
     np.add.at(counts, (self.images.y[some], self.taken[some]), 1)
     return np.asarray(optimize.linear_sum_assignment(counts, maximize=True)[1])
 
 
-def _some(images: Samples, criteria: AuditCriteria) -> Samples:
-  most = int(np.clip(2 * criteria.values // images.x[0].size, criteria.least_classified, criteria.classified))
-  if len(images.y) <= most:
-    return images
-  places = np.sort(np.random.default_rng(0).choice(len(images.y), most, replace=False))
-  return Samples(images.x[places], images.y[places])
-
-
-def _other_inputs(classifier: Classifier, own: _Answers, other: _Answers | None, wrong: bool) -> tuple[str, float]:
+def _other_inputs(classifier: Classifier, now: _Answers, other: _Answers | None, wrong: bool) -> tuple[str, float]:
   """Which other preprocessings of the inputs fit better, in a sentence, and a p-value; "" and 1.0 if none does.
 
   They leave half of the errors at most; or they make no more errors, and margins tell the data better from held-out
   ones, ``other``, which a correct description does best. See `check`; ``wrong`` if it is refused for other reasons.
   """
-  together = [own.images.x] if other is None else [own.images.x, other.images.x]
+  together = [now.images.x] if other is None else [now.images.x, other.images.x]
   tried: dict[str, tuple[_Answers, _Answers | None]] = {}
   for what, x in neighbours.preprocessed(classifier, np.concatenate(together)):
-    split = [x[: len(own.hits)], x[len(own.hits) :]]
-    beside = None if other is None else _Answers(classifier, other.images, split[1], own.criteria)
-    tried[what] = _Answers(classifier, own.images, split[0], own.criteria), beside
+    split = [x[: len(now.hits)], x[len(now.hits) :]]
+    beside = None if other is None else _Answers(classifier, other.images, split[1], now.criteria)
+    tried[what] = _Answers(classifier, now.images, split[0], now.criteria), beside
   p_values: dict[str, float] = {}
   for what, (of, beside) in tried.items():
-    fewer, farther = own.p_value_of(of.hits), 1.0
-    if other is not None and beside is not None and of.hits.sum() >= own.hits.sum():
-      farther = _p_value_of_areas((own, other), (of, beside))
-    if not wrong and own.excess <= 2:  # what was hardly trained, and is not too sure, may do better on centred inputs
-      fewer, least_kappa = (fewer if own.kappa < 0.3 else max(fewer, farther)), 0.95
+    fewer, farther = now.p_value_of(of.hits), 1.0
+    if other is not None and beside is not None and of.hits.sum() >= now.hits.sum():
+      farther = _p_value_of_areas((now, other), (of, beside))
+    if not wrong and now.excess <= 2:  # what was hardly trained, and is not too sure, may do better on centred inputs
+      fewer, least_kappa = (fewer if now.kappa < 0.3 else max(fewer, farther)), 0.95
     else:
       least_kappa = 0.5
     p_values[what] = min(fewer, farther) if of.kappa >= least_kappa else 1.0
   least = min(p_values.values(), default=1.0)
   p_value = min(1.0, 2 * len(tried) * least)
-  if p_value >= own.criteria.doubted:
+  if p_value >= now.criteria.doubted:
     return "", 1.0
-  fitting = {what: tried[what][0].accuracy for what, p in p_values.items() if 2 * len(tried) * p < own.criteria.doubted}
+  fitting = {what: tried[what][0].accuracy for what, p in p_values.items() if 2 * len(tried) * p < now.criteria.doubted}
   best = sorted(fitting, key=lambda what: (-fitting[what], p_values[what]))
   close = [what for what in best if fitting[what] > fitting[best[0]] - 0.03][:3]
   said = "; or ".join(f"with {what} {fitting[what]:.1%} would be right" for what in close)
@@ -338,16 +328,16 @@ def _other_inputs(classifier: Classifier, own: _Answers, other: _Answers | None,
 
 
 def _p_value_of_areas(given: tuple[_Answers, _Answers], changed: tuple[_Answers, _Answers]) -> float:
-  """Whether margins tell one kind of samples from another better than before: paired areas (DeLong et al. 1988).
+  """The p-value of margins separating two sets of samples better than before: paired AUCs (DeLong et al. 1988).
 
   The others are weighted so that both kinds have the same mixture of classes, on which margins depend, too.
   """
-  counts = [np.bincount(own.images.y, minlength=own.num_classes) for own in given]
+  counts = [np.bincount(answers.images.y, minlength=answers.num_classes) for answers in given]
   weights = (counts[0] / np.maximum(counts[1], 1))[given[1].images.y]
   weights /= weights.sum()
   parts = []
-  for own, other in (given, changed):
-    one, two = own.margins[:, None], other.margins[None]
+  for trained, other in (given, changed):
+    one, two = trained.margins[:, None], other.margins[None]
     wins = (one > two) + 0.5 * (one == two)
     parts.append((wins @ weights, wins.mean(axis=0)))
   above, below = (after - before for before, after in zip(*parts, strict=True))

@@ -70,7 +70,7 @@ def _read_npz(path: pathlib.Path, input_shape: tuple[int, ...], labelled: bool) 
       raise InputError(f"x must have shape [N, {wanted}]{' and y [N]' if labelled else ''}; got {got}.")
     integers = all(np.issubdtype(y_type, np.integer) for _, y_type in headers[1:])
     if not integers or not (x_type == np.uint8 or np.issubdtype(x_type, np.floating)):
-      got = " and ".join(str(own) for _, own in headers)
+      got = " and ".join(str(kind) for _, kind in headers)
       raise InputError(f"x must be uint8 or floating point{', and y integers' if labelled else ''}; got {got}.")
     arrays = []
     for name in names:
@@ -101,7 +101,7 @@ def _read_folder(
   if len(input_shape) != 3 or input_shape[2] not in _MODES:
     raise InputError(f"folders are for images [H, W, channels]; the classifier takes {input_shape}.")
   wanted = [str(label) for label in range(classifier.num_classes)] if labelled else []
-  folders = {own.name for own in path.iterdir() if own.is_dir() and not own.name.startswith(".")}
+  folders = {folder.name for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")}
   if labelled and (strange := sorted(folders ^ set(wanted))):
     which = "missing" if strange[0] not in folders else "no class"
     raise InputError(

@@ -11,7 +11,6 @@ from kkt_jax import metrics
 from kkt_jax._errors import InputError
 from kkt_jax.auditing import pictures
 from kkt_jax.auditing.samples import Samples
-from kkt_jax.extraction.certificates import EVIDENCE
 from kkt_jax.reconstruction.result import Reconstruction
 
 LEAST_SIDE = 8  # of images that are compared by structural similarity
@@ -29,11 +28,11 @@ def check_classes(sets: Mapping[str, Samples], classes: Sequence[int] | None = N
   """
   wanted = set().union(*(images.y.tolist() for images in sets.values())) if classes is None else set(classes)
   for name, images in sets.items():
-    found = set(images.y.tolist())
-    if wanted - found:
-      raise InputError(f"{name} must hold samples of every class; it has none of class {min(wanted - found)}.")
-    if found - wanted:
-      raise InputError(f"{name} must hold the classes {sorted(wanted)} only; it has class {min(found - wanted)}, too.")
+    held = set(images.y.tolist())
+    if wanted - held:
+      raise InputError(f"{name} must hold samples of every class; it has none of class {min(wanted - held)}.")
+    if held - wanted:
+      raise InputError(f"{name} must hold the classes {sorted(wanted)} only; it has class {min(held - wanted)}, too.")
 
 
 def controls(train: Samples, held_out: Samples | None, y: np.ndarray, key: jax.Array) -> dict[str, Samples]:
@@ -93,8 +92,8 @@ def similarity(samples: Samples, data: Samples) -> np.ndarray:
   most = [int(np.unique(images.y, return_counts=True)[1].max()) for images in (samples, data)]
   for label in np.intersect1d(samples.y, data.y):
     of_class = [np.flatnonzero(images.y == label) for images in (samples, data)]
-    own, other = (np.resize(indices, count) for indices, count in zip(of_class, most, strict=True))
-    best[other] = np.asarray(pairwise(samples.x[own], data.x[other])).max(axis=0)
+    places, other = (np.resize(indices, count) for indices, count in zip(of_class, most, strict=True))
+    best[other] = np.asarray(pairwise(samples.x[places], data.x[other])).max(axis=0)
   return best
 
 
@@ -169,8 +168,8 @@ def similar_pairs(
   framed: dict[int, np.ndarray] = {}
   drawn_twice = 0.1  # greatest difference of a pixel of one image
   for row in range(rows):
-    own = [np.flatnonzero(shown.y == label)[row * columns : (row + 1) * columns] for label in labels]
-    chosen = np.concatenate(own)
+    of_classes = [np.flatnonzero(shown.y == label)[row * columns : (row + 1) * columns] for label in labels]
+    chosen = np.concatenate(of_classes)
     if certified is not None and len(certified):
       near = [np.abs(certified - image).max(axis=(1, 2, 3)).min() for image in shown.x[chosen]]
       framed[len(drawn)] = np.array(near) < drawn_twice
@@ -196,24 +195,22 @@ def exactness(reconstruction: Reconstruction, train: Samples) -> tuple[list[dict
   if not reconstruction.exact:  # not polished
     return [], train.x[:0]
   counts, certified = [], []
-  for own, examination in zip(reconstruction.exact, reconstruction.examinations, strict=True):
-    certified.append(np.clip(own.unit, 0, 1))
+  for proof, examination in zip(reconstruction.exact, reconstruction.examinations, strict=True):
+    certified.append(np.clip(proof.unit, 0, 1))
     difference = nearest_by_value(certified[-1], train.x)[1]
-    exact, criteria = int(np.sum(difference < own.criteria.same)), own.criteria
-    counts.append(
-      {"certified": len(own.y)}
-      | {kind: int(np.sum(own.evidence == place)) for place, kind in enumerate(EVIDENCE)}
-      | {"most": examination.most_samples, "exact": exact, "false": len(own.y) - exact}
-      | {
-        "to_the_bit": int(own.to_the_bit.sum()),
-        "identical": int(np.sum(difference[own.to_the_bit] < criteria.off_level / criteria.levels)),
-      }
-    )
+    exact, criteria = int(np.sum(difference < proof.criteria.same)), proof.criteria
+    row = {"certified": len(proof.y), **proof.counts, "most": examination.most_samples, "exact": exact}
+    row |= {"false": len(proof.y) - exact, "to_the_bit": int(proof.to_the_bit.sum())}
+    counts.append(row | {"identical": int(np.sum(difference[proof.to_the_bit] < criteria.off_level / criteria.levels))})
   return counts, np.concatenate(certified)
 
 
-def table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> str:
+def table(
+  rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str], *, title: str = "", form: str = ".3f", width: int = 18
+) -> str:
   """Some metrics as a table for people, one row per set of samples; of several classifiers the mean.
+
+  Numbers are formatted by ``form`` in columns of ``width``; the ``title`` stands above the names of the rows.
 
   >>> print(table({"generated": {"accuracy": 0.5, "residual": [0.1, 0.3]}, "noise": {"accuracy": 0.1}},
   ...             ["accuracy", "residual"]))
@@ -221,9 +218,9 @@ def table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> str:
   generated               0.500             0.200
   noise                   0.100                 -
   """
-  first = max(map(len, rows)) + 2
-  lines = [" " * first + "".join(f"{name:>18}" for name in columns)]
+  first = max(map(len, [*rows, title])) + 2
+  lines = [f"{title:<{first}}" + "".join(f"{name:>{width}}" for name in columns)]
   for name, row in rows.items():
-    cells = (f"{np.mean(row[column]):.3f}" if column in row else "-" for column in columns)
-    lines.append(f"{name:<{first}}" + "".join(f"{cell:>18}" for cell in cells))
+    cells = (f"{np.mean(row[column]):{form}}" if column in row else "-" for column in columns)
+    lines.append(f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
   return "\n".join(lines)

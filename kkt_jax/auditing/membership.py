@@ -73,7 +73,7 @@ class Scored(NamedTuple):
 
   @property
   def epsilon(self) -> float:
-    """With 95 % confidence, over all scores, training was not differentially private with a lesser epsilon."""
+    """The lower bound on epsilon, of differential privacy, that all scores together give at 95 % confidence."""
     confidence = 1 - 0.05 / len(self.values)
     return max(epsilon_lower_bound(*sides, confidence=confidence) for sides in self.values.values())
 
@@ -99,15 +99,15 @@ def with_p(value: float) -> str:
 
 def score(examination: Examination, train: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT) -> Scored:
   """Scores training and held-out samples together, at most 1,500 of each (`AuditCriteria.scored`), drawn at random."""
-  own, others = _some(train, criteria.scored), _some(held_out, criteria.scored)
-  x, y = np.concatenate([own.x, others.x]), np.concatenate([own.y, others.y])
+  asked, others = train.at_most(criteria.scored), held_out.at_most(criteria.scored)
+  x, y = np.concatenate([asked.x, others.x]), np.concatenate([asked.y, others.y])
   classifier = examination.classifier
-  found = candidates.scores(examination, classifier.from_unit(x), np.asarray(classifier.labels)[y])
-  return compared(own, {name: (values[: len(own.y)], values[len(own.y) :]) for name, values in found.items()})
+  scores = candidates.scores(examination, classifier.from_unit(x), np.asarray(classifier.labels)[y])
+  return compared(asked, {name: (values[: len(asked.y)], values[len(asked.y) :]) for name, values in scores.items()})
 
 
 def compared(asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Scored:
-  """What scores say of samples [n] and of held-out ones [m], given for each score by its name."""
+  """The curves, the risks and the p-value of scores of samples [n] and of held-out ones [m], by the score's name."""
   curves = {name: roc(*sides) for name, sides in values.items()}
   best = max(curves, key=lambda name: (curves[name].points[0].members, curves[name].auc))
   p_values = {name: _p_value(*sides, curves[name].points[0].members) for name, sides in values.items()}
@@ -118,14 +118,14 @@ def compared(asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]]
 def suspects(
   examination: Examination, asked: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT
 ) -> Sequence[Risk]:
-  """Scores samples together with held-out ones; all count as what the classifier takes them for."""
-  others = _some(held_out, criteria.scored)
-  found = candidates.scores(examination, examination.classifier.from_unit(np.concatenate([asked.x, others.x])))
-  return risks(asked, {name: (values[: len(asked.x)], values[len(asked.x) :]) for name, values in found.items()})
+  """Scores samples together with held-out ones, all with the labels that the classifier predicts."""
+  others = held_out.at_most(criteria.scored)
+  scores = candidates.scores(examination, examination.classifier.from_unit(np.concatenate([asked.x, others.x])))
+  return risks(asked, {name: (values[: len(asked.x)], values[len(asked.x) :]) for name, values in scores.items()})
 
 
 def risks(asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Sequence[Risk]:
-  """Each of several samples by itself, the surest member first.
+  """The risk of each sample by itself, the surest member first.
 
   Args:
     asked: the samples [n].
@@ -169,15 +169,8 @@ def limits(train: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT
   return said
 
 
-def _some(images: Samples, most: int) -> Samples:
-  if len(images.y) <= most:
-    return images
-  places = np.sort(np.random.default_rng(0).choice(len(images.y), most, replace=False))
-  return images.only(places)
-
-
 def _p_value(members: np.ndarray, others: np.ndarray, leading: int) -> float:
-  """Of one score, for exchangeable samples: twice the lesser of two, that of the ranks and that of the leading ones."""
+  """The p-value of a score for exchangeable samples: twice the lesser of that of the ranks and of the leading ones."""
   ranks = stats.mannwhitneyu(members, others, alternative="greater").pvalue
   n, m = len(members), len(others)
   tops = np.arange(leading)  # the greatest of all n + m is a member with odds n / (n + m), and so on

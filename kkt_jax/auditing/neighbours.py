@@ -17,7 +17,6 @@ from scipy import optimize  # type: ignore[import-untyped]
 from kkt_jax._precision import full_precision
 from kkt_jax._typing import PyTree
 from kkt_jax.classifiers.classifier import Classifier
-from kkt_jax.classifiers.decay import decay_of_tensors
 from kkt_jax.criteria import AuditCriteria
 
 _DEFAULT = AuditCriteria()
@@ -73,7 +72,7 @@ def nearest(classifier: Classifier, unit: np.ndarray, y: np.ndarray, criteria: A
   ground, deviation = float(np.median(x)), max(float(x.std()), 1e-6)  # most values of a digit are its ground
   moved = lambda gain, shift: gain * (x - ground) + ground + shift * deviation
   given = near(x)
-  named = {what: near(own) for what, own in preprocessed(classifier, unit)}
+  named = {what: near(other) for what, other in preprocessed(classifier, unit)}
   farness = lambda place: -np.log(near(moved(np.exp(place[0]), place[1])) + 1e-9)
 
   def search(start: np.ndarray, size: float) -> optimize.OptimizeResult:
@@ -82,17 +81,17 @@ def nearest(classifier: Classifier, unit: np.ndarray, y: np.ndarray, criteria: A
     return optimize.minimize(farness, start, method="Nelder-Mead", options=options)
 
   def shifted(log_gain: float, shift: float) -> tuple[float, float]:  # it is far better determined than a gain
-    along = lambda own: farness((log_gain, own))
+    along = lambda moved_by: farness((log_gain, moved_by))
     bounds, precise = (shift - 1, shift + 1), {"maxiter": _OF_SHIFTS, "xatol": _PRECISE}
-    found = optimize.minimize_scalar(along, bounds=bounds, method="bounded", options=precise)
-    return log_gain, float(found.x)
+    least = optimize.minimize_scalar(along, bounds=bounds, method="bounded", options=precise)
+    return log_gain, float(least.x)
 
-  found = search(np.array(min(((np.log(gain), shift) for gain in _GAINS for shift in _SHIFTS), key=farness)), 0.3)
-  places = [shifted(own, found.x[1]) for middle in (0.0, found.x[0]) for own in middle + np.array(_STEPS)]
-  found = search(np.array(min([tuple(found.x), *places], key=farness)), 0.03)
-  gain, shift = float(np.exp(found.x[0])), float(found.x[1])
-  best, what = float(np.exp(-found.fun)), _in_words(gain, ground - gain * ground + shift * deviation)
-  slip = max(named, key=lambda own: named[own])
+  optimum = search(np.array(min(((np.log(gain), shift) for gain in _GAINS for shift in _SHIFTS), key=farness)), 0.3)
+  places = [shifted(log_gain, optimum.x[1]) for middle in (0.0, optimum.x[0]) for log_gain in middle + np.array(_STEPS)]
+  optimum = search(np.array(min([tuple(optimum.x), *places], key=farness)), 0.03)
+  gain, shift = float(np.exp(optimum.x[0])), float(optimum.x[1])
+  best, what = float(np.exp(-optimum.fun)), _in_words(gain, ground - gain * ground + shift * deviation)
+  slip = max(named, key=lambda name: named[name])
   if named[slip] > 0.5 * best:
     best, what = named[slip], slip
   least = criteria.least_near_batch_norm if classifier.batch_coupled else criteria.least_near
@@ -112,13 +111,13 @@ def _affordable(classifier: Classifier, count: int) -> np.ndarray:
 
 
 def other_decay(classifier: Classifier, x: np.ndarray, y: np.ndarray, criteria: AuditCriteria = _DEFAULT) -> str:
-  """A sentence if the gradient on the training data shows that kernels decayed otherwise than it is said."""
+  """A sentence if the gradients on the training data contradict the weight decay that was described; else empty."""
   if classifier.weight_decay is None or classifier.batch_coupled or classifier.initial_params is not None:
     return ""
   near, shares, _ = _along(classifier, y)(x)
-  said = jax.tree.leaves(decay_of_tensors(classifier.weight_decay, classifier.params))
   kernels = [leaf.ndim > 1 for leaf in jax.tree.leaves(classifier.params)]
-  ratios = [float(a) / own for a, own, kernel in zip(shares, said, kernels, strict=True) if kernel and own > 0]
+  described = zip(shares, classifier.decays, kernels, strict=True)
+  ratios = [float(share) / decay for share, decay, kernel in described if kernel and decay > 0]
   ratio = float(np.median(ratios)) if ratios else 1.0
   if float(near) < criteria.converged or 1 / criteria.other_decay < ratio < criteria.other_decay:
     return ""
@@ -151,15 +150,15 @@ def _in_words(gain: float, shift: float) -> str:
 
 
 def _nearness(classifier: Classifier, x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], float]:
-  """How near other inputs than ``x`` with labels ``y`` are to the weights; 0 if they fit hardly. See `nearest`."""
+  """A function that says how near inputs with labels ``y`` are to the weights, 0 if they hardly fit. See `nearest`."""
   if classifier.statistics_fn is None:
     along = _along(classifier, y)
     given = along(x)[2]
     most = 0.5 * float(np.log(classifier.num_classes))  # inputs of next to no size are near to all weights
 
     def near(x: np.ndarray) -> float:
-      found, _, loss = along(x)
-      return float(found) if float(loss) <= max(most, float(given)) else 0.0
+      ratio, _, loss = along(x)
+      return float(ratio) if float(loss) <= max(most, float(given)) else 0.0
 
     return near
   of_batch = jax.jit(classifier.statistics_fn)
@@ -170,7 +169,7 @@ def _nearness(classifier: Classifier, x: np.ndarray, y: np.ndarray) -> Callable[
 def _along(
   classifier: Classifier, y: np.ndarray
 ) -> Callable[[np.ndarray], tuple[jax.Array, list[jax.Array], jax.Array]]:
-  """A function of inputs that tells how near they are, and how many times its tensor a gradient holds, and the loss."""
+  """A function of inputs: how near they are, how many times its tensor each gradient holds, and the loss."""
   rows = jnp.arange(len(y))
 
   @full_precision
@@ -183,21 +182,21 @@ def _along(
     moved = params if start is None else jax.tree.map(jnp.subtract, params, start)
     value, gradient = jax.value_and_grad(loss)(params)
     pairs = list(zip(*map(jax.tree.leaves, (gradient, moved)), strict=True))
-    shares = [jnp.maximum(-jnp.vdot(own, w), 0) / jnp.maximum(jnp.vdot(w, w), 1e-30) for own, w in pairs]
-    left = sum(jnp.sum(jnp.square(own + a * w)) for a, (own, w) in zip(shares, pairs, strict=True))
-    whole = sum(jnp.vdot(own, own) for own, _ in pairs)
+    shares = [jnp.maximum(-jnp.vdot(slope, w), 0) / jnp.maximum(jnp.vdot(w, w), 1e-30) for slope, w in pairs]
+    left = sum(jnp.sum(jnp.square(slope + a * w)) for a, (slope, w) in zip(shares, pairs, strict=True))
+    whole = sum(jnp.vdot(slope, slope) for slope, _ in pairs)
     return jnp.nan_to_num(jnp.maximum(whole - left, 0) / left), shares, value
 
   return lambda x: along(classifier.params, classifier.initial_params, jnp.asarray(x, jnp.float32))
 
 
-def _errors(stored: PyTree, found: PyTree, before: str = "") -> dict[str, float]:
+def _errors(stored: PyTree, fresh: PyTree, before: str = "") -> dict[str, float]:
   """By layer the squared relative errors of means and variances."""
   if not {"mean", "var"} <= set(stored):
     return {
-      layer: error for key in stored for layer, error in _errors(stored[key], found[key], f"{before}{key}/").items()
+      layer: error for key in stored for layer, error in _errors(stored[key], fresh[key], f"{before}{key}/").items()
     }
-  means, variances = ([np.asarray(own[name], np.float64) for own in (stored, found)] for name in ("mean", "var"))
+  means, variances = ([np.asarray(tree[name], np.float64) for tree in (stored, fresh)] for name in ("mean", "var"))
   total = np.maximum(sum(variances), 1e-30)
   error = np.square(means[1] - means[0]) / total + np.square((variances[1] - variances[0]) / total)
   return {before.rstrip("/"): float(np.mean(np.minimum(error, 1e3)))}

@@ -78,8 +78,8 @@ def scores(file: pathlib.Path | IO[bytes], values: Mapping[str, tuple[np.ndarray
   name, (members, others) = next(iter(values.items()))
   ranks = stats.rankdata(np.concatenate([members, others]))
   bins = np.linspace(0, len(ranks), 26)
-  for own, label in ((ranks[: len(members)], "members"), (ranks[len(members) :], "non-members")):
-    right.hist(own, bins, density=True, alpha=0.6, label=label)
+  for group, label in ((ranks[: len(members)], "members"), (ranks[len(members) :], "non-members")):
+    right.hist(group, bins, density=True, alpha=0.6, label=label)
   right.set(xlabel=textwrap.fill(f"rank by {name}", 48), yticks=[], ylabel="density", title="Members and non-members")
   right.legend(fontsize=7)
   figure.savefig(file)

@@ -121,13 +121,13 @@ class AuditReport:
   @functools.cached_property
   def by_class(self) -> list[dict[str, int]]:
     """For each class, how many members were tested and identified, and how many were scored and named."""
-    own, named = self.trials.get("generated"), set(self.at_risk)
+    trial, named = self.trials.get("generated"), set(self.at_risk)
     risks = () if self.scored is None else self.scored.risks
     return [
       {
         "class": label,
-        "tested": 0 if own is None else int(np.sum(own.y == label)),
-        "identified": 0 if own is None else int(np.sum(own.hits[own.y == label])),
+        "tested": 0 if trial is None else int(np.sum(trial.y == label)),
+        "identified": 0 if trial is None else int(np.sum(trial.hits[trial.y == label])),
         "scored": sum(risk.label == label for risk in risks),
         "named": sum(risk.label == label and risk in named for risk in risks),
       }
@@ -142,7 +142,7 @@ class AuditReport:
     `AuditCriteria.false_discovery_rate`.
     """
     shown = [leak.name for leak in self.leaks] if self.verdict.level == "leak" else []
-    return list(dict.fromkeys([*shown, *(own.name for own in self.at_risk)]))
+    return list(dict.fromkeys([*shown, *(risk.name for risk in self.at_risk)]))
 
   @property
   def confounded(self) -> bool:
@@ -158,7 +158,7 @@ class AuditReport:
     if self.confounded:
       return []
     every = [*(() if self.scored is None else self.scored.risks), *(self.candidates or ())]
-    return [own for own in every if own.q_value <= self.criteria.false_discovery_rate]
+    return [risk for risk in every if risk.q_value <= self.criteria.false_discovery_rate]
 
   def __str__(self) -> str:
     """The verdict, the worst cases, and a table of metrics, for a terminal."""
@@ -167,7 +167,7 @@ class AuditReport:
       worst = ", ".join(leak.name for leak in self.leaks[:_WORST])
       text += f"\n\nThe worst of {len(self.leaks)} cases: {worst}"
     if self.at_risk:
-      surest = ", ".join(own.name for own in self.at_risk[:_WORST])
+      surest = ", ".join(risk.name for risk in self.at_risk[:_WORST])
       text += f"\n\nThe surest of {len(self.at_risk)} named as members by their scores: {surest}"
     if self.measured:
       shown = ["agreement", "residual", *(["likeness"] if self.train is not None else [])]
@@ -179,7 +179,7 @@ class AuditReport:
     return {
       "verdict": str(self.verdict),
       "level": self.verdict.level,
-      "answers": {name: own._asdict() for name, own in self.answers.items()},
+      "answers": {name: answer._asdict() for name, answer in self.answers.items()},
       "states": {name: state for name, (state, _) in self.states.items()},
       "identity": dict(self.identity),
       "fit": {} if self.fit is None else {"guessing": self.fit.guessing, **self.fit.known},
@@ -193,12 +193,12 @@ class AuditReport:
       "scores_p_value": None if self.scored is None else self.scored.p_value,
       "epsilon_lower_bound": None if self.scored is None else self.scored.epsilon,
       "by_class": self.by_class,
-      "training_samples": [own._asdict() for own in (self.scored.risks if self.scored else ())],
-      "candidates": None if self.candidates is None else [own._asdict() for own in self.candidates],
+      "training_samples": [risk._asdict() for risk in (self.scored.risks if self.scored else ())],
+      "candidates": None if self.candidates is None else [risk._asdict() for risk in self.candidates],
       "certified": dict(self.certified),
       "certificates": list(self.compared),
       "criteria": [
-        dataclasses.asdict(own.criteria) for own in (self.reconstruction.exact if self.reconstruction else ())
+        dataclasses.asdict(exact.criteria) for exact in (self.reconstruction.exact if self.reconstruction else ())
       ],
       "analysis_criteria": dataclasses.asdict(self.examination.criteria),
       "audit_criteria": dataclasses.asdict(self.criteria),
@@ -218,7 +218,7 @@ class AuditReport:
       ("training sample", self.scored.risks if self.scored else ()),
       ("candidate", self.candidates),
     ):
-      writer.writerows([given_as, *own, own in named] for own in risks or ())
+      writer.writerows([given_as, *risk, risk in named] for risk in risks or ())
     return content.getvalue()
 
   @functools.cached_property
@@ -250,21 +250,12 @@ class AuditReport:
     return pages.render(
       pathlib.Path(__file__).with_name("page.html.j2"),
       title="What these weights reveal of their training data",
-      verdict=self.verdict,
-      answers=self.answers,
-      remarks=self.remarks,
+      report=self,
       against=self._against,
-      leaks=self.leaks,
-      scored=self.scored,
       score_names=SCORES,
-      candidates=self.candidates,
       curves=self._curves,
-      at_risk=self.at_risk,
       thumbnails=self._thumbnails,
-      states=self.states,
-      by_class=self.by_class,
       images=self.train is not None and _are_images(self.train),
-      rate=self.criteria.false_discovery_rate,
       assumed=[verdict.ASSUMED[kind] for kind, count in self.certified.items() if count],
       assumed_by_all=verdict.ASSUMED_BY_ALL,
       measured_false=verdict.MEASURED_FALSE,
@@ -316,7 +307,7 @@ class AuditReport:
     if self.train is None or not _are_images(self.train):
       return {}
     places = {name: place for place, name in enumerate(self.train.names)}
-    first = [own.name for own in self.at_risk if own.name in places][: 2 * _WORST]
+    first = [risk.name for risk in self.at_risk if risk.name in places][: 2 * _WORST]
     return {name: pictures.png(self.train.x[places[name]]) for name in first}
 
   @functools.cached_property
@@ -324,22 +315,22 @@ class AuditReport:
     """Identification in numbers, with its controls."""
     if "generated" not in self.trials:
       return {}
-    own = self.trials["generated"]
-    shuffled = own.shuffled()
+    reconstructed = self.trials["generated"]
+    shuffled = reconstructed.shuffled()
     return {
-      "hits": int(own.hits.sum()),
-      "tested": len(own.y),
-      "chance": own.chance,
-      "leading": own.leading,
-      "others": own.others.size,
-      "p_value": own.p_value,
+      "hits": int(reconstructed.hits.sum()),
+      "tested": len(reconstructed.y),
+      "chance": reconstructed.chance,
+      "leading": reconstructed.leading,
+      "others": reconstructed.others.size,
+      "p_value": reconstructed.p_value,
       "shuffled_mean": float(shuffled.mean()),
       "shuffled_most": int(shuffled.max()),
       **{f"{name}_hits": int(trial.hits.sum()) for name, trial in self.trials.items() if name != "generated"},
       "p_values_over_controls": {
-        name: verdict.more_hits(own, trial) for name, trial in self.trials.items() if name in CONTROLS
+        name: verdict.more_hits(reconstructed, trial) for name, trial in self.trials.items() if name in CONTROLS
       },
-      "roc": _plain(metrics.roc(own.members, own.others.ravel())),
+      "roc": _plain(metrics.roc(reconstructed.members, reconstructed.others.ravel())),
     }
 
 

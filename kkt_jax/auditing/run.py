@@ -155,7 +155,7 @@ def audit(
 def _fit(
   classifier: Classifier, train: Samples | None, held_out: Samples | None, config: AuditConfig
 ) -> description.Fit | None:
-  """How the classifier fits its data; raises InputError if it does not know them as it is described."""
+  """How the classifier fits its data; raises InputError if, as it is described, it does not know them."""
   wrong_start = description.check_start(classifier, train, config.criteria)
   if wrong_start and not config.force:
     raise InputError(f"initial_params: {wrong_start}")
@@ -169,9 +169,9 @@ def _fit(
 
 def _identity(examination: Examination, sets: Mapping[str, Samples | None], *settings: Any) -> dict[str, str]:
   """What decides on the result: SHA-256 of weights, data and settings, and the version of this program."""
-  classifier, data_of = examination.classifier, {what: own.digest() for what, own in sets.items() if own is not None}
+  classifier, data_of = examination.classifier, {what: data.digest() for what, data in sets.items() if data is not None}
   decided = {"weights": (classifier.params, classifier.statistics), "settings": (*settings, examination.criteria)}
-  digests = data_of | {what: fingerprint(own).hex() for what, own in decided.items()}
+  digests = data_of | {what: fingerprint(value).hex() for what, value in decided.items()}
   return {f"Identity of {what}": digest for what, digest in digests.items()} | {"Version": kkt_jax.__version__}
 
 
@@ -184,20 +184,17 @@ def _concluded(report: AuditReport, held_out: Samples | None, likeness: Reconstr
     sets = {"generated": generated(reconstruction)}
     if likeness is not None:
       sets["class_likeness"] = generated(likeness)
-    counts = {
-      kind: sum(int(np.sum(own.evidence == place)) for own in reconstruction.exact)
-      for place, kind in enumerate(EVIDENCE)
-    }
+    counts = {kind: sum(exact.counts[kind] for exact in reconstruction.exact) for kind in EVIDENCE}
     false: int | None = None
     compared: list[dict[str, int]] = []
     trials: dict[str, Trial] = {}
     leaks: Sequence[Leak] = []
     if train is not None:
       compared, certified = matching.exactness(reconstruction, train)
-      false = sum(own["false"] for own in compared)
+      false = sum(row["false"] for row in compared)
       if held_out is not None:
         means = _class_means(sets["generated"])
-        trials = {name: matching.trial(own, train, held_out) for name, own in (sets | {"own_means": means}).items()}
+        trials = {name: matching.trial(made, train, held_out) for name, made in (sets | {"own_means": means}).items()}
         leaks = _leaks(sets["generated"], train, held_out, trials["generated"], certified, report.criteria.most_ratio)
     certified_rightly = sum(counts.values()) > (false or 0)
     controls = {title: trials[name] for name, title in CONTROLS.items() if name in trials}
@@ -218,11 +215,11 @@ def _concluded(report: AuditReport, held_out: Samples | None, likeness: Reconstr
 
   answers = {"Reconstruction": limited(report.verdict, certified=certified_rightly)}
   if report.scored is not None:
-    found = verdict.of_scores(report.scored, report.criteria)
+    inferred = verdict.of_scores(report.scored, report.criteria)
     if not report.confounded:
       named = verdict.of_risks(report.scored.risks, "members", report.criteria)
-      found = found._replace(reasons=[*found.reasons, named])
-    answers["Membership inference"] = limited(found)
+      inferred = inferred._replace(reasons=[*inferred.reasons, named])
+    answers["Membership inference"] = limited(inferred)
   answer = limited(verdict.with_scores(report.verdict, report.scored, report.criteria), certified=certified_rightly)
   if report.candidates is not None and not report.confounded:
     named = verdict.of_risks(report.candidates, "candidates", report.criteria)
@@ -273,9 +270,9 @@ def _leaks(
 def _triples(samples: Samples, train: Samples, held_out: Samples, places: np.ndarray) -> list[list[bytes]]:
   """PNG: training images, the samples nearest to them, and the other real images nearest to these."""
   x, y = train.x[places], train.y[places]
-  own = samples.x[np.asarray(metrics.ssim_nearest_indices(x, y, samples.x, samples.y))]
-  other = held_out.x[np.asarray(metrics.ssim_nearest_indices(own, y, held_out.x, held_out.y))]
-  return [[pictures.png(image) for image in row] for row in zip(x, own, other, strict=True)]
+  rebuilt = samples.x[np.asarray(metrics.ssim_nearest_indices(x, y, samples.x, samples.y))]
+  other = held_out.x[np.asarray(metrics.ssim_nearest_indices(rebuilt, y, held_out.x, held_out.y))]
+  return [[pictures.png(image) for image in row] for row in zip(x, rebuilt, other, strict=True)]
 
 
 def _class_means(samples: Samples) -> Samples:
@@ -300,9 +297,9 @@ def _measure(
   if classifier.value_range is None:
     del sets["uniform_noise"]  # there is no range to draw it from
   rows: dict[str, dict[str, Any]] = {}
-  for name, own in sets.items():
+  for name, images in sets.items():
     _LOG.info("measuring: %s", ROWS[name])
-    x, y = classifier.from_unit(own.x), own.y
+    x, y = classifier.from_unit(images.x), images.y
     probabilities = jax.nn.softmax(classifier.predict(x))
     diagnosis = diagnostics.diagnose(classifier, conditions, x, y, num_steps=100)
     rows[name] = {
@@ -310,8 +307,8 @@ def _measure(
       "confidence": float(jnp.mean(probabilities[jnp.arange(len(y)), classifier.classes_of(y)])),
       "margin": diagnosis.median_margin,
       "residual": diagnosis.residual,
-      "diversity": metrics.within_class_distance(own.x, y) / own.x[0].size ** 0.5,
+      "diversity": metrics.within_class_distance(images.x, y) / images.x[0].size ** 0.5,
     }
     if train is not None:
-      rows[name]["likeness"] = float(matching.similarity(own, train).mean())
+      rows[name]["likeness"] = float(matching.similarity(images, train).mean())
   return rows

@@ -38,15 +38,15 @@ class Samples:
         raise InputError(f"{name} must be an array of numbers, one row for each sample; got {values!r:.60}.")
     if not self.names:
       object.__setattr__(self, "names", tuple(f"sample {place}" for place in range(len(self.x))))
-    for name, own in (("y", self.y), ("names", self.names)):
-      if len(own) != len(self.x):
-        raise InputError(f"{name} must be one for each of {len(self.x)} samples; got {len(own)}.")
+    for name, column in (("y", self.y), ("names", self.names)):
+      if len(column) != len(self.x):
+        raise InputError(f"{name} must be one for each of {len(self.x)} samples; got {len(column)}.")
 
   @classmethod
   def of(
     cls, name: str, classifier: Classifier, x: ArrayLike, y: ArrayLike | None = None, names: Sequence[str] = ()
   ) -> "Samples":
-    """Samples as somebody has them.
+    """Samples from arrays in the classifier's own range, with its own labels.
 
     Args:
       name: of the argument, for errors.
@@ -75,14 +75,14 @@ class Samples:
     if labels.shape != x.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
       raise InputError(f"{name}: y must be {len(x)} integers; got {labels.dtype} of shape {labels.shape}.")
     if not len(labels) or not np.isin(labels, known).all():
-      found = f"{labels.min()} to {labels.max()}" if len(labels) else "none"
-      own = known == tuple(range(len(known)))
-      wanted = f"lie in 0 to {len(known) - 1}" if own else f"be among the classifier's, {known}"
-      raise InputError(f"{name}: labels must {wanted}; got {found}.")
+      got = f"{labels.min()} to {labels.max()}" if len(labels) else "none"
+      plain = known == tuple(range(len(known)))
+      wanted = f"lie in 0 to {len(known) - 1}" if plain else f"be among the classifier's, {known}"
+      raise InputError(f"{name}: labels must {wanted}; got {got}.")
     return cls(unit, np.asarray(classifier.classes_of(labels), np.int32), tuple(names))
 
   def checked(self, name: str, classifier: Classifier) -> "Samples":
-    """These samples.
+    """These samples, if they suit a classifier.
 
     Raises:
       InputError: they are not such as `of` makes for this classifier; the message begins with the name.
@@ -102,8 +102,15 @@ class Samples:
     """Some of them, by their places."""
     return Samples(self.x[places], self.y[places], tuple(self.names[place] for place in places))
 
+  def at_most(self, count: int, random: np.random.Generator | None = None) -> "Samples":
+    """These, or ``count`` of them in their order, drawn by ``random``, always the same if None."""
+    if len(self.y) <= count:
+      return self
+    random = np.random.default_rng(0) if random is None else random
+    return self.only(np.sort(random.choice(len(self.y), count, replace=False)))
+
   def digest(self) -> str:
-    """What tells these samples from all others, in a few characters."""
+    """SHA-256 of the samples and their classes."""
     return hashlib.sha256(self.x.tobytes() + self.y.tobytes()).hexdigest()
 
 
@@ -111,7 +118,7 @@ Given = Samples | ArrayLike | tuple[ArrayLike, ArrayLike]
 
 
 def given_samples(name: str, classifier: Classifier, given: Given | None) -> Samples | None:
-  """Samples as an argument of that name gives them: themselves, or a pair of x and y; of candidates x alone will do."""
+  """An argument as `Samples`: it is one already, or a pair of x and y, or for candidates x alone."""
   if given is None:
     return None
   if isinstance(given, Samples):

@@ -16,31 +16,31 @@ _DEFAULT = AuditCriteria()
 
 
 def p_value(first: Samples, second: Samples, criteria: AuditCriteria = _DEFAULT) -> float:
-  """The odds of so great a difference between two sets of one source, whatever the shares of their classes.
+  """The probability of so great a difference between two sets of one source, whatever the frequencies of their classes.
 
   Thrice the least of three: of a linear classifier of pixels and summaries, cross-validated; of the summary that
   differs most; and of the mean images. Which sample belongs to which set is shuffled within the classes, 1,999 times
   (`AuditCriteria.shuffles`), so that the p-value is exact for exchangeable samples.
   """
   random = np.random.default_rng(0)
-  parts = [_some(images, random, criteria.sources_samples) for images in (first, second)]
-  x, y = np.concatenate([own.x for own in parts]), np.concatenate([own.y for own in parts])
-  member = np.repeat([1.0, 0.0], [len(own.y) for own in parts])
+  parts = [images.at_most(criteria.sources_samples, random) for images in (first, second)]
+  x, y = np.concatenate([images.x for images in parts]), np.concatenate([images.y for images in parts])
+  member = np.repeat([1.0, 0.0], [len(images.y) for images in parts])
   members = np.stack([member, *_shuffled(member, y, random, criteria.shuffles)], axis=1)
   members -= _class_means(members, y)  # constant within a class
   flat = x.reshape(len(x), -1).astype(np.float64)
   if flat.shape[1] > criteria.sources_values:
     flat = flat[:, np.sort(random.choice(flat.shape[1], criteria.sources_values, replace=False))]
-  summaries = np.stack([stats.rankdata(own) for own in _summaries(x)], axis=1)
+  summaries = np.stack([stats.rankdata(summary) for summary in _summaries(x)], axis=1)
   values, summaries = _standard(flat, y), _standard(summaries, y)
   left, sizes, _ = np.linalg.svd(values, full_matrices=False)
   components = left[:, : criteria.components][:, sizes[: criteria.components] > 1e-6] * len(x) ** 0.5
-  found = [
+  statistics = [
     _predicted(np.concatenate([components, summaries], axis=1), members, random, criteria),
     np.abs(summaries.T @ members).max(axis=0),
     np.square(values.T @ members).sum(axis=0),
   ]
-  return float(min(1.0, len(found) * min(np.mean(own >= own[0] * (1 - 1e-9)) for own in found)))
+  return float(min(1.0, len(statistics) * min(np.mean(row >= row[0] * (1 - 1e-9)) for row in statistics)))
 
 
 def _predicted(
@@ -48,10 +48,10 @@ def _predicted(
 ) -> np.ndarray:
   """How well each of many memberships [N, T] is predicted by ridge regression, on samples that it was not fitted to."""
   fold, predicted = random.permutation(len(features)) % criteria.folds, np.zeros_like(members)
-  for own in range(criteria.folds):
-    fitted, tested = features[fold != own], features[fold == own]
+  for turn in range(criteria.folds):
+    fitted, tested = features[fold != turn], features[fold == turn]
     ridge = criteria.ridge * len(fitted) * np.eye(features.shape[1])
-    predicted[fold == own] = tested @ np.linalg.solve(fitted.T @ fitted + ridge, fitted.T @ members[fold != own])
+    predicted[fold == turn] = tested @ np.linalg.solve(fitted.T @ fitted + ridge, fitted.T @ members[fold != turn])
   lengths = np.linalg.norm(predicted, axis=0) * np.linalg.norm(members, axis=0)
   return np.asarray(np.sum(predicted * members, axis=0) / np.maximum(lengths, 1e-12))
 
@@ -97,10 +97,3 @@ def _standard(values: np.ndarray, y: np.ndarray) -> np.ndarray:
   values = values - _class_means(values, y)
   deviations = values.std(axis=0)
   return values / np.where(deviations > 1e-9, deviations, np.inf)
-
-
-def _some(images: Samples, random: np.random.Generator, most: int) -> Samples:
-  if len(images.y) <= most:
-    return images
-  places = np.sort(random.choice(len(images.y), most, replace=False))
-  return Samples(images.x[places], images.y[places])

@@ -46,7 +46,7 @@ class UnlearningReport:
 
   def __str__(self) -> str:
     """Both answers, for a terminal."""
-    return "\n\n".join(textwrap.fill(str(own), 100) for own in (self.remains, self.change))
+    return "\n\n".join(textwrap.fill(str(verdict), 100) for verdict in (self.remains, self.change))
 
   def to_dict(self) -> dict[str, Any]:
     """All figures, of types that JSON has."""
@@ -57,13 +57,13 @@ class UnlearningReport:
       "criteria": dataclasses.asdict(self.criteria),
       **{
         name: {
-          "p_value": own.p_value,
-          "best": own.best,
-          "auc": {score: curve.auc for score, curve in own.curves.items()},
-          "risks": [risk._asdict() for risk in own.risks],
+          "p_value": scores.p_value,
+          "best": scores.best,
+          "auc": {score: curve.auc for score, curve in scores.curves.items()},
+          "risks": [risk._asdict() for risk in scores.risks],
         }
-        for name, own in scored.items()
-        if own is not None
+        for name, scores in scored.items()
+        if scores is not None
       },
     }
 
@@ -120,9 +120,9 @@ def audit_unlearning(
   except ValueError as error:
     raise InputError(str(error)) from error
   count = len(asked.y)
-  difference = membership.compared(asked, {name: (own[:count], own[count:]) for name, own in change.items()})
+  difference = membership.compared(asked, {name: (values[:count], values[count:]) for name, values in change.items()})
   now = examine(after)
-  first, last = (membership.score(own, asked, others, criteria) for own in (examine(before), now))
+  first, last = (membership.score(examination, asked, others, criteria) for examination in (examine(before), now))
   control = None if kept is None else membership.score(now, kept, others, criteria)
   return UnlearningReport(
     remains=_remains(first, last, control, criteria),

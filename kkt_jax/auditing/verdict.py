@@ -66,10 +66,10 @@ def state(answer: Verdict | None, *, applicable: bool = True) -> str:
 
 def of_scores(scored: Scored, criteria: AuditCriteria = _DEFAULT) -> Verdict:
   """The answer on membership inference, by scores of single samples (`kkt_jax.auditing.membership.score`)."""
-  own, naive = scored.curves[scored.best], scored.curves["loss"]
+  best, naive = scored.curves[scored.best], scored.curves["loss"]
   counted = (
-    f"{own.points[0].members or 'None'} of {scored.members} members score above all {scored.others} non-members by"
-    f" {SCORES[scored.best]} (AUC {own.auc:.3f}, 95 %: {own.low:.3f} to {own.high:.3f})"
+    f"{best.points[0].members or 'None'} of {scored.members} members score above all {scored.others} non-members by"
+    f" {SCORES[scored.best]} (AUC {best.auc:.3f}, 95 %: {best.low:.3f} to {best.high:.3f})"
   )
   if scored.best != "loss":
     counted += f", and {naive.points[0].members} by their loss, the baseline (AUC {naive.auc:.3f})"
@@ -87,28 +87,28 @@ def with_scores(verdict: Verdict, scored: Scored | None, criteria: AuditCriteria
   """The verdict on reconstruction, with the answer on membership inference, if there are any scores."""
   if scored is None:
     return verdict
-  found = of_scores(scored, criteria)
-  if found.level == "member" and verdict.level != "leak":
-    return Verdict("member", found.answer, [*found.reasons, f"Reconstruction: {verdict.answer}", *verdict.reasons])
-  return verdict._replace(reasons=[*verdict.reasons, found.answer, *found.reasons])
+  answer = of_scores(scored, criteria)
+  if answer.level == "member" and verdict.level != "leak":
+    return Verdict("member", answer.answer, [*answer.reasons, f"Reconstruction: {verdict.answer}", *verdict.reasons])
+  return verdict._replace(reasons=[*verdict.reasons, answer.answer, *answer.reasons])
 
 
 def with_doubts(verdict: Verdict, doubts: Sequence[str]) -> Verdict:
-  """The verdict, in which "no evidence" is no answer if the description of the classifier or its data is in doubt."""
+  """The verdict, open instead of "no evidence" if the description of the classifier or its data is in doubt."""
   if not doubts or verdict.level not in ("none", "open"):
     return verdict
-  said = [own for own in verdict.reasons if own not in doubts]
+  said = [reason for reason in verdict.reasons if reason not in doubts]
   return Verdict("open", "No verdict: the classifier may not be what its description says.", [*doubts, *said])
 
 
 def with_limits(verdict: Verdict, remarks: Sequence[str], *, certified: bool = False) -> Verdict:
-  """The verdict, of which only what is certified stands if the data are distinguishable without the weights."""
-  confounded = [own for own in remarks if isinstance(own, Confounded)]
+  """The verdict, of which only certificates stand if the data are distinguishable without the weights."""
+  confounded = [remark for remark in remarks if isinstance(remark, Confounded)]
   if not confounded or verdict.level not in ("leak", "member", "class"):
     return verdict
   if certified:
-    return verdict._replace(reasons=[*confounded, *(own for own in verdict.reasons if own not in confounded)])
-  said = [own for own in verdict.reasons if own not in confounded]
+    return verdict._replace(reasons=[*confounded, *(reason for reason in verdict.reasons if reason not in confounded)])
+  said = [reason for reason in verdict.reasons if reason not in confounded]
   answer = "No verdict: the held-out data are distinguishable from the training data without the weights."
   return Verdict("open", answer, [*confounded, f"Without this limit the verdict would be: {verdict.answer}", *said])
 
@@ -116,7 +116,7 @@ def with_limits(verdict: Verdict, remarks: Sequence[str], *, certified: bool = F
 def of_risks(risks: Sequence[Risk], what: str, criteria: AuditCriteria = _DEFAULT) -> str:
   """How many samples, called ``what``, can be named as members at the false-discovery rate of the criteria."""
   rate = criteria.false_discovery_rate
-  inferred = sum(own.q_value <= rate for own in risks)
+  inferred = sum(risk.q_value <= rate for risk in risks)
   said = (
     f"{inferred or 'None'} of the {len(risks)} {what} can be named as members at a false-discovery rate of {rate:.0%}"
   )
@@ -124,7 +124,7 @@ def of_risks(risks: Sequence[Risk], what: str, criteria: AuditCriteria = _DEFAUL
 
 
 def refusal(bound: float) -> Verdict:
-  """If no generator was trained, because the weights are too far from all conditions."""
+  """The verdict if no generator was trained, because the weights are too far from all conditions."""
   return Verdict(
     "open",
     "The theory of this audit does not cover these weights: reconstruction was not attempted, and nothing follows for"
@@ -140,7 +140,7 @@ def refusal(bound: float) -> Verdict:
 
 
 def disobedience(residuals: Residuals) -> Verdict:
-  """If no generator was trained, because not even the training data explain the weights."""
+  """The verdict if no generator was trained, because not even the training data explain the weights."""
   return Verdict(
     "open",
     "These weights do not satisfy the stationarity conditions: reconstruction was not attempted, and nothing follows"

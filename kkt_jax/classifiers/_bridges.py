@@ -81,7 +81,7 @@ class Bridge:
     offset: ArrayLike | None = None,
     weight_decay: DecayLike | None = None,
   ) -> Classifier:
-    """The classifier that the network is, if it gives the framework's own logits.
+    """The network as a `Classifier`, if it gives the framework's own logits.
 
     Args:
       labels: the label of each output; 0..C-1 if None.

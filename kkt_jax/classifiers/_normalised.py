@@ -46,7 +46,7 @@ def evaluate_fn(
   @jax.jit
   def kept(params: PyTree, x: jax.Array) -> PyTree:  # what the next averages keep of a one; no constants to fold
     filled = [jax.tree.map(lambda leaf, v=v: jnp.full_like(leaf, v), stored) for v in (0.0, 1.0)]
-    zeros, ones = (train(params, own, x)[1] for own in filled)
+    zeros, ones = (train(params, averages, x)[1] for averages in filled)
     return jax.tree.map(lambda zero, one: jnp.mean(one - zero), zeros, ones)
 
   share = jax.tree.map(lambda part: 1 - float(part), kept(params, jnp.zeros((2, *input_shape))))
@@ -58,7 +58,7 @@ def evaluate_fn(
 
   def evaluate(params: PyTree, x: jax.Array) -> Evaluation:
     logits, fresh, *features = train(params, jax.tree.map(jnp.zeros_like, stored), x)
-    statistics = jax.tree.map(lambda leaf, part, own: leaf / part if part > 0 else own, fresh, share, stored)
+    statistics = jax.tree.map(lambda leaf, part, kept: leaf / part if part > 0 else kept, fresh, share, stored)
     return Evaluation(logits, statistics, *features)
 
   return evaluate
@@ -70,7 +70,7 @@ def check_train_fn(
   classifier: Classifier,
   stored: PyTree,
 ) -> None:
-  """Whether a pass as in training is one at inference with the batch's own statistics; dropout would make another.
+  """Checks that training gives what inference gives with the batch's own statistics; with dropout it does not.
 
   If every sample comes twice, biased variances stay, and unbiased ones fall from n / (n - 1) to 2n / (2n - 1) times
   them, which tells n, the number of values that a feature has in the batch.
@@ -79,13 +79,13 @@ def check_train_fn(
 
   @jax.jit
   def compared(params: PyTree) -> tuple[jax.Array, jax.Array, PyTree]:
-    once, twice = (evaluate(params, own) for own in (x, jnp.concatenate([x, x])))
+    once, twice = (evaluate(params, batch) for batch in (x, jnp.concatenate([x, x])))
     total = lambda leaf: jnp.sum(leaf.astype(jnp.float32))
     ratios = jax.tree.map(
       lambda one, two: total(two) / jnp.maximum(total(one), 1e-30), once.statistics, twice.statistics
     )
     # With r = 2 (n - 1) / (2n - 1): (n - 1) / n = r / (2 - r), which is 1 for r = 1.
-    biased = lambda key, own, ratio: own * ratio / (2 - ratio) if _statistics.is_variance(key[-1].key) else own
+    biased = lambda key, value, ratio: value * ratio / (2 - ratio) if _statistics.is_variance(key[-1].key) else value
     statistics = jax.tree_util.tree_map_with_path(biased, once.statistics, ratios)
     predicted = inference(params, statistics, x)
     return lifted_logits(once.logits), lifted_logits(predicted.logits), ratios
@@ -112,7 +112,7 @@ def check_train_fn(
 def feeds_last_layer(
   evaluate: Callable[[PyTree, jax.Array], Evaluation], params: PyTree, input_shape: Sequence[int]
 ) -> bool:
-  """Whether the ReLU of features is the last layer's input, which is a logit's gradient by a column of its kernel."""
+  """Whether the ReLU of the features is the last layer's input: the gradient of a logit by a column of the kernel."""
   x = jax.random.normal(jax.random.key(0), (4, *input_shape))
 
   @jax.jit

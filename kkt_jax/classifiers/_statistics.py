@@ -30,17 +30,17 @@ def split(tree: PyTree, keep: frozenset[str] = frozenset({COUNTER})) -> tuple[di
   ({'0': {'weight': 1.0}, '1': {'weight': 2.0}}, {'1': {'running_mean': 3.0, 'running_var': 4.0}})
   """
   names = {_parts(key) for key, value in tree.items() if not isinstance(value, Mapping)}
-  found = {(layer, own) for layer, _ in names for pair in _PAIRS for own in pair if {(layer, p) for p in pair} <= names}
-  found |= {name for name in names if name[1] in keep}
+  known = {(layer, end) for layer, _ in names for pair in _PAIRS for end in pair if {(layer, p) for p in pair} <= names}
+  known |= {name for name in names if name[1] in keep}
   params: dict[Any, Any] = {}
   others: dict[Any, Any] = {}
   for key, value in tree.items():
     if isinstance(value, Mapping):
-      own, rest = split(value, keep)
-      params |= {key: own} if own or not value else {}
+      kept, rest = split(value, keep)
+      params |= {key: kept} if kept or not value else {}
       others |= {key: rest} if rest else {}
     else:
-      (others if _parts(key) in found else params)[key] = value
+      (others if _parts(key) in known else params)[key] = value
   return params, others
 
 
@@ -61,28 +61,28 @@ def canonical(statistics: PyTree) -> dict[Any, Any]:
   >>> canonical({"bn.running_mean": 1.0, "bn.running_var": 2.0, "bn.num_batches_tracked": 3})
   {'bn': {'mean': 1.0, 'var': 2.0}}
   """
-  found: dict[Any, Any] = {}
+  tree: dict[Any, Any] = {}
   for key, value in statistics.items():
     layer, last = _parts(key)
     if isinstance(value, Mapping):
-      found[key] = canonical(value)
+      tree[key] = canonical(value)
     elif last in _KINDS:
-      (found.setdefault(layer, {}) if layer else found)[_KINDS[last]] = value
+      (tree.setdefault(layer, {}) if layer else tree)[_KINDS[last]] = value
     elif last != COUNTER:
       raise ValueError(
         f"batch_stats must hold a mean and a variance of each layer, as {', '.join(map(repr, _USUAL))} are; got"
         f" {key!r}."
       )
-  return found
+  return tree
 
 
 def names_of(tree: PyTree, before: str = "") -> list[str]:
   """The names of statistics, as `split` gives them, without counters."""
-  found = []
+  names = []
   for key, value in tree.items():
     name = f"{before}{key}"
-    found += names_of(value, f"{name}/") if isinstance(value, Mapping) else [name]
-  return [name for name in found if _parts(name)[1] != COUNTER]
+    names += names_of(value, f"{name}/") if isinstance(value, Mapping) else [name]
+  return [name for name in names if _parts(name)[1] != COUNTER]
 
 
 def some_names(tree: PyTree) -> str:
@@ -137,7 +137,7 @@ class Stored:
 
   def whole(self, params: PyTree, statistics: PyTree) -> PyTree:
     """All variables, with other parameters and running statistics."""
-    own = merge(self.counters, statistics)
+    stored = merge(self.counters, statistics)
     if self.constants is None:
-      return merge(params, own) if own else params
-    return {**self.constants, **({"batch_stats": own} if own else {}), "params": params}
+      return merge(params, stored) if stored else params
+    return {**self.constants, **({"batch_stats": stored} if stored else {}), "params": params}

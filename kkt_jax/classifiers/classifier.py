@@ -91,11 +91,6 @@ class Classifier:
     return _Output(self.exact_forward, True, "logits")
 
   @functools.cached_property
-  def gradient_fn(self) -> ApplyFn:
-    """The same values, with the derivatives that enter the stationarity condition: those of relaxed gates, if any."""
-    return _Output(self.forward, True, "logits")
-
-  @functools.cached_property
   def predict_fn(self) -> ApplyFn:
     """``(params, x) -> logits [M, C]`` at inference; margins are measured on it."""
     return _Output(self.exact_forward, False, "logits")
@@ -116,6 +111,11 @@ class Classifier:
     """Whether the samples of a batch interact in training, as in batch norm."""
     return self.statistics is not None
 
+  @property
+  def decays(self) -> list[float]:
+    """The weight decay of each tensor, in the order of the leaves; 1 for all if it is unknown."""
+    return jax.tree.leaves(decay_of_tensors(self.weight_decay or 1.0, self.params))
+
   def with_params(self, params: PyTree | None = None, *, initial_params: PyTree | None = None) -> Self:
     """The same classifier with other parameters, or from another start; None leaves what there is.
 
@@ -129,7 +129,7 @@ class Classifier:
 
   @_checks.annotated
   def with_offset(self, offset: ArrayLike) -> Self:
-    """The same classifier, of which the constant [*input_shape] is known that it subtracts from its inputs.
+    """The same classifier with a known constant [*input_shape], which it subtracts from its inputs.
 
     Raises:
       ValueError: ``offset`` has another shape or is not finite.
@@ -206,20 +206,13 @@ class Classifier:
       )
 
 
-def check_classifier(name: str, value: Any) -> None:
-  """Raises ValueError unless a value is a `Classifier`."""
-  if not isinstance(value, Classifier):
-    cure = " Its classifier(variables) makes one." if hasattr(value, "variables_like") else ""
-    raise ValueError(f"{name} must be a kkt_jax.Classifier; got {type(value).__name__}.{cure}")
-
-
 def _floating(x: ArrayLike) -> jax.Array:
   x = jnp.asarray(x)
   return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
 
 
 def _in_32_bits(params: PyTree) -> PyTree:
-  """Parameters, in float32 if some have 16 bits, in which ranks are not determined, and which LAPACK does not know."""
+  """Parameters, in float32 if some have 16 bits, which determine no ranks and which LAPACK does not take."""
   rough = any(jnp.result_type(leaf).itemsize < 4 for leaf in jax.tree.leaves(params))
   return jax.tree.map(_checks.floats, params) if rough else params
 
@@ -288,8 +281,8 @@ class _Forward:
   one_logit: bool = False
 
   def __call__(self, params: PyTree, x: jax.Array, train: bool) -> Evaluation:
-    found = self.apply_fn(params, x, *[train] if self.batch_norm else [])
-    whole = found if isinstance(found, Evaluation) else Evaluation(found)
+    output = self.apply_fn(params, x, *[train] if self.batch_norm else [])
+    whole = output if isinstance(output, Evaluation) else Evaluation(output)
     return whole._replace(logits=lifted_logits(whole.logits)) if self.one_logit else whole
 
 
@@ -342,15 +335,15 @@ def make_classifier(
   (3, (0, 1, 2))
   """
   input_shape = _checks.sizes("input_shape", input_shape)
-  own = _checked_params(params, initial_params)
-  forward, num_classes = _checked_forward(apply_fn, own["params"], input_shape, statistics)
+  checked = _checked_params(params, initial_params)
+  forward, num_classes = _checked_forward(apply_fn, checked["params"], input_shape, statistics)
   if value_range is not None:
     value_range = _range(value_range)
   if weight_decay is not None:
-    strengths = jax.tree.leaves(decay_of_tensors(weight_decay, own["params"]))
-    weight_decay = strengths[0] if all(own == strengths[0] for own in strengths) else WeightDecay(strengths)
+    strengths = jax.tree.leaves(decay_of_tensors(weight_decay, checked["params"]))
+    weight_decay = strengths[0] if all(strength == strengths[0] for strength in strengths) else WeightDecay(strengths)
   return Classifier(
-    **own,
+    **checked,
     forward=forward,
     input_shape=input_shape,
     labels=_checked_labels(labels, num_classes),

@@ -106,7 +106,7 @@ def _call(equation: JaxprEqn, operands: list[_Origin], added: set[int], multipli
 
 
 def _turned(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-  """How many values of a loop have an axis outside that they have not in one of its turns."""
+  """How many values of a loop have an axis outside that they lack in each of its turns."""
   return sum(a.aval.ndim != b.aval.ndim for a, b in zip(outside, inside, strict=True))
 
 

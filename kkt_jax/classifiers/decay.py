@@ -30,9 +30,9 @@ class WeightDecay(float):
 
   def __new__(cls, strengths: Sequence[float]) -> Self:
     """The strengths in the order of the leaves."""
-    own = super().__new__(cls, max(strengths))
-    own.strengths = tuple(map(float, strengths))
-    return own
+    decay = super().__new__(cls, max(strengths))
+    decay.strengths = tuple(map(float, strengths))
+    return decay
 
   def __eq__(self, other: object) -> bool:
     """Only those of the same strengths are equal, which jit needs to know."""
@@ -60,27 +60,27 @@ def decay_of_tensors(weight_decay: DecayLike, params: PyTree) -> PyTree:
   names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
   alike: Any = jax.tree.structure(weight_decay)
   if isinstance(weight_decay, WeightDecay):
-    found: list[Any] = list(weight_decay.strengths)
+    strengths: list[Any] = list(weight_decay.strengths)
   elif callable(weight_decay):
-    found = [weight_decay(name) for name in names]
+    strengths = [weight_decay(name) for name in names]
   elif _is_number(weight_decay):
     _checks.check_positive("weight_decay", weight_decay)
-    found = [weight_decay] * len(names)
+    strengths = [weight_decay] * len(names)
   elif alike == structure:
-    found = jax.tree.leaves(weight_decay)
+    strengths = jax.tree.leaves(weight_decay)
   else:
-    found = []
-  if len(found) != len(names) or not all(map(_is_number, found)):
+    strengths = []
+  if len(strengths) != len(names) or not all(map(_is_number, strengths)):
     raise ValueError(
       "weight_decay must be a number, a tree of numbers like params, or a function of the names of tensors, such as"
-      f" {names[0]!r}; got {next((own for own in found if not _is_number(own)), weight_decay)!r}."
+      f" {names[0]!r}; got {next((value for value in strengths if not _is_number(value)), weight_decay)!r}."
     )
-  for name, own in zip(names, found, strict=True):
-    if _checks.concrete((own >= 0) & (own < np.inf)) is False:
-      raise ValueError(f"weight_decay must be positive and finite, or 0 where there is none; got {own} for {name!r}.")
-  if all(_checks.concrete(own > 0) is False for own in found):
+  for name, value in zip(names, strengths, strict=True):
+    if _checks.concrete((value >= 0) & (value < np.inf)) is False:
+      raise ValueError(f"weight_decay must be positive and finite, or 0 where there is none; got {value} for {name!r}.")
+  if all(_checks.concrete(value > 0) is False for value in strengths):
     raise ValueError(f"weight_decay must be positive and finite, at least of one tensor; got {weight_decay!r}.")
-  return jax.tree.unflatten(structure, found)
+  return jax.tree.unflatten(structure, strengths)
 
 
 def _is_number(value: Any) -> bool:

@@ -65,28 +65,28 @@ def from_equinox(
   averages = lambda state: {name: _averages(norm, state) for name, norm in norms.items()}
   averaged = any(norm.mode == "ema" for norm in norms.values())
 
-  def variables_of(own: Any) -> dict[str, PyTree]:
-    leaves = jax.tree.leaves(eqx.filter(own, eqx.is_inexact_array))
+  def variables_of(network: Any) -> dict[str, PyTree]:
+    leaves = jax.tree.leaves(eqx.filter(network, eqx.is_inexact_array))
     stored = averages(state)
     params = nested(dict(zip(names, leaves, strict=True)))
     return {"params": params} | ({"batch_stats": nested(stored)} if stored else {})
 
   def built(params: PyTree) -> Any:
-    own = flatten_dict(params, sep="/")
-    return eqx.combine(jax.tree.unflatten(jax.tree.structure(tensors), [own[name] for name in names]), rest)
+    arrays = flatten_dict(params, sep="/")
+    return eqx.combine(jax.tree.unflatten(jax.tree.structure(tensors), [arrays[name] for name in names]), rest)
 
-  def batch(own: Any, before: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+  def batch(network: Any, before: Any, x: jax.Array) -> tuple[jax.Array, Any]:
     """Logits [M, C] of a batch, and the state after it."""
-    return jax.vmap(lambda x: _called(own, before, x), out_axes=(0, None), axis_name=axis)(x)
+    return jax.vmap(lambda x: _called(network, before, x), out_axes=(0, None), axis_name=axis)(x)
 
   def on_the_batch(params: PyTree, before: Any, running: PyTree, x: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
     """Logits [M, C], and the statistics of the batch."""
-    own = jax.tree_util.tree_map_with_path(
+    network = jax.tree_util.tree_map_with_path(
       lambda path, node: _on_batch()(node, running.get(_name(path))) if _is_norm(node) else node,
       built(params),
       is_leaf=_is_norm,
     )
-    logits, after = batch(own, before, x)
+    logits, after = batch(network, before, x)
     return logits, averages(after)
 
   def run(variables: Any, x: jax.Array, on_batch: bool) -> tuple[jax.Array, PyTree]:
@@ -99,19 +99,19 @@ def from_equinox(
     arrived: dict[str, Any] = {}
     if averaged:
       arrived = on_the_batch(jax.lax.stop_gradient(params), before, {}, x)[1]
-    logits, found = on_the_batch(params, before, arrived, x)
-    return logits, nested(found)
+    logits, fresh = on_the_batch(params, before, arrived, x)
+    return logits, nested(fresh)
 
   bridge = Bridge(
     argument="module",
     run=run,
     variables=variables_of(module),
-    reference=lambda x: np.stack([_called(resting, state, jnp.asarray(own))[0] for own in x]),
+    reference=lambda x: np.stack([_called(resting, state, jnp.asarray(sample))[0] for sample in x]),
     input_shape=input_shape,
     turned=channels_first and len(input_shape) == 3,
   )
   classifier = bridge.classifier(labels, None if initial is None else variables_of(initial), **known)
-  stored = {name: own | {"var": own["var"] - _excess(norms[name], state)} for name, own in averages(state).items()}
+  stored = {name: pair | {"var": pair["var"] - _excess(norms[name], state)} for name, pair in averages(state).items()}
   return dataclasses.replace(classifier, statistics=nested(stored)) if norms else classifier
 
 
@@ -166,7 +166,7 @@ def _averages(norm: Any, state: Any) -> dict[str, jax.Array]:
 
 
 def _with_averages(norm: Any, state: Any, mean: jax.Array, var: jax.Array) -> Any:
-  """The state with these; the other is spent."""
+  """The state with these averages; the other cannot be used again."""
   if norm.mode == "ema":
     return state.set(norm.ema_state_index, (mean, var))
   return state.set(norm.batch_state_index, (mean, var)).set(norm.batch_counter, jnp.array(0))

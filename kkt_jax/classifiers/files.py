@@ -130,19 +130,19 @@ def _read_safetensors(paths: Sequence[pathlib.Path], needed: Mapping[str, Any]) 
   kinds: dict[str, tuple[Sequence[int], Any]] = {}
   for path in paths:
     with safetensors.safe_open(path, framework="numpy") as file:
-      for own in file.keys():  # noqa: SIM118 (it is no mapping)
-        if (other := stored.setdefault(alike(own), (own, path))) != (own, path):
-          raise WeightsError(f"it has two tensors of one name, {own[:60]!r} and {other[0][:60]!r}")
-        part = file.get_slice(own)
-        kinds[alike(own)] = part.get_shape(), _DTYPES.get(part.get_dtype(), part.get_dtype())
+      for key in file.keys():  # noqa: SIM118 (it is no mapping)
+        if (other := stored.setdefault(alike(key), (key, path))) != (key, path):
+          raise WeightsError(f"it has two tensors of one name, {key[:60]!r} and {other[0][:60]!r}")
+        tensor = file.get_slice(key)
+        kinds[alike(key)] = tensor.get_shape(), _DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
   places = _check_tensors(kinds, wanted)
   found = {}
   for path in paths:
     with safetensors.safe_open(path, framework="numpy") as file:
       for name in needed:
-        own, where = stored.get(places[alike(name)], ("", None))
+        key, where = stored.get(places[alike(name)], ("", None))
         if where == path:
-          found[name] = file.get_tensor(own)
+          found[name] = file.get_tensor(key)
   return found
 
 
@@ -177,30 +177,30 @@ def _read_orbax(path: pathlib.Path, needed: Mapping[str, Any]) -> dict[str, np.n
 
 
 def _check_folder(path: pathlib.Path) -> None:
-  """Says of a folder that is no checkpoint itself what in it to name."""
+  """Raises WeightsError for a folder that is no checkpoint but holds some; it names them."""
   if (path / "_METADATA").exists():
     return
   inside = sorted(file.relative_to(path).as_posix() for file in path.glob(f"*{_INDEX}"))
   inside += sorted(file.relative_to(path).as_posix() for file in path.glob("*.safetensors"))
   for depth in ("*", "*/*"):  # a step of a CheckpointManager, or all of them
-    inside += sorted(own.parent.relative_to(path).as_posix() for own in path.glob(f"{depth}/_METADATA"))
+    inside += sorted(metadata.parent.relative_to(path).as_posix() for metadata in path.glob(f"{depth}/_METADATA"))
   if inside:
     raise WeightsError(f"it is a folder of such, no checkpoint itself: name {_some(inside)} in it")
 
 
 def _places(found: Collection[str], needed: Collection[str]) -> dict[str, str] | None:
-  """Where what is needed is found, by name: empty for a counter that is not there; None if the names do not fit.
+  """The place of each needed tensor, by name: empty for a counter that is missing; None if the names do not fit.
 
   Names fit if they are equal, without the last part of flax nnx (``value``), without first parts that all names share,
   or, if none of the file's has them, without the names of flax's collections.
   """
   counts = lambda name: name.rpartition("/")[2] == COUNTER
-  own = {name: name for name in found if not counts(name)}
+  stored = {name: name for name in found if not counts(name)}
   wanted = {name: name for name in needed if not counts(name)}
   nothing = {name: name if name in found else "" for name in needed if counts(name)}
-  forms = [own]
-  if own and all(name.endswith("/value") for name in own):
-    forms.append({name.removesuffix("/value"): place for name, place in own.items()})
+  forms = [stored]
+  if stored and all(name.endswith("/value") for name in stored):
+    forms.append({name.removesuffix("/value"): place for name, place in stored.items()})
   for form in forms:
     if form and all("/" in name for name in form) and len({name.partition("/")[0] for name in form}) == 1:
       forms.append({name.partition("/")[2]: place for name, place in form.items()})

@@ -72,12 +72,12 @@ def from_haiku(
   names = {train_argument: _SWITCHES.get(train_argument, False)} if train_argument else _SWITCHES
   probe = jax.ShapeDtypeStruct((2, *input_shape), jnp.result_type(float))
   switches = ({name: on} for name, on in names.items())
-  switch = next((own for own in switches if _takes(call, own, params, state, probe)), {})
+  switch = next((candidate for candidate in switches if _takes(call, candidate, params, state, probe)), {})
   layers = sorted({name.rpartition("/~/")[0] for name in state})
   layers = [name for name in layers if all(f"{name}{end}" in state for end in _AVERAGES.values())]
 
   def averages(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: {own: state[f"{name}{end}"]["average"] for own, end in _AVERAGES.items()} for name in layers}
+    return {name: {kind: state[f"{name}{end}"]["average"] for kind, end in _AVERAGES.items()} for name in layers}
 
   def on_batch(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     if not isinstance(context.module, hk.BatchNorm) or context.method_name != "__call__":
@@ -88,17 +88,17 @@ def from_haiku(
 
   def run(variables: Any, x: jax.Array, batch: bool) -> tuple[jax.Array, PyTree]:
     before = dict(state)
-    for name, own in variables.get("batch_stats", {}).items():
+    for name, stored in variables.get("batch_stats", {}).items():
       for kind, end in _AVERAGES.items():
         fresh = jax.tree.map(jnp.zeros_like, dict(state[f"{name}{end}"]))  # the next average is the batch's own value
-        before[f"{name}{end}"] = {**fresh, "average": own[kind]}
+        before[f"{name}{end}"] = {**fresh, "average": stored[kind]}
     if not batch:
       return call(variables["params"], before, x, switch)[0], {}
     with hk.intercept_methods(on_batch):
       logits, after = call(variables["params"], before, x, switch)
     return logits, averages(after)
 
-  variables_of = lambda own: {"params": own} | ({"batch_stats": averages(state)} if layers else {})
+  variables_of = lambda tree: {"params": tree} | ({"batch_stats": averages(state)} if layers else {})
   bridge = Bridge(
     argument="transformed",
     run=run,

@@ -49,32 +49,32 @@ def from_keras(
 
   input_shape = _checked_shape(model, input_shape)
   layers = list(model._flatten_layers())
-  norms = [own for own in layers if isinstance(own, keras.layers.BatchNormalization) and own.trainable]
-  if renormalised := [own.name for own in norms if getattr(own, "renorm", False)]:
+  norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable]
+  if renormalised := [norm.name for norm in norms if getattr(norm, "renorm", False)]:
     raise ValueError(f"model must have no batch norm with renorm=True; got {renormalised}.")
   end = _ending(model)
   trainable, others = model.trainable_variables, model.non_trainable_variables
   names = {id(norm.moving_mean): f"{_path(norm)}/mean" for norm in norms}
   names |= {id(norm.moving_variance): f"{_path(norm)}/var" for norm in norms}
-  constants = [own.value for own in others]
+  constants = [tensor.value for tensor in others]
   resting = {"training": False} if "training" in inspect.signature(model.call).parameters else {}
 
-  def variables_of(own: Any) -> dict[str, PyTree]:
-    pairs = zip(own.non_trainable_variables, others, strict=True)
+  def variables_of(model: Any) -> dict[str, PyTree]:
+    pairs = zip(model.non_trainable_variables, others, strict=True)
     stored = {names[id(here)]: there.value for there, here in pairs if id(here) in names}
-    params = nested({here.path: there.value for there, here in zip(own.trainable_variables, trainable, strict=True)})
+    params = nested({here.path: there.value for there, here in zip(model.trainable_variables, trainable, strict=True)})
     return {"params": params} | ({"batch_stats": nested(stored)} if stored else {})
 
   def run(variables: Any, x: jax.Array, on_batch: bool) -> tuple[jax.Array, PyTree]:
     params, stored = (flatten_dict(variables.get(part, {}), sep="/") for part in ("params", "batch_stats"))
-    values = [stored.get(names.get(id(own), ""), value) for own, value in zip(others, constants, strict=True)]
+    values = [stored.get(names.get(id(tensor), ""), value) for tensor, value in zip(others, constants, strict=True)]
     with contextlib.ExitStack() as stack:
       for norm in norms if on_batch else []:
         stack.enter_context(_replaced(norm, "call", functools.partial(_on_batch, norm)))
       if end:
         stack.enter_context(_replaced(*end[1:]))
-      logits, changed = model.stateless_call([params[own.path] for own in trainable], values, x, **resting)
-    changed = {names[id(own)]: value for own, value in zip(others, changed, strict=True) if id(own) in names}
+      logits, changed = model.stateless_call([params[tensor.path] for tensor in trainable], values, x, **resting)
+    changed = {names[id(tensor)]: value for tensor, value in zip(others, changed, strict=True) if id(tensor) in names}
     return logits, nested(changed)
 
   bridge = Bridge(
@@ -83,7 +83,7 @@ def from_keras(
     variables=variables_of(model),
     reference=lambda x: np.asarray(model(x, **resting)),
     input_shape=input_shape,
-    turned=len(input_shape) == 3 and any(getattr(own, "data_format", "") == "channels_first" for own in layers),
+    turned=len(input_shape) == 3 and any(getattr(layer, "data_format", "") == "channels_first" for layer in layers),
     probabilities=bool(end),
   )
   return bridge.classifier(labels, None if initial is None else variables_of(initial), **known)
@@ -136,15 +136,15 @@ def _replaced(layer: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _ending(model: Any) -> tuple[str, Any, str, Any] | None:
-  """The softmax or sigmoid at the end: its name, the layer, and which attribute is to be what, to take it off."""
+  """The softmax or sigmoid at the end: its name, its layer, and the attribute and value that take it off; or None."""
   import keras
 
   end = model
   while isinstance(end, keras.Model) and getattr(end, "outputs", None):
     end = end.outputs[0]._keras_history.operation
-  found = getattr(getattr(end, "activation", None), "__name__", ""), end, "activation", keras.activations.linear
-  if found[0] not in _PROBABILITIES:
-    found = type(end).__name__.lower(), end, "call", lambda x, *_, **__: x
-  if found[0] == "sigmoid" and model.outputs[0].shape[-1] != 1:
+  ending = getattr(getattr(end, "activation", None), "__name__", ""), end, "activation", keras.activations.linear
+  if ending[0] not in _PROBABILITIES:
+    ending = type(end).__name__.lower(), end, "call", lambda x, *_, **__: x
+  if ending[0] == "sigmoid" and model.outputs[0].shape[-1] != 1:
     raise ValueError(f"model must tell one label per sample; {model.name!r} ends in a sigmoid of several outputs.")
-  return found if found[0] in _PROBABILITIES else None
+  return ending if ending[0] in _PROBABILITIES else None

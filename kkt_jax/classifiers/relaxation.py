@@ -1,4 +1,4 @@
-"""Relaxed ReLU gates, and other precisions, in a network that somebody else wrote.
+"""Relaxed ReLU gates and other precisions, in anybody's network.
 
 The gradient of a ReLU network sees its gates as steps, whose own derivative is 0: the stationarity sum cannot tell a
 generator which gates to open. A relaxed gate has the same value and a smooth derivative (Haim et al. 2022). The
@@ -103,10 +103,10 @@ def relax_gates(apply_fn: Callable[[PyTree, jax.Array], Result], *, sharpness: f
     following = iter(free)
 
     def gate(root: jax.Array) -> jax.Array:
-      own, smooth = next(following, None), jax.nn.sigmoid(sharpness * root)
-      if own is None or own.shape != root.shape:
+      given, smooth = next(following, None), jax.nn.sigmoid(sharpness * root)
+      if given is None or given.shape != root.shape:
         return smooth
-      return smooth + 4 * smooth * (1 - smooth) * (jax.nn.sigmoid(own.astype(root.dtype)) - smooth)
+      return smooth + 4 * smooth * (1 - smooth) * (jax.nn.sigmoid(given.astype(root.dtype)) - smooth)
 
     report = _Report(gate, lambda root: jax.nn.sigmoid(sharpness * root))
     result: Result = _relaxed(apply_fn, params, x, report)
@@ -131,17 +131,13 @@ def gates(apply_fn: ApplyFn, params: PyTree, x: Any) -> list[str]:
   return report.gates
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def pre_activations(apply_fn: ApplyFn, params: PyTree, x: Any) -> list[jax.Array]:
   """The arguments of all gates outside loops and branches, in order; a gate's kink is at 0.
 
   >>> pre_activations(lambda w, x: jnp.tanh(jax.nn.relu6(w * x)), 2.0, jnp.array([-1.0, 2.0]))[0].tolist()
   [-2.0, 4.0]
   """
-  return _roots(apply_fn, params, x)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _roots(apply_fn: ApplyFn, params: PyTree, x: Any) -> list[jax.Array]:
   report = _Report()
   _relaxed(apply_fn, params, x, report)
   return report.roots
@@ -153,7 +149,7 @@ def relaxed(classifier: Classifier, sharpness: float | None) -> Classifier:
     return dataclasses.replace(classifier, forward=classifier.exact_forward)
   classifier = dataclasses.replace(classifier, forward=Relaxed(classifier.exact_forward, sharpness))
   probe = jax.ShapeDtypeStruct((2, *classifier.input_shape), jnp.result_type(float))
-  jax.eval_shape(classifier.gradient_fn, classifier.params, probe)  # now is the time to complain
+  jax.eval_shape(lambda params, x: classifier.forward(params, x, True), classifier.params, probe)  # or it complains now
   return classifier
 
 
@@ -293,17 +289,17 @@ def _evaluate(closed: Any, arguments: Sequence[_Value], report: _Report) -> list
   for equation in jaxpr.eqns:
     inputs, name = [read(atom) for atom in equation.invars], equation.primitive.name
     depends = any(value.depends for value in inputs)
-    own = report if depends else _Report()
+    noted = report if depends else _Report()
     if name in INLINED:
       outputs = _evaluate(equation.params[INLINED[name]], inputs, report)
     elif name == "custom_jvp_call" and _only_gates(equation.params["call_jaxpr"]):
       outputs = _evaluate(equation.params["call_jaxpr"], inputs, report)
     else:
       if name not in _OWN_DERIVATIVE:
-        equation = equation.replace(params={k: _inside(v, own) for k, v in equation.params.items()})
+        equation = equation.replace(params={k: _inside(v, noted) for k, v in equation.params.items()})
       outputs = [_Value(array) for array in run(jaxpr, equation, [value.array for value in inputs])]
       if len(outputs) == 1:
-        outputs = [_described(name, inputs, outputs[0], own)]
+        outputs = [_described(name, inputs, outputs[0], noted)]
       outputs = [value._replace(depends=depends) for value in outputs]
     known |= dict(zip(equation.outvars, outputs, strict=True))
   return [read(atom) for atom in jaxpr.outvars]

@@ -50,7 +50,7 @@ def from_sklearn(estimator: Any, *, labels: Sequence[int] | None = None, **known
   while hasattr(last, "steps"):
     *inner, last = [step for _, step in last.steps if step is not None and not isinstance(step, str)]
     before += inner
-  kinds = {own.__name__ for own in type(last).__mro__} & {"LogisticRegression", "MLPClassifier"}
+  kinds = {kind.__name__ for kind in type(last).__mro__} & {"LogisticRegression", "MLPClassifier"}
   network = "MLPClassifier" in kinds
   if not kinds or not hasattr(last, "n_features_in_"):
     raise ValueError(f"estimator must be {_COVERED}, and fitted; got {type(last).__name__}.")
@@ -73,7 +73,7 @@ def from_sklearn(estimator: Any, *, labels: Sequence[int] | None = None, **known
     raise ValueError(f"estimator must scale columns one by one before it classifies; got {names}.")
   centre = -ends[0] / scale
   likely = centre + np.random.default_rng(0).uniform(-1, 1, (8, features)) / scale
-  as_arrays = lambda tensors: {str(i): jnp.asarray(own) for i, own in enumerate(tensors)}
+  as_arrays = lambda tensors: {str(i): jnp.asarray(tensor) for i, tensor in enumerate(tensors)}
   if network:
     params: PyTree = {"coefs_": as_arrays(last.coefs_), "intercepts_": as_arrays(last.intercepts_)}
     activation = _ACTIVATIONS[last.activation]
@@ -81,17 +81,17 @@ def from_sklearn(estimator: Any, *, labels: Sequence[int] | None = None, **known
     params = {"coef_": jnp.asarray(last.coef_), "intercept_": jnp.asarray(last.intercept_)}
 
   def run(variables: Any, x: jax.Array, _: bool) -> tuple[jax.Array, PyTree]:
-    own = variables["params"]
+    weights = variables["params"]
     h = (x - jnp.asarray(centre, x.dtype)[None]) * jnp.asarray(scale, x.dtype)[None] if before else x
     if not network:
-      return h @ own["coef_"].T + own["intercept_"][None], {}
-    for i in range(len(own["coefs_"])):
-      h = (activation(h) if i else h) @ own["coefs_"][str(i)] + own["intercepts_"][str(i)][None]
+      return h @ weights["coef_"].T + weights["intercept_"][None], {}
+    for i in range(len(weights["coefs_"])):
+      h = (activation(h) if i else h) @ weights["coefs_"][str(i)] + weights["intercepts_"][str(i)][None]
     return h, {}
 
   def reference(x: np.ndarray) -> np.ndarray:
-    found = estimator.predict_proba(x)
-    return found[:, 1:] if found.shape[1] == 2 else found
+    probabilities = estimator.predict_proba(x)
+    return probabilities[:, 1:] if probabilities.shape[1] == 2 else probabilities
 
   bridge = Bridge(
     argument="estimator",

@@ -28,7 +28,7 @@ _SWITCHES = {"train": True, "training": True, "is_training": True, "deterministi
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """A classifier without its numbers.
+  """A classifier without its parameters: its functions, and what is known of its inputs and its training.
 
   Attributes:
     apply_fn: ``(variables, x[M, *input_shape]) -> logits[M, C]`` at inference, where samples do not interact; [M, 1] or
@@ -63,7 +63,7 @@ class Subject:
   weight_decay: DecayLike | None = None
 
   def __post_init__(self) -> None:
-    """Refuses what cannot be called."""
+    """Raises ValueError for functions that cannot be called."""
     for name in ("apply_fn", "init_fn"):
       if not callable(getattr(self, name)):
         raise ValueError(f"{name} must be a function; got a {type(getattr(self, name)).__name__}.")
@@ -80,7 +80,7 @@ class Subject:
   def classifier(
     self, variables: PyTree, labels: Sequence[int] | None = None, *, initial: PyTree | None = None
   ) -> Classifier:
-    """The classifier with these numbers.
+    """The classifier with these variables.
 
     Args:
       variables: the stored values, a tree like the result of ``init_fn``.
@@ -121,9 +121,9 @@ class Subject:
       def forward(params: PyTree, x: jax.Array, train: bool) -> Evaluation:
         if not train:
           return inference(params, statistics, x)
-        found = evaluate(params, x)
-        features = found.features if has_features else None
-        return Evaluation(found.logits, _statistics.canonical(found.statistics), features)
+        evaluation = evaluate(params, x)
+        features = evaluation.features if has_features else None
+        return Evaluation(evaluation.logits, _statistics.canonical(evaluation.statistics), features)
 
       classifier = make_classifier(forward, params, shape, statistics=_statistics.canonical(statistics), **known)
       if self.train_fn.__module__ != __name__:  # that of a module is the same function by construction
@@ -141,11 +141,11 @@ class Subject:
         logits, features = features_fn(stored.whole(params, statistics), x)
         return Evaluation(logits, None, features)
 
-      own = lambda params, x: featured(params, stored.statistics, x)
+      evaluate = lambda params, x: featured(params, stored.statistics, x)
       whole = stored.whole(stored.params, stored.statistics)
       for name, function in (("apply_fn", self.apply_fn), ("features_fn", features_fn)):
         result_shape(name, function, whole, self.input_shape)
-      if _normalised.feeds_last_layer(own, stored.params, self.input_shape):
+      if _normalised.feeds_last_layer(evaluate, stored.params, self.input_shape):
         return featured, True
     return lambda params, statistics, x: Evaluation(self.apply_fn(stored.whole(params, statistics), x)), False
 
@@ -160,7 +160,7 @@ class Subject:
     offset: ArrayLike | None = None,
     weight_decay: DecayLike | None = None,
   ) -> Self:
-    """The subject that a flax linen module is.
+    """A `Subject` from a flax linen module.
 
     Args:
       module: called as ``module(x)``, or if it has such a switch as ``module(x, train=False)``. `flax.linen.Dropout` in
@@ -191,11 +191,11 @@ class Subject:
     if train_argument is not None and not (arguments or attributes):
       raise ValueError(f"train_argument must name an argument or attribute of module; got {train_argument!r}.")
     mode = lambda train: {name: train == on for name, on in arguments.items()}
-    own = lambda train: module.clone(**{name: train == on for name, on in attributes.items()})
+    switched = lambda train: module.clone(**{name: train == on for name, on in attributes.items()})
 
     def init(_: None, x: jax.Array) -> dict[str, PyTree]:
       with nn.intercept_methods(_without_dropout):
-        return dict(own(False).init(jax.random.key(0), x, **mode(False)))
+        return dict(switched(False).init(jax.random.key(0), x, **mode(False)))
 
     collections = result_shape("module", init, None, input_shape)
     bare = set(collections) == {"params"}
@@ -207,7 +207,7 @@ class Subject:
     def run(variables: PyTree, x: jax.Array, *, train: bool = False, **settings: Any) -> Any:
       collections = {"params": variables} if bare else variables
       with nn.intercept_methods(_without_dropout):
-        return own(train).apply(collections, _shifted(x, offset), **mode(train), **settings)
+        return switched(train).apply(collections, _shifted(x, offset), **mode(train), **settings)
 
     def train_fn(variables: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree, jax.Array]:
       return _with_features(run, variables, x, train=True, mutable=["batch_stats"])
@@ -250,7 +250,7 @@ class Subject:
     offset: ArrayLike | None = None,
     weight_decay: DecayLike | None = None,
   ) -> Self:
-    """The subject that a flax nnx module is.
+    """A `Subject` from a flax nnx module.
 
     Args:
       make: builds the module, which is called as ``module(x)``; batch norm follows ``module.train()`` and ``.eval()``.
@@ -346,7 +346,7 @@ def from_linen(
 def from_nnx(
   model: nnx.Module, *, input_shape: Sequence[int], labels: Sequence[int] | None = None, **known: Any
 ) -> Classifier:
-  """A `Classifier` from a flax nnx module with its numbers.
+  """A `Classifier` from a flax nnx module with its parameters.
 
   Args:
     model: see `Subject.from_nnx`; it stays as it is.
@@ -370,18 +370,18 @@ def from_nnx(
 
 
 def _switches(train_argument: str | None) -> Mapping[str, bool]:
-  """What may switch a module to training, and what it is there."""
+  """The names that may switch a module to training, and the value that does."""
   return _SWITCHES if train_argument is None else {train_argument: _SWITCHES.get(train_argument, True)}
 
 
 def _arguments(module: Any, train_argument: str | None) -> dict[str, bool]:
-  """Those of them that are arguments of a module's call."""
+  """The switches that are arguments of a module's call."""
   parameters = inspect.signature(type(module).__call__).parameters
   return {name: on for name, on in _switches(train_argument).items() if name in parameters}
 
 
 def _attributes(module: nn.Module, train_argument: str | None) -> dict[str, bool]:
-  """Those of them that are attributes of a linen module, and no arguments."""
+  """The switches that are attributes of a linen module, and no arguments."""
   fields = {field.name for field in dataclasses.fields(module)} - set(_arguments(module, train_argument))
   switches = {name: on for name, on in _switches(train_argument).items() if name in fields}
   return {name: on for name, on in switches.items() if isinstance(getattr(module, name), bool | None)}
@@ -403,7 +403,7 @@ def _with_features(run: Any, variables: PyTree, x: jax.Array, **settings: Any) -
 
 
 def _without_dropout(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-  """An interceptor that passes dropout over."""
+  """An interceptor that skips dropout."""
   if isinstance(context.module, nn.Dropout) and context.method_name == "__call__":
     return args[0] if args else kwargs["inputs"]
   return call(*args, **kwargs)

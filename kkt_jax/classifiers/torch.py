@@ -64,17 +64,17 @@ def from_torch(
   seen = _noted(training, norms)
   states, rested = _extract(torchax, resting)
   trained = _extract(torchax, training)[1]
-  names = [name for name, own in resting.named_parameters() if own.requires_grad]
-  running = [f"{name}.{own}" for name in norms for own in _STORED]
+  names = [name for name, tensor in resting.named_parameters() if tensor.requires_grad]
+  running = [f"{name}.{kind}" for name in norms for kind in _STORED]
   constants = {name: value for name, value in states.items() if name not in {*names, *running}}
 
-  def variables_of(own: Any) -> dict[str, PyTree]:
-    state = own if isinstance(own, Mapping) else _bare(own).state_dict()
+  def variables_of(given: Any) -> dict[str, PyTree]:
+    state = given if isinstance(given, Mapping) else _bare(given).state_dict()
     if lacking := sorted({*names, *running} - {*state}):
       raise ValueError(f"initial must have the tensors of module; it lacks {lacking}.")
     held = {name: jnp.asarray(state[name].detach().to("cpu", dtype).numpy()) for name in (*names, *running)}
     parts = {"params": names, "batch_stats": running}
-    return {part: nested({name: held[name] for name in own}, ".") for part, own in parts.items() if own}
+    return {part: nested({name: held[name] for name in members}, ".") for part, members in parts.items() if members}
 
   def run(variables: Any, x: jax.Array, on_batch: bool) -> tuple[jax.Array, PyTree]:
     given = constants
@@ -84,9 +84,9 @@ def from_torch(
       return rested(given, x), {}
     seen.clear()
     logits = trained(given, x)
-    found = nested(seen, ".")
+    averages = nested(seen, ".")
     seen.clear()
-    return logits, found
+    return logits, averages
 
   bridge = Bridge(
     argument="module",
@@ -108,13 +108,13 @@ def _batch_norms(module: Any) -> list[str]:
   """The names of a module's layers of batch norm; raises ValueError if it is none that can be taken over."""
   import torch
 
-  scripted = lambda own: any(isinstance(inner, torch.jit.ScriptModule) for inner in own.modules())
+  scripted = lambda network: any(isinstance(inner, torch.jit.ScriptModule) for inner in network.modules())
   if not isinstance(module, torch.nn.Module) or scripted(module):
     raise ValueError(f"module must be a torch.nn.Module that was not scripted; got {type(module).__name__}.")
-  norms = {name: own for name, own in module.named_modules() if isinstance(own, torch.nn.modules.batchnorm._BatchNorm)}
-  if untracked := [name for name, own in norms.items() if own.running_mean is None]:
+  norms = {name: bn for name, bn in module.named_modules() if isinstance(bn, torch.nn.modules.batchnorm._BatchNorm)}
+  if untracked := [name for name, norm in norms.items() if norm.running_mean is None]:
     raise ValueError(f"module must have batch norm with track_running_stats=True; got False in {untracked}.")
-  if old := [name for name, own in module.named_modules() if any(map(_computes, own._forward_pre_hooks.values()))]:
+  if old := [name for name, layer in module.named_modules() if any(map(_computes, layer._forward_pre_hooks.values()))]:
     raise ValueError(
       f"module must have weight_norm and spectral_norm of torch.nn.utils.parametrizations; {old} do not."
     )
@@ -130,7 +130,7 @@ def _noted(module: Any, norms: Sequence[str]) -> dict[str, jax.Array]:
       x = inputs[0].jax()
       axes = (0, *range(2, x.ndim))
       pair = zip(_STORED, (jnp.mean(x, axes), jnp.var(x, axes, ddof=1)), strict=True)
-      seen.update({f"{name}.{own}": value for own, value in pair})
+      seen.update({f"{name}.{kind}": value for kind, value in pair})
 
     return note
 
@@ -144,10 +144,10 @@ def _outputs(module: Any, x: np.ndarray) -> np.ndarray:
   import torch
 
   with torch.no_grad():
-    found = module(torch.from_numpy(np.array(x, order="C")).to(getattr(torch, jnp.result_type(float).name)))
-  if not isinstance(found, torch.Tensor):
-    raise ValueError(f"module must give logits alone, in training, too; it gives a {type(found).__name__}.")
-  return found.numpy()
+    outputs = module(torch.from_numpy(np.array(x, order="C")).to(getattr(torch, jnp.result_type(float).name)))
+  if not isinstance(outputs, torch.Tensor):
+    raise ValueError(f"module must give logits alone, in training, too; it gives a {type(outputs).__name__}.")
+  return outputs.numpy()
 
 
 def _outputs_in_training(module: Any, x: np.ndarray) -> np.ndarray | None:
@@ -155,9 +155,9 @@ def _outputs_in_training(module: Any, x: np.ndarray) -> np.ndarray | None:
   import torch
 
   module.train()
-  for own in module.modules():
-    if isinstance(own, (torch.nn.modules.dropout._DropoutNd, torch.nn.utils.parametrize.ParametrizationList)):
-      own.eval()
+  for layer in module.modules():
+    if isinstance(layer, (torch.nn.modules.dropout._DropoutNd, torch.nn.utils.parametrize.ParametrizationList)):
+      layer.eval()
   first, second = (_outputs(module, x) for _ in range(2))
   return first if np.array_equal(first, second) else None
 
@@ -181,14 +181,14 @@ def _extract(torchax: Any, module: Any) -> tuple[dict[str, jax.Array], Any]:
 
   Not among them is what a parametrization computes from its own tensors, which extract_jax takes for buffers.
   """
-  own, environment = torchax.interop.JittableModule(module), torchax.default_env()
+  jittable, environment = torchax.interop.JittableModule(module), torchax.default_env()
   for name, layer in module.named_modules():
     for computed in getattr(layer, "parametrizations", {}):
-      own.buffers.pop(f"{name}.{computed}".lstrip("."))
+      jittable.buffers.pop(f"{name}.{computed}".lstrip("."))
 
   def function(states: Any, x: jax.Array) -> jax.Array:
     held, inputs = environment.j2t_iso((states, x))
     with environment:
-      return environment.t2j_iso(own.functional_call("forward", held, {}, inputs))
+      return environment.t2j_iso(jittable.functional_call("forward", held, {}, inputs))
 
-  return environment.t2j_copy(own.params | own.buffers), function
+  return environment.t2j_copy(jittable.params | jittable.buffers), function

@@ -92,6 +92,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   import jax
 
   from kkt_jax import auditing
+  from kkt_jax.checkpoint import fingerprint
   from kkt_jax.cli.progress import say_what_is_logged
   from kkt_jax.cli.workdir import Workdir
 
@@ -109,7 +110,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     for name, path in paths.items()
     if path
   }
-  settings = dataclasses.asdict(config) | {"checkpoint_digest": _digest_of_params(classifier)}
+  params = fingerprint((classifier.params, classifier.initial_params))
+  settings = dataclasses.asdict(config) | {"checkpoint_digest": params.hex()[:16]}
 
   @functools.cache  # what is refused leaves no folder
   def out() -> Workdir:
@@ -150,14 +152,6 @@ def _check(config: Config) -> None:
   weights.parse_weights(config.weights)
 
 
-def _digest_of_params(classifier: "kkt_jax.Classifier") -> str:
-  import jax
-  import numpy as np
-
-  leaves = jax.tree.leaves((classifier.params, classifier.initial_params))
-  return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()[:16]
-
-
 def _train(
   config: Config, out: "Workdir", name: str, examination: "kkt_jax.Examination", recipe: "kkt_jax.Recipe", seed: int
 ) -> "kkt_jax.Reconstruction":
@@ -185,7 +179,7 @@ def _train(
 
 
 def _unlearning(config: Config, after: "kkt_jax.Classifier", workdir: pathlib.Path) -> Mapping[str, Any]:
-  """Whether samples that were removed are still in the weights, and whether the change of these reveals them."""
+  """Audits the removal of samples: are they still in the weights, and does the change reveal them?"""
   from kkt_jax import auditing
   from kkt_jax.cli.workdir import Workdir
 
@@ -205,7 +199,7 @@ def _unlearning(config: Config, after: "kkt_jax.Classifier", workdir: pathlib.Pa
 
 
 def _with_flags(text: str, config: Config) -> str:
-  """An error about arguments in the words of the command line."""
+  """An error message about arguments, with the flags of the command line in their place."""
   forced = " --force goes on nevertheless."
   if text.startswith("the classifier"):
     return f"--classifier={config.classifier}: {text}{forced}"
@@ -217,7 +211,7 @@ def _with_flags(text: str, config: Config) -> str:
 
 
 def recipe_of(config: Config, examination: "kkt_jax.Examination") -> "kkt_jax.Recipe":
-  """What suits the classifier, with what was asked for by hand."""
+  """The default recipe of the classifier, with the settings that were given by hand."""
   import kkt_jax
 
   recipe = kkt_jax.reconstruction.recipes.default([examination]).with_schedule(steps=config.steps)
@@ -279,7 +273,7 @@ def load(name: str, checkpoint: str, initial: str = "") -> "kkt_jax.Classifier":
 
 
 def _described(model: Any) -> "kkt_jax.Subject | kkt_jax.Classifier":
-  """A subject or a classifier, also of a model that tells the shape of its inputs.
+  """A `Subject` or `Classifier`, made from a model if that knows the shape of its inputs.
 
   Raises:
     UsageError: it is something else.

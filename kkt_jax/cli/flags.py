@@ -93,19 +93,22 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
   return f"; did you mean {by_lower_case[near[0]]}?" if near else "."
 
 
-def check(config: Any) -> None:
-  """Raises UsageError unless every field has the right type, is finite, and lies in its bounds or choices.
+class Checked:
+  """A configuration: of a dataclass of `flag` fields that extends this one, every instance has valid values.
 
   >>> @dataclasses.dataclass(frozen=True)
-  ... class Config:
+  ... class Config(Checked):
   ...   rate: float = flag(0.1, "Step size.", lower=0)
-  >>> check(Config(rate=-1.0))
+  >>> Config(rate=-1.0)
   Traceback (most recent call last):
   kkt_jax.cli.flags.UsageError: --rate must be a non-negative number; got -1.0.
   """
-  for field in dataclasses.fields(config):
-    if getattr(config, field.name) is not None or field.default is not None:  # see `resolve`
-      _value(field, getattr(config, field.name))
+
+  def __post_init__(self) -> None:
+    """Raises UsageError unless every field has the right type, is finite, and lies in its bounds or choices."""
+    for field in dataclasses.fields(self):  # type: ignore[arg-type]
+      if getattr(self, field.name) is not None or field.default is not None:  # see `resolve`
+        _value(field, getattr(self, field.name))
 
 
 def _value(field: dataclasses.Field[Any], given: Any) -> Any:
@@ -126,10 +129,10 @@ def _value(field: dataclasses.Field[Any], given: Any) -> Any:
 
 
 def resolve(config: ConfigT, *presets: Mapping[str, Any]) -> ConfigT:
-  """Fills every field whose default depends on other flags from the first preset that names it, and checks all.
+  """Fills every field whose default depends on other flags from the first preset that names it.
 
   Args:
-    config: what the user gave; a value given by hand stays.
+    config: what the user gave, a `Checked` one; a value given by hand stays.
     *presets: values by field name, e.g. of a method, of a data set, and last those of the experiment.
 
   Returns:
@@ -140,13 +143,12 @@ def resolve(config: ConfigT, *presets: Mapping[str, Any]) -> ConfigT:
     ValueError: no preset names an open field, or one names a field that is not open by default.
 
   >>> @dataclasses.dataclass(frozen=True)
-  ... class Config:
+  ... class Config(Checked):
   ...   rate: float = flag(None, "Step size.", type=float)
   ...   steps: int = flag(None, "Steps.", type=int)
   >>> resolve(Config(steps=7), {"rate": 0.5}, {"rate": 0.1, "steps": 100})
   Config(rate=0.5, steps=7)
   """
-  check(config)
   open_fields = [field.name for field in dataclasses.fields(config) if field.default is None]  # type: ignore[arg-type]
   useless = {name for preset in presets for name in preset} - set(open_fields)
   if useless:
@@ -156,9 +158,7 @@ def resolve(config: ConfigT, *presets: Mapping[str, Any]) -> ConfigT:
   if missing:
     raise ValueError(f"presets must name every field whose default is None; {', '.join(missing)} missing.")
   given = {name: value for name in open_fields if (value := getattr(config, name)) is not None}
-  config = dataclasses.replace(config, **values | given)  # type: ignore[type-var]
-  check(config)
-  return config
+  return dataclasses.replace(config, **values | given)  # type: ignore[type-var]
 
 
 def parse(config_class: type[Any], text: str, *, flag: str = "set") -> dict[str, Any]:
@@ -347,7 +347,7 @@ def command(
 
 
 def _prepare_jax(folder: str) -> None:
-  """Has JAX, which is not imported yet, keep what it compiles and round nothing; child processes inherit that.
+  """Sets JAX, not yet imported, to keep what it compiles and to multiply in full precision, also in child processes.
 
   A user's own settings in the environment stay. For the precision see `kkt_jax._precision`.
   """

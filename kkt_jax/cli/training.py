@@ -1,4 +1,4 @@
-"""The one corridor from classifiers to a generator: `kkt_jax.reconstruct` with a folder, logs and progress."""
+"""From classifiers to a generator: `kkt_jax.reconstruct` with a folder, logs and progress."""
 
 from collections.abc import Callable, Mapping, Sequence
 

@@ -39,7 +39,7 @@ _PIXELS = 48  # on which combinations of three are looked at first
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-  """Points that may be training samples, and what speaks for each.
+  """Points that may be training samples, with the evidence for each.
 
   Attributes:
     unit: the points [P, *input_shape] in units of the range.
@@ -115,31 +115,31 @@ def by_equations(
   beside = outside / criteria.outside
   if first.normal is not None:
     beside = np.hypot(beside, (offsets @ first.normal - 1) / criteria.affine)
-  found = signals.signals(examination, x, labels, kink=criteria.kink)
-  rest = _beside_scale(found, beside, criteria)
-  factor = _common_scale(found.scale[rest < 1], criteria)
+  signal = signals.signals(examination, x, labels, kink=criteria.kink)
+  rest = _beside_scale(signal, beside, criteria)
+  factor = _common_scale(signal.scale[rest < 1], criteria)
   if examination.classifier.weight_decay is not None and (factor is None or abs(factor - 1) < criteria.scale):
     factor = 1.0
   if factor is None:
-    return np.full(len(unit), np.inf), found.duals
+    return np.full(len(unit), np.inf), signal.duals
   wanted = factor, criteria.scale / criteria.distance
-  found = signals.signals(examination, x, labels, kink=criteria.kink, scale=wanted)
-  shaken = found.leverage * found.distance / factor / criteria.shaken
-  off = np.hypot(shaken, (found.scale / factor - 1) / criteria.scale)
-  misfit = np.hypot(_beside_scale(found, beside, criteria), off)
-  return np.where(np.isfinite(misfit), misfit, np.inf), found.duals / factor
+  signal = signals.signals(examination, x, labels, kink=criteria.kink, scale=wanted)
+  shaken = signal.leverage * signal.distance / factor / criteria.shaken
+  off = np.hypot(shaken, (signal.scale / factor - 1) / criteria.scale)
+  misfit = np.hypot(_beside_scale(signal, beside, criteria), off)
+  return np.where(np.isfinite(misfit), misfit, np.inf), signal.duals / factor
 
 
-def _beside_scale(found: signals.Signals, beside: np.ndarray, criteria: Criteria) -> np.ndarray:
-  """The misfit [M] of all but the scale: the distance, the unrest, and what does not depend on signals."""
-  beside = np.hypot(beside, found.unrest / criteria.unrest)
-  alike = found.distance[np.hypot(found.distance / criteria.distance, beside) < 1]
+def _beside_scale(signal: signals.Signals, beside: np.ndarray, criteria: Criteria) -> np.ndarray:
+  """The misfit [M] without that of the scale: of the distance, the unrest, and what does not depend on signals."""
+  beside = np.hypot(beside, signal.unrest / criteria.unrest)
+  alike = signal.distance[np.hypot(signal.distance / criteria.distance, beside) < 1]
   usual = criteria.usual * float(np.median(alike)) if len(alike) >= criteria.agreeing else math.inf
-  return np.hypot(found.distance / min(criteria.distance, usual), beside)
+  return np.hypot(signal.distance / min(criteria.distance, usual), beside)
 
 
 def calibrated(examination: Examination, unit: np.ndarray, criteria: Criteria) -> Criteria:
-  """Criteria whose distance and scale fit how far training has converged.
+  """Criteria with a distance and a scale that suit how far training has converged.
 
   Halves of two samples each are no training samples. Half of the distance that nine of ten of them keep is
   allowed, if that is more than the criteria allow, and seven times that of the scale: the less training has converged,
@@ -163,7 +163,7 @@ def calibrated(examination: Examination, unit: np.ndarray, criteria: Criteria) -
 
 
 def _common_scale(scales: np.ndarray, criteria: Criteria) -> float | None:
-  """The scale on which most agree, enough and half of all; None if there is none."""
+  """The scale on which at least half agree, and enough; None if there is none."""
   scales = scales[scales > 0]
   if len(scales) < criteria.agreeing:
     return None
@@ -175,18 +175,18 @@ def _common_scale(scales: np.ndarray, criteria: Criteria) -> float | None:
 def gather(
   examination: Examination,
   unit: np.ndarray,
-  found: vertices.Certificates,
+  measured: vertices.Certificates,
   criteria: Criteria,
   pool: Candidates | None = None,
 ) -> tuple[Candidates, np.ndarray]:
-  """The polished samples for which any evidence speaks, each once, and which samples these are or are copies of [M].
+  """The polished samples with any evidence, each once, and which of all samples [M] these or copies of them are.
 
   What is in the pool already is left out.
   """
   assert examination.subspace is not None
   subspace, shape = examination.subspace, examination.classifier.input_shape
   coordinates, apart = np.asarray(subspace.in_float64.coordinates(unit)), criteria.apart * criteria.same
-  order = np.argsort(-found.tight, kind="stable")
+  order = np.argsort(-measured.tight, kind="stable")
   first_of = first_alike(coordinates[order], apart)
   owner = np.empty(len(unit), int)
   owner[order] = order[first_of]
@@ -196,7 +196,7 @@ def gather(
     distinct = distinct[first_alike(np.concatenate([old, coordinates[distinct]]), apart)[len(old) :] >= len(old)]
   misfit, duals = by_equations(examination, unit[distinct], criteria)
   told = misfit < 1
-  tried = told | found.vertex[distinct] | (found.tight[distinct] > _NEARLY * subspace.required_active(criteria))
+  tried = told | measured.vertex[distinct] | (measured.tight[distinct] > _NEARLY * subspace.required_active(criteria))
   distinct, misfit, duals, told = distinct[tried], misfit[tried], duals[tried], told[tried]
   whole, off = unit[distinct], np.zeros(len(distinct))
   if len(distinct):
@@ -204,16 +204,16 @@ def gather(
   grey = np.round(whole.reshape(len(whole), math.prod(shape)) * criteria.levels)
   inner = [row[(row > 0) & (row < criteria.levels)] for row in grey]
   bits = off < vertices.off_level(subspace, criteria)
-  rich = bits & np.array([len(set(own)) >= criteria.grey_levels for own in inner], bool)
-  says = np.array([len(own) for own in inner], int)[rich] - vertices.left_open(whole[rich], subspace, criteria)
+  rich = bits & np.array([len(set(greys)) >= criteria.grey_levels for greys in inner], bool)
+  says = np.array([len(greys) for greys in inner], int)[rich] - vertices.left_open(whole[rich], subspace, criteria)
   rich[rich] = says >= criteria.grey_values
-  evidence = np.where(told, 0, np.where(rich, 1, np.where(found.certified[distinct], 2, len(EVIDENCE))))
-  doubt = np.where(told, misfit, np.where(rich, off, -found.tight[distinct]))
+  evidence = np.where(told, 0, np.where(rich, 1, np.where(measured.certified[distinct], 2, len(EVIDENCE))))
+  doubt = np.where(told, misfit, np.where(rich, off, -measured.tight[distinct]))
   kept = evidence < len(EVIDENCE)
   moved = np.abs(whole - unit[distinct]).reshape(len(whole), math.prod(shape)).max(axis=1, initial=0.0)
   bits &= ~told | (moved < criteria.same)
   whole = np.where(bits.reshape(-1, *[1] * len(shape)), whole, unit[distinct])
-  made = Candidates(unit[distinct], found.tight[distinct], evidence, doubt, whole, bits, misfit, duals)[kept]
+  made = Candidates(unit[distinct], measured.tight[distinct], evidence, doubt, whole, bits, misfit, duals)[kept]
   return made, np.isin(owner, distinct[kept])
 
 
@@ -265,31 +265,31 @@ def unambiguous(points: Candidates, subspace: Subspace, criteria: Criteria) -> n
       directions = np.concatenate([directions, rest[None] / np.linalg.norm(rest)])
       continue
     shares = np.linalg.lstsq(rows[kept].T, rows[index])[0]
-    parts = [own for own, share in zip(kept, shares, strict=True) if abs(share) > criteria.new]
+    parts = [k for k, share in zip(kept, shares, strict=True) if abs(share) > criteria.new]
     if len(parts) > 1:  # no copy
-      tainted |= {own for own in parts if points.evidence[own] == points.evidence[index]}
-  weak = [own for own in kept if points.evidence[own] > 0 and own not in tainted]
-  tainted |= {weak[own] for own in _recombined(points, weak, subspace, criteria)}
-  return np.array([own for own in kept if own not in tainted], int)
+      tainted |= {k for k in parts if points.evidence[k] == points.evidence[index]}
+  weak = [k for k in kept if points.evidence[k] > 0 and k not in tainted]
+  tainted |= {weak[k] for k in _recombined(points, weak, subspace, criteria)}
+  return np.array([k for k in kept if k not in tainted], int)
 
 
-def _recombined(points: Candidates, own: list[int], subspace: Subspace, criteria: Criteria) -> set[int]:
-  """Which of some points can be put together, a + b - c, to another one that would pass as well.
+def _recombined(points: Candidates, indices: list[int], subspace: Subspace, criteria: Criteria) -> set[int]:
+  """Which points combine, as a + b - c, to another one that would pass as well.
 
   Where the origin is no blend of samples, it is one more point: sums and differences of two samples lie in it, too.
   """
   origin = subspace.in_float64.origin.reshape(1, -1)
-  x = points.whole[own].reshape(len(own), origin.size).astype(np.float64)
+  x = points.whole[indices].reshape(len(indices), origin.size).astype(np.float64)
   if not subspace.holds_mean:
     x = np.concatenate([x, origin])
-  count, found = len(x), set[int]()
+  count, tainted = len(x), set[int]()
   if count < 3:
-    return found
+    return tainted
   varies = np.flatnonzero(subspace.free_coordinates)
   few = varies[np.argsort(-x[:, varies].std(axis=0))[:_PIXELS]]
   slack = criteria.overshoot
   least = subspace.required_active(criteria)
-  on_levels = all(points.evidence[k] == 1 for k in own)
+  on_levels = all(points.evidence[k] == 1 for k in indices)
   for a in range(count - 1):
     sums = x[a] + x[a + 1 :]
     for place in range(len(sums)):
@@ -303,8 +303,8 @@ def _recombined(points: Candidates, own: list[int], subspace: Subspace, criteria
         tight = np.sum(np.minimum(np.abs(made), np.abs(made - 1))[varies] < criteria.tight + slack / 2)
         alike = np.abs(x - made).max(axis=1).min() < criteria.same
         if inside and not alike and (on_levels or tight >= least):
-          found |= {a, b, int(c)}
-  return {k for k in found if k < len(own)}
+          tainted |= {a, b, int(c)}
+  return {k for k in tainted if k < len(indices)}
 
 
 def of_the_others(examination: Examination, known: Candidates) -> Subspace | None:

@@ -39,6 +39,11 @@ class Exact(NamedTuple):
   evidence: np.ndarray
   criteria: Criteria = Criteria()
 
+  @property
+  def counts(self) -> dict[str, int]:
+    """How many are certified by each kind of evidence."""
+    return {kind: int(np.sum(self.evidence == place)) for place, kind in enumerate(certificates.EVIDENCE)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
@@ -90,10 +95,10 @@ def find(
   classifier, subspace = examination.classifier, examination.subspace
   criteria = criteria or Criteria()
   led = np.zeros(len(guesses), bool)
-  nothing: list[Any] = [*(np.zeros(0, own) for own in (int, int, bool, int)), criteria]
-  found = Exact(np.zeros((0, *classifier.input_shape), np.float32), *nothing)
+  nothing: list[Any] = [*(np.zeros(0, kind) for kind in (int, int, bool, int)), criteria]
+  exact = Exact(np.zeros((0, *classifier.input_shape), np.float32), *nothing)
   if hope(examination, guesses, y, few=_FEWER if effort.least_hope else _FEW, criteria=criteria) <= effort.least_hope:
-    return found, led
+    return exact, led
   assert subspace is not None
   most, idle, at_random = subspace.most_samples, 0, True
   every = max(len(guesses) // (effort.points or len(guesses)), 1)
@@ -101,16 +106,16 @@ def find(
   pool: Candidates | None = None
   for number in range(effort.rounds):
     key = jax.random.key(number)
-    known, known_y = jnp.concatenate([guesses, found.unit]), np.concatenate([y, found.y])
+    known, known_y = jnp.concatenate([guesses, exact.unit]), np.concatenate([y, exact.y])
     drawn = at_random and number % 2 == 1
-    part = slice(number % every, None, every) if number else slice(None)
+    taken = slice(number % every, None, every) if number else slice(None)
     likely = None
     if drawn:
-      starts = _random_starts(key, examination, pool, found.unit, typical, len(y[part]))
+      starts = _random_starts(key, examination, pool, exact.unit, typical, len(y[taken]))
     else:
       alike = jnp.log(y[:, None] == known_y[None, :])
-      starts = ((guesses + known[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses)[part]
-      likely = vertices.likely_ends(starts, y[part], known, known_y)
+      starts = ((guesses + known[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses)[taken]
+      likely = vertices.likely_ends(starts, y[taken], known, known_y)
     x = np.asarray(vertices.polish(starts, subspace, likely=likely, num_steps=effort.num_steps))
     x = _right_way(classifier, x, np.asarray(subspace.origin), typical, criteria)
     if not number:
@@ -120,17 +125,17 @@ def find(
       led = of
     pool = more if pool is None else pool + more
     chosen = certificates.unambiguous(pool, subspace, criteria)[:most]
-    brought = len(chosen) > len(found.y) + _BRINGS * (most - len(chosen))
+    brought = len(chosen) > len(exact.y) + _BRINGS * (most - len(chosen))
     idle, at_random = 0 if brought else idle + 1, at_random and (brought or not drawn)
-    own = pool[chosen]
-    found = Exact(own.whole, _read(classifier, own.whole)[0], own.tight, own.to_the_bit, own.evidence, criteria)
+    kept = pool[chosen]
+    exact = Exact(kept.whole, _read(classifier, kept.whole)[0], kept.tight, kept.to_the_bit, kept.evidence, criteria)
     if on_round is not None:
       on_round(number + 1, len(chosen), most)
     if len(chosen) == most:
       led[:] = True  # there are no others, so that every guess was meant for one of these
     if len(chosen) == most or idle == _IDLE or len(chosen) < effort.least_hope * most:
       break
-  return found, led
+  return exact, led
 
 
 def _random_starts(
@@ -150,7 +155,7 @@ def _random_starts(
 def hope(
   examination: Examination, guesses: jax.Array, y: np.ndarray, *, few: int = _FEW, criteria: Criteria | None = None
 ) -> float:
-  """The share of a few guesses that become training samples when they are polished; 0 says that others need no try.
+  """The share of a few guesses that polishing turns into training samples; at 0 a search is not worth its time.
 
   Args:
     examination: of the classifier.
@@ -167,15 +172,15 @@ def hope(
     return 0.0
   if not certificates.applicable(examination) and not vertices.promising(guesses, subspace).any():
     return 0.0
-  part = slice(None, None, math.ceil(len(guesses) / few))
-  likely = vertices.likely_ends(guesses[part], y[part], guesses, y)
-  polished = np.asarray(vertices.polish(guesses[part], subspace, likely=likely))
-  found = vertices.certify(polished, subspace, criteria)
-  return float(np.mean(certificates.gather(examination, polished, found, criteria)[1]))
+  taken = slice(None, None, math.ceil(len(guesses) / few))
+  likely = vertices.likely_ends(guesses[taken], y[taken], guesses, y)
+  polished = np.asarray(vertices.polish(guesses[taken], subspace, likely=likely))
+  measured = vertices.certify(polished, subspace, criteria)
+  return float(np.mean(certificates.gather(examination, polished, measured, criteria)[1]))
 
 
 def places(labels: np.ndarray, led: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Where training samples go in a table.
+  """The places of training samples in a table.
 
   Args:
     labels: of the training samples [K].
@@ -191,10 +196,10 @@ def places(labels: np.ndarray, led: np.ndarray, y: np.ndarray) -> tuple[np.ndarr
   """
   taken: list[tuple[int, int, int]] = []
   for label in np.unique(labels):
-    own, entries = np.flatnonzero(labels == label), led[y == label]
+    samples, entries = np.flatnonzero(labels == label), led[y == label]
     order = np.argsort(~entries, kind="stable")  # those that led to one first
-    count = min(max(int(entries.sum()), len(own)), len(entries))
-    taken += [(int(label), int(code), int(k)) for code, k in zip(order[:count], np.resize(own, count), strict=True)]
+    count = min(max(int(entries.sum()), len(samples)), len(entries))
+    taken += [(int(label), int(code), int(k)) for code, k in zip(order[:count], np.resize(samples, count), strict=True)]
   rows = np.array(taken, int).reshape(-1, 3)
   return rows[:, 0], rows[:, 1], rows[:, 2]
 

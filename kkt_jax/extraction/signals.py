@@ -1,4 +1,4 @@
-"""One sample alone: does its back-propagated signal stand in the weights? Beyond the paper.
+"""Does the back-propagated signal of a single sample lie in the weights? Beyond the paper.
 
 With weight decay w the stationarity of a fully connected first layer, Eq. 5 by its kernel, is
 
@@ -40,7 +40,7 @@ _AT_ONCE = 16  # samples whose derivatives by their free gates are in memory at 
 
 
 class Signals(NamedTuple):
-  """What the first layer's weights say of samples, each by itself.
+  """What the first layer's weights say of each sample alone.
 
   Attributes:
     distance: of each signal from the row space of the kernel [M], relative to its length; of a training sample near 0.
@@ -109,8 +109,8 @@ def signals(
   most = -(-max(int(at_kink.sum(axis=1).max(initial=0)), 1) // _AT_ONCE) * _AT_ONCE
   places = np.full((len(x), most), arguments.shape[1])
   for row, kinks in zip(places, at_kink, strict=True):
-    own = np.flatnonzero(kinks)
-    row[: len(own)] = own
+    gates = np.flatnonzero(kinks)
+    row[: len(gates)] = gates
   u, s, rows = first.factors
   offsets = np.asarray(x, np.float64).reshape(len(x), -1) - first.start.reshape(-1)
   pixel = np.argmax(np.abs(offsets), axis=1)
@@ -122,8 +122,8 @@ def signals(
   layer, space = _Layer(apply_fn, first.place, first.turned, shapes), jnp.asarray(rows, jnp.float32)
   parts = []
   for begin in range(0, len(x), _AT_ONCE):  # of one size, so that one program does for all
-    part = np.resize(np.arange(begin, min(begin + _AT_ONCE, len(x))), _AT_ONCE)
-    parts.append(_signals(layer, params, space, _Sample(*(jnp.asarray(own)[part] for own in given))))
+    chunk = np.resize(np.arange(begin, min(begin + _AT_ONCE, len(x))), _AT_ONCE)
+    parts.append(_signals(layer, params, space, _Sample(*(jnp.asarray(values)[chunk] for values in given))))
   signal = np.asarray(jnp.concatenate(parts)[: len(x)], np.float64)
   relative = np.abs(arguments[:, spread > 0]) / spread[spread > 0]
   unrest = np.partition(relative, 1)[:, 1] if relative.shape[1] > 1 else np.zeros(len(x))  # 0 without gates
@@ -172,9 +172,9 @@ def _spread(examination: Examination) -> np.ndarray:
   parts = []
   for root in roots:
     if root.shape[:1] == examination.probes.shape[:1]:
-      own = np.asarray(root, np.float64).reshape(len(root), -1)
-      moving = own.std(axis=0)
-      parts.append(np.where(moving > 1e-3 * moving.max(initial=0.0), own.std(), 0.0))
+      arguments = np.asarray(root, np.float64).reshape(len(root), -1)
+      moving = arguments.std(axis=0)
+      parts.append(np.where(moving > 1e-3 * moving.max(initial=0.0), arguments.std(), 0.0))
   return np.concatenate([np.zeros(0), *parts])
 
 
@@ -212,30 +212,30 @@ def _signals(layer: _Layer, params: PyTree, rows: jax.Array, samples: _Sample) -
   free_gates = relaxation.given_gates(layer.apply_fn)
   sizes = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
 
-  def of_one(own: _Sample) -> jax.Array:
-    dtype = own.x.dtype
+  def of_one(one: _Sample) -> jax.Array:
+    dtype = one.x.dtype
 
     def signal(t: jax.Array) -> jax.Array:
-      open_ = (own.arguments > 0).astype(dtype).at[own.places].set(t, mode="drop")
+      open_ = (one.arguments > 0).astype(dtype).at[one.places].set(t, mode="drop")
       gates = [g.reshape(1, *shape) for g, shape in zip(jnp.split(open_, sizes), shapes, strict=True)] if shapes else []
 
       def loss(row: jax.Array) -> jax.Array:  # the gradient by one row of the kernel is x there times the signal
-        at = (slice(None), own.pixel) if layer.turned else own.pixel
+        at = (slice(None), one.pixel) if layer.turned else one.pixel
         changed = [*leaves[:place], leaves[place].at[at].add(row), *leaves[place + 1 :]]
-        logits = free_gates(jax.tree.unflatten(structure, changed), own.x[None], gates)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, own.label[None])[0]
+        logits = free_gates(jax.tree.unflatten(structure, changed), one.x[None], gates)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, one.label[None])[0]
 
-      return jax.grad(loss)(jnp.zeros(rows.shape[1], dtype)) / own.height
+      return jax.grad(loss)(jnp.zeros(rows.shape[1], dtype)) / one.height
 
     def beyond(vectors: jax.Array, length: jax.Array) -> jax.Array:
-      return jnp.concatenate([vectors - (vectors @ rows.T) @ rows, (vectors @ own.pull * length)[..., None]], axis=-1)
+      return jnp.concatenate([vectors - (vectors @ rows.T) @ rows, (vectors @ one.pull * length)[..., None]], axis=-1)
 
-    t = jnp.full(own.places.shape, 0.5, dtype)
+    t = jnp.full(one.places.shape, 0.5, dtype)
     for _ in range(max(len(shapes), 1)):  # linear in the gates of each layer
       now, push = jax.linearize(signal, t)
       length = jnp.linalg.norm(now)
       slopes = beyond(jax.vmap(push)(jnp.eye(len(t), dtype=dtype)), length)
-      t = _bounded(slopes, (beyond(now, length) - t @ slopes).at[-1].add(-own.sought * length), t)
+      t = _bounded(slopes, (beyond(now, length) - t @ slopes).at[-1].add(-one.sought * length), t)
     return signal(t)
 
   return jax.vmap(of_one)(samples)

@@ -42,7 +42,7 @@ _DEFAULT = Criteria()
 
 
 class Certificates(NamedTuple):
-  """What the values of samples say, without data, of whether they are training samples.
+  """How samples lie in the subspace and in the range: the evidence for training samples that needs no equations.
 
   Attributes:
     tight: how many values of each sample lie at an end of the range [M]; only those that `Subspace.free_coordinates`
@@ -67,7 +67,7 @@ class Certificates(NamedTuple):
 
 @full_precision
 def polish(x: ArrayLike, subspace: Subspace, *, likely: ArrayLike | None = None, num_steps: int = 60) -> jax.Array:
-  """Moves samples to points of a subspace nearby, of whose values as many as possible lie at an end of the range.
+  """Moves samples to nearby points of a subspace with as many values as possible at an end of the range.
 
   Iteratively reweighted least squares on ``sum_p |x_p - e_p|^(1/2)``, with e_p the nearer end of the range, smoothed
   ever less; then least squares on the values that have arrived. The exponent is between that of a linear program, which
@@ -100,7 +100,7 @@ def polish(x: ArrayLike, subspace: Subspace, *, likely: ArrayLike | None = None,
 @jax.jit
 @full_precision
 def likely_ends(x: ArrayLike, y: ArrayLike, others: ArrayLike, others_y: ArrayLike) -> jax.Array:
-  """How likely each value is to end black, or white: the share of similar samples of its label in which it is so.
+  """How likely each value is to end black, or white: the share of similar samples of its label that have it there.
 
   Args:
     x: samples [M, ...] in units of the range.
@@ -112,8 +112,8 @@ def likely_ends(x: ArrayLike, y: ArrayLike, others: ArrayLike, others_y: ArrayLi
     Shares black and white [2, M, ...], from .05 to .95.
   """
   x, others = jnp.asarray(x), jnp.clip(jnp.asarray(others), 0.0, 1.0)
-  own, rest = jnp.clip(x, 0.0, 1.0).reshape(x.shape[0], -1), others.reshape(others.shape[0], -1)
-  distances = jnp.sum(rest**2, axis=1)[None] - 2 * own @ rest.T
+  flat, rest = jnp.clip(x, 0.0, 1.0).reshape(x.shape[0], -1), others.reshape(others.shape[0], -1)
+  distances = jnp.sum(rest**2, axis=1)[None] - 2 * flat @ rest.T
   distances = jnp.where(jnp.asarray(y)[:, None] == jnp.asarray(others_y)[None], distances, jnp.inf)
   near, nearest = jax.lax.top_k(-distances, min(_NEAREST, len(others)))
   counts = jnp.isfinite(near).astype(rest.dtype)
@@ -123,7 +123,7 @@ def likely_ends(x: ArrayLike, y: ArrayLike, others: ArrayLike, others_y: ArrayLi
 
 
 def certify(x: ArrayLike, subspace: Subspace, criteria: Criteria = _DEFAULT) -> Certificates:
-  """Which samples pass for training samples, from the subspace alone: tight, firm, in the range, and not the origin.
+  """Which samples are certified by the subspace alone: tight, firm, in the range, and not the origin.
 
   They must be firm also where all black values may become one grey, and all white ones another. Else a picture with
   even areas would pass when it is made so bright that one of them is white, if a black image is in it. Where the
@@ -141,14 +141,14 @@ def certify(x: ArrayLike, subspace: Subspace, criteria: Criteria = _DEFAULT) -> 
     ValueError: see `polish`.
   """
   x, origin, free = _checked(x, subspace), subspace.origin, subspace.free_coordinates
-  own = np.asarray(x, np.float64).reshape(x.shape[0], -1)[:, free]
-  black, white = np.abs(own) < criteria.tight, np.abs(own - 1) < criteria.tight
-  tight, overshoot = (black | white).sum(axis=1), np.linalg.norm(np.maximum(0.0, np.maximum(-own, own - 1)), axis=1)
+  unit = np.asarray(x, np.float64).reshape(x.shape[0], -1)[:, free]
+  black, white = np.abs(unit) < criteria.tight, np.abs(unit - 1) < criteria.tight
+  tight, overshoot = (black | white).sum(axis=1), np.linalg.norm(np.maximum(0.0, np.maximum(-unit, unit - 1)), axis=1)
   away = np.abs(np.asarray(x - origin[None])).reshape(x.shape[0], -1).max(axis=1) > criteria.away
   required = subspace.required_active(criteria)
   enough = (tight >= required) & (overshoot <= criteria.overshoot) & away
-  firmness, contrast, one_sided = np.zeros((3, len(own)))
-  ends, which = np.unique(np.where(black | white, own > 0.5, -1)[enough], axis=0, return_inverse=True)
+  firmness, contrast, one_sided = np.zeros((3, len(unit)))
+  ends, which = np.unique(np.where(black | white, unit > 0.5, -1)[enough], axis=0, return_inverse=True)
   if len(ends):  # many samples come to one vertex
     rows = np.asarray(subspace.basis, np.float64)[free]
     measured = np.array([_held(rows, vertex, required, criteria.firmness) for vertex in ends])
@@ -168,7 +168,7 @@ def _held(basis: np.ndarray, ends: np.ndarray, count: int, least: float) -> tupl
   firmness = _least_singular(np.concatenate(parts))
   if firmness < least:
     return firmness, 0.0, 0.0
-  contrast = _least_singular(np.concatenate([part - part.mean(axis=0) for part in parts if len(part)]))
+  contrast = _least_singular(np.concatenate([rows - rows.mean(axis=0) for rows in parts if len(rows)]))
   most = max(parts, key=len)
   return firmness, contrast, _least_singular(most) if len(most) >= count else 0.0
 
@@ -284,9 +284,9 @@ def off_level(subspace: Subspace, criteria: Criteria = _DEFAULT) -> float:
   basis, moving = np.asarray(subspace.basis, np.float64), subspace.moving
   least = 2 * criteria.off_level
   for begin in range(0, len(moving), _COLUMNS):
-    own = moving[begin : begin + _COLUMNS]
-    left = -basis @ basis[own].T
-    left[own, np.arange(len(own))] += 1
+    columns = moving[begin : begin + _COLUMNS]
+    left = -basis @ basis[columns].T
+    left[columns, np.arange(len(columns))] += 1
     least = min(least, float(np.abs(left).max(axis=0).min()))
   return least / 2
 
@@ -301,14 +301,14 @@ def left_open(x: np.ndarray, subspace: Subspace, criteria: Criteria = _DEFAULT) 
   """
   basis, flat = np.asarray(subspace.basis, np.float64), x.reshape(len(x), subspace.origin.size)
   ends = flat == (np.mean(flat, axis=1, keepdims=True) > 0.5)
-  grams = (basis[own].T @ basis[own] for own in ends)
+  grams = (basis[at_end].T @ basis[at_end] for at_end in ends)
   return np.array([np.sum(np.linalg.eigvalsh(gram) < criteria.firmness**2) for gram in grams], int)
 
 
 def promising(x: ArrayLike, subspace: Subspace) -> np.ndarray:
   """Which samples [M, ...] have enough values near the ends of the range to be certified after polishing."""
-  own = np.asarray(x).reshape(np.shape(x)[0], -1)[:, subspace.free_coordinates]
-  near = np.sum(np.minimum(np.abs(own), np.abs(own - 1)) < _NEAR, axis=1)
+  values = np.asarray(x).reshape(np.shape(x)[0], -1)[:, subspace.free_coordinates]
+  near = np.sum(np.minimum(np.abs(values), np.abs(values - 1)) < _NEAR, axis=1)
   return near >= subspace.required_active()
 
 
@@ -355,7 +355,7 @@ def _polished(c: jax.Array, trust: jax.Array, subspace: Subspace, moving: np.nda
   rows = basis[moving]
 
   def solve(c: jax.Array, weights: jax.Array, ends: jax.Array) -> jax.Array:
-    """Weighted least squares, held a little where it is; nothing moves where its equations fail to be solved."""
+    """Weighted least squares, weakly tied to the present point, which stays where the system cannot be solved."""
     weights = weights[moving]
     gram = (rows * weights[:, None]).T @ rows
     scale = jnp.trace(gram) / c.shape[0] + 1e-30
@@ -380,7 +380,7 @@ def _polished(c: jax.Array, trust: jax.Array, subspace: Subspace, moving: np.nda
     c, _ = jax.lax.scan(descend, c, jnp.geomspace(_FIRST, _LAST, num_steps))
     return jax.lax.scan(refit, c, jnp.geomspace(_FAR * _LAST, _LAST, _REFITS))[0]
 
-  return jax.lax.map(lambda own: one(*own), (c, trust), batch_size=_AT_ONCE)
+  return jax.lax.map(lambda pair: one(*pair), (c, trust), batch_size=_AT_ONCE)
 
 
 def _with_neighbours(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -389,7 +389,7 @@ def _with_neighbours(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return values
   image = values.reshape(shape)
   for axis in (0, 1):
-    padded = jnp.pad(image, [(1, 1) if axis == own else (0, 0) for own in range(3)], mode="edge")
+    padded = jnp.pad(image, [(1, 1) if axis == side else (0, 0) for side in range(3)], mode="edge")
     around = sum(jax.lax.slice_in_dim(padded, at, at + shape[axis], axis=axis) for at in (0, 2))
     image = _ALONE * image + (1 - _ALONE) / 2 * around
   return image.reshape(-1)

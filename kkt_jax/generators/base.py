@@ -18,7 +18,7 @@ import numpy as np
 from kkt_jax import _checks
 from kkt_jax._typing import PyTree
 from kkt_jax.analysis.examination import Examination
-from kkt_jax.networks import kaiming
+from kkt_jax.networks import conditioned, kaiming
 
 _CODES, _GUESSES = 50, 2  # samples of each label; and guesses for each sample that may be certified
 
@@ -42,7 +42,7 @@ class Generator(NamedTuple):
     codes: samples of each label and classifier that it can draw, one for each code (`code_of`); 0 if they are endless.
     put: ``(theta, t, y [K], codes [K], unit [K, ...]) -> theta`` with other samples of classifier t in some places, in
       units of the range; None if its samples cannot be set.
-    coordinates: ``(theta, noise [M, D], y [M], t) -> [M, r]``, where samples of classifier t lie in its subspace in
+    coordinates: ``(theta, codes [M], y [M], t) -> [M, r]``, where samples of classifier t lie in its subspace in
       training; None if they do not.
   """
 
@@ -196,8 +196,8 @@ def table(codes: int = _CODES, *, in_span: bool = True, deviation: float = 1.0) 
       coefficients = offsets if factor is None else offsets @ factor.T / jnp.sum(jnp.square(factor), axis=1)[None]
       return [*theta[:t], theta[t].at[place_of(y), chosen].set(coefficients), *theta[t + 1 :]]
 
-    def coordinates(theta: PyTree, noise: jax.Array, y: jax.Array, t: int) -> jax.Array:
-      learned: jax.Array = theta[t][place_of(y), code_of(noise, codes)]
+    def coordinates(theta: PyTree, chosen: jax.Array, y: jax.Array, t: int) -> jax.Array:
+      learned: jax.Array = theta[t][place_of(y), chosen]
       return scales[t][None] * learned
 
     batch_size = codes * max(classifier.num_classes for classifier in classifiers)
@@ -280,7 +280,7 @@ class MLPGenerator(nn.Module):
   @nn.compact
   def __call__(self, noise: jax.Array, y: jax.Array, t: jax.Array, train: bool = False) -> jax.Array:
     """Maps noise [M, D], places of labels [M] and classifier indices [M] to samples [M, *sample_shape]."""
-    x = _conditioned(noise, y, t, self.num_labels, self.num_classifiers)
+    x = conditioned(noise, y, t, self.num_labels, self.num_classifiers)
     for width in self.hidden:
       x = nn.Dense(width, kernel_init=kaiming())(x)
       if self.batch_norm:
@@ -321,7 +321,7 @@ class CodebookGenerator(nn.Module):
     shape = (self.num_classifiers, self.num_labels, self.codebook_size, noise.shape[1] - 1)
     codebook = self.param("codebook", nn.initializers.normal(1.0), shape)
     x = codebook[t, y, code_of(noise, self.codebook_size)] + self.jitter * noise[:, 1:]
-    x = _conditioned(x, y, t, self.num_labels, self.num_classifiers, strength=1.0)
+    x = conditioned(x, y, t, self.num_labels, self.num_classifiers, strength=1.0)
     for width in self.hidden:
       x = nn.silu(nn.Dense(width, kernel_init=kaiming())(x))
     x = nn.Dense(math.prod(self.sample_shape), kernel_init=kaiming())(x)
@@ -355,7 +355,7 @@ class ConvGenerator(nn.Module):
     def normalised(x: jax.Array) -> jax.Array:
       return nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, use_fast_variance=False)(x))
 
-    x = _conditioned(noise, y, t, self.num_labels, self.num_classifiers)
+    x = conditioned(noise, y, t, self.num_labels, self.num_classifiers)
     for size in (*self.hidden, height // 4 * (width // 4) * self.channels[0]):
       x = normalised(nn.Dense(size, kernel_init=kaiming())(x))
     x = x.reshape(-1, height // 4, width // 4, self.channels[0])
@@ -391,20 +391,19 @@ def convolutional(*, noise_dim: int = 64, batch_size: int = 500) -> GeneratorFac
   return network(module, noise=normal_noise(noise_dim), noise_dim=noise_dim, batch_size=batch_size)
 
 
-def _conditioned(
-  noise: jax.Array, y: jax.Array, t: jax.Array, labels: int, classifiers: int, strength: float = 3.0
-) -> jax.Array:
-  """Noise, label and classifier index side by side; the one-hot parts as strong as several noise dimensions."""
-  label, index = (
-    jax.nn.one_hot(_checks.integers(indices), n, dtype=noise.dtype) for indices, n in ((y, labels), (t, classifiers))
-  )
-  return jnp.concatenate([noise, strength * label, strength * index], axis=1)
-
-
 def code_of(noise: jax.Array, codes: int) -> jax.Array:
   """Which of equally likely codes [M] the first coordinate of standard normal noise [M, D] picks."""
   uniform = jax.scipy.stats.norm.cdf(noise[:, 0])
   return jnp.clip((uniform * codes).astype(jnp.int32), 0, codes - 1)
+
+
+def noise_of(codes: int) -> jax.Array:
+  """Noise [codes, 1] of which `code_of` reads the codes in their order.
+
+  >>> code_of(noise_of(3), 3).tolist()
+  [0, 1, 2]
+  """
+  return jax.jit(jax.scipy.stats.norm.ppf)((np.arange(codes) + 0.5) / codes)[:, None]
 
 
 def affine_output(means: ArrayLike, factors: ArrayLike, *, bound: float) -> Callable[[jax.Array, jax.Array], jax.Array]:

@@ -28,6 +28,7 @@ from kkt_jax.criteria import Criteria
 from kkt_jax.generators import base as generators
 from kkt_jax.generators.base import Generator
 from kkt_jax.metrics.distances import pairwise_distance
+from kkt_jax.networks import conditioned
 
 _RATE, _LAST_RATE = 1e-3, 0.02  # peak learning rate of flow matching, and the share of it at the end
 _WIDEST = 512  # network that is chosen by the dimension
@@ -36,7 +37,7 @@ _DEFAULT = Criteria()
 
 
 class Destination(nn.Module):
-  """Where a place on the way from noise to samples is bound for, v(x, time, y, t): a residual network.
+  """The end of the path through a place between noise and samples, v(x, time, y, t): a residual network.
 
   Attributes:
     num_labels: number of labels altogether.
@@ -54,12 +55,8 @@ class Destination(nn.Module):
   def __call__(self, x: jax.Array, time: jax.Array, y: jax.Array, t: jax.Array) -> jax.Array:
     """Maps places [M, D], times [M] from 0 to 1, places of labels [M] and classifier indices [M] to places [M, D]."""
     angle = 2 * jnp.pi * time[:, None] * jnp.arange(1, _WAVES + 1)[None]
-    given = [time[:, None], jnp.sin(angle), jnp.cos(angle)]
-    given += [
-      3 * jax.nn.one_hot(_checks.integers(indices), n)
-      for indices, n in ((y, self.num_labels), (t, self.num_classifiers))
-    ]
-    condition = jnp.concatenate(given, axis=1)
+    times = jnp.concatenate([time[:, None], jnp.sin(angle), jnp.cos(angle)], axis=1)
+    condition = conditioned(times, y, t, self.num_labels, self.num_classifiers)
     h = nn.Dense(self.width)(jnp.concatenate([x, condition], axis=1))
     for _ in range(self.blocks):
       inner = nn.Dense(self.width)(nn.silu(nn.LayerNorm()(h))) + nn.Dense(self.width)(condition)
@@ -231,7 +228,7 @@ class Flow:
 
 
 def _charts(examinations: Sequence[Examination]) -> list[tuple[Subspace, float]]:
-  """For each classifier where samples lie, and the size of a coordinate; anywhere, unless all reveal their subspace."""
+  """For each classifier its subspace, or all of space unless all reveal theirs, and the size of a coordinate."""
   deviation = generators.typical_deviation(examinations)
   subspaces = [examination.subspace for examination in examinations if examination.subspace is not None]
   if len(subspaces) < len(examinations):

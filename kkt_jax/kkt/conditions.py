@@ -130,12 +130,12 @@ def weight_decay_conditions(params: PyTree, *, weight_decay: DecayLike = 1.0) ->
 @jax.jit  # one compilation for all tensors
 def _decayed(params: PyTree, strengths: PyTree) -> tuple[PyTree, PyTree]:
   """Target and mask."""
-  return jax.tree.map(lambda p, own: (own * p).astype(p.dtype), params, strengths), jax.tree.map(jnp.ones_like, params)
+  return jax.tree.map(lambda p, w: (w * p).astype(p.dtype), params, strengths), jax.tree.map(jnp.ones_like, params)
 
 
 @_checks.annotated
 def weigh_tensors(conditions: Conditions, weights: Mapping[str, float] | PyTree) -> Conditions:
-  """Conditions whose squared errors count so many times in each tensor: the mask times the roots of the weights.
+  """Conditions with weighted squared errors, tensor by tensor: the mask times the roots of the weights.
 
   Args:
     conditions: the conditions.
@@ -154,8 +154,8 @@ def weigh_tensors(conditions: Conditions, weights: Mapping[str, float] | PyTree)
   [2.]
   """
   names = tensor_names(conditions.target)
-  own: Any = jax.tree.structure(conditions.target)
-  if jax.tree.structure(weights) == own:
+  needed: Any = jax.tree.structure(conditions.target)
+  if jax.tree.structure(weights) == needed:
     weights = dict(zip(names, jax.tree.leaves(weights), strict=True))
   unknown = sorted(set(weights) - set(names)) if isinstance(weights, Mapping) else weights
   if unknown:

@@ -77,7 +77,7 @@ def nonnegative_multipliers(
 
 
 def _in_one_loop(apply_fn: ApplyFn, params: PyTree, x: jax.Array, *others: Any) -> bool:
-  """Whether all steps of a descent can be one program: not those of convolutions on a CPU, which are slow there."""
+  """Whether all steps of a descent are one program; with convolutions on a CPU that would be slow."""
   traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, x, *others)))
   return traced or jax.default_backend() != "cpu" or "conv_general" not in str(jax.make_jaxpr(apply_fn)(params, x))
 
@@ -189,7 +189,7 @@ class _Gates(NamedTuple):
     return self.chosen([jnp.full_like(gate, 0.5) for gate in self.exact])
 
   def chosen(self, gates: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.where(own, gate, shut) for own, gate, shut in zip(self.free, gates, self.exact, strict=True)]
+    return [jnp.where(is_free, gate, shut) for is_free, gate, shut in zip(self.free, gates, self.exact, strict=True)]
 
   def error(self, gates: list[jax.Array]) -> PyTree:
     function = _with_gates(self.classifier.apply_fn, gates)
@@ -207,7 +207,7 @@ class _Gates(NamedTuple):
 
 
 def _times(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
-  return [own * other for own, other in zip(a, b, strict=True)]
+  return [one * other for one, other in zip(a, b, strict=True)]
 
 
 @jax.jit
@@ -229,15 +229,15 @@ def _gates_problem(
     leaves, structure = jax.tree.flatten(conditions.target)
     keys = jax.random.split(key, len(leaves))
     random = [jax.random.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    return [jnp.square(own) for own in pull_back(jax.tree.unflatten(structure, random))[0]]
+    return [jnp.square(gradient) for gradient in pull_back(jax.tree.unflatten(structure, random))[0]]
 
-  squares = [jnp.mean(own, axis=0) for own in jax.vmap(share)(jax.random.split(jax.random.key(0), _PROBES))]
+  squares = [jnp.mean(square, axis=0) for square in jax.vmap(share)(jax.random.split(jax.random.key(0), _PROBES))]
   units = [1 / (jnp.sqrt(s) + 1e-3 * jnp.sqrt(jnp.max(s)) + 1e-30) for s in squares]
-  return problem._replace(unit=[jnp.where(own, unit, 0.0) for own, unit in zip(free, units, strict=True)])
+  return problem._replace(unit=[jnp.where(is_free, unit, 0.0) for is_free, unit in zip(free, units, strict=True)])
 
 
 def _descended_gates(problem: _Gates, num_steps: int, *, compiled_loop: bool) -> list[jax.Array]:
-  ones = [own.astype(gate.dtype) for own, gate in zip(problem.free, problem.exact, strict=True)]
+  ones = [is_free.astype(gate.dtype) for is_free, gate in zip(problem.free, problem.exact, strict=True)]
   squared = jax.tree_util.Partial(_Gates.squared, problem)
   step = 0.8 / greatest_value(squared, ones, num_steps=20, compiled_loop=compiled_loop)
   descend = jax.tree_util.Partial(_Gates.descended, problem, step)

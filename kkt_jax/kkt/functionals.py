@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
-from kkt_jax import _checks
 from kkt_jax._precision import full_precision
+from kkt_jax._tree import tensor_names
 from kkt_jax._typing import ApplyFn, PyTree
 
 _LOGITS, _MARGINS = 8, 48  # sums of logits, and of margins, or a quarter more than there are tensors
@@ -55,11 +55,13 @@ class Functionals(NamedTuple):
   Attributes:
     values: the sums [R].
     changes: by each tensor, in the order of the leaves, in float64.
+    names: of the tensors, in this order.
     num_classes: how many logits an input has.
   """
 
   values: np.ndarray
   changes: list[Changes]
+  names: list[str]
   num_classes: int
 
   @property
@@ -68,34 +70,34 @@ class Functionals(NamedTuple):
     return self.values[:_LOGITS]
 
   @property
+  def unused(self) -> tuple[str, ...]:
+    """The names of the tensors on which no sum depends."""
+    return tuple(name for name, change in zip(self.names, self.changes, strict=True) if not change.random.any())
+
+  @property
   def margins(self) -> list[Changes]:
-    """Of the others, of margins, which do not change where all logits of an input do alike."""
-    return jax.tree.map(lambda own: own[_LOGITS:], self.changes)
+    """The changes of the other sums, of margins, which a common shift of an input's logits leaves alone."""
+    return jax.tree.map(lambda change: change[_LOGITS:], self.changes)
 
 
 @full_precision
 def functionals(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, margins: bool = True) -> Functionals:
-  """A few sums of logits, and if asked for more of margins than there are tensors.
+  """A few sums of logits, and if wanted more sums of margins than there are tensors.
 
   Args:
     apply_fn: ``(params, x[K, ...]) -> logits[K, C]``; samples may interact.
-    params: zeta, floating point.
-    x: inputs [K, ...]; each takes part in sums of logits.
+    params: zeta, arrays of floats.
+    x: inputs [K, ...], finite floats; each takes part in sums of logits.
     margins: whether there are sums of margins.
-
-  Raises:
-    ValueError: ``x`` is no batch of finite floats, or ``params`` are not floating point.
   """
-  _checks.check_batch("x", x)
-  _checks.check_finite("x", x)
-  params = jax.tree.map(jnp.asarray, _checks.arrays("params", params))
+  params = jax.tree.map(jnp.asarray, params)
   leaves = jax.tree.leaves(params)
   normals = [jnp.asarray(normal(leaf)) for leaf in leaves]
   count = _LOGITS + (max(_MARGINS, len(leaves) * 5 // 4) if margins else 0)
-  found = [jax.device_get(_changes(apply_fn, params, *own, normals)) for own in sums(apply_fn, params, x, count)]
+  measured = [jax.device_get(_changes(apply_fn, params, *pair, normals)) for pair in sums(apply_fn, params, x, count)]
   stacked = lambda *rows: np.asarray(np.stack(rows), np.float64)
-  values, changes = jax.tree.map(stacked, *found)
-  return Functionals(values, changes, jax.eval_shape(apply_fn, params, x).shape[1])
+  values, changes = jax.tree.map(stacked, *measured)
+  return Functionals(values, changes, tensor_names(params), jax.eval_shape(apply_fn, params, x).shape[1])
 
 
 def normal(leaf: jax.Array) -> np.ndarray:
@@ -130,14 +132,14 @@ def _changes(
   apply_fn: ApplyFn, params: PyTree, x: jax.Array, weights: jax.Array, normals: list[jax.Array]
 ) -> tuple[jax.Array, list[Changes]]:
   value, gradient = jax.value_and_grad(lambda p: jnp.vdot(apply_fn(p, x), weights))(params)
-  return value, [_of_tensor(*own) for own in zip(*map(jax.tree.leaves, (gradient, params)), normals, strict=True)]
+  return value, [_of_tensor(*tensor) for tensor in zip(*map(jax.tree.leaves, (gradient, params)), normals, strict=True)]
 
 
 def _of_tensor(gradient: jax.Array, value: jax.Array, random: jax.Array) -> Changes:
   products = gradient * value
   over_all_but = lambda axis: jnp.sum(products, axis=[k for k in range(value.ndim) if k != value.ndim + axis])
   nothing = jnp.zeros(0, products.dtype)
-  first = lambda own: own[..., 0] if own.ndim else own
+  first = lambda array: array[..., 0] if array.ndim else array
   return Changes(
     jnp.sum(products),
     jnp.vdot(products, random),

@@ -125,7 +125,7 @@ def derivative_equations(
 
 @full_precision
 def summed_equations(
-  apply_fn: ApplyFn, params: PyTree, x: ArrayLike, known: functionals.Functionals
+  apply_fn: ApplyFn, params: PyTree, x: jax.Array, known: functionals.Functionals
 ) -> DerivativeEquations:
   """`derivative_equations` of random sums of the logits, hardly more than there are tensors.
 
@@ -133,8 +133,8 @@ def summed_equations(
 
   Args:
     apply_fn: as in `derivative_equations`.
-    params: as in `derivative_equations`.
-    x: as in `derivative_equations`.
+    params: zeta, arrays of floats of at least 32 bits.
+    x: inputs [K, ...], finite floats.
     known: the sums, of the same.
 
   >>> params = {"weight": jnp.array([[2.0]]), "shift": jnp.array([3.0])}
@@ -143,24 +143,23 @@ def summed_equations(
   >>> print((equations.coefficients[0] / equations.values[0] * 13).round(2))  # shift * 3 + weight * 10 = 13
   [ 3. 10.]
   """
-  params, x = _prepare(params, x)
   leaves, structure = jax.tree.flatten(params)
   biases = bias_tensors(apply_fn, params, x)
   chosen = np.array([bias or leaf.ndim <= 1 for bias, leaf in zip(biases, leaves, strict=True)])
-  scaled, uneven, random = (np.stack([own[k] for own in known.changes], axis=1) for k in range(3))
+  scaled, uneven, random = (np.stack([change[k] for change in known.changes], axis=1) for k in range(3))
   rows, sizes = [scaled], [scaled, uneven]
   values = [known.values]
-  size, own, moved = (np.linalg.norm(part[: len(known.logits)], axis=0) for part in (known.values, scaled, random))
+  size, scale, moved = (np.linalg.norm(block[: len(known.logits)], axis=0) for block in (known.values, scaled, random))
   normals = jax.tree.unflatten(structure, [jnp.asarray(functionals.normal(leaf)) for leaf in leaves])
   direction, heard = _second_order_direction(params, normals, moved, size, chosen)
-  quiet = own < _QUIET * size if functionals.large(params) else True
+  quiet = scale < _QUIET * size if functionals.large(params) else True
   if np.any(np.asarray(heard) & quiet):
     sums = functionals.sums(apply_fn, params, x, max(32, len(leaves) // 2))
-    found = [jax.device_get(_moved_rows(apply_fn, params, *of, normals, direction)) for of in sums]
-    for parts, more in zip((values, rows, sizes), zip(*found, strict=True), strict=True):
+    further = [jax.device_get(_moved_rows(apply_fn, params, *of, normals, direction)) for of in sums]
+    for parts, more in zip((values, rows, sizes), zip(*further, strict=True), strict=True):
       parts.append(np.stack(more))
   dtype = jnp.result_type(*leaves)
-  coefficients, whole, squares = (jnp.asarray(np.concatenate(own), dtype) for own in (rows, values, sizes))
+  coefficients, whole, squares = (jnp.asarray(np.concatenate(blocks), dtype) for blocks in (rows, values, sizes))
   return DerivativeEquations(coefficients, whole, jnp.linalg.norm(squares, axis=0), biases)
 
 
@@ -168,13 +167,13 @@ def summed_equations(
 def _moved_rows(
   apply_fn: ApplyFn, params: PyTree, x: jax.Array, weights: jax.Array, normals: PyTree, direction: PyTree
 ) -> tuple[jax.Array, ...]:
-  """How along a direction change: one sum, its derivatives along each tensor [U], and along each made uneven [U]."""
+  """Derivatives along a direction: of a sum, of its derivatives along each tensor [U] and along each uneven one [U]."""
 
   def rows(params: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
     value, gradient = jax.value_and_grad(lambda p: jnp.vdot(apply_fn(p, x), weights))(params)
-    products = [own * p for own, p in zip(*map(jax.tree.leaves, (gradient, params)), strict=True)]
-    uneven = [jnp.vdot(own, normal) for own, normal in zip(products, jax.tree.leaves(normals), strict=True)]
-    return value, jnp.stack([jnp.sum(own) for own in products]), jnp.stack(uneven)
+    products = [slope * p for slope, p in zip(*map(jax.tree.leaves, (gradient, params)), strict=True)]
+    uneven = [jnp.vdot(product, normal) for product, normal in zip(products, jax.tree.leaves(normals), strict=True)]
+    return value, jnp.stack([jnp.sum(product) for product in products]), jnp.stack(uneven)
 
   return jax.jvp(rows, (params,), (direction,))[1]
 

@@ -427,15 +427,15 @@ def _masked_in_units(conditions: Conditions, sums: PyTree) -> list[PyTree]:
   Squares then neither under- nor overflow, unless what is left out is 1e18 times as large as the rest.
   """
   target, mask, sums = _in_floats(conditions, sums)
-  found = []
+  scaled = []
   for tree in (target, sums):
     unit = _nonzero(jnp.max(jnp.stack([_largest(leaf) for leaf in jax.tree.leaves(tree)])))
-    found.append(jax.tree.map(lambda mask, leaf, unit=unit: mask * (leaf / unit), mask, tree))
-  return found
+    scaled.append(jax.tree.map(lambda mask, leaf, unit=unit: mask * (leaf / unit), mask, tree))
+  return scaled
 
 
 def _largest(leaf: jax.Array) -> jax.Array:
-  """The largest entry, a constant to the gradient: what it serves as a unit does not depend on the unit."""
+  """The largest entry, without a gradient: what it is a unit of does not depend on it."""
   return jnp.max(jnp.abs(jax.lax.stop_gradient(leaf)), initial=0.0)
 
 

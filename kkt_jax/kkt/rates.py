@@ -192,6 +192,7 @@ def given_rates(rates: PyTree, params: PyTree, *, target_rate: ArrayLike | None 
   return RateSolution(full, jnp.array(jnp.nan), unknown, unknown, jnp.asarray(target_rate), undetermined)
 
 
+@jax.jit  # one compilation for all tensors
 def parameter_groups(solution: RateSolution, *, tolerance: float = 1e-3) -> PyTree:
   """Sorts the parameters by their rate (the text below Eq. 2), as integers shaped like the parameters.
 
@@ -215,16 +216,12 @@ def parameter_groups(solution: RateSolution, *, tolerance: float = 1e-3) -> PyTr
   >>> print(parameter_groups(given_rates({"w": jnp.array([0.0, 0.5, 1.0])}, params, target_rate=0.5))["w"])
   [-1  0  1]
   """
-  return _grouped(solution.rates, solution.target_rate, tolerance)
 
-
-@jax.jit  # one compilation for all tensors
-def _grouped(rates: PyTree, target_rate: jax.Array, tolerance: float) -> PyTree:
   def group(rate: jax.Array) -> jax.Array:
-    ahead = rate - target_rate
+    ahead = rate - solution.target_rate
     return jnp.where(jnp.abs(ahead) > tolerance, jnp.sign(ahead), 0).astype(jnp.int8)
 
-  return jax.tree.map(group, rates)
+  return jax.tree.map(group, solution.rates)
 
 
 def groups_table(solution: RateSolution, *, tolerance: float = 1e-3) -> str:
@@ -332,7 +329,7 @@ def _least_squares(
 
 
 def _choose(bits: ArrayLike, minimised: ArrayLike, *, dtype: np.dtype, even: bool, tolerance: float) -> np.ndarray:
-  """The bits of the solution [U] that is least over the ``minimised`` unknowns, then over all.
+  """The solution [U], in bits, that is least over the ``minimised`` unknowns, then over all.
 
   Least is the norm of the minimised, or if ``even`` the greatest of them and then their norm.
 

@@ -30,7 +30,6 @@ import numpy as np
 
 from kkt_jax import _checks
 from kkt_jax._precision import full_precision
-from kkt_jax._tree import tensor_names
 from kkt_jax._typing import ApplyFn, PyTree
 from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import functionals
@@ -89,40 +88,11 @@ def least_residual(
   >>> round(least_residual(net, weights, weight_decay_conditions(weights), x).value, 2)
   0.64
   """
-  return _tried(apply_fn, params, x, criteria).bound(conditions)([])
-
-
-@_checks.annotated
-@full_precision
-def scale_invariant(
-  apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, criteria: AnalysisCriteria = _DEFAULT
-) -> PyTree:
-  """Which tensors can be scaled up, alone or together with others, without any change of the margins.
-
-  Such are the weights before batch norm or layer norm. Weight decay shrinks them for ever: they are at no stationary
-  point of it, and a condition that asks for one asks for the impossible.
-
-  Args:
-    apply_fn: ``(params, x[K, ...]) -> logits[K, C]`` with exact derivatives; samples may interact.
-    params: zeta.
-    x: inputs [K, ...], any.
-    criteria: as in `least_residual`.
-
-  Returns:
-    A pytree of Python bools like ``params``.
-
-  >>> import jax.numpy as jnp
-  >>> net = lambda w, x: (x @ w["a"]) / jnp.linalg.norm(x @ w["a"]) @ w["b"]
-  >>> params = {"a": jnp.array([[1.0, 2.0, 0.0], [4.0, -3.0, 1.0]]), "b": jnp.eye(3)}
-  >>> print(scale_invariant(net, params, jnp.array([[1.0, 2.0], [3.0, -1.0]])))
-  {'a': True, 'b': False}
-  """
-  return _tried(apply_fn, params, x, criteria).scale_invariant()
-
-
-def _tried(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, criteria: AnalysisCriteria) -> "Symmetries":
   params = _checks.arrays("params", params)
-  return Symmetries(params, functionals.functionals(apply_fn, params, x), criteria=criteria)
+  _checks.check_batch("x", x)
+  _checks.check_finite("x", x)
+  known = functionals.functionals(apply_fn, params, x)
+  return Symmetries(params, known, criteria=criteria).bound(conditions)([])
 
 
 _Parts = dict[str, dict[str, float]]  # squared length of what the target has in a family, by tensor that it moves
@@ -150,10 +120,10 @@ class _Tensor:
 
   @classmethod
   def of(cls, name: str, value: Any, target: Any, changes: functionals.Changes) -> "_Tensor":
-    """From its values and its target, arrays of one shape."""
+    """A tensor from its values and its target, arrays of one shape."""
     v, t = np.asarray(value, np.float64), np.asarray(target, np.float64)
     shape = v.shape[-2:] if v.ndim > 1 else (1, v.size)
-    summed = lambda own: own.reshape(-1, *shape).sum(axis=0)
+    summed = lambda entries: entries.reshape(-1, *shape).sum(axis=0)
     shifted = float(np.sum(np.square(t.mean(axis=-1))) * v.shape[-1]) if v.ndim else 0.0
     return cls(name, v.shape, changes, summed(v * v), summed(v * t), shifted)
 
@@ -167,11 +137,10 @@ class Symmetries:
   def __init__(self, params: PyTree, known: functionals.Functionals, *, criteria: AnalysisCriteria = _DEFAULT):
     """Takes the arguments of `least_residual`, and how random sums of margins change."""
     self.params, self.changes, self.criteria = params, known.margins, criteria
-    self.names, self.leaves = tensor_names(params), jax.tree.leaves(params)
-    self.num_classes = known.num_classes
+    self.names, self.leaves, self.num_classes = known.names, jax.tree.leaves(params), known.num_classes
 
   def bound(self, conditions: Conditions) -> Callable[[Collection[str]], LeastResidual]:
-    """`least_residual`, a function of the names of tensors without which it is asked."""
+    """`least_residual` as a function of the tensors, by name, that are left out."""
     trees = (conditions.target, conditions.mask)
     of = zip(self.names, self.leaves, *map(jax.tree.leaves, trees), self.changes, strict=True)
     totals, usable = {}, []
@@ -183,33 +152,47 @@ class Symmetries:
         usable.append(_Tensor.of(name, value, masked, changes))
 
     def without(left: Collection[str]) -> LeastResidual:
-      total = sum(own for name, own in totals.items() if name not in left)
+      total = sum(square for name, square in totals.items() if name not in left)
       tensors = [tensor for tensor in usable if tensor.name not in left]
       if not total:
         return LeastResidual(1.0, {"no condition is left": 1.0}, {})
       scalable = [t for t in tensors if t.squares.any()]  # what is 0 has no scale
       parts = self._shifts(tensors) | _whole_tensors(scalable, self.criteria) | _units(scalable, self.criteria, known)
-      shares = {name: sum(own.values()) / total for name, own in parts.items()}
-      moved = {name for own in parts.values() for name in own}
-      by_tensor = {name: max(own.get(name, 0.0) for own in parts.values()) / total for name in moved}
+      shares = {name: sum(lengths.values()) / total for name, lengths in parts.items()}
+      moved = {name for lengths in parts.values() for name in lengths}
+      by_tensor = {name: max(lengths.get(name, 0.0) for lengths in parts.values()) / total for name in moved}
       return LeastResidual(max(shares.values(), default=0.0), shares, by_tensor)
 
     return without
 
   def scale_invariant(self) -> PyTree:
-    """See the function of this name."""
+    """Which tensors can be scaled up, alone or together with others, without any change of the margins.
+
+    Such are the weights before batch norm or layer norm. Weight decay shrinks them for ever: they are at no stationary
+    point of it, and a condition that asks for one asks for the impossible.
+
+    Returns:
+      A pytree of Python bools like ``params``.
+
+    >>> import jax.numpy as jnp
+    >>> net = lambda w, x: (x @ w["a"]) / jnp.linalg.norm(x @ w["a"]) @ w["b"]
+    >>> params = {"a": jnp.array([[1.0, 2.0, 0.0], [4.0, -3.0, 1.0]]), "b": jnp.eye(3)}
+    >>> known = functionals.functionals(net, params, jnp.array([[1.0, 2.0], [3.0, -1.0]]))
+    >>> print(Symmetries(params, known).scale_invariant())
+    {'a': True, 'b': False}
+    """
     from scipy import optimize  # type: ignore[import-untyped]
 
     scalable = [place for place, leaf in enumerate(self.leaves) if np.any(np.asarray(leaf))]
     null = _whole_relations([self.changes[place] for place in scalable], self.criteria)
-    found = dict.fromkeys(range(len(self.names)), False)
+    invariant = dict.fromkeys(range(len(self.names)), False)
     for row, place in enumerate(scalable if null.shape[1] else []):
       # Is there a combination of null vectors that scales this tensor up and none down?
       solved = optimize.linprog(
         -null[row], A_ub=np.vstack([-null, null]), b_ub=np.repeat([1e-6, 1.0], len(null)), bounds=(None, None)
       )
-      found[place] = bool(solved.success and -solved.fun > self.criteria.moved)
-    return jax.tree.unflatten(jax.tree.structure(self.params), list(found.values()))
+      invariant[place] = bool(solved.success and -solved.fun > self.criteria.moved)
+    return jax.tree.unflatten(jax.tree.structure(self.params), list(invariant.values()))
 
   def _shifts(self, tensors: Sequence[_Tensor]) -> _Parts:
     """What the targets have in shifts of all logits alike: the same change of all output columns."""
@@ -223,7 +206,7 @@ class Symmetries:
 
 
 def _whole_tensors(tensors: Sequence[_Tensor], criteria: AnalysisCriteria) -> _Parts:
-  """The same in rescalings of whole tensors against one another."""
+  """What the targets have in rescalings of whole tensors against one another."""
   null = _whole_relations([t.changes for t in tensors], criteria)
   if not null.shape[1]:
     return {}
@@ -232,32 +215,32 @@ def _whole_tensors(tensors: Sequence[_Tensor], criteria: AnalysisCriteria) -> _P
   scales = null @ _coefficients(products, null.T @ (squares[:, None] * null))
   moved = np.abs(null).max(axis=1) > criteria.moved
   parts = zip(tensors, scales**2 * squares, moved, strict=True)
-  return {"scales of whole tensors": {t.name: float(part) for t, part, own in parts if own}}
+  return {"scales of whole tensors": {t.name: float(length) for t, length, is_moved in parts if is_moved}}
 
 
 def _whole_relations(changes: Sequence[functionals.Changes], criteria: AnalysisCriteria) -> np.ndarray:
   """Combinations of rescalings of whole tensors that change no margin, as `_null_space`."""
-  return _null_space([own.scaled for own in changes], [own.generic for own in changes], criteria.symmetric)
+  return _null_space([change.scaled for change in changes], [change.generic for change in changes], criteria.symmetric)
 
 
 def _units(tensors: Sequence[_Tensor], criteria: AnalysisCriteria, known: _Known) -> _Parts:
-  """The same in rescalings of single units: what comes into each up, what goes out of it down.
+  """What the targets have in rescalings of single units: what comes in up, what goes out down.
 
   What depends on the same tensors is ``known`` from call to call.
   """
-  found = []
+  families = []
   for width in sorted({t.shape[-1] for t in tensors if t.shape}):
-    own = tuple(t for t in tensors if width in t.shape[-2:])
-    if own not in known:
-      known[own] = _units_of(own, width, criteria)
-    found.append(known[own])
-  return dict(filter(None, found))
+    group = tuple(t for t in tensors if width in t.shape[-2:])
+    if group not in known:
+      known[group] = _units_of(group, width, criteria)
+    families.append(known[group])
+  return dict(filter(None, families))
 
 
 def _units_of(
   tensors: Sequence[_Tensor], width: int, criteria: AnalysisCriteria
 ) -> tuple[str, dict[str, float]] | None:
-  """The same for units of which a layer has so many: what is moved, and its parts; None if nothing is."""
+  """The same for the units of layers of one width: what is moved, and its lengths; None if nothing is."""
   parts = [(t, False) for t in tensors if t.shape[-1:] == (width,)]
   parts += [(t, True) for t in tensors if t.shape[-2:-1] == (width,)]
   # A relation that holds for two random scalings of the units holds for all: it is linear in them.
@@ -275,8 +258,8 @@ def _units_of(
 def _in_tensor(tensor: _Tensor, parts: Sequence[tuple[_Tensor, bool]], scales: np.ndarray) -> float:
   """The squared length in one tensor of scalings of units, those of each part a row."""
   factor = np.zeros((1, 1))
-  for (own, outgoing), units in zip(parts, scales, strict=True):
-    if own is tensor:
+  for (other, outgoing), units in zip(parts, scales, strict=True):
+    if other is tensor:
       factor = factor + (units[:, None] if outgoing else units[None, :])
   return float(np.sum(tensor.squares * factor**2))
 
@@ -314,7 +297,7 @@ def _null_space(columns: Sequence[np.ndarray], sizes: Sequence[float], tolerance
 
 
 def _coefficients(products: np.ndarray, gram: np.ndarray) -> np.ndarray:
-  """Of a vector's projection on directions, from its products with them and theirs among themselves."""
+  """The coefficients of a vector's projection on directions, from its products with them and their Gram matrix."""
   from scipy import linalg
 
   ridge = 1e-10 * max(float(np.trace(gram)) / len(gram), 1e-300)  # directions may depend on one another, or be 0

@@ -54,9 +54,9 @@ def gram(
     first = [leaf.ndim > 2 and float(_factors(leaf)[2]) <= _RANK_ONE for leaf in map(jnp.asarray, gradients(chunks[0]))]
     if sum(wanted.size for wanted, product in zip(target, first, strict=True) if not product) > SKETCHED:
       return _sketched(gradients, chunks, target, first)
-  found = [[_factors(leaf) for leaf in gradients(chunk) if leaf.ndim > 2] for chunk in chunks]
+  factors = [[_factors(leaf) for leaf in gradients(chunk) if leaf.ndim > 2] for chunk in chunks]
   products, total, rest = np.zeros(count), np.zeros((count, count)), []
-  matrices = iter(zip(*found, strict=True))
+  matrices = iter(zip(*factors, strict=True))
   for place, wanted in enumerate(target):
     pairs = next(matrices) if wanted.ndim > 1 else []
     if not pairs or max(float(missed) for _, _, missed in pairs) > _RANK_ONE:
@@ -78,10 +78,10 @@ def gram(
 
   blocks = _slices(count, max(1, _ROWS // (2 * 4 * flat.size)))
   for number, block in enumerate(blocks):
-    own = rows(block)
-    products[block] += _products(own, flat)[:, 0]
+    block_rows = rows(block)
+    products[block] += _products(block_rows, flat)[:, 0]
     for other in blocks[number:]:
-      between = _products(own, own if other is block else rows(other))
+      between = _products(block_rows, block_rows if other is block else rows(other))
       total[block, other] += between
       if other is not block:
         total[other, block] += between.T
@@ -92,7 +92,7 @@ def _sketched(
   gradients: Gradients, chunks: Sequence[slice], target: Sequence[np.ndarray], are_products: Sequence[bool]
 ) -> tuple[np.ndarray, np.ndarray]:
   """The same in one pass, with sums of entries with random signs for all but what are products of two vectors."""
-  count, rest = chunks[-1].stop, [place for place, own in enumerate(are_products) if not own]
+  count, rest = chunks[-1].stop, [place for place, is_product in enumerate(are_products) if not is_product]
   flat = np.concatenate([target[place].reshape(-1) for place in rest])
   number = min(_SUMS, 2**28 // count) | 1  # odd: widths of layers are even
   padded = -(-flat.size // number) * number
@@ -101,20 +101,20 @@ def _sketched(
   pairs: dict[int, list[tuple[np.ndarray, ...]]] = {place: [] for place in range(len(target)) if place not in rest}
   for chunk in chunks:
     leaves = gradients(chunk)
-    for place, own in pairs.items():
+    for place, collected in pairs.items():
       *factors, missed = _factors(leaves[place])
       if float(missed) > _RANK_ONE:
-        return _sketched(gradients, chunks, target, [own and at != place for at, own in enumerate(are_products)])
-      own.append(tuple(np.asarray(factor, np.float64) for factor in factors))
+        return _sketched(gradients, chunks, target, [flag and at != place for at, flag in enumerate(are_products)])
+      collected.append(tuple(np.asarray(factor, np.float64) for factor in factors))
     arrays = [np.asarray(leaves[place]) for place in rest]
     for row, sample in enumerate(range(chunk.start, chunk.stop)):
-      entries = np.concatenate([own[row].reshape(-1) for own in arrays])
+      entries = np.concatenate([array[row].reshape(-1) for array in arrays])
       products[sample] = entries @ flat
       summed = (np.pad(entries, (0, padded - flat.size)) * signs).reshape(-1, number).sum(axis=0)
       rows[sample] = summed * np.linalg.norm(entries) / max(float(np.linalg.norm(summed)), 1e-37)
   total = _products(rows, rows)
-  for place, own in pairs.items():
-    u, v = (np.concatenate(factors) for factors in zip(*own, strict=True))
+  for place, collected in pairs.items():
+    u, v = (np.concatenate(factors) for factors in zip(*collected, strict=True))
     products += np.sum((u @ target[place].reshape(u.shape[1], -1)) * v, axis=1)
     total += (u @ u.T) * (v @ v.T)
   return total, products

@@ -39,7 +39,7 @@ _LEAST_RIDGE = 1e-9  # relative to an atom's own square: keeps a factorisation p
 @_checks.annotated
 @full_precision
 def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = None) -> dict[str, np.ndarray]:
-  """All scores that the classifier allows, each the higher, the more likely a candidate was trained on.
+  """All scores that the classifier allows; the higher, the more likely a candidate was trained on.
 
   Args:
     examination: of the classifier.
@@ -63,20 +63,20 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
   labels = jnp.asarray(classifier.labels)[jnp.argmax(logits, axis=1)] if labels is None else labels
   conditions = _of_first_kernel(examination)
   weighed = conditions is examination.conditions and examination.form != "weight_decay"
-  found = {"multipliers": multipliers(classifier, conditions, x, labels, weighed=weighed)}
+  scored = {"multipliers": multipliers(classifier, conditions, x, labels, weighed=weighed)}
   if examination.subspace is not None:
-    found["subspace"] = -np.asarray(examination.subspace.distance(classifier.to_unit(x)))
+    scored["subspace"] = -np.asarray(examination.subspace.distance(classifier.to_unit(x)))
   if certificates.applicable(examination):
-    found["signal"] = -signals.signals(examination, x, labels).distance
+    scored["signal"] = -signals.signals(examination, x, labels).distance
   if relaxation.gates(classifier.predict_fn, classifier.params, x[:2]):
-    found["boundaries"] = boundary_scores(classifier, x)
+    scored["boundaries"] = boundary_scores(classifier, x)
   classes = classifier.classes_of(labels)
   if examination.form == "max_margin":
-    found["margin"] = common_margin(losses.runner_up_margin(logits, classes), examination.margin)
-  second = found.get("boundaries" if classifier.statistics is None else "margin")
+    scored["margin"] = common_margin(losses.runner_up_margin(logits, classes), examination.margin)
+  second = scored.get("boundaries" if classifier.statistics is None else "margin")
   if second is not None:
-    found["together"] = _joined([found["multipliers"], second])
-  return found | {"loss": -np.asarray(optax.losses.softmax_cross_entropy_with_integer_labels(logits, classes))}
+    scored["together"] = _joined([scored["multipliers"], second])
+  return scored | {"loss": -np.asarray(optax.losses.softmax_cross_entropy_with_integer_labels(logits, classes))}
 
 
 @_checks.annotated
@@ -91,7 +91,7 @@ def multipliers(
   weighed: bool = False,
   chunk_size: int = 32,
 ) -> np.ndarray:
-  """The part of each candidate in the stored weights, if these are a sum over few of them.
+  """The share of each candidate in the stored weights, if these are a sum over few of them.
 
   The target of the stationarity condition is a sum over the training data of ``a_i grad log p(y_i | x_i)``, a_i > 0
   (with cross-entropy and weight decay all a_i are equal). Other candidates have no part in it. Non-negative least
@@ -185,7 +185,7 @@ def _correlations(
   masked = lambda tree: [leaf * masks[i] for i, leaf in enumerate(jax.tree.leaves(tree)) if i in kept]
 
   def gradients(params: PyTree, x: jax.Array, index: jax.Array) -> list[jax.Array]:
-    return masked(jax.grad(lambda own: _log_odds(classifier, own, x[None], index[None])[0])(params))
+    return masked(jax.grad(lambda p: _log_odds(classifier, p, x[None], index[None])[0])(params))
 
   target = [np.asarray(leaf, np.float64) for leaf in masked(conditions.target)]
   if sum(leaf.size for leaf in target) > SKETCHED:  # one by one: together their convolutions are slower, and large
@@ -201,7 +201,7 @@ def _correlations(
 
 
 def _log_odds(classifier: Classifier, params: PyTree, x: jax.Array, classes: jax.Array) -> jax.Array:
-  """Of the labels [M]: their gradient is that of log p but for its length, which vanishes with the loss."""
+  """The log-odds of the labels [M]: their gradient points as that of log p does, but does not vanish with the loss."""
   return -jax.nn.logsumexp(-losses.margins(classifier.predict_fn(params, x), classes), axis=1)
 
 
@@ -262,7 +262,7 @@ def _joined(scores: Sequence[np.ndarray]) -> np.ndarray:
   """Fisher's combination of the ranks among the candidates [M] by several scores."""
   from scipy import stats
 
-  return -sum(np.log(stats.rankdata(-own, method="max") / len(own)) for own in scores)
+  return -sum(np.log(stats.rankdata(-values, method="max") / len(values)) for values in scores)
 
 
 def common_margin(margins: ArrayLike, margin: float | None = None, *, neighbours: int = 10) -> np.ndarray:
@@ -282,12 +282,12 @@ def common_margin(margins: ArrayLike, margin: float | None = None, *, neighbours
   values = np.asarray(margins, np.float64)
   logs = np.full(values.shape, -np.inf)
   logs[values > 0] = np.log(values[values > 0])
-  own = np.sort(logs[values > 0])
-  if margin is None and own.size:
-    reach = min(neighbours, own.size - 1)
-    wide = own[reach:] - own[: own.size - reach]
+  ordered = np.sort(logs[values > 0])
+  if margin is None and ordered.size:
+    reach = min(neighbours, ordered.size - 1)
+    wide = ordered[reach:] - ordered[: ordered.size - reach]
     narrowest = int(np.argmin(wide))
-    centre = float(np.median(own[narrowest : narrowest + reach + 1]))
+    centre = float(np.median(ordered[narrowest : narrowest + reach + 1]))
   else:
     centre = np.log(margin or 1.0)
   return -np.abs(logs - centre)
@@ -331,11 +331,11 @@ def boundary_fractions(classifier: Classifier, x: ArrayLike, *, within: float = 
 
 @full_precision
 def boundary_scores(classifier: Classifier, x: ArrayLike) -> np.ndarray:
-  """How much more often a trained sample than another lies as near to all the activation boundaries of a network.
+  """Scores samples by the excess of candidates that lie as close to activation boundaries as they do.
 
-  In every layer candidates are counted by their distance from the boundaries. Where training moved these to its samples
-  there are more candidates than the density farther away lets expect. The logarithm of that ratio, where it is
-  positive, added up over all units, says nothing in layers whose boundaries were not moved, such as convolutions, which
+  In every layer candidates are counted by their distance from the boundaries. Where training moved these to its
+  samples, more candidates lie than the density farther away suggests. The logarithm of that ratio, where it is
+  positive, is added up over all units; it is 0 in layers whose boundaries were not moved, such as convolutions, which
   have most of the units.
 
   Args:
@@ -368,9 +368,9 @@ def _distances(classifier: Classifier, x: jax.Array) -> list[np.ndarray]:
     raise ValueError("classifier must have gates such as ReLU, with an argument for each sample; it has none.")
   step = -(-sum(math.prod(shapes[place]) for place in kept) // _ARGUMENTS)
   blocks = [x] if step == 1 else np.split(np.asarray(x), range(_BLOCK, len(x), _BLOCK))
-  found = ((len(block), of(classifier.params, block)) for block in blocks)
-  rows = [[np.asarray(roots[place]).reshape(count, -1)[:, ::step] for place in kept] for count, roots in found]
+  arguments = ((len(block), of(classifier.params, block)) for block in blocks)
+  rows = [[np.asarray(roots[place]).reshape(count, -1)[:, ::step] for place in kept] for count, roots in arguments]
   layers = [np.concatenate(of_layer) for of_layer in zip(*rows, strict=True)]
-  deviations = [own.std(axis=0) for own in layers]
-  moving = 1e-6 * max(own.max() for own in deviations)
-  return [np.abs(own[:, wide > moving]) / wide[wide > moving] for own, wide in zip(layers, deviations, strict=True)]
+  deviations = [layer.std(axis=0) for layer in layers]
+  moving = 1e-6 * max(deviation.max() for deviation in deviations)
+  return [np.abs(layer[:, wide > moving]) / wide[wide > moving] for layer, wide in zip(layers, deviations, strict=True)]

@@ -116,7 +116,7 @@ def within_class_distance(features: ArrayLike, labels: ArrayLike) -> float:
   features, labels = np.asarray(features), np.asarray(labels)
   means = []
   for label in np.unique(labels):
-    own = features[labels == label]
-    if len(own) > 1:
-      means.append(float(jnp.sum(pairwise_distance(own, own))) / (len(own) * (len(own) - 1)))
+    of_class = features[labels == label]
+    if len(of_class) > 1:
+      means.append(float(jnp.sum(pairwise_distance(of_class, of_class))) / (len(of_class) * (len(of_class) - 1)))
   return float(np.mean(means)) if means else 0.0

@@ -16,7 +16,7 @@ _Z = 1.96  # of a two-sided interval of 95 %
 
 
 class Point(NamedTuple):
-  """A point of the curve: who lies above a threshold.
+  """A point of the curve: how many lie above a threshold.
 
   Attributes:
     allowed: the share of others that may, .01 say.
@@ -70,7 +70,7 @@ def roc(members: ArrayLike, others: ArrayLike, *, allowed: Sequence[float] = (0.
   """
   members, others = _scores("members", members), _scores("others", others)
   if not isinstance(allowed, Sequence | np.ndarray) or not all(
-    isinstance(own, float | int) and 0 <= own < 1 for own in allowed
+    isinstance(share, float | int) and 0 <= share < 1 for share in allowed
   ):
     raise InputError(f"allowed must hold shares, each at least 0 and less than 1; got {allowed!r:.60}.")
   n, m = len(members), len(others)
@@ -90,7 +90,7 @@ def roc(members: ArrayLike, others: ArrayLike, *, allowed: Sequence[float] = (0.
 
 @_checks.annotated
 def conformal_p_values(scores: ArrayLike, others: ArrayLike) -> np.ndarray:
-  """For each sample by itself: how probable so high a score is if it was not trained on.
+  """For each sample by itself, the probability of so high a score if it was not trained on.
 
   Args:
     scores: of the samples in question [n], the higher, the more likely a member.
@@ -112,7 +112,7 @@ def conformal_p_values(scores: ArrayLike, others: ArrayLike) -> np.ndarray:
 
 @_checks.annotated
 def epsilon_lower_bound(members: ArrayLike, others: ArrayLike, *, confidence: float = 0.95) -> float:
-  """What differential privacy the training cannot have had, by how many of the highest scores are of members.
+  """A lower bound on epsilon, of differential privacy, from how many of the highest scores are of members.
 
   If training is epsilon-differentially private (delta = 0) and every sample is in the training data by a draw of its
   own, then of r samples that are guessed to be members at most a share of ``1 / (1 + e^-epsilon m / n)`` is expected to
@@ -214,7 +214,7 @@ class Trial:
 
   @property
   def leading(self) -> int:
-    """How many training samples lie above all others: the true positives without a false one."""
+    """How many training samples lie above all others: the true positives at a false positive rate of 0."""
     return int(np.sum(self.members > self.others.max()))
 
   @property
@@ -232,8 +232,8 @@ class Trial:
     random, hits = np.random.default_rng(0), np.zeros(times, int)
     scores = np.concatenate([self.members[:, None], self.others], axis=1)
     for label in np.unique(self.y):
-      own = scores[self.y == label]
+      of_class = scores[self.y == label]
       for turn in range(times):
-        drawn = random.permutation(own.ravel()).reshape(own.shape)
+        drawn = random.permutation(of_class.ravel()).reshape(of_class.shape)
         hits[turn] += np.sum(drawn[:, 0] > drawn[:, 1:].max(axis=1))
     return hits

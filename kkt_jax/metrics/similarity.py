@@ -225,8 +225,8 @@ def _matched(matrix: np.ndarray, labels: _Pair, maximize: bool) -> np.ndarray:
   """Entries of the pairs of the best one-to-one matching within each class."""
   entries = [np.zeros(0)]
   for label in np.intersect1d(labels[0], labels[1]):
-    own = matrix[np.ix_(labels[0] == label, labels[1] == label)]
-    entries.append(own[optimize.linear_sum_assignment(own, maximize=maximize)])
+    of_class = matrix[np.ix_(labels[0] == label, labels[1] == label)]
+    entries.append(of_class[optimize.linear_sum_assignment(of_class, maximize=maximize)])
   return np.concatenate(entries)
 
 

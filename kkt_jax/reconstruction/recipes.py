@@ -248,7 +248,7 @@ class Recipe:
     return dataclasses.replace(self, schedule=dataclasses.replace(self.schedule or Schedule(), **changes))
 
   def joint(self, flow: Flow) -> "Recipe":
-    """What a network of continuous noise is trained by, once it is fitted; this recipe must be complete."""
+    """The recipe for a network of continuous noise once it is fitted; this recipe must be complete."""
     schedule, recipe = self.schedule, dataclasses.replace(self, generator=flow)
     recipe = recipe.with_stationarity(begin=0.0, ramp=0.0).with_factors(**schedule.joint_factors)
     return recipe.with_schedule(
@@ -324,7 +324,7 @@ def default(examinations: Sequence[Examination]) -> Recipe:
 
 
 def _codes(examination: Examination) -> int:
-  """Samples of each class that a subspace asks for, which has at most as many dimensions as there are samples."""
+  """The samples of each class that a subspace needs: somewhat more in all than it has dimensions."""
   return (
     0
     if examination.subspace is None
@@ -348,7 +348,7 @@ def weighed_conditions(examination: Examination) -> Conditions:
 
 
 def classification_only(recipe: Recipe, examinations: Sequence[Examination]) -> Recipe:
-  """The same generator, trained only to be classified as wanted: what can be had without the theory.
+  """The same generator, trained for classification only: the baseline that needs no theory.
 
   Images keep total variation, times the mean share of all dimensions that the subspaces fill, and 600 steps.
   """
@@ -411,7 +411,7 @@ def free_multipliers(*, positive: Callable[[jax.Array], jax.Array] = jax.nn.soft
     place_of = generators.places_of(examinations)
 
     def apply(eta: PyTree, classifier: Classifier, batch: Batch) -> jax.Array:
-      values = eta[batch.t, place_of(batch.y), generators.code_of(batch.noise, generator.codes)]
+      values = eta[batch.t, place_of(batch.y), batch.code]
       return multipliers.from_network(values[:, : classifier.num_classes], positive=positive)
 
     return Multipliers(lambda key: jnp.zeros(shape), apply)
@@ -430,7 +430,7 @@ def runner_up_multipliers(*, scaled: bool = False) -> MultipliersFactory:
     place_of = generators.places_of(examinations)
 
     def apply(eta: PyTree, classifier: Classifier, batch: Batch) -> jax.Array:
-      values = eta[batch.t, place_of(batch.y), generators.code_of(batch.noise, generator.codes)]
+      values = eta[batch.t, place_of(batch.y), batch.code]
       return multipliers.on_runner_up(values, batch.logits, batch.classes)
 
     return Multipliers(lambda key: jax.random.uniform(key, shape), apply, scaled)

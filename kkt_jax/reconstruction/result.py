@@ -16,6 +16,7 @@ from kkt_jax.checkpoint import Checkpointer, CheckpointError
 from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.criteria import Criteria
 from kkt_jax.extraction.exact import Exact
+from kkt_jax.generators.base import noise_of
 from kkt_jax.kkt.conditions import Conditions
 from kkt_jax.reconstruction.recipes import Recipe
 from kkt_jax.reconstruction.step import batch_samples, Problem, TrainState
@@ -128,25 +129,20 @@ class Reconstruction:
 
   def every_sample(self) -> tuple[jax.Array, np.ndarray]:
     """All samples that a finite generator can draw, of an endless one those of one training step, and their labels."""
-    if not self.problem.generator.codes:
-      drawn = batch_samples(self.problem, self.state, self.classifiers)
-      return jnp.concatenate([x for x, _ in drawn]), np.concatenate([np.asarray(y) for _, y in drawn])
-    places = (np.arange(self.problem.generator.codes) + 0.5) / self.problem.generator.codes
-    batches = zip(self.examinations, self.problem.classes, strict=True)
-    pairs = [
-      (examination.classifier.labels[k], t)
-      for t, (examination, classes) in enumerate(batches)
-      for k in np.unique(classes)
-    ]
-    y, t = np.repeat(pairs, len(places), axis=0).T
-    noise = np.tile(jax.jit(jax.scipy.stats.norm.ppf)(places), len(pairs))[:, None]
-    return self.generate(noise, y, t), y
+    x, y = zip(*self.samples_of_each(), strict=True)
+    return jnp.concatenate(x), np.concatenate(y)
 
-  def parts(self) -> list[np.ndarray]:
-    """Which of `every_sample` belong to each classifier."""
+  def samples_of_each(self) -> list[tuple[jax.Array, np.ndarray]]:
+    """The same, apart for each classifier; those of a finite generator label by label, in the order of their codes."""
     codes = self.problem.generator.codes
-    sizes = [len(np.unique(classes)) * codes if codes else len(classes) for classes in self.problem.classes]
-    return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    if not codes:
+      return [(x, np.asarray(y)) for x, y in batch_samples(self.problem, self.state, self.classifiers)]
+    pairs = zip(self.examinations, self.problem.classes, strict=True)
+    labels = [np.asarray(examination.classifier.labels)[np.unique(classes)] for examination, classes in pairs]
+    t = np.repeat(np.arange(len(labels)), [codes * len(known) for known in labels])
+    y = np.repeat(np.concatenate(labels), codes)
+    x = self.generate(jnp.tile(noise_of(codes), (len(y) // codes, 1)), y, t)
+    return [(x[t == index], y[t == index]) for index in range(len(labels))]
 
   def save(self, folder: str | os.PathLike[str]) -> None:
     """Writes the state and ``exact`` into a folder, under the step.

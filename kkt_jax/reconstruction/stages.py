@@ -143,7 +143,7 @@ def polish(
   known: Sequence[Exact] = (),
   observer: Observer = SILENT,
 ) -> Reconstruction:
-  """Puts training samples in the place of what comes near to them, where the weights alone certify that they are.
+  """Replaces samples by training samples nearby, where the weights alone certify these.
 
   See `kkt_jax.extraction.exact.find`. A label's certified samples, as the classifier labels them, take the places of
   those that led to one, and of others if there are more of them. Nothing in this looks at data.
@@ -166,19 +166,19 @@ def polish(
   generator = reconstruction.problem.generator
   if generator.put is None or not rounds:
     return reconstruction
-  x, y = reconstruction.every_sample()
   theta = reconstruction.state.params["theta"]
   certified: list[Exact] = []
-  for t, (examination, part) in enumerate(zip(reconstruction.examinations, reconstruction.parts(), strict=True)):
+  pairs = zip(reconstruction.examinations, reconstruction.samples_of_each(), strict=True)
+  for t, (examination, (x, y)) in enumerate(pairs):
     tell = functools.partial(observer.on_round, t)
     effort = Effort(rounds)
     if quick:
       effort = Effort(rounds, 2 * examination.most_samples, _QUICK_STEPS, least_hope=schedule.hopeful)
-    guesses, labels = examination.classifier.to_unit(x[part]), y[part]
+    guesses, labels = examination.classifier.to_unit(x), y
     if known:
       guesses, labels = jnp.concatenate([guesses, known[t].unit]), np.concatenate([labels, known[t].y])
     samples, led = exact.find(examination, guesses, labels, effort, on_round=tell)
-    labels, codes, chosen = exact.places(samples.y, led[: len(y[part])], y[part])
+    labels, codes, chosen = exact.places(samples.y, led[: len(y)], y)
     if len(chosen):
       theta = generator.put(theta, t, labels, codes, jnp.asarray(samples.unit[chosen]))
     certified.append(samples)
@@ -218,11 +218,11 @@ def distil(
   trainer = dataclasses.replace(table.trainer, recipe=table.recipe.joint(flow))
   init_key, match_key, state_key = jax.random.split(jax.random.key(seed), 3)
   theta, statistics = trainer.problem.generator.init(init_key)
-  tables = [(*reconstruction.every_sample(), reconstruction.parts()) for reconstruction in (table, *others)]
+  tables = [reconstruction.samples_of_each() for reconstruction in (table, *others)]
   samples = []
   for index, examination in enumerate(table.examinations):
-    unit = examination.classifier.to_unit(jnp.concatenate([x[parts[index]] for x, _, parts in tables]))
-    labels = np.concatenate([y[parts[index]] for _, y, parts in tables])
+    unit = examination.classifier.to_unit(jnp.concatenate([of_each[index][0] for of_each in tables]))
+    labels = np.concatenate([of_each[index][1] for of_each in tables])
     certified = table.exact[index] if table.exact else None
     known = {} if certified is None else {"certified": certified.unit, "least": certified.criteria.least_distance}
     samples.append((flow.leaning_on_others(unit, labels, **known), labels))

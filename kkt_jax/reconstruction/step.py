@@ -144,7 +144,7 @@ def init_state(
   eta: PyTree,
   margins: Sequence[float | None],
 ) -> TrainState:
-  """The state at step 0: scaled multipliers make a sum as long as its target, alpha is at a given or the first margin.
+  """The state at step 0. Scaled multipliers make the sum as long as its target; alpha is at the given or first margin.
 
   Args:
     key: typed random key.
@@ -282,8 +282,8 @@ def _loss(
   metrics = dict(values)
   if problem.stationarity.weight:
     pairs = [
-      _stationarity(problem.stationarity, own.conditions, sums, alpha)
-      for own, (sums, _), alpha in zip(equations, means, params["alpha"], strict=True)
+      _stationarity(problem.stationarity, equation.conditions, sums, alpha)
+      for equation, (sums, _), alpha in zip(equations, means, params["alpha"], strict=True)
     ]
     values["stationarity"] = jnp.stack([value for value, _ in pairs])
     weights["stationarity"] = _stationarity_weight(problem.stationarity, progress)
@@ -367,18 +367,16 @@ def _batches(
 ) -> list[tuple[Batch, PullBack]]:
   """For each classifier what it makes of its samples, with multipliers, and the pull-back from logits to parameters."""
   batches = []
-  for index, (classifier, own, x) in enumerate(zip(classifiers, equations, samples, strict=True)):
+  for index, (classifier, equation, x) in enumerate(zip(classifiers, equations, samples, strict=True)):
     labels, alpha, inputs = y[:, index], params["alpha"][index], x
-    if own.size is not None:
-      assert problem.generator.coordinates is not None
-      inputs = own.inputs(problem.generator.coordinates(params["theta"], noise[:, index], labels, index))
+    code = code_of(noise[:, index], problem.generator.codes) if problem.generator.codes else None
+    if equation.size is not None:
+      assert problem.generator.coordinates is not None and code is not None
+      inputs = equation.inputs(problem.generator.coordinates(params["theta"], code, labels, index))
     classes = classifier.classes_of(labels)
-    gates = []
-    if "gates" in params:
-      code = code_of(noise[:, index], problem.generator.codes)
-      gates = [[logits[classes, code] for logits in params["gates"][index]]]
-    whole, pull_back = _evaluate(own.classifier, inputs, problem.stationarity.compute_dtype, *gates)
-    batch = Batch(x, classifier.to_unit(x), labels, classes, noise[:, index], index, alpha, *whole)
+    gates = [[logits[classes, code] for logits in params["gates"][index]]] if "gates" in params else []
+    whole, pull_back = _evaluate(equation.classifier, inputs, problem.stationarity.compute_dtype, *gates)
+    batch = Batch(x, classifier.to_unit(x), labels, classes, code, index, alpha, *whole)
     mu = problem.multipliers.apply(params["eta"]["multipliers"], classifier, batch)
     if problem.multipliers.scaled:
       mu = jnp.exp(params["eta"]["log_scale"][index]) * mu

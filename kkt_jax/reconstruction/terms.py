@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     unit: the same in units of its range, [0, 1]; x itself if it has none.
     y: their labels [M].
     classes: the output indices of the labels [M].
-    noise: what they were generated from [M, D].
+    code: which of the samples of its label each is [M], of an endless generator None.
     t: index of the classifier, a Python integer.
     alpha: log-scale of the margin, a scalar.
     logits: [M, C], as in training if the classifier evaluates everything in one pass, else at inference.
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
   unit: jax.Array
   y: jax.Array
   classes: jax.Array
-  noise: jax.Array
+  code: jax.Array | None
   t: int
   alpha: jax.Array
   logits: jax.Array

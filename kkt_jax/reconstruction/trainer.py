@@ -14,7 +14,7 @@ from kkt_jax import sharding
 from kkt_jax._precision import full_precision
 from kkt_jax.analysis.examination import Examination, examine
 from kkt_jax.checkpoint import CheckpointError, fingerprint
-from kkt_jax.classifiers.classifier import check_classifier, Classifier
+from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.classifiers.relaxation import relaxed
 from kkt_jax.reconstruction import recipes
 from kkt_jax.reconstruction.coordinates import Equations, in_coordinates, OF_NORMS
@@ -54,12 +54,13 @@ class Trainer:
     microbatch_size: int | None = None,
     mesh: Mesh | None = None,
   ) -> "Trainer":
-    """That of some classifiers; arguments and errors are those of `kkt_jax.reconstruct`."""
+    """The trainer of some classifiers; arguments and errors are those of `kkt_jax.reconstruct`."""
     if not isinstance(classifiers, Sequence) or not classifiers:
       got = "none" if isinstance(classifiers, Sequence) else f"a {type(classifiers).__name__}"
       raise ValueError(f"classifiers must hold at least one classifier, in a sequence; got {got}.")
-    for classifier in classifiers:
-      check_classifier("each of classifiers", classifier)
+    if strange := [type(other).__name__ for other in classifiers if not isinstance(other, Classifier)]:
+      cure = " Its classifier(variables) makes one." if strange[0] == "Subject" else ""
+      raise ValueError(f"each of classifiers must be a kkt_jax.Classifier; got {strange[0]}.{cure}")
     if not isinstance(recipe, Recipe | None):
       raise ValueError(f"recipe must be a kkt_jax.Recipe; got {type(recipe).__name__}.")
     shapes = {classifier.input_shape for classifier in classifiers}
@@ -136,7 +137,7 @@ class Trainer:
 
   @functools.cached_property
   def _origin(self) -> jax.Array:
-    """What tells whether a saved state is of these classifiers and of this recipe [2, 8]."""
+    """Digests of the classifiers and of the recipe [2, 8], by which saved states are recognised."""
     classifiers = [
       (c.params, c.input_shape, c.labels, c.value_range) for c in (e.classifier for e in self.examinations)
     ]
@@ -144,7 +145,7 @@ class Trainer:
 
   @full_precision
   def init(self, seed: int) -> TrainState:
-    """The random start of a seed."""
+    """The state from which training starts, at random from a seed."""
     generator_key, state_key, multiplier_key = jax.random.split(jax.random.key(seed), 3)
     theta, statistics = self.problem.generator.init(generator_key)
     given = self.recipe.schedule.margin
@@ -174,5 +175,5 @@ class Trainer:
         )
 
   def placed(self, tree: Any) -> Any:
-    """A tree of arrays where the devices of a training step are."""
+    """A tree of arrays, laid out on the devices of a training step."""
     return tree if self.mesh is None else sharding.replicate(tree, self.mesh)

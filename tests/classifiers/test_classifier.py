@@ -31,12 +31,11 @@ def in_two_modes(w, x, train):
   return Evaluation(x @ w * (3 if train else 1), {"mean": jnp.mean(x, axis=0)})
 
 
-def test_the_five_functions_are_one_forward_function():
+def test_the_four_functions_are_one_forward_function():
   statistics = {"mean": jnp.array([0.5, 0.5])}
   classifier = make_linear(apply_fn=in_two_modes, statistics=statistics)
   x = jnp.array([[1.0, 2.0]])
-  for function in (classifier.apply_fn, classifier.gradient_fn):
-    np.testing.assert_allclose(function(classifier.params, x), [[9.0, 9.0, 9.0]])  # 3 (1 * 1 + 2 * 1)
+  np.testing.assert_allclose(classifier.apply_fn(classifier.params, x), [[9.0, 9.0, 9.0]])  # 3 (1 * 1 + 2 * 1)
   np.testing.assert_allclose(classifier.predict(x), [[3.0, 3.0, 3.0]])
   np.testing.assert_allclose(classifier.statistics_fn(classifier.params, x)["mean"], [1.0, 2.0])
   assert classifier.batch_coupled and classifier.features_fn is None

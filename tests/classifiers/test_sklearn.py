@@ -59,7 +59,7 @@ def test_the_weights_of_a_converged_estimator_are_stationary_with_its_own_data_a
   own = kkt_jax.from_sklearn(linear, weight_decay=lambda name: 1 / (0.1 * len(x)) if name == "coef_" else 0.0)
 
   def gradient(x):
-    loss = lambda params: -jnp.mean(jax.nn.log_softmax(own.gradient_fn(params, x))[jnp.arange(len(y)), y])
+    loss = lambda params: -jnp.mean(jax.nn.log_softmax(own.apply_fn(params, x))[jnp.arange(len(y)), y])
     return jax.grad(loss)(own.params)["coef_"]
 
   decay = own.params["coef_"] / (0.1 * len(x))

@@ -238,7 +238,7 @@ def test_logits_and_gradients_are_those_of_pytorch(make):
   for norm in norms:
     norm.train()
   if norms:
-    compare_gradients(own, own.gradient_fn, module)
+    compare_gradients(own, own.apply_fn, module)
 
 
 def test_batch_norm_follows_the_batch_and_its_statistics_hold_where_pytorch_has_trained():
@@ -253,7 +253,7 @@ def test_batch_norm_follows_the_batch_and_its_statistics_hold_where_pytorch_has_
   np.testing.assert_allclose(own.apply_fn(own.params, LAST), logits.detach().numpy(), atol=1e-4)
   module.zero_grad()
   nn.functional.cross_entropy(logits, torch.tensor(Y)).backward()
-  mean_loss = lambda p: -jnp.mean(jax.nn.log_softmax(own.gradient_fn(p, LAST))[jnp.arange(100), Y])
+  mean_loss = lambda p: -jnp.mean(jax.nn.log_softmax(own.apply_fn(p, LAST))[jnp.arange(100), Y])
   found = dict(zip(kkt_jax.tensor_names(own.params), jax.tree.leaves(jax.grad(mean_loss)(own.params)), strict=True))
   for name, parameter in module.named_parameters():
     np.testing.assert_allclose(found[name.replace(".", "/")], parameter.grad.numpy(), rtol=1e-3, atol=1e-5)

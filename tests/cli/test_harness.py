@@ -18,7 +18,7 @@ from kkt_jax.cli.workdir import Workdir, write_json
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(flags.Checked):
   size: int = flags.flag(3, "A size.", lower=1, upper=9, group="First things")
   kind: str = flags.flag("plain", "A kind.", choices=("plain", "fancy"))
   rate: float = flags.flag(0.5, "A rate.", group="Last things")

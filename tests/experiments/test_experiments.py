@@ -171,12 +171,10 @@ def a_classifier(*, batch_norm, input_shape=(8, 8, 1), classes=3):
 
 def known(classifier):
   """An examination that found a margin; to examine for the rest takes longer than what is tested."""
-  unknown = dict.fromkeys(field.name for field in dataclasses.fields(kkt_jax.Examination) if field.name != "criteria")
   decay = kkt_jax.kkt.weight_decay_conditions(classifier.params)
   form = "max_margin" if classifier.batch_coupled else "weight_decay"
   roles = jax.tree.map(lambda leaf: "kernel" if leaf.ndim > 1 else "other", classifier.params)
-  given = {"classifier": classifier, "form": form, "conditions": decay, "roles": roles, "margin": 3.0}
-  return kkt_jax.Examination(**unknown | given)
+  return kkt_jax.Examination.unexamined(classifier, form, decay, roles=roles, margin=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +241,7 @@ def test_the_terms_are_what_their_names_say(examinations):
   classes = jnp.arange(6) % 3
   logits = classifier.predict_fn(classifier.params, x)
   inside = (own(classifier.params, x) for own in (classifier.statistics_fn, classifier.features_fn))
-  batch = kkt_jax.reconstruction.Batch(x, x, classes, classes, jnp.zeros((6, 1)), 0, jnp.zeros(()), logits, *inside)
+  batch = kkt_jax.reconstruction.Batch(x, x, classes, classes, None, 0, jnp.zeros(()), logits, *inside)
   features, scale = own.class_features
   expected = {
     "range": priors.out_of_range(x),

@@ -14,12 +14,11 @@ import dataclasses, os, sys, time
 from kkt_jax.cli import flags, workdir
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(flags.Checked):
   seed: int = flags.flag(0, "A seed.", lower=0)
   ends: str = flags.flag("well", "How it ends.")
 
 def run(config, folder):
-  flags.check(config)
   assert "numpy" not in sys.modules  # which reads the number of threads when it is imported
   out = workdir.Workdir(folder, config)
   print(f"seed {config.seed} at work", file=sys.stderr, flush=True)

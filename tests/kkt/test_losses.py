@@ -536,7 +536,6 @@ def test_double_precision_is_kept():
   [
     lambda p, x, y: losses.stationarity_sum(lambda p, x: x @ p["w"], p, x, y, jnp.ones((4, 3))),
     lambda p, x, y: per_sample_jacobians(lambda p, x: x @ p["w"], p, x),
-    lambda p, x, y: symmetries.scale_invariant(lambda p, x: x @ p["w"], p, x),
     lambda p, x, y: symmetries.least_residual(lambda p, x: x @ p["w"], p, weight_decay_conditions(PARAMS), x),
   ],
 )
