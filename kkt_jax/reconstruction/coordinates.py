@@ -31,7 +31,7 @@ OF_NORMS = (
   losses.squared_residual,
 )
 _AFFINE = ("add", "broadcast_in_dim", "convert_element_type", "copy", "div", "mul", "reshape", "squeeze", "sub")
-_SAME = 1e-3  # of the logits at random points: they are computed in another order, no more
+_SAME = 1e-4  # of the logits at random points: they are computed in another order, no more
 
 
 @functools.partial(
