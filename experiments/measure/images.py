@@ -100,7 +100,8 @@ def evaluate(
   kkt = functools.partial(_kkt_metrics, classifiers, reconstruction.conditions, margins, thorough=config.thorough)
   results: dict[str, Any] = {
     "fresh_noise": measure(samples) | kkt(many),
-    "trained_noise": comparison.measure(judge, data, _with_labels(every, samples.y)) | kkt(every),
+    "trained_noise": comparison.measure(judge, data, _with_labels(every, samples.y))
+    | kkt(_with_labels(every, many.y) if coupled else every),
     "recovered_by_all_trained_noise": comparison.recovered(every, data.train),
     **_controls(shared / "controls.json", data, samples.y, many, key, measure, kkt),
     "true_median_margin": margins,
