@@ -70,10 +70,9 @@ def find(
 
   Nothing is tried if there is too little `hope` for the guesses. Later rounds start in turn from random points of the
   subspace around the guesses' mean, where what is found already has nothing, as long as that brings any, and from means
-  of a guess and another, or a sample that is found, of its label. Where samples are certified by the equations, the
-  others lie in fewer dimensions (`kkt_jax.extraction.certificates.of_the_others`), and half of the random points are
-  polished there. It ends when there are as many training samples as the subspace can hold, or when two rounds in a row
-  brought less than a twentieth of those that are missing.
+  of a guess and another, or a sample that is found, of its label. What is found leads to the others
+  (`kkt_jax.extraction.certificates.of_the_others`). It ends when there are as many training samples as the subspace can
+  hold, or when two rounds in a row brought less than a twentieth of those that are missing.
 
   Args:
     examination: of the classifier.
@@ -99,6 +98,7 @@ def find(
   every = max(len(guesses) // (effort.points or len(guesses)), 1)
   typical = np.asarray(jnp.mean(guesses, axis=0))
   pool: Candidates | None = None
+  others: vertices.Others | None = None
   for number in range(effort.rounds):
     key = jax.random.key(number)
     known, known_y = jnp.concatenate([guesses, found.unit]), np.concatenate([y, found.y])
@@ -106,12 +106,12 @@ def find(
     part = slice(number % every, None, every) if number else slice(None)
     likely = None
     if drawn:
-      starts = _random_starts(key, examination, pool, found.unit, typical, len(y[part]))
+      starts = vertices.search(key, subspace, len(y[part]), around=typical, known=found.unit)
     else:
       alike = jnp.log(y[:, None] == known_y[None, :])
       starts = ((guesses + known[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses)[part]
       likely = vertices.likely_ends(starts, y[part], known, known_y)
-    x = np.asarray(vertices.polish(starts, subspace, likely=likely, num_steps=effort.num_steps))
+    x = np.asarray(vertices.polish(starts, subspace, likely=likely, others=others, num_steps=effort.num_steps))
     x = _right_way(classifier, x, np.asarray(subspace.origin), typical, criteria)
     if not number:
       criteria = certificates.calibrated(examination, x, criteria)
@@ -123,6 +123,7 @@ def find(
     brought = len(chosen) > len(found.y) + _BRINGS * (most - len(chosen))
     idle, at_random = 0 if brought else idle + 1, at_random and (brought or not drawn)
     own = pool[chosen]
+    others = certificates.of_the_others(examination, own, criteria)
     found = Exact(own.whole, _read(classifier, own.whole)[0], own.tight, own.to_the_bit, own.evidence, criteria)
     if on_round is not None:
       on_round(number + 1, len(chosen), most)
@@ -131,20 +132,6 @@ def find(
     if len(chosen) == most or idle == _IDLE or len(chosen) < effort.least_hope * most:
       break
   return found, led
-
-
-def _random_starts(
-  key: jax.Array, examination: Examination, pool: Candidates | None, known: np.ndarray, typical: np.ndarray, count: int
-) -> jax.Array:
-  """Random points where the training samples that are not found yet may be."""
-  assert examination.subspace is not None
-  anywhere = vertices.search(key, examination.subspace, count, around=typical, known=known)
-  fewer = certificates.of_the_others(examination, pool) if pool is not None and count > 1 else None
-  if fewer is None:
-    return anywhere
-  centre = fewer.in_float64.points(fewer.in_float64.coordinates(typical[None]))[0]
-  drawn = vertices.search(jax.random.fold_in(key, 0), fewer, count // 2, around=centre)
-  return jnp.concatenate([anywhere[count // 2 :], vertices.polish(drawn, fewer)])
 
 
 def hope(
