@@ -63,6 +63,7 @@ def find(
   y: np.ndarray,
   effort: Effort,
   *,
+  known: Exact | None = None,
   criteria: Criteria | None = None,
   on_round: Callable[[int, int, int], None] | None = None,
 ) -> tuple[Exact, np.ndarray]:
@@ -79,6 +80,7 @@ def find(
     guesses: samples [M, *input_shape] in units of the range.
     y: their labels [M].
     effort: how much is tried.
+    known: training samples that are certified already; they lead to others from the first round on.
     criteria: what certifies a sample; the default `Criteria` if None.
     on_round: called with (round, number of training samples, most that there can be).
 
@@ -90,7 +92,7 @@ def find(
   criteria = criteria or Criteria()
   led = np.zeros(len(guesses), bool)
   nothing: list[Any] = [*(np.zeros(0, own) for own in (int, int, bool, int)), criteria]
-  found = Exact(np.zeros((0, *classifier.input_shape), np.float32), *nothing)
+  found = known or Exact(np.zeros((0, *classifier.input_shape), np.float32), *nothing)
   if hope(examination, guesses, y, few=_FEWER if effort.least_hope else _FEW, criteria=criteria) <= effort.least_hope:
     return found, led
   assert subspace is not None
@@ -99,21 +101,26 @@ def find(
   typical = np.asarray(jnp.mean(guesses, axis=0))
   pool: Candidates | None = None
   others: vertices.Others | None = None
+  if known is not None and len(known.y):
+    criteria = known.criteria
+    of_known = vertices.certify(known.unit, subspace, criteria)
+    pool, _ = certificates.gather(examination, known.unit, of_known, criteria)
+    others = certificates.of_the_others(examination, pool, criteria)
   for number in range(effort.rounds):
     key = jax.random.key(number)
-    known, known_y = jnp.concatenate([guesses, found.unit]), np.concatenate([y, found.y])
+    seen, seen_y = jnp.concatenate([guesses, found.unit]), np.concatenate([y, found.y])
     drawn = at_random and number % 2 == 1
     part = slice(number % every, None, every) if number else slice(None)
     likely = None
     if drawn:
       starts = vertices.search(key, subspace, len(y[part]), around=typical, known=found.unit)
     else:
-      alike = jnp.log(y[:, None] == known_y[None, :])
-      starts = ((guesses + known[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses)[part]
-      likely = vertices.likely_ends(starts, y[part], known, known_y)
+      alike = jnp.log(y[:, None] == seen_y[None, :])
+      starts = ((guesses + seen[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses)[part]
+      likely = vertices.likely_ends(starts, y[part], seen, seen_y)
     x = np.asarray(vertices.polish(starts, subspace, likely=likely, others=others, num_steps=effort.num_steps))
     x = _right_way(classifier, x, np.asarray(subspace.origin), typical, criteria)
-    if not number:
+    if pool is None:
       criteria = certificates.calibrated(examination, x, criteria)
     more, of = certificates.gather(examination, x, vertices.certify(x, subspace, criteria), criteria, pool)
     if not number:

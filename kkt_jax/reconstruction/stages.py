@@ -3,7 +3,7 @@
 Each stage takes a `Reconstruction` and returns another one: `start`, `train`, `polish`, `distil`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -17,13 +17,15 @@ from kkt_jax import _checks
 from kkt_jax._precision import full_precision
 from kkt_jax.analysis.examination import Examination
 from kkt_jax.classifiers.classifier import Classifier
-from kkt_jax.extraction import exact
+from kkt_jax.extraction import certificates, exact
 from kkt_jax.extraction.exact import Effort, Exact
+from kkt_jax.generators.base import all_labels, code_of, Generator, places_of
 from kkt_jax.generators.flows import Flow
 from kkt_jax.reconstruction.loop import fit, Observer, Saver, SILENT
-from kkt_jax.reconstruction.recipes import Recipe, Schedule
+from kkt_jax.reconstruction.recipes import Multipliers, Recipe, Schedule
 from kkt_jax.reconstruction.result import Reconstruction
 from kkt_jax.reconstruction.step import TrainState
+from kkt_jax.reconstruction.terms import Batch
 from kkt_jax.reconstruction.trainer import Trainer
 
 _QUICK, _QUICK_STEPS = 4, 20  # rounds of polishing where training may end, and steps of each
@@ -85,8 +87,9 @@ def reconstruct(
     if made.certified_share > schedule.nearly_all or not (certified or schedule.match_steps):
       break
     later = _later(observer, schedule, number)
-    another = Reconstruction(trainer, _best_start(trainer, seed + number * schedule.restarts, later))
-    another = train(another, observer=later)
+    holding, hold = _holding(trainer, made.exact) if certified else (trainer, lambda state: state)
+    another = Reconstruction(holding, _best_start(holding, seed + number * schedule.restarts, later))
+    another = Reconstruction(trainer, trainer.mark(hold(train(another, observer=later).state)))
     if certified:
       made = polish(another, known=made.exact, observer=later)
     else:
@@ -154,7 +157,8 @@ def polish(
     quick: whether nothing is tried unless more than ``hopeful`` of a few samples become training samples, later rounds
       start from twice as many places as there can be training samples, not from every one, and each takes a third of
       the steps.
-    known: what another reconstruction from the same classifiers certified; these samples are put in, too.
+    known: what another reconstruction from the same classifiers certified; these samples are put in, too, and lead to
+      others.
     observer: its ``on_round`` is called.
 
   Returns:
@@ -174,11 +178,9 @@ def polish(
     effort = Effort(rounds)
     if quick:
       effort = Effort(rounds, 2 * examination.most_samples, _QUICK_STEPS, least_hope=schedule.hopeful)
-    guesses, labels = examination.classifier.to_unit(x[part]), y[part]
-    if known:
-      guesses, labels = jnp.concatenate([guesses, known[t].unit]), np.concatenate([labels, known[t].y])
-    samples, led = exact.find(examination, guesses, labels, effort, on_round=tell)
-    labels, codes, chosen = exact.places(samples.y, led[: len(y[part])], y[part])
+    guesses, own = examination.classifier.to_unit(x[part]), known[t] if known else None
+    samples, led = exact.find(examination, guesses, y[part], effort, known=own, on_round=tell)
+    labels, codes, chosen = exact.places(samples.y, led, y[part])
     if len(chosen):
       theta = generator.put(theta, t, labels, codes, jnp.asarray(samples.unit[chosen]))
     certified.append(samples)
@@ -247,6 +249,57 @@ def _later(observer: Observer, schedule: Schedule, tables: int) -> Observer:
     on_log=lambda step, metrics: observer.on_log(steps + step, metrics),
     on_restart=lambda restart, step, metrics: observer.on_restart(restarts + restart, step, metrics),
   )
+
+
+def _holding(trainer: Trainer, certified: Sequence[Exact]) -> tuple[Trainer, Callable[[TrainState], TrainState]]:
+  """The same training with certified samples in some places of the table, and what puts them there in the end.
+
+  Each weighs as much as one training sample, and the other places of a label as much as its other training samples, all
+  labels being alike. Nothing is held where the size of the sums is unknown, or samples interact.
+  """
+  examinations, generator = trainer.examinations, trainer.problem.generator
+  put_in, places = generator.put, list[tuple[int, np.ndarray, np.ndarray, jax.Array]]()
+  sized = all(certificates.applicable(own) and own.classifier.weight_decay is not None for own in examinations)
+  if not sized or put_in is None or trainer.recipe.label_weights is not None:
+    return trainer, lambda state: state
+  codes, place_of = generator.codes, places_of(examinations)
+  count = len(all_labels(examinations))
+  held = np.zeros((len(examinations), count, codes), bool)
+  values = np.zeros((*held.shape, *examinations[0].classifier.input_shape), np.float32)
+  weights = np.ones(held.shape, np.float32)
+  for t, (examination, samples) in enumerate(zip(examinations, certified, strict=True)):
+    labels = np.repeat(examination.classifier.labels, codes)
+    y, code, chosen = exact.places(samples.y, np.zeros(len(labels), bool), labels)
+    at = np.asarray(place_of(y), int), code
+    held[t][at], values[t][at] = True, np.asarray(examination.classifier.from_unit(jnp.asarray(samples.unit[chosen])))
+    places.append((t, y, code, jnp.asarray(samples.unit[chosen])))
+    each = examination.most_samples / len(examination.classifier.labels)
+    known = held[t].sum(axis=1, keepdims=True)
+    weights[t] = np.where(held[t], 1, np.maximum(each - known, 0) / np.maximum(codes - known, 1)) * codes / each
+
+  def factory(examinations: Sequence[Examination]) -> Generator:
+    def generate(theta: Any, statistics: Any, noise: Any, y: Any, t: Any, train: bool) -> tuple[jax.Array, Any]:
+      x, statistics = generator.generate(theta, statistics, noise, y, t, train)
+      at = t, place_of(y), code_of(noise, codes)
+      return jnp.where(jnp.asarray(held)[at].reshape(-1, *[1] * (x.ndim - 1)), jnp.asarray(values)[at], x), statistics
+
+    return generator._replace(generate=generate)
+
+  def multipliers(examinations: Sequence[Examination], generator: Generator) -> Multipliers:
+    given = trainer.recipe.multipliers(examinations, generator)
+
+    def apply(eta: Any, classifier: Classifier, batch: Batch) -> jax.Array:
+      weight = jnp.asarray(weights)[batch.t, place_of(batch.y), code_of(batch.noise, codes)]
+      return weight[:, None] * given.apply(eta, classifier, batch)
+
+    return given._replace(apply=apply)
+
+  def hold(state: TrainState) -> TrainState:
+    theta = functools.reduce(lambda theta, own: put_in(theta, *own), places, state.params["theta"])
+    return state._replace(params=state.params | {"theta": theta})
+
+  recipe = dataclasses.replace(trainer.recipe, generator=factory, multipliers=multipliers)
+  return dataclasses.replace(trainer, recipe=recipe), hold
 
 
 def _train_until_certified(begin: Reconstruction, saver: Saver | None, observer: Observer) -> Reconstruction:
