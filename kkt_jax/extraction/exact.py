@@ -109,7 +109,7 @@ def find(
   for number in range(effort.rounds):
     key = jax.random.key(number)
     seen, seen_y = jnp.concatenate([guesses, found.unit]), np.concatenate([y, found.y])
-    drawn = at_random and number % 2 == 1
+    drawn = at_random and number > 0 and number % 2 == (others is None)  # later where what is found leads on
     part = slice(number % every, None, every) if number else slice(None)
     likely = None
     if drawn:
