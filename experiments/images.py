@@ -27,7 +27,7 @@ _BATCH_NORM = {"pretrain_steps": 6000, "pretrain_learning_rate": 0.5}
 _WEIGHT_DECAY = {"pretrain_steps": 4000, "pretrain_learning_rate": 0.1}
 _BINARISATION = {True: 6.0, False: 12.0}  # weight for drawings, with batch norm or without
 
-_TABLES = 3  # for drawings
+_TABLES = {True: 3, False: 6}  # for drawings, with batch norm or without: there they build on one another
 _FLOW: Mapping[bool, Any] = {True: {"lean": 0.4, "nearest": 8, "contrast": 1.3}, False: {"contrast": 1.15}}
 _TEMPERATURE = 1.4  # of a network's noise
 _PAPER_RATE = 2e-3  # peak learning rate of the paper's network
@@ -197,7 +197,7 @@ def recipe_of(config: Any, examinations: "Sequence[kkt_jax.Examination]", *, dra
   codes = config.codes or kkt_jax.generators.codes_for(examinations)
   table = kkt_jax.generators.table(codes=codes, deviation=config.deviation)
   recipe = dataclasses.replace(recipes.default(examinations), generator=table)
-  recipe = recipe.with_schedule(tables=_TABLES if drawings else 1)
+  recipe = recipe.with_schedule(tables=_TABLES[config.batch_norm] if drawings else 1)
   if config.generator == "network":
     steps = config.steps or recipe.schedule.steps
     joint_steps = min(steps, recipe.schedule.joint_steps)

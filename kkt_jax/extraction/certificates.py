@@ -20,7 +20,6 @@ them is certified (`unambiguous`). Where samples are on levels, those that are n
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +32,7 @@ from kkt_jax.extraction import signals, vertices
 #: The kinds of evidence, the strongest first.
 EVIDENCE = ("equations", "levels", "range")
 _HALVES = 96  # blends that are measured to see how far training has converged
-_NEARLY = 0.95  # share of the values that a vertex needs at an end from which a point may be on levels
+_NEARLY = 0.85  # share of the values that a vertex needs at an end from which a point may be on levels
 _PIXELS = 48  # on which combinations of three are looked at first
 
 
@@ -201,17 +200,21 @@ def gather(
   whole, off = unit[distinct], np.zeros(len(distinct))
   if len(distinct):
     whole, off = vertices.to_levels(unit[distinct], subspace, criteria)
+  bits = off < vertices.off_level(subspace, criteria)
+  of_whole, their_duals = by_equations(examination, whole[bits], criteria)  # polishing bends nearly white values
+  better = np.zeros(len(bits), bool)
+  better[bits] = (of_whole < 1) | (of_whole < misfit[bits])
+  misfit[better], duals[better] = of_whole[better[bits]], their_duals[better[bits]]
   grey = np.round(whole.reshape(len(whole), math.prod(shape)) * criteria.levels)
   inner = [row[(row > 0) & (row < criteria.levels)] for row in grey]
-  bits = off < vertices.off_level(subspace, criteria)
   rich = bits & np.array([len(set(greys)) >= criteria.grey_levels for greys in inner], bool)
   says = np.array([len(greys) for greys in inner], int)[rich] - vertices.left_open(whole[rich], subspace, criteria)
   rich[rich] = says >= criteria.grey_values
-  evidence = np.where(told, 0, np.where(rich, 1, np.where(measured.certified[distinct], 2, len(EVIDENCE))))
-  doubt = np.where(told, misfit, np.where(rich, off, -measured.tight[distinct]))
+  evidence = np.where(misfit < 1, 0, np.where(rich, 1, np.where(measured.certified[distinct], 2, len(EVIDENCE))))
+  doubt = np.where(misfit < 1, misfit, np.where(rich, off, -measured.tight[distinct]))
   kept = evidence < len(EVIDENCE)
   moved = np.abs(whole - unit[distinct]).reshape(len(whole), math.prod(shape)).max(axis=1, initial=0.0)
-  bits &= ~told | (moved < criteria.same)
+  bits &= better | ~told | (moved < criteria.same)
   whole = np.where(bits.reshape(-1, *[1] * len(shape)), whole, unit[distinct])
   made = Candidates(unit[distinct], measured.tight[distinct], evidence, doubt, whole, bits, misfit, duals)[kept]
   return made, np.isin(owner, distinct[kept])
@@ -248,8 +251,9 @@ def unambiguous(points: Candidates, subspace: Subspace, criteria: Criteria) -> n
   possible = np.ones(len(points.unit), bool)
   if (points.evidence == 0).sum() >= criteria.agreeing:  # then all training samples fulfil the equations more or less
     possible &= (points.misfit < criteria.refuted) | (points.evidence < 2)
-  if (points.evidence == 1).sum() >= criteria.agreeing:  # then the data are on levels
-    possible &= (points.evidence < 2) | points.to_the_bit
+  on_levels = points.to_the_bit & (points.evidence < 2)
+  if on_levels.sum() >= max(criteria.agreeing, (points.evidence < 2).sum() / 2):  # then the data are on levels
+    possible &= points.to_the_bit
   points_on = np.flatnonzero(possible)
   origin = subspace.in_float64.origin.reshape(1, -1)
   rows = points.whole.reshape(len(points.whole), origin.size).astype(np.float64) - origin  # copies become equal
@@ -307,23 +311,25 @@ def _recombined(points: Candidates, indices: list[int], subspace: Subspace, crit
   return {k for k in tainted if k < len(indices)}
 
 
-def of_the_others(examination: Examination, known: Candidates) -> Subspace | None:
-  """The subspace of the *other* training samples, around a point among them.
+def of_the_others(examination: Examination, known: Candidates, criteria: Criteria) -> vertices.Others | None:
+  """What known samples say of the *other* training samples; see `kkt_jax.extraction.vertices.polish`.
 
-  Every known sample's dual is 0 on all others, so each that is certified by the equations takes a dimension away.
-  None if none is.
+  Every known sample's dual is 0 on all others. In coordinates in which the singular values of the first kernel are 1
+  that is a right angle, by the same error whatever the other sample is: it is measured among the known ones.
+  None where equations do not apply, or fewer samples are known than must agree.
   """
-  subspace, first = examination.subspace, examination.first
-  duals = known.duals[known.evidence == 0]
-  if subspace is None or first is None or not len(duals) or len(duals) >= subspace.dimension:
+  subspace, first, classifier = examination.subspace, examination.first, examination.classifier
+  if subspace is None or first is None or not applicable(examination) or len(known.unit) < criteria.agreeing:
     return None
-  classifier, basis = examination.classifier, np.asarray(subspace.basis, np.float64)
+  u, s, _ = first.factors
+  seen = lambda unit: np.asarray(classifier.from_unit(jnp.asarray(unit)), np.float64).reshape(-1, len(u)) - first.start
+  unit_length = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)
+  duals = unit_length(known.duals @ u * s)
+  angles = duals @ unit_length(seen(known.whole) @ u / s).T
+  np.fill_diagonal(angles, np.nan)
   low, high = classifier.value_range or (0.0, 1.0)
-  beyond = np.asarray(classifier.from_unit(subspace.origin), np.float64).reshape(-1) - first.start
-  equations, wanted = duals @ basis * (high - low), -duals @ beyond
-  u, s, rows = np.linalg.svd(equations, full_matrices=True)
-  rank = int(np.sum(s > 1e-6 * s[0]))
-  at = rows[:rank].T @ ((u[:, :rank].T @ wanted) / s[:rank])
-  free = basis @ rows[rank:].T
-  place: Any = subspace.in_float64.points(at[None])[0]
-  return Subspace(place, jnp.asarray(free, jnp.float32), jnp.ones(free.shape[1]), criteria=subspace.criteria)
+  basis = np.concatenate([(high - low) * np.asarray(subspace.basis, np.float64).T, seen(subspace.origin)])
+  size = u.T @ basis.T / s[:, None]
+  size /= np.linalg.norm(size)
+  rows = duals / np.sqrt(np.nanmean(np.square(angles), axis=1))[:, None] @ size
+  return vertices.Others(jnp.asarray(rows.T @ rows, jnp.float32), jnp.asarray(size, jnp.float32))

@@ -68,6 +68,7 @@ def find(
   y: np.ndarray,
   effort: Effort,
   *,
+  known: Exact | None = None,
   criteria: Criteria | None = None,
   on_round: Callable[[int, int, int], None] | None = None,
 ) -> tuple[Exact, np.ndarray]:
@@ -75,16 +76,16 @@ def find(
 
   Nothing is tried if there is too little `hope` for the guesses. Later rounds start in turn from random points of the
   subspace around the guesses' mean, where what is found already has nothing, as long as that brings any, and from means
-  of a guess and another, or a sample that is found, of its label. Where samples are certified by the equations, the
-  others lie in fewer dimensions (`kkt_jax.extraction.certificates.of_the_others`), and half of the random points are
-  polished there. It ends when there are as many training samples as the subspace can hold, or when two rounds in a row
-  brought less than a twentieth of those that are missing.
+  of a guess and another, or a sample that is found, of its label. What is found leads to the others
+  (`kkt_jax.extraction.certificates.of_the_others`). It ends when there are as many training samples as the subspace can
+  hold, or when two rounds in a row brought less than a twentieth of those that are missing.
 
   Args:
     examination: of the classifier.
     guesses: samples [M, *input_shape] in units of the range.
     y: their labels [M].
     effort: how much is tried.
+    known: training samples that are certified already; they lead to others from the first round on.
     criteria: what certifies a sample; the default `Criteria` if None.
     on_round: called with (round, number of training samples, most that there can be).
 
@@ -96,7 +97,7 @@ def find(
   criteria = criteria or Criteria()
   led = np.zeros(len(guesses), bool)
   nothing: list[Any] = [*(np.zeros(0, kind) for kind in (int, int, bool, int)), criteria]
-  exact = Exact(np.zeros((0, *classifier.input_shape), np.float32), *nothing)
+  exact = known or Exact(np.zeros((0, *classifier.input_shape), np.float32), *nothing)
   if hope(examination, guesses, y, few=_FEWER if effort.least_hope else _FEW, criteria=criteria) <= effort.least_hope:
     return exact, led
   assert subspace is not None
@@ -104,21 +105,27 @@ def find(
   every = max(len(guesses) // (effort.points or len(guesses)), 1)
   typical = np.asarray(jnp.mean(guesses, axis=0))
   pool: Candidates | None = None
+  others: vertices.Others | None = None
+  if known is not None and len(known.y):
+    criteria = known.criteria
+    of_known = vertices.certify(known.unit, subspace, criteria)
+    pool, _ = certificates.gather(examination, known.unit, of_known, criteria)
+    others = certificates.of_the_others(examination, pool, criteria)
   for number in range(effort.rounds):
     key = jax.random.key(number)
-    known, known_y = jnp.concatenate([guesses, exact.unit]), np.concatenate([y, exact.y])
-    drawn = at_random and number % 2 == 1
+    seen, seen_y = jnp.concatenate([guesses, exact.unit]), np.concatenate([y, exact.y])
+    drawn = at_random and number > 0 and number % 2 == (others is None)  # later where what is found leads on
     taken = slice(number % every, None, every) if number else slice(None)
     likely = None
     if drawn:
-      starts = _random_starts(key, examination, pool, exact.unit, typical, len(y[taken]))
+      starts = vertices.search(key, subspace, len(y[taken]), around=typical, known=exact.unit)
     else:
-      alike = jnp.log(y[:, None] == known_y[None, :])
-      starts = ((guesses + known[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses)[taken]
-      likely = vertices.likely_ends(starts, y[taken], known, known_y)
-    x = np.asarray(vertices.polish(starts, subspace, likely=likely, num_steps=effort.num_steps))
+      alike = jnp.log(y[:, None] == seen_y[None, :])
+      starts = ((guesses + seen[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses)[taken]
+      likely = vertices.likely_ends(starts, y[taken], seen, seen_y)
+    x = np.asarray(vertices.polish(starts, subspace, likely=likely, others=others, num_steps=effort.num_steps))
     x = _right_way(classifier, x, np.asarray(subspace.origin), typical, criteria)
-    if not number:
+    if pool is None:
       criteria = certificates.calibrated(examination, x, criteria)
     more, of = certificates.gather(examination, x, vertices.certify(x, subspace, criteria), criteria, pool)
     if not number:
@@ -128,6 +135,7 @@ def find(
     brought = len(chosen) > len(exact.y) + _BRINGS * (most - len(chosen))
     idle, at_random = 0 if brought else idle + 1, at_random and (brought or not drawn)
     kept = pool[chosen]
+    others = certificates.of_the_others(examination, kept, criteria)
     exact = Exact(kept.whole, _read(classifier, kept.whole)[0], kept.tight, kept.to_the_bit, kept.evidence, criteria)
     if on_round is not None:
       on_round(number + 1, len(chosen), most)
@@ -136,20 +144,6 @@ def find(
     if len(chosen) == most or idle == _IDLE or len(chosen) < effort.least_hope * most:
       break
   return exact, led
-
-
-def _random_starts(
-  key: jax.Array, examination: Examination, pool: Candidates | None, known: np.ndarray, typical: np.ndarray, count: int
-) -> jax.Array:
-  """Random points where the training samples that are not found yet may be."""
-  assert examination.subspace is not None
-  anywhere = vertices.search(key, examination.subspace, count, around=typical, known=known)
-  fewer = certificates.of_the_others(examination, pool) if pool is not None and count > 1 else None
-  if fewer is None:
-    return anywhere
-  centre = fewer.in_float64.points(fewer.in_float64.coordinates(typical[None]))[0]
-  drawn = vertices.search(jax.random.fold_in(key, 0), fewer, count // 2, around=centre)
-  return jnp.concatenate([anywhere[count // 2 :], vertices.polish(drawn, fewer)])
 
 
 def hope(

@@ -25,6 +25,7 @@ _EXPONENT = 0.5  # of the distance from the ends of the range: 1 is what a linea
 _OUTSIDE = 10.0  # weight of values outside the range, beside those inside
 _FIRST, _LAST = 0.1, 1e-3  # distance from an end that counts as none, at the first iteration and at the last
 _REFITS, _FAR = 8, 20.0  # fits to values that have arrived; how much farther they may be in the first one
+_APART = 0.1  # weight of what known samples say of the others; 1 loses those that are hardly written into the weights
 _AT_ONCE = 50  # samples
 _NEAR = 0.2  # from an end of the range, from where polishing can still bring a value there
 _VARIANCE = 0.05  # of a value, at least, where random points are drawn: the start may be 0 throughout
@@ -39,6 +40,18 @@ _KNOWN = 0.03  # steps: deviation of what is known
 _COLUMNS = 512  # of the projection out of the subspace that are in memory at once
 _TRIES, _MOVES = 3, 50  # fits to levels, and values that are moved a step after each
 _DEFAULT = Criteria()
+
+
+class Others(NamedTuple):
+  """What known samples say of the others: next to 0 is the sum of squares of ``rows @ (c, 1)`` over that of ``size``.
+
+  Attributes:
+    gram: ``rows^T rows`` [r + 1, r + 1] of c the coordinates in the subspace.
+    size: [N, r + 1].
+  """
+
+  gram: jax.Array
+  size: jax.Array
 
 
 class Certificates(NamedTuple):
@@ -66,7 +79,14 @@ class Certificates(NamedTuple):
 
 
 @full_precision
-def polish(x: ArrayLike, subspace: Subspace, *, likely: ArrayLike | None = None, num_steps: int = 60) -> jax.Array:
+def polish(
+  x: ArrayLike,
+  subspace: Subspace,
+  *,
+  likely: ArrayLike | None = None,
+  others: Others | None = None,
+  num_steps: int = 60,
+) -> jax.Array:
   """Moves samples to nearby points of a subspace with as many values as possible at an end of the range.
 
   Iteratively reweighted least squares on ``sum_p |x_p - e_p|^(1/2)``, with e_p the nearer end of the range, smoothed
@@ -78,6 +98,8 @@ def polish(x: ArrayLike, subspace: Subspace, *, likely: ArrayLike | None = None,
     x: samples [M, ...] in units of the range, [0, 1]; they need not lie in the subspace.
     subspace: of the training data.
     likely: the shares of `likely_ends` [2, M, ...]; all values are alike if None.
+    others: leads to other samples than those that are known (`kkt_jax.extraction.certificates.of_the_others`), but for
+      the fits at the end.
     num_steps: iterations.
 
   Returns:
@@ -94,7 +116,7 @@ def polish(x: ArrayLike, subspace: Subspace, *, likely: ArrayLike | None = None,
   trust = jnp.ones((2, *x.shape)) if likely is None else (-1 / jnp.log(jnp.asarray(likely))) ** 0.5
   _checks.check_shape("likely", trust, (2, *x.shape), "[2, M, ...]")
   trust = trust.reshape(2, x.shape[0], -1).swapaxes(0, 1)
-  return subspace.points(_polished(subspace.coordinates(x), trust, subspace, subspace.moving, num_steps))
+  return subspace.points(_polished(subspace.coordinates(x), trust, subspace, subspace.moving, others, num_steps))
 
 
 @jax.jit
@@ -346,7 +368,9 @@ def search(
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
-def _polished(c: jax.Array, trust: jax.Array, subspace: Subspace, moving: np.ndarray, num_steps: int) -> jax.Array:
+def _polished(
+  c: jax.Array, trust: jax.Array, subspace: Subspace, moving: np.ndarray, others: Others | None, num_steps: int
+) -> jax.Array:
   """Coefficients [M, r] of the polished samples; trust [M, 2, D] in values that go to either end.
 
   Only the values at the indices ``moving`` count.
@@ -354,13 +378,16 @@ def _polished(c: jax.Array, trust: jax.Array, subspace: Subspace, moving: np.nda
   shape, start, basis = subspace.origin.shape, subspace.origin.reshape(-1), subspace.basis
   rows = basis[moving]
 
-  def solve(c: jax.Array, weights: jax.Array, ends: jax.Array) -> jax.Array:
+  def solve(c: jax.Array, weights: jax.Array, ends: jax.Array, others: Others | None) -> jax.Array:
     """Weighted least squares, weakly tied to the present point, which stays where the system cannot be solved."""
     weights = weights[moving]
-    gram = (rows * weights[:, None]).T @ rows
+    gram, wanted = (rows * weights[:, None]).T @ rows, rows.T @ (weights * (ends - start)[moving])
+    if others is not None:
+      apart = _APART * others.gram / jnp.sum(jnp.square(others.size @ jnp.append(c, 1.0)))
+      gram, wanted = gram + apart[:-1, :-1], wanted - apart[:-1, -1]
     scale = jnp.trace(gram) / c.shape[0] + 1e-30
     factor = jax.scipy.linalg.cho_factor(gram / scale + 1e-7 * jnp.eye(c.shape[0]))
-    solved = jax.scipy.linalg.cho_solve(factor, rows.T @ (weights * (ends - start)[moving]) / scale + 1e-7 * c)
+    solved = jax.scipy.linalg.cho_solve(factor, wanted / scale + 1e-7 * c)
     return jnp.where(jnp.all(jnp.isfinite(solved)), solved, c)
 
   def one(c: jax.Array, trust: jax.Array) -> jax.Array:
@@ -370,12 +397,12 @@ def _polished(c: jax.Array, trust: jax.Array, subspace: Subspace, moving: np.nda
       distances = _with_neighbours(jnp.square(x - ends), shape)
       weights = (distances + smooth**2) ** (_EXPONENT / 2 - 1)
       weights *= jnp.where((x < 0) | (x > 1), _OUTSIDE, jnp.where(ends > 0, trust[1], trust[0]))
-      return solve(c, weights, ends), None
+      return solve(c, weights, ends, others), None
 
     def refit(c: jax.Array, near: jax.Array) -> tuple[jax.Array, None]:
       x = start + basis @ c
       ends = jnp.round(jnp.clip(x, 0.0, 1.0))
-      return solve(c, (jnp.abs(x - ends) < near).astype(x.dtype), ends), None
+      return solve(c, (jnp.abs(x - ends) < near).astype(x.dtype), ends, None), None
 
     c, _ = jax.lax.scan(descend, c, jnp.geomspace(_FIRST, _LAST, num_steps))
     return jax.lax.scan(refit, c, jnp.geomspace(_FAR * _LAST, _LAST, _REFITS))[0]

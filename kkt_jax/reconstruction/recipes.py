@@ -133,7 +133,8 @@ class Schedule:
       See `kkt_jax.reconstruction.distil`.
     nearly_all: share of the training samples that makes a further table not worth its time.
     tables: how often the generator is trained, from different starts, at most. Where samples are certified, a further
-      one brings others, until more than ``nearly_all`` are; else that network is fitted to the samples of all.
+      one brings others, until more than ``nearly_all`` are: with weight decay these are held while it is trained. Else
+      that network is fitted to the samples of all.
     joint_steps: steps of training that network by the equations.
     joint: optimizer of its parameters and of the multipliers then.
     joint_factors: factors on the weights of terms then, by name.

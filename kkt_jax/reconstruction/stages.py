@@ -3,7 +3,7 @@
 Each stage takes a `Reconstruction` and returns another one: `start`, `train`, `polish`, `distil`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -17,11 +17,12 @@ from kkt_jax import _checks
 from kkt_jax._precision import full_precision
 from kkt_jax.analysis.examination import Examination
 from kkt_jax.classifiers.classifier import Classifier
-from kkt_jax.extraction import exact
+from kkt_jax.extraction import certificates, exact
 from kkt_jax.extraction.exact import Effort, Exact
+from kkt_jax.generators.base import all_labels, Generator, places_of
 from kkt_jax.generators.flows import Flow
 from kkt_jax.reconstruction.loop import fit, Observer, Saver, SILENT
-from kkt_jax.reconstruction.recipes import Recipe, Schedule
+from kkt_jax.reconstruction.recipes import Multipliers, Recipe, Schedule
 from kkt_jax.reconstruction.result import Reconstruction
 from kkt_jax.reconstruction.step import TrainState
 from kkt_jax.reconstruction.trainer import Trainer
@@ -85,8 +86,9 @@ def reconstruct(
     if made.certified_share > schedule.nearly_all or not (certified or schedule.match_steps):
       break
     later = _later(observer, schedule, number)
-    another = Reconstruction(trainer, _best_start(trainer, seed + number * schedule.restarts, later))
-    another = train(another, observer=later)
+    holding, hold = _holding(trainer, made.exact) if certified else (trainer, lambda state: state)
+    another = Reconstruction(holding, _best_start(holding, seed + number * schedule.restarts, later))
+    another = Reconstruction(trainer, trainer.mark(hold(train(another, observer=later).state)))
     if certified:
       made = polish(another, known=made.exact, observer=later)
     else:
@@ -154,7 +156,8 @@ def polish(
     quick: whether nothing is tried unless more than ``hopeful`` of a few samples become training samples, later rounds
       start from twice as many places as there can be training samples, not from every one, and each takes a third of
       the steps.
-    known: what another reconstruction from the same classifiers certified; these samples are put in, too.
+    known: what another reconstruction from the same classifiers certified; these samples are put in, too, and lead to
+      others.
     observer: its ``on_round`` is called.
 
   Returns:
@@ -174,11 +177,9 @@ def polish(
     effort = Effort(rounds)
     if quick:
       effort = Effort(rounds, 2 * examination.most_samples, _QUICK_STEPS, least_hope=schedule.hopeful)
-    guesses, labels = examination.classifier.to_unit(x), y
-    if known:
-      guesses, labels = jnp.concatenate([guesses, known[t].unit]), np.concatenate([labels, known[t].y])
-    samples, led = exact.find(examination, guesses, labels, effort, on_round=tell)
-    labels, codes, chosen = exact.places(samples.y, led[: len(y)], y)
+    guesses, certain = examination.classifier.to_unit(x), known[t] if known else None
+    samples, led = exact.find(examination, guesses, y, effort, known=certain, on_round=tell)
+    labels, codes, chosen = exact.places(samples.y, led, y)
     if len(chosen):
       theta = generator.put(theta, t, labels, codes, jnp.asarray(samples.unit[chosen]))
     certified.append(samples)
@@ -247,6 +248,46 @@ def _later(observer: Observer, schedule: Schedule, tables: int) -> Observer:
     on_log=lambda step, metrics: observer.on_log(steps + step, metrics),
     on_restart=lambda restart, step, metrics: observer.on_restart(restarts + restart, step, metrics),
   )
+
+
+def _holding(trainer: Trainer, certified: Sequence[Exact]) -> tuple[Trainer, Callable[[TrainState], TrainState]]:
+  """The same training with certified samples in some places of the table, and what puts them there in the end.
+
+  Each weighs as much as one training sample, and the other places of a label as much as its other training samples, all
+  labels being alike. Nothing is held where the size of the sums is unknown, or samples interact.
+  """
+  examinations, generator = trainer.examinations, trainer.problem.generator
+  put, within = generator.put, generator.coordinates
+  sized = all(certificates.applicable(one) and one.classifier.weight_decay is not None for one in examinations)
+  if not sized or put is None or trainer.recipe.label_weights is not None:
+    return trainer, lambda state: state
+  codes, place_of = generator.codes, places_of(examinations)
+  weights = np.ones((len(examinations), len(all_labels(examinations)), codes), np.float32)
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), jax.eval_shape(generator.init, jax.random.key(0))[0])
+  ones = jax.tree.map(jnp.ones_like, zeros)
+  for t, (examination, samples) in enumerate(zip(examinations, certified, strict=True)):
+    labels = np.repeat(examination.classifier.labels, codes)
+    y, code, chosen = exact.places(samples.y, np.zeros(len(labels), bool), labels)
+    zeros, ones = (put(theta, t, y, code, jnp.asarray(samples.unit[chosen])) for theta in (zeros, ones))
+    held = np.zeros(weights[t].shape, bool)
+    held[np.asarray(place_of(y), int), code] = True
+    each, known = examination.most_samples / examination.classifier.num_classes, held.sum(axis=1, keepdims=True)
+    weights[t] = np.where(held, 1, np.maximum(each - known, 0) / np.maximum(codes - known, 1)) * codes / each
+  fixed = jax.tree.map(jnp.equal, zeros, ones)  # only what was put in is the same in both
+  hold = lambda theta: jax.tree.map(jnp.where, fixed, zeros, theta)
+
+  def multipliers(examinations: Sequence[Examination], generator: Generator) -> Multipliers:
+    given = trainer.recipe.multipliers(examinations, generator)
+    weight_of = lambda batch: jnp.asarray(weights)[batch.t, place_of(batch.y), batch.code][:, None]
+    return given._replace(apply=lambda eta, classifier, batch: weight_of(batch) * given.apply(eta, classifier, batch))
+
+  holding = generator._replace(
+    generate=lambda theta, *others: generator.generate(hold(theta), *others),
+    coordinates=None if within is None else lambda theta, *others: within(hold(theta), *others),
+  )
+  recipe = dataclasses.replace(trainer.recipe, generator=lambda examinations: holding, multipliers=multipliers)
+  put_in = lambda state: state._replace(params=state.params | {"theta": hold(state.params["theta"])})
+  return dataclasses.replace(trainer, recipe=recipe), put_in
 
 
 def _train_until_certified(begin: Reconstruction, saver: Saver | None, observer: Observer) -> Reconstruction:

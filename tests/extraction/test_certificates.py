@@ -120,8 +120,11 @@ def test_around_a_start_that_is_no_blend_sums_of_two_are_another_one():
   assert certified(candidates(x, EQUATIONS), subspace) == list(range(6))
 
 
-def test_where_five_are_on_levels_the_range_alone_certifies_only_what_is_on_them_too():
+def test_where_five_are_on_levels_only_what_is_on_them_too_is_certified():
   x, subspace = images(8)
+  bent = [*[EQUATIONS] * 5, LEVELS, EQUATIONS]  # the last one fulfils its equations, but is no image
+  assert certified(candidates(x[:7], bent, to_the_bit=np.arange(7) < 6), subspace) == [0, 1, 2, 3, 4, 5]
+  assert certified(candidates(x[:7], bent, to_the_bit=np.arange(7) == 5), subspace) == [0, 1, 2, 3, 4, 6, 5]
   evidence = [*[LEVELS] * 5, RANGE, RANGE]
   on = np.array([True] * 5 + [True, False])
   assert certified(candidates(x[:7], evidence, to_the_bit=on), subspace) == [0, 1, 2, 3, 4, 5]

@@ -110,12 +110,14 @@ def test_every_samples_dual_is_0_on_all_others():
   _, duals = certificates.by_equations(found, unit, Criteria())
   assert np.median(np.abs(duals @ (x - found.first.start).T - np.eye(NUM))) < 0.01
   np.testing.assert_allclose(duals @ (x - found.first.start).T, np.eye(NUM), atol=0.2)
-  known = certificates.Candidates(*(np.zeros(4) for _ in range(7)), duals[:4])
-  others = certificates.of_the_others(found, known)
-  assert others.dimension == found.subspace.dimension - 4  # each sample that is known takes a dimension away
-  offsets = unit - np.asarray(others.origin)
-  outside = np.linalg.norm(offsets - offsets @ np.asarray(others.basis) @ np.asarray(others.basis).T, axis=1)
-  assert outside[4:].max() < 0.1 and outside[:4].min() > 0.3
+  known = certificates.Candidates(unit[:6], *np.zeros((3, 6)), unit[:6], np.ones(6, bool), np.zeros(6), duals[:6])
+  others = certificates.of_the_others(found, known, Criteria())
+  c = np.asarray(found.subspace.coordinates(unit))
+  homogeneous = np.concatenate([c, np.ones((NUM, 1))], axis=1)
+  angles = np.sum(homogeneous @ others.gram * homogeneous, axis=1) / np.sum((homogeneous @ others.size.T) ** 2, axis=1)
+  assert angles[6:].max() < 6 * 20 and angles[:6].min() > 6 * 500  # squares, in units of their errors
+  fewer = Criteria(agreeing=7)
+  assert certificates.of_the_others(found, known, fewer) is None
 
 
 def test_a_kernel_may_be_stored_turned():

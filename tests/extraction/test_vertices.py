@@ -51,6 +51,16 @@ def test_what_is_near_a_training_sample_is_polished_to_it_and_certified():
   assert certificates.firmness.min() > 0.2
 
 
+def test_known_samples_lead_to_others():
+  x, subspace, _ = data()
+  one_more = np.concatenate([subspace.coordinates(x), np.ones((NUM, 1))], axis=1)
+  duals = np.linalg.inv(one_more).T[:4]  # 1 on a known sample and 0 on all others
+  others = vertices.Others(jnp.asarray(1e4 * duals.T @ duals), jnp.eye(NUM))
+  start = jnp.asarray(0.6 * x[:4] + 0.4 * x[4:8])
+  np.testing.assert_allclose(vertices.polish(start, subspace), x[:4], atol=2e-3)
+  np.testing.assert_allclose(vertices.polish(start, subspace, others=others), x[4:8], atol=2e-3)
+
+
 def test_samples_that_came_to_one_vertex_are_certified_as_each_alone():
   x, subspace, _ = data()
   mixed = jnp.concatenate(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import chex
 import jax
@@ -263,6 +264,27 @@ def test_further_tables_are_trained_until_nearly_all_samples_are_certified(monke
   assert int(made.state.step) == 3
   first, second, _ = (np.asarray(own.every_sample()[0]) for own, _ in polished)
   assert np.abs(first - second).max() > 0.01
+
+
+def test_what_is_certified_is_held_while_a_further_table_is_trained(monkeypatch):
+  """Each with the weight of one of six training samples, and the other places of its label with that of the rest."""
+  begun = begin()
+  assert stages._holding(begun.trainer, ())[0] is begun.trainer  # the equations of single samples do not apply
+  monkeypatch.setattr(stages.certificates, "applicable", lambda own: True)
+  monkeypatch.setattr(kkt_jax.Examination, "most_samples", 6)
+  unit = np.array([[0.2, 0.9], [0.4, 0.1]], np.float32)
+  rest = [np.zeros((2, 1))] * 3
+  certified = [exact.Exact(unit, np.array([2, 0]), *rest), exact.Exact(unit[:1], np.array([5]), *rest)]
+  holding, hold = stages._holding(begun.trainer, certified)
+  trained = train(Reconstruction(holding, holding.init(0)))
+  free = np.asarray(trained.every_sample()[0])
+  np.testing.assert_allclose(free[[6, 0, 9]], [*unit, unit[0]], atol=1e-6)  # of labels 0, 1, 2, 5 and 2
+  put = Reconstruction(begun.trainer, hold(trained.state))
+  np.testing.assert_allclose(put.every_sample()[0], free, atol=1e-6)
+  batch = types.SimpleNamespace(t=0, y=jnp.array([0, 0, 0, 1]), logits=jnp.zeros((4, 3)))
+  batch.noise = jax.scipy.stats.norm.ppf(jnp.array([1, 3, 5, 1]) / 6)[:, None]
+  weighed, plain = (own.problem.multipliers.apply(None, None, batch) for own in (holding, begun.trainer))
+  np.testing.assert_allclose(weighed / plain, np.array([[1.5], [0.75], [0.75], [1.0]]) * np.ones(3), rtol=1e-5)
 
 
 @pytest.mark.slow
