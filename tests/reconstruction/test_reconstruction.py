@@ -282,7 +282,7 @@ def test_what_is_certified_is_held_while_a_further_table_is_trained(monkeypatch)
   put = Reconstruction(begun.trainer, hold(trained.state))
   np.testing.assert_allclose(put.every_sample()[0], free, atol=1e-6)
   batch = types.SimpleNamespace(t=0, y=jnp.array([0, 0, 0, 1]), logits=jnp.zeros((4, 3)))
-  batch.noise = jax.scipy.stats.norm.ppf(jnp.array([1, 3, 5, 1]) / 6)[:, None]
+  batch.code = jnp.array([0, 1, 2, 0])
   weighed, plain = (own.problem.multipliers.apply(None, None, batch) for own in (holding, begun.trainer))
   np.testing.assert_allclose(weighed / plain, np.array([[1.5], [0.75], [0.75], [1.0]]) * np.ones(3), rtol=1e-5)
 
