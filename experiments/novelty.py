@@ -83,7 +83,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   for done, (name, draws) in enumerate(sets.items(), 1):
     rows[name] = measure(draws)
     progress.update(done, name)
-  audit_pictures.image_rows(out.path / "novelty.png", picture)
+  (out.path / "novelty.png").write_bytes(audit_pictures.image_rows(picture))
   curves = {name: [rows[f"draws, {size:g}"][name] for size in sizes] for name in _CURVES}
   pictures.curves(out.path / "curve.png", sizes, curves, "root mean square displacement in pixels")
   right = np.asarray(classifier.predict(jax.numpy.asarray(data.evaluation.x))).argmax(axis=1) == data.evaluation.y

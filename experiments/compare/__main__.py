@@ -54,7 +54,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   pool.run_all(first, processes=config.processes, what="classifiers")
   # The methods in turn, so that an interrupted comparison has something of each.
   in_turn = itertools.zip_longest(*jobs.values())
-  pool.run_all([job for own in in_turn for job in own if job], processes=config.processes, what="runs")
+  pool.run_all([job for turn in in_turn for job in turn if job], processes=config.processes, what="runs")
   given = [f"--{name}={value}" for name, value in same.items() if value != getattr(Config(), name)]
   command = lambda folder: shlex.join(["python", "-m", "experiments.compare", *given, f"--workdir={folder}"])
   kind = "circle" if config.experiment == "circle" else "images"

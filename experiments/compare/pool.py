@@ -63,8 +63,8 @@ def fixed_settings(module: str, text: str) -> dict[str, Any]:
     UsageError: they are impossible, or among those in which the runs differ.
   """
   settings = flags.parse(importlib.import_module(module).Config, text)
-  if own := [name for name in _OWN if name in settings]:
-    raise flags.UsageError(f"--set must leave {', '.join(_OWN)} alone; got {', '.join(own)}.")
+  if taken := [name for name in _OWN if name in settings]:
+    raise flags.UsageError(f"--set must leave {', '.join(_OWN)} alone; got {', '.join(taken)}.")
   return settings
 
 
@@ -116,8 +116,8 @@ def _run(job: Job) -> None:
   resumed = (job.workdir / "config.json").exists()
   began, error = time.monotonic(), ""
   with (job.workdir / "log.txt").open("a") as log:
-    for own in (1, 2):
-      os.dup2(log.fileno(), own)
+    for stream in (1, 2):
+      os.dup2(log.fileno(), stream)
   module = importlib.import_module(job.module)
   try:
     module.run(module.Config(**job.settings), job.workdir)

@@ -141,9 +141,9 @@ def of_results(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
   known = {metric.name for kind in HEADLINES for metric in metrics(kind)}
   mean = lambda value: statistics.fmean(value) if isinstance(value, Sequence) else float(value)
   return {
-    "generated" if name == "fresh_noise" else name: {key: mean(own[key]) for key in own if key in known}
-    for name, own in results.items()
-    if isinstance(own, Mapping) and known & set(own)
+    "generated" if name == "fresh_noise" else name: {key: mean(row[key]) for key in row if key in known}
+    for name, row in results.items()
+    if isinstance(row, Mapping) and known & set(row)
   }
 
 
@@ -163,10 +163,10 @@ def rows_of(kind: str, methods: Mapping[str, Any], jobs: Mapping[str, Sequence[J
         results = job.metrics()
         failed += results is None
         # A run that failed has no numbers, which the tables must show.
-        own = of_results(results)["generated"] if results else dict.fromkeys(HEADLINES[kind], math.nan)
+        row = of_results(results)["generated"] if results else dict.fromkeys(HEADLINES[kind], math.nan)
         if outcome["seconds"] is not None:
-          own |= {"minutes": outcome["seconds"] / 60, "gigabytes": outcome["peak_memory"] / 1e9}
-        runs.append(own)
+          row |= {"minutes": outcome["seconds"] / 60, "gigabytes": outcome["peak_memory"] / 1e9}
+        runs.append(row)
     title = f"{method.title} ({failed} of {len(jobs[name])} runs failed)" if failed else method.title
     rows.append(Row(name, title, method.kind, _by_metric(runs)))
   sets = [of_results(results) for job in next(iter(jobs.values())) if (results := job.metrics())]
@@ -177,8 +177,8 @@ def rows_of(kind: str, methods: Mapping[str, Any], jobs: Mapping[str, Sequence[J
 
 
 def _by_metric(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-  names = dict.fromkeys(name for own in runs for name in own)
-  return {name: [own[name] for own in runs if name in own] for name in names}
+  names = dict.fromkeys(name for row in runs for name in row)
+  return {name: [row[name] for row in runs if name in row] for name in names}
 
 
 def best(rows: Sequence[Row], metric: Metric) -> set[str]:
@@ -254,8 +254,8 @@ def document(rows: Sequence[Row], kind: str, methods: Mapping[str, Any], jobs: M
     Markdown.
   """
   parts = ["# Methods against one another", _ABOUT, markdown(rows, headline(kind)), f"`{command}`"]
-  for group, own in itertools.groupby(metrics(kind), key=lambda metric: metric.group):
-    columns = list(own)
+  for group, of_group in itertools.groupby(metrics(kind), key=lambda metric: metric.group):
+    columns = list(of_group)
     measured = [row for row in rows if any(row.values.get(metric.name) for metric in columns)]
     legend = "\n".join(f"- **{_plain(metric.title)}**: {_plain(metric.explanation)}" for metric in columns)
     parts += [f"## {group}", markdown(measured, columns, legend=False), legend]

@@ -113,7 +113,8 @@ def evaluate(
   results["certificates"], certified = matching.exactness(reconstruction, data.train)
   results["criteria"] = [dataclasses.asdict(exact.criteria) for exact in reconstruction.exact]
   columns = pictures.COLUMNS // len(labels)
-  matching.similar_pairs(out.path / picture, samples, data.train, certified=certified, columns=columns)
+  pairs = matching.similar_pairs(samples, data.train, certified=certified, columns=columns)
+  (out.path / picture).write_bytes(pairs)
   out.finish(results)
   measured = {name: row for name, row in results.items() if isinstance(row, dict) and "eval_accuracy" in row}
   summary = [matching.table(measured, _SHOWN), _NOVELTY.format_map(results["novelty"])]

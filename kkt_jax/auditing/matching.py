@@ -1,8 +1,7 @@
 """Reconstructed samples against the data: similarity, controls, and identification of training samples."""
 
 from collections.abc import Mapping, Sequence
-import pathlib
-from typing import Any, IO
+from typing import Any
 
 import jax
 import numpy as np
@@ -141,20 +140,13 @@ def trial(samples: Samples, train: Samples, held_out: Samples) -> metrics.Trial:
 
 
 def similar_pairs(
-  file: pathlib.Path | IO[bytes],
-  images: Samples,
-  train: Samples,
-  *,
-  certified: np.ndarray | None = None,
-  columns: int = 2,
-  rows: int = 5,
-) -> None:
-  """Figs. 6 to 8: generated images in odd rows, the most similar training image of the class below each.
+  images: Samples, train: Samples, *, certified: np.ndarray | None = None, columns: int = 2, rows: int = 5
+) -> bytes:
+  """PNG of Figs. 6 to 8: generated images in odd rows, the most similar training image of the class below each.
 
   The first images of every class, unselected; a last row shows the mean of the whole training set.
 
   Args:
-    file: PNG file, or what it is written to.
     images: generated images.
     train: training images.
     certified: images [K, ...] that are framed where they are shown.
@@ -175,7 +167,7 @@ def similar_pairs(
       framed[len(drawn)] = np.array(near) < drawn_twice
     drawn += [("generated", shown.x[chosen]), ("nearest training image", train.x[nearest[chosen]])]
   drawn.append(("mean of the training set", train.x.mean(axis=0, keepdims=True)))
-  pictures.image_rows(file, drawn, framed=framed)
+  return pictures.image_rows(drawn, framed=framed)
 
 
 def exactness(reconstruction: Reconstruction, train: Samples) -> tuple[list[dict[str, int]], np.ndarray]:

@@ -22,7 +22,6 @@ def render(template: pathlib.Path, **values: Any) -> str:
     HTML.
 
   Raises:
-    OSError: a picture cannot be read.
     ValueError: a picture is not a PNG.
   """
   environment = jinja2.Environment(
@@ -36,10 +35,9 @@ def render(template: pathlib.Path, **values: Any) -> str:
   return environment.get_template(template.name).render(values)
 
 
-def embed(png: pathlib.Path | bytes) -> dict[str, Any]:
-  """A PNG file, or its content, as ``uri`` (base64), ``width`` and ``height``."""
-  content = png if isinstance(png, bytes) else png.read_bytes()
-  if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-    raise ValueError(f"pictures must be PNG files; got {png!r}.")
-  width, height = struct.unpack(">II", content[16:24])
-  return {"uri": f"data:image/png;base64,{base64.b64encode(content).decode()}", "width": width, "height": height}
+def embed(png: bytes) -> dict[str, Any]:
+  """The content of a PNG file as ``uri`` (base64), ``width`` and ``height``."""
+  if not png.startswith(b"\x89PNG\r\n\x1a\n"):
+    raise ValueError(f"pictures must be PNG files; got {png[:20]!r}.")
+  width, height = struct.unpack(">II", png[16:24])
+  return {"uri": f"data:image/png;base64,{base64.b64encode(png).decode()}", "width": width, "height": height}

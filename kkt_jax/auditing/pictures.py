@@ -1,10 +1,9 @@
-"""Images and curves as PNG files."""
+"""Images and curves, as the content of PNG files."""
 
 from collections.abc import Mapping, Sequence
 import io
-import pathlib
 import textwrap
-from typing import IO
+from typing import Any
 
 from jax.typing import ArrayLike
 import numpy as np
@@ -13,23 +12,15 @@ from scipy import stats  # type: ignore[import-untyped]
 
 COLUMNS = 20  # images in a row of a picture
 _CAPTIONS = 220  # pixels at their left
-_FRAME = (0.1, 0.65, 0.2)
+_SCALE, _FRAME = 3, (0.1, 0.65, 0.2)  # pixels of a picture for each of an image; colour
 
 
-def image_rows(
-  file: pathlib.Path | IO[bytes],
-  rows: Sequence[tuple[str, ArrayLike]],
-  *,
-  framed: Mapping[int, ArrayLike] | None = None,
-  scale: int = 3,
-) -> None:
+def image_rows(rows: Sequence[tuple[str, ArrayLike]], *, framed: Mapping[int, ArrayLike] | None = None) -> bytes:
   """Rows of images with a caption at their left, as in Figs. 6 to 8.
 
   Args:
-    file: PNG file, or what it is written to.
     rows: captions and images [n, H, W, C] in [0, 1], C of 1 or 3; the rows may have different lengths.
     framed: by the index of a row, which of its images have a frame [n].
-    scale: pixels of the file per pixel of an image.
   """
   from matplotlib.figure import Figure
 
@@ -44,21 +35,20 @@ def image_rows(
       if frame:
         canvas[top : top + height, left : left + width] = _FRAME
       canvas[top + 1 : top + height - 1, left + 1 : left + width - 1] = image
-  canvas = canvas.repeat(scale, axis=0).repeat(scale, axis=1)
+  canvas = canvas.repeat(_SCALE, axis=0).repeat(_SCALE, axis=1)
   size = np.array([canvas.shape[1] + _CAPTIONS, canvas.shape[0]])
   figure = Figure(figsize=tuple(size / 100), dpi=100)
   figure.figimage(canvas, xo=_CAPTIONS)
   for row, (caption, _) in enumerate(rows):
     middle = 1 - (row + 0.5 - gap / height / 2) / len(rows)
     figure.text((_CAPTIONS - 8) / size[0], middle, caption, ha="right", va="center", fontsize=8)
-  figure.savefig(file)
+  return _content(figure)
 
 
-def scores(file: pathlib.Path | IO[bytes], values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def scores(values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> bytes:
   """ROC curves of scores on logarithmic axes, and how the first of them is distributed, in ranks.
 
   Args:
-    file: PNG file, or what it is written to.
     values: by what a score is called, those of members [n] and of non-members [m]; the last is the baseline.
   """
   from matplotlib.figure import Figure
@@ -82,7 +72,13 @@ def scores(file: pathlib.Path | IO[bytes], values: Mapping[str, tuple[np.ndarray
     right.hist(group, bins, density=True, alpha=0.6, label=label)
   right.set(xlabel=textwrap.fill(f"rank by {name}", 48), yticks=[], ylabel="density", title="Members and non-members")
   right.legend(fontsize=7)
-  figure.savefig(file)
+  return _content(figure)
+
+
+def _content(figure: Any) -> bytes:
+  content = io.BytesIO()
+  figure.savefig(content)
+  return content.getvalue()
 
 
 def png(image: ArrayLike) -> bytes:

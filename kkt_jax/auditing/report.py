@@ -228,11 +228,9 @@ class AuditReport:
     if self.generated is None or not _are_images(self.generated):
       return drawn
     if self.train is not None and matching.comparable(self.generated):
-      content = io.BytesIO()
       columns = max(pictures.COLUMNS // len(np.unique(self.generated.y)), 1)
-      matching.similar_pairs(content, self.generated, self.train, columns=columns)
       caption = "Reconstructed samples in odd rows, the most similar training image below each."
-      drawn["pairs.png"] = (caption, content.getvalue())
+      drawn["pairs.png"] = (caption, matching.similar_pairs(self.generated, self.train, columns=columns))
     drawn["samples.png"] = ("Reconstructed samples, a row for each class, unselected.", rows_of_classes(self.generated))
     if self.reconstruction is not None and any(self.certified.values()):
       exact = self.reconstruction.exact[0]
@@ -297,9 +295,7 @@ class AuditReport:
     """PNG of the best score beside the loss, if there are scores."""
     if self.scored is None:
       return None
-    content = io.BytesIO()
-    pictures.scores(content, {SCORES[name]: self.scored.values[name] for name in (self.scored.best, "loss")})
-    return content.getvalue()
+    return pictures.scores({SCORES[name]: self.scored.values[name] for name in (self.scored.best, "loss")})
 
   @property
   def _thumbnails(self) -> dict[str, bytes]:
@@ -336,11 +332,9 @@ class AuditReport:
 
 def rows_of_classes(samples: Samples) -> bytes:
   """PNG of the first images of every class, a row each."""
-  content = io.BytesIO()
   labels = np.unique(samples.y)[: pictures.COLUMNS]
   rows = [(f"class {label}", samples.x[samples.y == label][: pictures.COLUMNS]) for label in labels]
-  pictures.image_rows(content, rows)
-  return content.getvalue()
+  return pictures.image_rows(rows)
 
 
 def _are_images(samples: Samples) -> bool:

@@ -131,6 +131,7 @@ def gates(apply_fn: ApplyFn, params: PyTree, x: Any) -> list[str]:
   return report.gates
 
 
+@_checks.annotated
 @functools.partial(jax.jit, static_argnums=0)
 def pre_activations(apply_fn: ApplyFn, params: PyTree, x: Any) -> list[jax.Array]:
   """The arguments of all gates outside loops and branches, in order; a gate's kink is at 0.

@@ -86,11 +86,12 @@ def by_equations(
 ) -> tuple[np.ndarray, np.ndarray]:
   """How far samples are from their own equations, and their duals; certified below 1.
 
-  The root of the sum of squares of: the distance of the signal from the row space, its scale's from 1, what as great
-  an error within the row space would change the scale by, the unrest of its kinks, the part of the sample outside of
-  the subspace, and what the bias says of its brightness, each over what `Criteria` allow. The scale is that of most
-  samples that fulfil the rest, if the weight decay or the number of training samples is not known: five at least that
-  agree. Five that fulfil the rest also say what distance is usual: those of training samples are all alike.
+  The misfit is the root of a sum of squares, each over what `Criteria` allow: the distance of the signal from the row
+  space; the distance of its scale from 1; how much an error of that size within the row space would change the scale;
+  the unrest of its kinks; the part of the sample outside the subspace; and its brightness against what the bias says.
+  If the weight decay or the number of training samples is unknown, scales are compared with that of most samples that
+  pass the rest, of which at least five must agree. Five such samples also set the usual distance, for those of training
+  samples are all alike.
 
   Args:
     examination: of the classifier.
@@ -140,9 +141,9 @@ def _beside_scale(signal: signals.Signals, beside: np.ndarray, criteria: Criteri
 def calibrated(examination: Examination, unit: np.ndarray, criteria: Criteria) -> Criteria:
   """Criteria with a distance and a scale that suit how far training has converged.
 
-  Halves of two samples each are no training samples. Half of the distance that nine of ten of them keep is
-  allowed, if that is more than the criteria allow, and seven times that of the scale: the less training has converged,
-  the farther are all samples.
+  Means of two samples are no training samples, and the less training has converged, the greater are the distances of
+  all samples. So half of the distance that nine of ten such means exceed is allowed, if that is more than the criteria
+  allow, and seven times as much for the scale.
 
   Args:
     examination: of the classifier.
@@ -238,10 +239,10 @@ def first_alike(points: np.ndarray, distance: float) -> np.ndarray:
 def unambiguous(points: Candidates, subspace: Subspace, criteria: Criteria) -> np.ndarray:
   """Indices of the points that nothing else explains, the surest first.
 
-  Training samples are independent where the subspace has as many dimensions as they need. In the order of evidence,
-  then of doubt, a point that those before it account for is left out. If it is no mere copy of one and its evidence is
-  theirs, then it might be the sample and they be made of it: all are ambiguous. So are, where only levels or the range
-  speak, three points a, b, c for which a + b - c would pass as well.
+  Training samples are linearly independent if the subspace has enough dimensions. Points are taken in the order of
+  their evidence, then of their doubt, and one that is a combination of those before it is left out. If it is no mere
+  copy and has the same kind of evidence as they, it might be the sample and they the combinations: all are ambiguous.
+  So are three points a, b, c with evidence from levels or the range only, for which a + b - c would pass as well.
 
   Args:
     points: the candidates.

@@ -74,11 +74,12 @@ def find(
 ) -> tuple[Exact, np.ndarray]:
   """Training samples of one classifier, from guesses and then from random points of the subspace.
 
-  Nothing is tried if there is too little `hope` for the guesses. Later rounds start in turn from random points of the
-  subspace around the guesses' mean, where what is found already has nothing, as long as that brings any, and from means
-  of a guess and another, or a sample that is found, of its label. What is found leads to the others
-  (`kkt_jax.extraction.certificates.of_the_others`). It ends when there are as many training samples as the subspace can
-  hold, or when two rounds in a row brought less than a twentieth of those that are missing.
+  Nothing is tried if there is too little `hope` for the guesses. The first round polishes the guesses themselves. Later
+  rounds start in turn from random points and from means of two: of a guess and of another one, or of a sample that was
+  found, of the same label. Random points lie in the subspace around the mean of the guesses, in directions that no
+  sample found so far has; they are given up once a round of them brings too little. With weight decay, samples that are
+  certified lead to the others (`kkt_jax.extraction.certificates.of_the_others`). The search ends with as many training
+  samples as the subspace can hold, or after two rounds in a row that brought less than a twentieth of the missing ones.
 
   Args:
     examination: of the classifier.
@@ -182,8 +183,8 @@ def places(labels: np.ndarray, led: np.ndarray, y: np.ndarray) -> tuple[np.ndarr
     y: labels of the entries [M].
 
   Returns:
-    Labels, codes, and indices of training samples: each of them once, in turn, until as many entries of its label are
-    taken as led to one. A training sample whose label has no entries goes nowhere.
+    Labels, codes, and indices of training samples. Those of a label are placed in turn until each is in the table and
+    every entry of the label that led to one is taken. A training sample whose label has no entries is left out.
 
   >>> places(np.array([7, 7, 8]), np.array([False, True, True, True, False]), np.array([7] * 5))
   (array([7, 7, 7]), array([1, 2, 3]), array([0, 1, 0]))

@@ -1,10 +1,10 @@
 """Training samples as vertices: exact, and certified without any data. Beyond the paper.
 
-Where the first layer tells the subspace of the data (`kkt_jax.analysis.Subspace`), every training sample lies in its r
-dimensions, and in the range of its inputs. Images hold many pixels that are black or white: far more than the r
-that pin down a point of it. So a training image is a *highly degenerate vertex* of a polytope that the weights
-alone give away, and there are few of them. `polish` moves samples to the vertex nearby. `certify` counts the values at
-an end of the range: a point of the subspace gets r of them by choosing, but the others only by being a training image.
+Where the first layer reveals the subspace of the data (`kkt_jax.analysis.Subspace`), every training sample lies in its
+r dimensions, and in the range of its inputs. Images hold many pixels that are black or white: far more than the r that
+determine a point of the subspace. So a training image is a *highly degenerate vertex* of a polytope that the weights
+alone reveal, and there are few such vertices. `polish` moves samples to the vertex nearby. `certify` counts the values
+at an end of the range: any point of the subspace can be chosen to have r of them, but only training images have more.
 """
 
 import functools
@@ -127,7 +127,7 @@ def likely_ends(x: ArrayLike, y: ArrayLike, others: ArrayLike, others_y: ArrayLi
   Args:
     x: samples [M, ...] in units of the range.
     y: their labels [M].
-    others: samples [K, ...] to ask, such as the guesses and what is found already; the 8 nearest of the label are.
+    others: samples [K, ...] to compare with, such as the guesses and those found; the 8 nearest of the label count.
     others_y: their labels [K].
 
   Returns:
@@ -202,11 +202,11 @@ def _least_singular(rows: np.ndarray) -> float:
 def to_levels(x: ArrayLike, subspace: Subspace, criteria: Criteria = _DEFAULT) -> tuple[np.ndarray, np.ndarray]:
   """Images of whole levels, such as 8-bit ones, from polished samples: bit for bit, where they are training images.
 
-  Nearly white values that polishing took for white bend a sample a little. So it is fitted to its black values, by
-  reweighted least squares that knows white ones to a step or two only. Then the values that are left are put on their
-  levels one after the other, the surest first, and all others follow (Babai, 1986); and again from there, if need be.
-  A point of the subspace has as many values to choose as there are dimensions. That all others are whole levels, too,
-  is no chance.
+  Nearly white values that polishing took for white bend a sample a little. So it is fitted to its black values by
+  reweighted least squares, which trust white ones to a step or two only. Then the remaining values are put on their
+  levels one after another, the surest first, and all others follow (Babai, 1986); from there once more, if need be. A
+  point of the subspace can choose as many values as there are dimensions; that all others are whole levels, too, is no
+  coincidence.
 
   Args:
     x: certified samples [M, ...] in units of the range.

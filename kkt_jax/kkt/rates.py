@@ -192,6 +192,7 @@ def given_rates(rates: PyTree, params: PyTree, *, target_rate: ArrayLike | None 
   return RateSolution(full, jnp.array(jnp.nan), unknown, unknown, jnp.asarray(target_rate), undetermined)
 
 
+@_checks.annotated
 @jax.jit  # one compilation for all tensors
 def parameter_groups(solution: RateSolution, *, tolerance: float = 1e-3) -> PyTree:
   """Sorts the parameters by their rate (the text below Eq. 2), as integers shaped like the parameters.

@@ -1,7 +1,7 @@
 """Given candidates, which of them were in the training set? Scores without any training. Beyond the paper.
 
-All need candidates that were in it and others in one call: a score says little by itself, and much beside those of
-samples that are known not to have been trained on.
+All need members and others in one call: a score says little by itself, and much beside those of samples that are known
+not to have been trained on.
 """
 
 from collections.abc import Sequence
@@ -311,7 +311,7 @@ def boundary_fractions(classifier: Classifier, x: ArrayLike, *, within: float = 
   """The fraction of all units on whose activation boundary each sample lies.
 
   Gradient descent with weight decay comes to rest where activation boundaries lie exactly on training samples, as a
-  ball does in a valley. So a sample that lies on many more boundaries than others do was most likely trained on.
+  ball does at the bottom of a valley. So a sample on many more boundaries than others was most likely trained on.
 
   Args:
     classifier: any whose gates `kkt_jax.classifiers.relaxation` recognises.

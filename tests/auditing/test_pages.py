@@ -63,7 +63,7 @@ def picture(tmp_path):
 def rendered(tmp_path, picture):
   template = tmp_path / "page.html.j2"
   template.write_text(_TEMPLATE)
-  return lambda text="plain": pages.render(template, title=text, text=text, png=picture)
+  return lambda text="plain": pages.render(template, title=text, text=text, png=picture.read_bytes())
 
 
 def test_a_page_is_balanced_its_headings_are_in_order_and_it_repeats_itself(rendered):

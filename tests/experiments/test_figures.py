@@ -1,5 +1,7 @@
 """Pictures are written whole, for grey and coloured images and rows of different lengths."""
 
+import io
+
 import matplotlib.image
 import numpy as np
 import pytest
@@ -9,10 +11,9 @@ from kkt_jax.auditing import pictures as audit_pictures
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_rows_show_every_image_at_its_place(tmp_path, channels):
+def test_rows_show_every_image_at_its_place(channels):
   rows = [("generated", np.zeros((4, 8, 8, channels))), ("mean", np.ones((1, 8, 8, channels)))]
-  audit_pictures.image_rows(tmp_path / "rows.png", rows)
-  picture = matplotlib.image.imread(tmp_path / "rows.png")[..., :3]
+  picture = matplotlib.image.imread(io.BytesIO(audit_pictures.image_rows(rows)))[..., :3]
   assert picture.shape[:2] == (60, 340)  # 2 rows and 4 columns of (8 + 2) x 3 pixels, beside 220 for captions
   np.testing.assert_array_equal(picture[12, [232, 262, 292, 322]], 0)  # four black images
   np.testing.assert_array_equal(picture[42, [232, 262, 292, 322]], 1)  # a white one, and nothing beside it

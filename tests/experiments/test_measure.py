@@ -3,6 +3,8 @@
 import ast
 import collections
 import dataclasses
+import functools
+import io
 import json
 import pathlib
 import types
@@ -24,7 +26,7 @@ from kkt_jax.auditing import matching
 from kkt_jax.auditing.samples import Samples
 from kkt_jax.classifiers import make_classifier
 from kkt_jax.cli.workdir import Workdir
-from kkt_jax.criteria import Criteria
+from kkt_jax.extraction import Exact
 from kkt_jax.kkt import Conditions
 
 
@@ -160,18 +162,17 @@ def test_classes_that_are_missing_or_unknown_are_named(y, message):
     comparison.retrieval(*[sets["--train_data"]] * 2, sets["--held_out_data"])
 
 
-def test_pairs_show_the_training_image_of_the_class_that_is_most_similar(tmp_path):
+def test_pairs_show_the_training_image_of_the_class_that_is_most_similar():
   train = shades(3, 0)
   generated = Samples(train.x[[2, 1, 0, 5, 4, 3]], train.y)
-  matching.similar_pairs(tmp_path / "pairs.png", generated, train, columns=1, rows=3)
-  picture = matplotlib.image.imread(tmp_path / "pairs.png")[:, 220:, 0]
+  drawn = functools.partial(matching.similar_pairs, generated, train, columns=1, rows=3)
+  picture = matplotlib.image.imread(io.BytesIO(drawn()))[:, 220:, 0]
   assert picture.shape == (7 * 30, 2 * 30)  # three pairs of rows and the mean, 8 + 2 pixels at 3 each
   for row in (0, 2, 4):
     np.testing.assert_array_equal(picture[30 * row : 30 * row + 30], picture[30 * row + 30 : 30 * row + 60])
   np.testing.assert_allclose(picture[183:207:3, 3:27:3], train.x.mean(0)[..., 0], atol=1 / 255)
   np.testing.assert_allclose(picture[3:27:3, 3:27:3], train.x[2, ..., 0], atol=1 / 255)
-  matching.similar_pairs(tmp_path / "framed.png", generated, train, certified=train.x[2:3], columns=1, rows=3)
-  framed = matplotlib.image.imread(tmp_path / "framed.png")[:, 220:]
+  framed = matplotlib.image.imread(io.BytesIO(drawn(certified=train.x[2:3])))[:, 220:]
   np.testing.assert_allclose(framed[0, 1], (0.1, 0.65, 0.2, 1.0), atol=1 / 255)  # the first image is certified
   np.testing.assert_array_equal(framed[0, 31], np.ones(4))  # the second is not
 
@@ -190,10 +191,7 @@ def test_draws_are_training_images_or_one_another_or_new():
 def polished(*claims):
   """A reconstruction with certified samples: unit, y and to_the_bit of each classifier."""
   exact = [
-    types.SimpleNamespace(
-      unit=unit, y=y, to_the_bit=np.array(bits, bool), evidence=np.arange(len(y)) % 2, criteria=Criteria()
-    )
-    for unit, y, bits in claims
+    Exact(unit, y, np.zeros(len(y), int), np.array(bits, bool), np.arange(len(y)) % 2) for unit, y, bits in claims
   ]
   examinations = [types.SimpleNamespace(most_samples=6)] * len(exact)
   return types.SimpleNamespace(exact=tuple(exact), examinations=examinations)
