@@ -74,7 +74,7 @@ class Config(flags.Checked):
     " many; paper: the paper's own network, trained from scratch.",
     choices=("network", "table", "paper"),
   )
-  codes: int = flag(None, "Images that the noise picks from, for each class and classifier.", lower=1, type=int)
+  codes: int = flag(None, "Images to pick from, for each class and classifier; 0: as weights ask.", lower=0, type=int)
   deviation: float = flag(
     None, "Deviation of the first images, over that of black and white pixels.", lower=0, type=float
   )
@@ -189,7 +189,8 @@ def recipe_of(config: Any, examinations: "Sequence[kkt_jax.Examination]", *, dra
   import kkt_jax
   from kkt_jax.reconstruction import recipes, Term, terms
 
-  table = kkt_jax.generators.table(codes=config.codes, deviation=config.deviation)
+  codes = config.codes or kkt_jax.generators.codes_for(examinations)
+  table = kkt_jax.generators.table(codes=codes, deviation=config.deviation)
   recipe = dataclasses.replace(recipes.default(examinations), generator=table)
   recipe = recipe.with_schedule(tables=_TABLES if drawings else 1)
   if config.generator == "network":
@@ -205,7 +206,7 @@ def recipe_of(config: Any, examinations: "Sequence[kkt_jax.Examination]", *, dra
   recipe = recipe.with_terms(contrast=Term(0.0, terms.contrast()))  # for cmi and --weights
   if drawings:
     recipe = recipe.with_terms(binarisation=Term(_BINARISATION[config.batch_norm], terms.binarisation))
-  setting = methods.Setting(examinations, config.codes, config.samples_per_class, config.deviation)
+  setting = methods.Setting(examinations, codes, config.samples_per_class, config.deviation)
   return with_flags(methods.recipe_of(methods.IMAGES[config.method], recipe, setting), config)
 
 

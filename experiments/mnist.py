@@ -14,7 +14,7 @@ from kkt_jax.cli import flags
 if TYPE_CHECKING:
   from experiments.data import Split
 
-DEFAULTS = {"weight_decay": 0.02, "codes": 50, "deviation": 1.0, "judge_epochs": 8}
+DEFAULTS = {"weight_decay": 0.02, "codes": 0, "deviation": 1.0, "judge_epochs": 8}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,11 +159,10 @@ class Examination:
     lines = f"They reveal an input subspace of {count} of {dimensions} dimensions{_blurred(subspace)}."
     if count < rank:
       lines += " The first layer's bias tells how bright they are."
-    if self.classifier.value_range is not None:
+    if self.classifier.value_range is not None and subspace.certifies:
       number, required = int(subspace.free_coordinates.sum()), subspace.required_active()
-      if required <= number:
-        lines += f" A sample with {required} of {number} values at an end of their range can be one of them by no"
-        lines += " chance."
+      lines += f" A sample with {required} of {number} values at an end of their range can be one of them by no"
+      lines += " chance."
     return lines
 
   def __str__(self) -> str:

@@ -133,6 +133,11 @@ class Subspace:
     """
     return self.dimension + math.ceil((criteria or Criteria()).beyond * int(self.free_coordinates.sum()))
 
+  @property
+  def certifies(self) -> bool:
+    """Whether as many of its values can be at an end of the range as a certificate asks for."""
+    return self.required_active() <= int(self.free_coordinates.sum())
+
   def _offsets(self, x: Any) -> jax.Array:
     return x.reshape(len(x), -1) - self.origin.reshape(1, -1)
 

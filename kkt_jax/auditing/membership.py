@@ -15,6 +15,7 @@ from kkt_jax.membership import candidates
 from kkt_jax.metrics import conformal_p_values, epsilon_lower_bound, q_values, Roc, roc
 
 _DEFAULT = AuditCriteria()
+_LEAST_P = 1e-9  # tails below are approximations
 _PAIRS = 10**7  # of images that are compared before the training
 SCORES = {
   "multipliers": "their multiplier in the stationarity sum",
@@ -85,6 +86,15 @@ class Scored(NamedTuple):
     return len(self.values[self.best][1])
 
 
+def with_p(value: float) -> str:
+  """A p-value in words.
+
+  >>> with_p(0.0123), with_p(0.0)
+  ('p = 0.012', 'p < 1e-09')
+  """
+  return f"p = {value:.2g}" if value >= _LEAST_P else f"p < {_LEAST_P:g}"
+
+
 def score(examination: Examination, train: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT) -> Scored:
   """Scores training and held-out samples together, at most 1,500 of each (`AuditCriteria.scored`), drawn at random."""
   asked, others = train.at_most(criteria.scored), held_out.at_most(criteria.scored)
@@ -149,7 +159,7 @@ def limits(train: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT
     said.append(
       Confounded(
         f"The held-out data are distinguishable from the training data of their class without any weights"
-        f" (p = {apart:.2g}): they differ by themselves, in source, compression, brightness or cropping, so that no"
+        f" ({with_p(apart)}): they differ by themselves, in source, compression, brightness or cropping, so that no"
         " difference of scores is evidence of training. Hold out data of the same source, stored in the same way."
       )
     )

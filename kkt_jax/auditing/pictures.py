@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import io
+import textwrap
 from typing import Any
 
 from jax.typing import ArrayLike
@@ -69,7 +70,7 @@ def scores(values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> bytes:
   bins = np.linspace(0, len(ranks), 26)
   for group, label in ((ranks[: len(members)], "members"), (ranks[len(members) :], "non-members")):
     right.hist(group, bins, density=True, alpha=0.6, label=label)
-  right.set(xlabel=f"rank by {name}", yticks=[], ylabel="density", title="Members and non-members")
+  right.set(xlabel=textwrap.fill(f"rank by {name}", 48), yticks=[], ylabel="density", title="Members and non-members")
   right.legend(fontsize=7)
   return _content(figure)
 

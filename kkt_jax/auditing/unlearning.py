@@ -111,7 +111,8 @@ def audit_unlearning(
   apart = sources.p_value(asked, others, criteria)
   if apart < criteria.significant:
     raise InputError(
-      f"held_out must be of the source of forgotten; they can be distinguished without any weights (p = {apart:.2g})."
+      "held_out must be of the source of forgotten; they can be distinguished without any weights"
+      f" ({membership.with_p(apart)})."
     )
   x, classes = np.concatenate([asked.x, others.x]), np.concatenate([asked.y, others.y])
   try:
@@ -135,7 +136,7 @@ def audit_unlearning(
 
 
 def _remains(before: Scored, after: Scored, retained: Scored | None, criteria: AuditCriteria) -> Verdict:
-  control = "" if retained is None else f" Samples that stayed, for comparison: p = {retained.p_value:.2g}."
+  control = "" if retained is None else f" Samples that stayed, for comparison: {membership.with_p(retained.p_value)}."
   known = f"Before, {_counted(before)}; after, {_counted(after)}.{control}"
   if after.p_value < criteria.significant:
     return Verdict("member", "The samples are still in the weights: they were not forgotten.", [known])
@@ -158,5 +159,5 @@ def _counted(scored: Scored) -> str:
   leading = scored.curves[scored.best].points[0].members
   return (
     f"{leading or 'none'} of {scored.members} score above all {scored.others} held-out samples by {SCORES[scored.best]}"
-    f" (p = {scored.p_value:.2g} over all scores)"
+    f" ({membership.with_p(scored.p_value)} over all scores)"
   )

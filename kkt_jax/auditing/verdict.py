@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
 from kkt_jax.auditing.description import Residuals
-from kkt_jax.auditing.membership import Confounded, Risk, Scored, SCORES
+from kkt_jax.auditing.membership import Confounded, Risk, Scored, SCORES, with_p
 from kkt_jax.criteria import AuditCriteria
 from kkt_jax.metrics import Trial
 
@@ -75,9 +75,9 @@ def of_scores(scored: Scored, criteria: AuditCriteria = _DEFAULT) -> Verdict:
     counted += f", and {naive.points[0].members} by their loss, the baseline (AUC {naive.auc:.3f})"
   if scored.p_value < criteria.significant:
     answer = "Membership can be inferred: members and non-members are distinguishable."
-    return Verdict("member", answer, [f"{counted}; p = {scored.p_value:.2g}."])
+    return Verdict("member", answer, [f"{counted}; {with_p(scored.p_value)}."])
   answer = "No evidence that membership can be inferred from these scores."
-  return Verdict("none", answer, [f"{counted}; chance explains that (p = {scored.p_value:.2g})."])
+  return Verdict("none", answer, [f"{counted}; chance explains that ({with_p(scored.p_value)})."])
 
 
 def with_scores(verdict: Verdict, scored: Scored | None, criteria: AuditCriteria = _DEFAULT) -> Verdict:

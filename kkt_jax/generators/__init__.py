@@ -5,6 +5,7 @@ from kkt_jax.generators.base import (
   all_labels,
   code_of,
   CodebookGenerator,
+  codes_for,
   ConvGenerator,
   convolutional,
   GenerateFn,
@@ -24,5 +25,6 @@ from kkt_jax.generators.base import (
 from kkt_jax.generators.flows import Destination, Flow
 
 __all__ = ["CodebookGenerator", "ConvGenerator", "Destination", "Flow", "GenerateFn", "Generator", "GeneratorFactory"]
-__all__ += ["MLPGenerator", "NoiseFn", "affine_output", "all_labels", "code_of", "convolutional", "network"]
-__all__ += ["noise_of", "normal_noise", "num_labels", "places_of", "stratified_noise", "table", "typical_deviation"]
+__all__ += ["MLPGenerator", "NoiseFn", "affine_output", "all_labels", "code_of", "codes_for", "convolutional"]
+__all__ += ["network", "noise_of", "normal_noise", "num_labels", "places_of", "stratified_noise", "table"]
+__all__ += ["typical_deviation"]

@@ -20,6 +20,8 @@ from kkt_jax._typing import PyTree
 from kkt_jax.analysis.examination import Examination
 from kkt_jax.networks import conditioned, kaiming
 
+_CODES, _GUESSES = 50, 2  # samples of each label; and guesses for each sample that may be certified
+
 # (theta, statistics, noise [M, D], y [M], t [M], train) -> (x [M, ...], statistics); the statistics are the generator's
 # own running averages (batch norm), an empty tree for generators without them.
 GenerateFn = Callable[[PyTree, PyTree, jax.Array, jax.Array, jax.Array, bool], tuple[jax.Array, PyTree]]
@@ -117,7 +119,18 @@ def stratified_noise(dimensions: int, *, size: Callable[[jax.Array], Any] = lamb
   return noise
 
 
-def table(codes: int = 50, *, in_span: bool = True, deviation: float = 1.0) -> GeneratorFactory:
+def codes_for(examinations: Sequence[Examination]) -> int:
+  """Samples of each label that a table learns by default.
+
+  Fifty; and twice as many as there can be training samples where those can be certified as vertices, because not every
+  guess leads to one of its own.
+  """
+  revealed = [(e.subspace, e.classifier.num_classes) for e in examinations if e.subspace is not None]
+  needed = [_GUESSES * subspace.most_samples / classes for subspace, classes in revealed if subspace.certifies]
+  return max(_CODES, *map(math.ceil, needed), 0)
+
+
+def table(codes: int = _CODES, *, in_span: bool = True, deviation: float = 1.0) -> GeneratorFactory:
   """A generator without a network: each noise picks one of many learned samples.
 
   ``g(noise, y, t) = start_t + c F_t`` with the coefficients c of one of ``codes`` codes of label y. Where the first

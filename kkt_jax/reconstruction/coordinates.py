@@ -19,8 +19,17 @@ from kkt_jax._precision import full_precision
 from kkt_jax.analysis.examination import Examination
 from kkt_jax.classifiers.classifier import Classifier, Evaluation, Forward
 from kkt_jax.classifiers.relaxation import INLINED, run
+from kkt_jax.kkt import losses
 from kkt_jax.kkt.conditions import Conditions
 
+#: Measures that are made of norms and products of whole tensors, which no rotation changes.
+OF_NORMS = (
+  losses.absolute_residual,
+  losses.cosine_distance,
+  losses.mean_relative_residual,
+  losses.relative_residual,
+  losses.squared_residual,
+)
 _AFFINE = ("add", "broadcast_in_dim", "convert_element_type", "copy", "div", "mul", "reshape", "squeeze", "sub")
 _SAME = 1e-3  # of the logits at random points: they are computed in another order, no more
 

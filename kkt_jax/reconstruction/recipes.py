@@ -30,7 +30,6 @@ Measure = Callable[[Conditions, PyTree], jax.Array]
 OptimizerFactory = Callable[[int], optax.GradientTransformation]
 _CHOSEN: Any = None  # what `default` fills in
 _CODES, _SPARE = 20, 1.2  # samples of each class; and by how much more than the subspace's dimensions they are in all
-_SCALE_FREE = (losses.cosine_distance, losses.relative_residual, losses.mean_relative_residual)
 RESERVED = ("stationarity", "residual", "total", "margin", "gradient_norm")  # names of other logged metrics
 
 
@@ -81,18 +80,14 @@ class Stationarity:
   compute_dtype: str | None = None
   target_exponent: float = 0.0
 
-  @property
-  def of_norms(self) -> bool:
-    """Whether the measure is made of norms and products of whole tensors, which no rotation changes."""
-    return self.measure in (*_SCALE_FREE, losses.absolute_residual, losses.squared_residual)
-
   def __post_init__(self) -> None:
     for name in ("weight", "begin", "ramp", "gate_sharpness"):
       _checks.check_at_least(name, getattr(self, name), 0)
     _checks.check_finite("weight", self.weight)
     if self.free_gates and not self.gate_sharpness:
       raise ValueError("gate_sharpness must be positive with free_gates, which are relaxed; got 0.")
-    if self.target_exponent and self.measure in _SCALE_FREE:
+    scale_free = (losses.cosine_distance, losses.relative_residual, losses.mean_relative_residual)
+    if self.target_exponent and self.measure in scale_free:
       raise ValueError(
         "target_exponent must be 0 with a relative measure, which a target that follows alpha would fool; got"
         f" {self.target_exponent}."
@@ -302,7 +297,7 @@ def default(examinations: Sequence[Examination]) -> Recipe:
     if all(features):
       shared["class_features"] = Term(30.0, terms.class_features([pair for pair in features if pair]))
     return Recipe(
-      generators.table(),
+      generators.table(generators.codes_for(examinations)),
       network_multipliers(),
       Stationarity(8.0, losses.cosine_distance, weighed_conditions, begin),
       {"duality": Term(14.0, terms.duality(delta=0.01)), **shared},
@@ -310,7 +305,7 @@ def default(examinations: Sequence[Examination]) -> Recipe:
     )
   if known:
     return Recipe(
-      generators.table(),
+      generators.table(generators.codes_for(examinations)),
       softmax_multipliers(),
       Stationarity(72.0, losses.mean_relative_residual, weighed_conditions, begin, free_gates=True),
       {"duality": Term(14.0, terms.duality(delta=1.0)), **shared},

@@ -66,6 +66,11 @@ class Problem:
     """The terms that have a weight."""
     return {name: term for name, term in self.terms.items() if term.weight}
 
+  @functools.cached_property
+  def first_batch(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The compiled `_first_batch` of this problem."""
+    return jax.jit(functools.partial(_first_batch, self))
+
 
 class TrainState(NamedTuple):
   """Everything that a bitwise resume needs; a pytree of arrays.
@@ -180,25 +185,9 @@ def init_state(
   if problem.stationarity.free_gates and problem.generator.codes:
     params["gates"] = [_first_gates(classifier, problem.generator.codes) for classifier in classifiers]
 
-  @jax.jit
-  def first_batch(
-    params: PyTree, classifiers: Sequence[Classifier], equations: Sequence[Equations]
-  ) -> tuple[jax.Array, jax.Array]:
-    """The log-scale and the median absolute margin of each classifier on a first batch."""
-    log_scales, sizes = [], []
-    noise, y = _samples(problem, classifiers, first_key, jnp.zeros(()))
-    few = slice(problem.microbatch_size)  # enough for a start
-    samples, _ = _generate(problem, params, statistics, noise[few], y[few])
-    batches = _batches(problem, params, classifiers, equations, samples, noise[few], y[few])
-    for equation, (batch, pull_back) in zip(equations, batches, strict=True):
-      sums = _stationarity_sum(batch, pull_back)
-      log_scales.append(multipliers.initial_log_scale(equation.conditions, sums))
-      sizes.append(jnp.median(jnp.abs(losses.runner_up_margin(batch.logits, batch.classes))))
-    return jnp.stack(log_scales), jnp.stack(sizes)
-
   first = [margin for margin in margins if margin is not None]
   if problem.multipliers.scaled or None in margins:
-    log_scales, sizes = first_batch(params, classifiers, equations)
+    log_scales, sizes = problem.first_batch(first_key, params, statistics, classifiers, equations)
     first = [float(size) if margin is None else margin for margin, size in zip(margins, sizes, strict=True)]
   if not all(margin > 0 for margin in first):
     raise ValueError(f"margin must be given: the first samples have none that is positive; got {first}.")
@@ -208,6 +197,26 @@ def init_state(
   return TrainState(
     jnp.zeros((), jnp.int32), params, statistics, problem.optimizer.init(params), key, jnp.zeros((2, 8), jnp.int32)
   )
+
+
+def _first_batch(
+  problem: Problem,
+  key: jax.Array,
+  params: PyTree,
+  statistics: PyTree,
+  classifiers: Sequence[Classifier],
+  equations: Sequence[Equations],
+) -> tuple[jax.Array, jax.Array]:
+  """The log-scale and the median absolute margin of each classifier on a first batch."""
+  log_scales, sizes = [], []
+  noise, y = _samples(problem, classifiers, key, jnp.zeros(()))
+  few = slice(problem.microbatch_size)  # enough for a start
+  samples, _ = _generate(problem, params, statistics, noise[few], y[few])
+  batches = _batches(problem, params, classifiers, equations, samples, noise[few], y[few])
+  for equation, (batch, pull_back) in zip(equations, batches, strict=True):
+    log_scales.append(multipliers.initial_log_scale(equation.conditions, _stationarity_sum(batch, pull_back)))
+    sizes.append(jnp.median(jnp.abs(losses.runner_up_margin(batch.logits, batch.classes))))
+  return jnp.stack(log_scales), jnp.stack(sizes)
 
 
 def make_train_step(problem: Problem) -> TrainStep:

@@ -17,7 +17,7 @@ from kkt_jax.checkpoint import CheckpointError, fingerprint
 from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.classifiers.relaxation import relaxed
 from kkt_jax.reconstruction import recipes
-from kkt_jax.reconstruction.coordinates import Equations, in_coordinates
+from kkt_jax.reconstruction.coordinates import Equations, in_coordinates, OF_NORMS
 from kkt_jax.reconstruction.recipes import Recipe
 from kkt_jax.reconstruction.step import class_sequence, init_state, make_train_step, Problem, TrainState
 
@@ -93,7 +93,7 @@ class Trainer:
     stationarity, found = self.recipe.stationarity, list[Equations]()
     for classifier, examination in zip(self.classifiers, self.examinations, strict=True):
       conditions, within = stationarity.conditions(examination), None
-      if self.problem.generator.coordinates is not None and stationarity.of_norms:
+      if self.problem.generator.coordinates is not None and stationarity.measure in OF_NORMS:
         within = in_coordinates(classifier, conditions, examination)
       if within is not None:
         relaxed_within = relaxed(within.classifier, stationarity.gate_sharpness)

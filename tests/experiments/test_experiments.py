@@ -382,7 +382,7 @@ def test_the_claim_fails_by_name_when_a_whole_step_is_too_slow(time, operations,
   ("module", "config", "message"),
   [
     (mnist, {"samples_per_class": 450}, "--samples_per_class=450 needs"),
-    (mnist, {"codes": 0}, "--codes must be a positive integer"),
+    (mnist, {"codes": -1}, "--codes must be a non-negative integer"),
     (mnist, {"batch_norm": True, "microbatch_size": 10}, "--microbatch_size must be 0 with --batch_norm"),
     (mnist, {"weights": "duality"}, "--weights must be name=number"),
     (mnist, {"weights": "duality=-1"}, "--weights must be finite and at least 0"),

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from kkt_jax import generators
 from kkt_jax.analysis import examine, Subspace
 from kkt_jax.classifiers import make_classifier
 from kkt_jax.generators import Generator
@@ -316,3 +317,17 @@ def test_stationarity_is_weighed_by_what_a_tensor_is_whatever_its_name():
     name: float(jnp.sum((weighed.mask[name] * weighed.target[name]) ** 2)) / params[name].size for name in params
   }
   np.testing.assert_allclose([squares[n] / squares["b"] for n in "abcd"], [8.0, 1.0, 4.0, 0.0], rtol=1e-5)
+
+
+def test_a_table_has_two_guesses_for_each_sample_that_can_be_certified():
+  def codes(dimension, classes):
+    basis = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (784, dimension)))[0]
+    subspace = Subspace(jax.random.uniform(jax.random.key(1), (28, 28, 1)), basis, jnp.ones(dimension))
+    examination = said(shape=(28, 28, 1), subspace=subspace)
+    classifier = dataclasses.replace(examination.classifier, labels=tuple(range(classes)))
+    return generators.codes_for([dataclasses.replace(examination, classifier=classifier)])
+
+  assert codes(249, 5) == 100  # 250 samples around their mean
+  assert codes(249, 10) == codes(99, 10) == 50  # the least
+  assert codes(700, 5) == 50  # with 701 samples nothing is certified
+  assert generators.codes_for([said(shape=(28, 28, 1))]) == 50  # nor without a subspace
