@@ -74,12 +74,7 @@ class Config(flags.Checked):
     " many; paper: the paper's own network, trained from scratch.",
     choices=("network", "table", "paper"),
   )
-  codes: int = flag(
-    None,
-    "Images that the noise picks from, for each class and classifier; 0 is what the weights ask for.",
-    lower=0,
-    type=int,
-  )
+  codes: int = flag(None, "Images to pick from, for each class and classifier; 0: as weights ask.", lower=0, type=int)
   deviation: float = flag(
     None, "Deviation of the first images, over that of black and white pixels.", lower=0, type=float
   )

@@ -126,7 +126,7 @@ def codes_for(examinations: Sequence[Examination]) -> int:
   guess leads to one of its own.
   """
   revealed = [(e.subspace, e.classifier.num_classes) for e in examinations if e.subspace is not None]
-  needed = [_GUESSES * own.most_samples / classes for own, classes in revealed if own.certifies]
+  needed = [_GUESSES * subspace.most_samples / classes for subspace, classes in revealed if subspace.certifies]
   return max(_CODES, *map(math.ceil, needed), 0)
 
 

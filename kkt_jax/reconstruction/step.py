@@ -213,8 +213,8 @@ def _first_batch(
   few = slice(problem.microbatch_size)  # enough for a start
   samples, _ = _generate(problem, params, statistics, noise[few], y[few])
   batches = _batches(problem, params, classifiers, equations, samples, noise[few], y[few])
-  for own, (batch, pull_back) in zip(equations, batches, strict=True):
-    log_scales.append(multipliers.initial_log_scale(own.conditions, _stationarity_sum(batch, pull_back)))
+  for equation, (batch, pull_back) in zip(equations, batches, strict=True):
+    log_scales.append(multipliers.initial_log_scale(equation.conditions, _stationarity_sum(batch, pull_back)))
     sizes.append(jnp.median(jnp.abs(losses.runner_up_margin(batch.logits, batch.classes))))
   return jnp.stack(log_scales), jnp.stack(sizes)
 
