@@ -69,7 +69,7 @@ def in_coordinates(classifier: Classifier, conditions: Conditions, examination: 
   these. So norms and products of targets and sums are what they were.
 
   Args:
-    classifier: as it is trained against, of `examination` but for its derivatives.
+    classifier: as it is trained against, that of ``examination`` but for its derivatives.
     conditions: its stationarity condition.
     examination: says where the first layer and the subspace are.
 
