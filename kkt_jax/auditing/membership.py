@@ -16,7 +16,7 @@ from kkt_jax.metrics import conformal_p_values, epsilon_lower_bound, q_values, R
 
 _DEFAULT = AuditCriteria()
 _LEAST_P = 1e-9  # tails below are approximations
-_ONCE_MORE = 4  # times that the least p-value counts besides once: chosen on other classifiers, see docs/audit.md
+_EXTRA = 4  # times that the least p-value counts, besides once: chosen on other classifiers, see docs/audit.md
 _PAIRS = 10**7  # of images that are compared before the training
 SCORES = {
   "multipliers": "their multiplier in the stationarity sum",
@@ -159,8 +159,8 @@ def _p_values(asked: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.nda
     among = (higher + (own[:, None] >= held_out)) / count
     fisher -= np.log(among)
     least = np.minimum(least, among)
-  own = -np.log(p_values).sum(axis=0) - _ONCE_MORE * np.log(p_values.min(axis=0))
-  as_far = np.sum(fisher - _ONCE_MORE * np.log(least) >= own[:, None] - 1e-9, axis=1)
+  own = -np.log(p_values).sum(axis=0) - _EXTRA * np.log(p_values.min(axis=0))
+  as_far = np.sum(fisher - _EXTRA * np.log(least) >= own[:, None] - 1e-9, axis=1)
   return p_values, (1 + as_far) / count
 
 
