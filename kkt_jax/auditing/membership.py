@@ -16,6 +16,7 @@ from kkt_jax.metrics import conformal_p_values, epsilon_lower_bound, q_values, R
 
 _DEFAULT = AuditCriteria()
 _LEAST_P = 1e-9  # tails below are approximations
+_EXTRA = 4  # times that the least p-value counts, besides once: chosen on other classifiers, see docs/audit.md
 _PAIRS = 10**7  # of images that are compared before the training
 SCORES = {
   "multipliers": "their multiplier in the stationarity sum",
@@ -40,7 +41,7 @@ class Risk(NamedTuple):
   Attributes:
     name: its file, or its place from 0.
     label: its class; what the classifier takes a candidate for.
-    p_value: of so high a score if it is no member: the least over the scores, times their number.
+    p_value: of standing out so far in all scores together if it is no member.
     q_value: the least false-discovery rate at which it counts as a member, among all that are asked about.
     score: the name of the score by which it stands out most.
   """
@@ -131,12 +132,36 @@ def risks(asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -
     asked: the samples [n].
     values: by score, those of the samples [n] and of held-out samples [m].
   """
-  names, p_values = list(values), np.stack([conformal_p_values(*sides) for sides in values.values()])
-  best, least = p_values.argmin(axis=0), np.minimum(1, len(names) * p_values.min(axis=0))
-  order = np.lexsort([p_values.mean(axis=0), least])
-  rows = zip(asked.names, asked.y.tolist(), least.tolist(), q_values(least).tolist(), best.tolist(), strict=True)
+  names, sides = list(values), [np.stack(side) for side in zip(*values.values(), strict=True)]
+  p_values, joint = _p_values(*sides)
+  best, order = p_values.argmin(axis=0), np.lexsort([p_values.mean(axis=0), joint])
+  rows = zip(asked.names, asked.y.tolist(), joint.tolist(), q_values(joint).tolist(), best.tolist(), strict=True)
   ranked = [Risk(name, label, p, q, names[place]) for name, label, p, q, place in rows]
   return [ranked[place] for place in order]
+
+
+def _p_values(asked: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The p-values of each sample by each score [K, n], and by all of them together [n].
+
+  Together they are combined as Fisher does, the least p-value counted five times, since often one score tells what the
+  others do not; and this is compared with what every held-out sample has among the sample in question and the others.
+  So non-members are exchangeable with these, however scores depend on one another, and K scores cost no factor of K.
+
+  Args:
+    asked: the scores [K, n].
+    others: those of the held-out samples [K, m].
+  """
+  p_values = np.stack([conformal_p_values(*sides) for sides in zip(asked, others, strict=True)])
+  count = others.shape[1] + 1
+  as_high = np.stack([count - 1 - np.searchsorted(np.sort(own), own) for own in others])
+  fisher, least = np.zeros((asked.shape[1], count - 1)), np.ones((asked.shape[1], count - 1))
+  for own, held_out, higher in zip(asked, others, as_high, strict=True):
+    among = (higher + (own[:, None] >= held_out)) / count
+    fisher -= np.log(among)
+    least = np.minimum(least, among)
+  own = -np.log(p_values).sum(axis=0) - _EXTRA * np.log(p_values.min(axis=0))
+  as_far = np.sum(fisher - _EXTRA * np.log(least) >= own[:, None] - 1e-9, axis=1)
+  return p_values, (1 + as_far) / count
 
 
 def limits(train: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT) -> list[str]:

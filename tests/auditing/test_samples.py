@@ -100,4 +100,4 @@ def test_false_discoveries_stay_below_the_stated_rate(share):
     named = np.array([int(own.name.split()[1]) for own in risks if own.q_value <= 0.05], int)
     false.append(np.mean(~members[named]) if named.size else 0)
     found.append(np.mean(np.isin(np.flatnonzero(members), named)))
-  assert np.mean(false) <= 0.05 and np.mean(found) > (0.05 if share < 0.2 else 0.6)
+  assert np.mean(false) <= 0.05 and np.mean(found) > (0.15 if share < 0.2 else 0.6)

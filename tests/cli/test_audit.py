@@ -488,7 +488,7 @@ def test_scores_tell_members_from_others_and_others_from_nothing(known_members):
   assert membership.score(examination, *half).p_value > 0.01
   asked = Samples(np.concatenate([members.x, others.x[:10]]), np.zeros(40, np.int32), tuple(map(str, range(40))))
   risks = membership.suspects(examination, asked, Samples(others.x[10:], others.y[10:]))
-  assert len(risks) == 40 and risks[0].p_value == pytest.approx(2 / 51)  # two scores, fifty others
+  assert len(risks) == 40 and risks[0].p_value == pytest.approx(1 / 51)  # two scores together, fifty others
   named = {own.name for own in risks if own.q_value < 0.06}  # 40 / 30 of the least p-value, if all 30 have it
   assert len(named & {str(place) for place in range(30)}) >= 25 and len(named) <= 32
   assert np.all(np.diff([own.q_value for own in risks]) >= 0)
