@@ -153,15 +153,12 @@ def _p_values(asked: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.nda
   """
   p_values = np.stack([conformal_p_values(*sides) for sides in zip(asked, others, strict=True)])
   count = others.shape[1] + 1
-  as_high = np.stack([count - 1 - np.searchsorted(np.sort(own), own) for own in others])
-  fisher, least = np.zeros((asked.shape[1], count - 1)), np.ones((asked.shape[1], count - 1))
-  for own, held_out, higher in zip(asked, others, as_high, strict=True):
-    among = (higher + (own[:, None] >= held_out)) / count
-    fisher -= np.log(among)
-    least = np.minimum(least, among)
-  own = -np.log(p_values).sum(axis=0) - _EXTRA * np.log(p_values.min(axis=0))
-  as_far = np.sum(fisher - _EXTRA * np.log(least) >= own[:, None] - 1e-9, axis=1)
-  return p_values, (1 + as_far) / count
+  as_high = np.stack([count - 1 - np.searchsorted(np.sort(scores), scores) for scores in others])
+  combined = lambda p: -np.log(p).sum(axis=0) - _EXTRA * np.log(p.min(axis=0))
+  # [K, m] for one sample after the other: with all at once memory would grow with n times m.
+  among = ((as_high + (scores[:, None] >= others)) / count for scores in asked.T)
+  as_far = [np.sum(combined(p) >= one - 1e-9) for p, one in zip(among, combined(p_values), strict=True)]
+  return p_values, (1 + np.array(as_far)) / count
 
 
 def limits(train: Samples, held_out: Samples, criteria: AuditCriteria = _DEFAULT) -> list[str]:
