@@ -88,7 +88,7 @@ def test_batch_norm_follows_the_batch_and_its_statistics_hold_where_haiku_has_tr
   np.testing.assert_array_equal(own.statistics["batch_norm"]["var"], state["batch_norm/~/var_ema"]["average"])
   chex.assert_trees_all_close(own.statistics_fn(own.params, X), own.statistics, rtol=1e-4, atol=1e-5)
   theirs = jax.grad(lambda p: loss(p, state)[0])(params)
-  mean_loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(own.gradient_fn(p, X), Y).mean()
+  mean_loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(own.apply_fn(p, X), Y).mean()
   chex.assert_trees_all_close(jax.grad(mean_loss)(own.params), theirs, rtol=1e-3, atol=1e-6)
 
 

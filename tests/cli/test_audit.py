@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import hashlib
+import html
 import importlib
 import io
 import json
@@ -602,7 +603,7 @@ def test_a_report_made_in_python_has_a_section_for_each_answer(known_members, tm
   page = (tmp_path / "report.html").read_text()
   for question, own in answers.items():
     section = page.split(f"<h2>{question}</h2>")[1].split("<h2>")[0]
-    assert f"<b>{own.answer}</b> {' '.join(own.reasons)}" in section
+    assert f"<b>{own.answer}</b> {html.escape(' '.join(own.reasons))}" in section
   stored = json.loads((tmp_path / "report.json").read_text())
   assert [own["level"] for own in stored["answers"].values()] == ["open", "member"]
   assert stored["audit_criteria"]["significant"] == 0.01 and stored["analysis_criteria"]["fall"] == 5.0

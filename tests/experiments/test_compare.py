@@ -95,7 +95,7 @@ def test_methods_are_chosen_by_group_or_by_name():
     chosen("kkt,no_spam")
 
 
-@pytest.mark.parametrize("wrong", [{"set": "depth=3"}, {"set": "codes=0"}, {"experiment": "cifar"}])
+@pytest.mark.parametrize("wrong", [{"set": "depth=3"}, {"set": "codes=-1"}, {"experiment": "cifar"}])
 def test_a_refused_command_leaves_no_folder(tmp_path, wrong):
   with pytest.raises(flags.UsageError):
     compare.run(compare.Config(**wrong), tmp_path / "new")

@@ -156,7 +156,7 @@ def test_a_stopped_mnist_run_resumes_to_the_same_figures(tmp_path, monkeypatch):
   paths = {"pictures", "summary"}
   assert {k: v for k, v in resumed.items() if k not in paths} == {k: v for k, v in straight.items() if k not in paths}
   steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
-  assert steps == list(range(2, 25, 2))  # of three tables, then of the network; nothing lost, nothing twice
+  assert steps == list(range(2, 43, 2))  # of six tables, then of the network; nothing lost, nothing twice
 
 
 # --- the wiring: a recipe's terms are what their names say, and weigh what the tables say ---

@@ -46,7 +46,7 @@ def test_their_residual_and_its_gradients_are_those_of_this_library():
     own.x.copy_(torch.tensor(np.array(x)))
     own.multipliers.copy_(torch.tensor(np.array(raw)))
   theirs = own.residual()
-  assert float(theirs.detach()) == pytest.approx(float(residual(x, raw, classifier.gradient_fn)), rel=1e-5)
+  assert float(theirs.detach()) == pytest.approx(float(residual(x, raw, classifier.apply_fn)), rel=1e-5)
   gradients = jax.grad(residual, argnums=(0, 1))(x, raw, with_their_gates)
   for gradient, expected in zip(torch.autograd.grad(theirs, (own.x, own.multipliers)), gradients, strict=True):
     np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-4)
