@@ -127,7 +127,7 @@ def codes_for(examinations: Sequence[Examination]) -> int:
   """
   revealed = [(e.subspace, e.classifier.num_classes) for e in examinations if e.subspace is not None]
   needed = [_GUESSES * subspace.most_samples / classes for subspace, classes in revealed if subspace.certifies]
-  return max(_CODES, *map(math.ceil, needed), 0)
+  return max([_CODES, *map(math.ceil, needed)])
 
 
 def table(codes: int = _CODES, *, in_span: bool = True, deviation: float = 1.0) -> GeneratorFactory:

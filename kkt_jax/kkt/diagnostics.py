@@ -320,7 +320,8 @@ def diagnose(
   roots = relaxation.pre_activations(classifier.apply_fn, classifier.params, x)
   gates = [(root > 0).astype(root.dtype) for root in roots]
   mu = solve(gates=gates, num_steps=num_steps) if given is None else given
-  exact, margin = residual, _ = measured(mu, gates)
+  exact, margin = measured(mu, gates)
+  residual = exact
   if gates:
     gates = free_gates(classifier, conditions, x, classes, mu)
     mu = solve(gates=gates, num_steps=num_steps) if given is None else given

@@ -14,6 +14,7 @@ import jax
 from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from kkt_jax._precision import full_precision
 from kkt_jax.analysis.examination import Examination
@@ -31,7 +32,7 @@ OF_NORMS = (
   losses.squared_residual,
 )
 _AFFINE = ("add", "broadcast_in_dim", "convert_element_type", "copy", "div", "mul", "reshape", "squeeze", "sub")
-_SAME = 1e-4  # of the logits at random points: they are computed in another order, no more
+_SAME = 1e-4  # of logits and gradients at random points: they are computed in another order, no more
 
 
 @functools.partial(
@@ -111,24 +112,33 @@ def in_coordinates(classifier: Classifier, conditions: Conditions, examination: 
   )
   within = dataclasses.replace(classifier, forward=exact, params=params, input_shape=shift.shape, initial_params=None)
   made = Equations(within, Conditions(target, jax.tree.unflatten(structure, leaves)), jnp.asarray(size), shift)
-  return made if _alike(made, classifier, examination) else None
-
-
-def _alike(equations: Equations, classifier: Classifier, examination: Examination) -> bool:
-  """Whether a classifier has the same logits in coordinates, at random points."""
-  assert examination.subspace is not None
-  drawn = jax.random.normal(jax.random.key(0), (8, examination.subspace.dimension)) / 2
-  x = classifier.from_unit(examination.subspace.points(drawn))
-  for function in ("apply_fn", "predict_fn"):
-    logits = jax.jit(getattr(classifier, function))(classifier.params, x)
-    within = equations.classifier
+  drawn = jax.random.normal(jax.random.key(0), (8, subspace.dimension)) / 2
+  x = classifier.from_unit(subspace.points(drawn))
+  for train in (True, False):
+    logits, gradients = _tried(classifier, x, train)
     try:
-      found = jax.jit(getattr(within, function))(within.params, equations.inputs(drawn))
+      logits_within, gradients_within = _tried(within, made.inputs(drawn), train)
     except NotImplementedError:
-      return False
-    if not jnp.linalg.norm(found - logits) <= _SAME * jnp.linalg.norm(logits):
-      return False
-  return True
+      return None
+    # Gradients, too: inputs may have met another parameter before the kernel, such as a learned mean.
+    sides = (logits, reduced(gradients)), (logits_within, gradients_within)
+    pairs = zip(*map(jax.tree.leaves, sides), strict=True)
+    least = optax.tree.norm(gradients) / 10  # a gradient that is 0, as of a bias before batch norm, is rounding errors
+    if not all(jnp.linalg.norm(a - b) <= _SAME * (jnp.linalg.norm(a) + least) for a, b in pairs):
+      return None
+  return made
+
+
+@functools.partial(jax.jit, static_argnames="train")
+def _tried(classifier: Classifier, x: jax.Array, train: bool) -> tuple[jax.Array, Any]:
+  """Logits, and the gradients by the parameters of a random sum of them."""
+
+  def summed(params: Any) -> tuple[jax.Array, jax.Array]:
+    logits = classifier.exact_forward(params, x, train).logits
+    return jnp.vdot(jax.random.normal(jax.random.key(1), logits.shape, logits.dtype), logits), logits
+
+  gradients, logits = jax.grad(summed, has_aux=True)(classifier.params)
+  return logits, gradients
 
 
 class _Kernel(NamedTuple):

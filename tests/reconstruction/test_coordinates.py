@@ -102,6 +102,14 @@ def test_what_is_more_than_one_product_stays_a_function_of_samples(change):
   assert coordinates.in_coordinates(function_of(change), conditions, plain) is None
 
 
+def test_inputs_that_meet_another_parameter_first_stay_samples():
+  params = {"layers": LAYERS(trained_networks.with_weight_decay(0)[1]), "mean": jnp.full(64, 0.2)}
+  centred = lambda p, x: hidden(p["layers"], (x.reshape(len(x), -1) - p["mean"][None]) @ p["layers"][0][0].T)
+  plain = examined(kkt_jax.make_classifier(centred, params, (8, 8, 1), weight_decay=trained_networks.WEIGHT_DECAY))
+  assert plain.first is not None  # the values are those of a constant mean, but this one has a gradient
+  assert coordinates.in_coordinates(plain.classifier, plain.conditions, plain) is None
+
+
 def test_entries_of_the_first_kernel_that_do_not_count_are_left_out_of_samples_not_of_coordinates():
   plain = examined(trained_networks.flax_classifier(0))
   mask = jax.tree.map(lambda leaf: leaf.at[0].set(0.0), plain.conditions.mask)
