@@ -67,7 +67,7 @@ def whole_step(*, batch_norm: bool, in_span: bool = False) -> tuple[timing.Call,
 @functools.cache
 def _examined(batch_norm: bool) -> tuple[mnist.Config, kkt_jax.Examination]:
   """The settings of `experiments.mnist`, and what its classifier says with random weights."""
-  settings = images.resolve(mnist.Config(batch_norm=batch_norm), mnist.DEFAULTS)
+  settings = images.resolve(mnist.Config(batch_norm=batch_norm, codes=50), mnist.DEFAULTS)
   decay = None if batch_norm else settings.weight_decay
   return settings, kkt_jax.examine(mlp((settings.width, settings.second_width), 10, weight_decay=decay))
 
