@@ -105,7 +105,8 @@ class AnalysisCriteria:
     like_noise: noise: greatest difference of the spectrum's quantiles from the law's, in units of its edge; of K values
       one more K-th.
     quiet: noise: standard deviations of a squared row's length up to which the row is noise.
-    bias_outside: share of a bias outside of its kernel's row space, up to which both hold one sum over the data.
+    bias_outside: most of a bias outside of its kernel's row space, as a share, where both hold one sum over the data;
+      less if the fall of the singular values says so.
     moves: values: least length of a value's row of the basis for it to differ among the points of the subspace.
     together: values: cosine of two values' rows of the basis from which they are one equation.
   """

@@ -55,8 +55,12 @@ class FirstLayer:
   @functools.cached_property
   def factors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Singular vectors [D, r], values [r] and vectors [r, F] of the kernel up to its rank, in float64."""
-    u, s, rows = np.linalg.svd(np.asarray(self.kernel, np.float64), full_matrices=False)
+    u, s, rows = self._all_factors
     return u[:, : self.rank], s[: self.rank], rows[: self.rank]
+
+  @functools.cached_property
+  def _all_factors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.linalg.svd(np.asarray(self.kernel, np.float64), full_matrices=False)
 
   @functools.cached_property
   def normal(self) -> np.ndarray | None:
@@ -65,15 +69,18 @@ class FirstLayer:
     Every step of gradient descent adds ``sum_i x_i s_i^T`` to the kernel and ``sum_i s_i`` to the bias, with the same
     s_i. So once the same weight decay has shrunk the start of both, ``bias = kernel^T v``, whether training has
     converged or not. That the bias lies in the kernel's row space, F - r equations, is checked: without decay on the
-    bias, or with another step size or start, it does not. Two decays that differ pass this check at convergence: such a
-    bias is left out where they are known, and where they are not, they are taken for equal.
+    bias, or with another step size or start, it does not. Nor does it where the start is the mean of the data: there is
+    no such v. What is outside must also be less than what tells the kernel's last direction from none: else the bias
+    adds a direction of its own, however small. Two decays that differ pass this check at convergence: such a bias is
+    left out where they are known, and where they are not, they are taken for equal.
     """
-    if self.bias is None or not self.rank:
+    if self.bias is None or not 0 < self.rank < self.kernel.shape[1]:
       return None
     u, s, rows = self.factors
-    bias = np.asarray(self.bias, np.float64)
+    bias, values = np.asarray(self.bias, np.float64), self._all_factors[1]
     inside = bias @ rows.T
-    most = self.criteria.bias_outside * np.linalg.norm(bias)
+    beyond = max(values[self.rank] if self.rank < len(values) else 0.0, self.criteria.rounding * values[0])
+    most = min(self.criteria.bias_outside * np.linalg.norm(bias), (s[-1] * beyond) ** 0.5)
     determined = np.linalg.norm(bias) > 0 and np.linalg.norm(bias - inside @ rows) <= most
     return u @ (inside / s) if determined else None
 

@@ -109,8 +109,10 @@ def find(
   others: vertices.Others | None = None
   if known is not None and len(known.y):
     criteria = known.criteria
-    of_known = vertices.certify(known.unit, subspace, criteria)
-    pool, _ = certificates.gather(examination, known.unit, of_known, criteria)
+    misfit, duals = certificates.by_equations(examination, known.unit, criteria)
+    surest = np.where(known.evidence < 2, 0.0, -known.tight)  # what was certified stays so, unless it is ambiguous now
+    said = known.tight, known.evidence, surest, known.unit, known.to_the_bit
+    pool = Candidates(known.unit, *said, misfit, duals)
     others = certificates.of_the_others(examination, pool, criteria)
   for number in range(effort.rounds):
     key = jax.random.key(number)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kkt_jax.analysis.first_layer import input_moments, input_subspace
+from kkt_jax.analysis.first_layer import FirstLayer, input_moments, input_subspace
 from kkt_jax.analysis.noise import noise_floor, subspace_above_noise
 from kkt_jax.kkt import pretrain
 
@@ -167,3 +167,24 @@ def test_inputs_that_never_vary_blur_nothing():
   assert subspace.dimension == 20
   np.testing.assert_allclose(subspace.basis[:80], 0, atol=1e-6)
   assert subspace.blur == pytest.approx(0.02 * (200 - 80 - 20) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("around", ["mean", "black"])
+def test_a_bias_that_is_almost_in_the_row_space_tells_no_brightness_of_data_around_their_mean(around):
+  # Offsets from the mean add up to 0, so that no normal has 1 on each. What the bias adds to 30 directions is small:
+  # .0007 of its length is outside of the kernel's row space, as was measured of 250 digits.
+  rng = np.random.default_rng(0)
+  x = rng.uniform(size=(30, 60))
+  start = x.mean(axis=0) if around == "mean" else np.zeros(60)
+  rank = 29 if around == "mean" else 30
+  signals = rng.normal(size=(30, 100)) * 10 ** rng.uniform(-3, 0, size=(30, 1))
+  _, _, rows = np.linalg.svd((x - start).T @ signals, full_matrices=False)
+  bias = signals.sum(axis=0)
+  outside = bias - bias @ rows[:rank].T @ rows[:rank]
+  if around == "mean":
+    signals -= (1 - 7e-4 * np.linalg.norm(bias) / np.linalg.norm(outside)) * outside / len(x)
+  layer = FirstLayer((x - start).T @ signals, start, 0, False, 1.0, signals.sum(axis=0), rank, 1.0)
+  if around == "mean":
+    assert layer.normal is None
+  else:
+    np.testing.assert_allclose((x - start) @ layer.normal, 1.0, atol=1e-6)

@@ -293,6 +293,17 @@ def test_where_too_few_guesses_become_training_samples_nothing_is_tried():
   assert len(find(hope - 0.1).y) >= 3 and not len(find(hope).y)
 
 
+def test_what_was_certified_before_stays_so():
+  x, *_ = data()
+  hopeless, guesses = jnp.full((2, SIZE), 0.5), [jnp.concatenate([near(own, 0.1)] * 2) for own in (x[:3], x[3:6])]
+  found, _ = exact.find(examined(), jnp.concatenate([guesses[0], hopeless]), np.arange(8), exact.Effort(1))
+  bent = found._replace(unit=found.unit + 2e-3)  # would not be certified anew
+  assert not vertices.certify(bent.unit, examined().subspace).certified.any()
+  both, _ = exact.find(examined(), guesses[1], np.arange(6), exact.Effort(1), known=bent)
+  kept = np.abs(both.unit[:, None] - bent.unit[None]).max(axis=2).min(axis=0)
+  assert len(both.y) >= len(found.y) + 3 >= 6 and (kept < 1e-6).all()
+
+
 @pytest.mark.parametrize("changes", [{"subspace": None}, {"classifier": "unbounded"}])
 def test_without_a_subspace_or_a_range_nothing_is_claimed(changes):
   x, *_ = data()
