@@ -62,7 +62,9 @@ class Equations:
 
 
 @full_precision
-def in_coordinates(classifier: Classifier, conditions: Conditions, examination: Examination) -> Equations | None:
+def in_coordinates(
+  classifier: Classifier, conditions: Conditions, examination: Examination, equalised: float = 0.0
+) -> Equations | None:
   """The same equations for samples that are given by their coordinates in the examination's subspace.
 
   The first kernel has a row for each direction of the subspace, one for what lies between its origin and the layer's
@@ -73,6 +75,7 @@ def in_coordinates(classifier: Classifier, conditions: Conditions, examination: 
     classifier: as it is trained against, that of ``examination`` but for its derivatives.
     conditions: its stationarity condition.
     examination: says where the first layer and the subspace are.
+    equalised: see `kkt_jax.reconstruction.Stationarity`.
 
   Returns:
     The `Equations`; None where the first layer is not known, the inputs meet something else, or its condition does not
@@ -103,7 +106,11 @@ def in_coordinates(classifier: Classifier, conditions: Conditions, examination: 
   leaves, structure = jax.tree.flatten(conditions.mask)
   params = reduced(classifier.params)
   target = reduced(conditions.target, outside=True)
-  leaves[first.place] = jnp.full(jax.tree.leaves(target)[first.place].shape, mask.min())
+  kernel = np.asarray(jax.tree.leaves(params)[first.place])
+  strengths = np.linalg.norm(kernel, axis=1, keepdims=True)
+  least = strengths[subspace.dimension - 1]
+  weights = mask.min() * (least / np.maximum(strengths, least)) ** equalised
+  leaves[first.place] = jnp.asarray(np.broadcast_to(weights, kernel.shape), mask.dtype)
   shift = jnp.asarray([*(begin @ basis), length, 0.0], jnp.float32)
   exact = _InCoordinates(
     classifier.exact_forward,

@@ -65,6 +65,9 @@ class Stationarity:
     gate_sharpness: of the relaxed ReLU gates (`kkt_jax.classifiers.relaxation`); 0 is exact.
     free_gates: whether each sample of a finite generator has relaxed gates of its own at kinks, learned by theta's
       optimizer: there a gate of the training data is any number from 0 to 1. As many numbers for a sample as units.
+    equalised: the power of its singular value by which the residual of each direction of a first kernel is divided,
+      where samples are given by their coordinates in the subspace: samples that are hardly written into the weights
+      stand in its last directions.
     compute_dtype: of the classifier's gradients, such as ``"bfloat16"``; that of its parameters if None.
     target_exponent: how the target follows alpha, ``e^(alpha target_exponent)`` times what it is, with a gradient: the
       paper's Lambda-bar (Eq. 3) with 2 lambda_max - 1. Only for measures that are not relative.
@@ -77,11 +80,12 @@ class Stationarity:
   ramp: float = 0.0
   gate_sharpness: float = 20.0
   free_gates: bool = False
+  equalised: float = 0.0
   compute_dtype: str | None = None
   target_exponent: float = 0.0
 
   def __post_init__(self) -> None:
-    for name in ("weight", "begin", "ramp", "gate_sharpness"):
+    for name in ("weight", "begin", "ramp", "gate_sharpness", "equalised"):
       _checks.check_at_least(name, getattr(self, name), 0)
     _checks.check_finite("weight", self.weight)
     if self.free_gates and not self.gate_sharpness:
@@ -308,9 +312,9 @@ def default(examinations: Sequence[Examination]) -> Recipe:
     return Recipe(
       generators.table(generators.codes_for(examinations)),
       softmax_multipliers(),
-      Stationarity(72.0, losses.mean_relative_residual, weighed_conditions, begin, free_gates=True),
+      Stationarity(72.0, losses.mean_relative_residual, weighed_conditions, begin, free_gates=True, equalised=0.25),
       {"duality": Term(14.0, terms.duality(delta=1.0)), **shared},
-      schedule,
+      dataclasses.replace(schedule, steps=3000),
     )
   if decay:
     rising = lambda progress: jnp.clip((progress - begin) / 0.6, 0.0, 1.0)

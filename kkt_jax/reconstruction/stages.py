@@ -254,7 +254,8 @@ def _holding(trainer: Trainer, certified: Sequence[Exact]) -> tuple[Trainer, Cal
   """The same training with certified samples in some places of the table, and what puts them there in the end.
 
   Each weighs as much as one training sample, and the other places of a label as much as its other training samples, all
-  labels being alike. Nothing is held where the size of the sums is unknown, or samples interact.
+  labels being alike. With them half of the steps will do. Nothing is held where the size of the sums is unknown, or
+  samples interact.
   """
   examinations, generator = trainer.examinations, trainer.problem.generator
   put, within = generator.put, generator.coordinates
@@ -285,8 +286,13 @@ def _holding(trainer: Trainer, certified: Sequence[Exact]) -> tuple[Trainer, Cal
     generate=lambda theta, *others: generator.generate(hold(theta), *others),
     coordinates=None if within is None else lambda theta, *others: within(hold(theta), *others),
   )
+  whole = trainer.recipe.schedule
+  half = whole.steps // 2 if whole.steps // 2 > whole.restart_steps else whole.steps
   recipe = dataclasses.replace(trainer.recipe, generator=lambda examinations: holding, multipliers=multipliers)
-  put_in = lambda state: state._replace(params=state.params | {"theta": hold(state.params["theta"])})
+  recipe = recipe.with_schedule(steps=half)
+  put_in = lambda state: state._replace(
+    step=jnp.full_like(state.step, whole.steps), params=state.params | {"theta": hold(state.params["theta"])}
+  )
   return dataclasses.replace(trainer, recipe=recipe), put_in
 
 

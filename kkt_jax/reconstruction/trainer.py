@@ -94,7 +94,7 @@ class Trainer:
     for classifier, examination in zip(self.classifiers, self.examinations, strict=True):
       conditions, within = stationarity.conditions(examination), None
       if self.problem.generator.coordinates is not None and stationarity.measure in OF_NORMS:
-        within = in_coordinates(classifier, conditions, examination)
+        within = in_coordinates(classifier, conditions, examination, stationarity.equalised)
       if within is not None:
         relaxed_within = relaxed(within.classifier, stationarity.gate_sharpness)
         within = dataclasses.replace(within, classifier=relaxed_within)

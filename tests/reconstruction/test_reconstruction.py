@@ -280,6 +280,7 @@ def test_what_is_certified_is_held_while_a_further_table_is_trained(monkeypatch)
   free = np.asarray(trained.every_sample()[0])
   np.testing.assert_allclose(free[[6, 0, 9]], [*unit, unit[0]], atol=1e-6)  # of labels 0, 1, 2, 5 and 2
   put = Reconstruction(begun.trainer, hold(trained.state))
+  assert 2 * int(trained.state.step) == int(put.state.step) == begun.recipe.schedule.steps  # half of them will do
   np.testing.assert_allclose(put.every_sample()[0], free, atol=1e-6)
   batch = types.SimpleNamespace(t=0, y=jnp.array([0, 0, 0, 1]), logits=jnp.zeros((4, 3)))
   batch.code = jnp.array([0, 1, 2, 0])
