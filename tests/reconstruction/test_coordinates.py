@@ -57,7 +57,7 @@ def examined(classifier):
 def begins(classifiers, recipe=None):
   """The same start, with coordinates and without."""
   examinations = [examined(classifier) for classifier in classifiers]
-  whole = reconstruction.recipes.complete(recipe or kkt_jax.Recipe(), examinations)
+  whole = reconstruction.recipes.complete(recipe or kkt_jax.Recipe(), examinations).with_stationarity(equalised=0.0)
   generators = (
     lambda examinations, make=kkt_jax.generators.table(CODES): make(examinations),
     lambda examinations, make=kkt_jax.generators.table(CODES): make(examinations)._replace(coordinates=None),
@@ -115,6 +115,22 @@ def test_entries_of_the_first_kernel_that_do_not_count_are_left_out_of_samples_n
   mask = jax.tree.map(lambda leaf: leaf.at[0].set(0.0), plain.conditions.mask)
   conditions = dataclasses.replace(plain.conditions, mask=mask)
   assert coordinates.in_coordinates(plain.classifier, conditions, plain) is None
+
+
+def test_equalised_directions_count_by_a_power_of_their_singular_values():
+  plain = examined(trained_networks.flax_classifier(0))
+  u, s, _ = np.linalg.svd(plain.first.kernel, full_matrices=False)
+  plain = dataclasses.replace(plain, subspace=Subspace(plain.origin, jnp.asarray(u[:, :9]), jnp.asarray(s[:9])))
+  of_first = lambda tree: np.asarray(jax.tree.leaves(tree)[plain.first.place])
+  alike, equalised = (
+    coordinates.in_coordinates(plain.classifier, plain.conditions, plain, power).conditions for power in (0.0, 0.5)
+  )
+  sums = jax.tree.map(jnp.zeros_like, alike.target)
+  ratio = of_first(equalised.mask)[:9, 0] / of_first(alike.mask)[:9, 0]
+  np.testing.assert_allclose(ratio, np.sqrt(s[8] / s[:9]), rtol=1e-4)
+  for part in (equalised, alike):  # the target's share that is missing is all of it, however directions are weighed
+    np.testing.assert_allclose(losses.mean_relative_residual(part, sums), 1.0, rtol=1e-5)
+  chex.assert_trees_all_equal(equalised.target, alike.target)
 
 
 def test_a_measure_of_ones_own_may_see_single_entries_and_is_given_them():
