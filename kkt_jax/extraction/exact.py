@@ -86,7 +86,8 @@ def find(
     guesses: samples [M, *input_shape] in units of the range.
     y: their labels [M].
     effort: how much is tried.
-    known: training samples that are certified already; they lead to others from the first round on.
+    known: training samples that are certified already; they lead to others from the first round on, and guesses that
+      are copies of them are not polished again.
     criteria: what certifies a sample; the default `Criteria` if None.
     on_round: called with (round, number of training samples, most that there can be).
 
@@ -96,7 +97,7 @@ def find(
   """
   classifier, subspace = examination.classifier, examination.subspace
   criteria = criteria or Criteria()
-  led = np.zeros(len(guesses), bool)
+  led, fresh = np.zeros(len(guesses), bool), np.ones(len(guesses), bool)
   nothing: list[Any] = [*(np.zeros(0, kind) for kind in (int, int, bool, int)), criteria]
   exact = known or Exact(np.zeros((0, *classifier.input_shape), np.float32), *nothing)
   if hope(examination, guesses, y, few=_FEWER if effort.least_hope else _FEW, criteria=criteria) <= effort.least_hope:
@@ -114,7 +115,10 @@ def find(
     said = known.tight, known.evidence, surest, known.unit, known.to_the_bit
     pool = Candidates(known.unit, *said, misfit, duals)
     others = certificates.of_the_others(examination, pool, criteria)
-  for number in range(effort.rounds):
+    both = np.concatenate([known.unit, guesses]).reshape(len(known.y) + len(y), -1)
+    fresh = certificates.first_alike(both, criteria.least_distance)[len(known.y) :] >= len(known.y)
+    led, guesses, y = ~fresh, guesses[fresh], y[fresh]
+  for number in range(effort.rounds if len(guesses) else 0):
     key = jax.random.key(number)
     seen, seen_y = jnp.concatenate([guesses, exact.unit]), np.concatenate([y, exact.y])
     drawn = at_random and number > 0 and number % 2 == (others is None)  # later where what is found leads on
@@ -132,7 +136,7 @@ def find(
       criteria = certificates.calibrated(examination, x, criteria)
     more, of = certificates.gather(examination, x, vertices.certify(x, subspace, criteria), criteria, pool)
     if not number:
-      led = of
+      led[fresh] = of
     pool = more if pool is None else pool + more
     chosen = certificates.unambiguous(pool, subspace, criteria)[:most]
     brought = len(chosen) > len(exact.y) + _BRINGS * (most - len(chosen))

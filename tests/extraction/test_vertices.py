@@ -299,9 +299,13 @@ def test_what_was_certified_before_stays_so():
   found, _ = exact.find(examined(), jnp.concatenate([guesses[0], hopeless]), np.arange(8), exact.Effort(1))
   bent = found._replace(unit=found.unit + 2e-3)  # would not be certified anew
   assert not vertices.certify(bent.unit, examined().subspace).certified.any()
-  both, _ = exact.find(examined(), guesses[1], np.arange(6), exact.Effort(1), known=bent)
+  copies = jnp.concatenate([guesses[1], bent.unit])
+  both, led = exact.find(examined(), copies, np.arange(len(copies)), exact.Effort(1), known=bent)
+  assert led[6:].all()
   kept = np.abs(both.unit[:, None] - bent.unit[None]).max(axis=2).min(axis=0)
   assert len(both.y) >= len(found.y) + 3 >= 6 and (kept < 1e-6).all()
+  same, led = exact.find(examined(), jnp.asarray(bent.unit), bent.y, exact.Effort(2), known=bent)
+  assert same is bent and led.all()
 
 
 @pytest.mark.parametrize("changes", [{"subspace": None}, {"classifier": "unbounded"}])
