@@ -153,7 +153,7 @@ def check_start(classifier: Classifier, train: Samples | None, criteria: AuditCr
   if before < after:
     return (
       f"the training data fit the start better (loss {before:.3g}) than the weights that were trained on them"
-      f" ({after:.3g}). Were --checkpoint and --initial_checkpoint exchanged?"
+      f" ({after:.3g}). Were params and initial_params exchanged?"
     )
   return ""
 

@@ -184,7 +184,7 @@ def gather(
   """
   assert examination.subspace is not None
   subspace, shape = examination.subspace, examination.classifier.input_shape
-  coordinates, apart = np.asarray(subspace.in_float64.coordinates(unit)), criteria.apart * criteria.same
+  coordinates, apart = np.asarray(subspace.in_float64.coordinates(unit)), criteria.least_distance
   order = np.argsort(-measured.tight, kind="stable")
   first_of = first_alike(coordinates[order], apart)
   owner = np.empty(len(unit), int)
