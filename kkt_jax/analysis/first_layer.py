@@ -77,7 +77,7 @@ class FirstLayer:
     determined = np.linalg.norm(bias) > 0 and np.linalg.norm(bias - inside @ rows) <= most
     return u @ (inside / s) if determined else None
 
-  @property
+  @functools.cached_property
   def affine(self) -> tuple[np.ndarray, Directions] | None:
     """The point nearest to ``start`` [D] with ``normal . (x - start) = 1``, and the r - 1 directions that it leaves.
 
@@ -196,29 +196,32 @@ def read_first_layer(probes: Probes) -> FirstReading:
     kernel = upright(leaves[place])
     if kernel.shape[1] <= classifier.num_classes:
       return FirstReading(start, place=place)  # such as a last layer, which tells of classes
-    left = 1.0
-    if classifier.initial_params is not None:
-      kernel, left = _change(kernel, upright(jax.tree.leaves(classifier.initial_params)[place]))
+    initial, left = classifier.initial_params, 1.0
+    if initial is not None:
+      kernel, left = _change(kernel, upright(jax.tree.leaves(initial)[place]))
     at, gain = _first_bias(leaves, of_samples, gradients, flat - constant, criteria.alike)
     decays = classifier.decays
     bias = None if at is None or decays[at] != decays[place] else np.asarray(leaves[at])
     # Batch norm makes the gradients of a batch add up to 0: their span is one of differences, around the data's mean.
     around_mean = not classifier.batch_coupled or float(np.std(constant)) > criteria.alike * np.abs(flat).max()
-    whole = classifier.initial_params is None
-    noise = around_mean and whole and not probes.rounded
+    noise = around_mean and initial is None and not probes.rounded
     rank, directions = 0, None
-    if around_mean or whole:
+    if around_mean or initial is None:
       rank, directions = _span(kernel, noise=noise, num_classes=classifier.num_classes, criteria=criteria)
     layer = FirstLayer(kernel / gain, constant, place, turned, gain, bias, rank, decays[place], criteria)
-    if directions is None:
-      return FirstReading(start, layer, None, place, left)
-    origin = origin_of(classifier, start if classifier.offset is None else classifier.offset)
-    if whole and not (directions.blur or classifier.batch_coupled) and layer.affine is not None:
-      point, directions = layer.affine
-      origin = classifier.to_unit(jnp.asarray(point.reshape(classifier.input_shape), jnp.float32))
-    basis, values = (jnp.asarray(array, jnp.float32) for array in directions[:2])
-    return FirstReading(start, layer, Subspace(origin, basis, values, directions.blur, criteria), place, left)
+    subspace = None if directions is None else _subspace(classifier, layer, directions, start)
+    return FirstReading(start, layer, subspace, place, left)
   return FirstReading()
+
+
+def _subspace(classifier: Classifier, layer: FirstLayer, directions: Directions, start: jax.Array) -> Subspace:
+  """The subspace of directions around what is subtracted, or the affine one where the layer's bias tells it."""
+  origin = origin_of(classifier, start if classifier.offset is None else classifier.offset)
+  if classifier.initial_params is None and not (classifier.batch_coupled or directions.blur) and layer.affine:
+    point, directions = layer.affine
+    origin = classifier.to_unit(jnp.asarray(point.reshape(classifier.input_shape), jnp.float32))
+  basis, values = (jnp.asarray(array, jnp.float32) for array in directions[:2])
+  return Subspace(origin, basis, values, directions.blur, layer.criteria)
 
 
 def _first_bias(
