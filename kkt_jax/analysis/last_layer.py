@@ -37,7 +37,7 @@ class LastLayer:
 
   @functools.cached_property
   def square(self) -> float:
-    """|W|^2."""
+    """The sum of the squares of W."""
     return float(np.sum(np.square(np.asarray(self.kernel, np.float64))))
 
   def typical_margin(self, *, weight_decay: float, competitors: float | None = None) -> float:
