@@ -65,7 +65,6 @@ class Config(flags.Checked):
   )
   log_every: int = flag(100, "Steps between logged metrics.", lower=1)
   save_every: int = flag(1000, "Steps between checkpoints.", lower=1)
-  tensorboard: bool = flag(False, "Also write metrics for TensorBoard.")
 
 
 def circle(labels: str) -> tuple[Any, Any]:
@@ -95,7 +94,7 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
   from kkt_jax.cli.training import train_generator
   from kkt_jax.cli.workdir import Workdir
 
-  out = Workdir(workdir, config, tensorboard=config.tensorboard)
+  out = Workdir(workdir, config)
   shared = classifiers.shared_folder(out, config, _SHARED)
   x, y = circle(config.labels)
   parts = [np.arange(NUM_POINTS) // NUM_CLASSES % config.classifiers == t for t in range(config.classifiers)]

@@ -93,7 +93,6 @@ class Config(flags.Checked):
   population: int = flag(20_000, "Without batch norm: fresh samples whose residual is measured.", lower=2)
   log_every: int = flag(50, "Steps between logged metrics.", lower=1)
   save_every: int = flag(500, "Steps between checkpoints and pictures.", lower=1)
-  tensorboard: bool = flag(False, "Also write metrics for TensorBoard.")
 
 
 def resolve(config: Any, *presets: Mapping[str, Any]) -> Any:
@@ -133,7 +132,7 @@ def run(
   from kkt_jax.cli.training import train_generator
   from kkt_jax.cli.workdir import Workdir
 
-  out = Workdir(workdir, config, tensorboard=config.tensorboard)
+  out = Workdir(workdir, config)
   shared = classifiers.shared_folder(out, config, _SHARED, data=data.digest())
   attacked = classifiers.of_images(config, data.train.x, data.train.y, shared / "classifier", seed=config.seed)
   # From here to the measuring no data are seen.

@@ -28,6 +28,7 @@ class Criteria:
     levels: levels: steps of the range, 255 for 8-bit images.
     off_level: levels: steps from a level up to which a value is on it, at most: half of what a step of any one value
       leaves in the subspace if that is less.
+    nearly: levels: share of the values that a vertex needs at an end, from which a point may be on levels.
     grey_values: levels: least number of values between the ends, beyond one for each direction that the values at the
       surer end leave open; those at the ends say nothing of levels.
     grey_levels: levels: least number of different levels among them; sums of samples of few levels are on levels, too.
@@ -58,6 +59,7 @@ class Criteria:
   contrast: float = 6e-3
   levels: int = 255
   off_level: float = 0.1
+  nearly: float = 0.85
   grey_values: int = 24
   grey_levels: int = 8
   same: float = 0.02
@@ -90,6 +92,7 @@ class AnalysisCriteria:
     symmetric: form: change of the margins, next to that along a generic direction, that counts as none.
     moved: form: part of a symmetry up to which it does not move a tensor.
     probes: random inputs on which functions are tried.
+    steady: logits: the most that they may change with the rest of a batch, of the greatest.
     alike: relative error up to which two gradients are the same; deviation of an image up to which it is one value.
     few_values: a tensor of fewer values than this says nothing of whether weights are rounded to 16 bits.
     filled: subspace: greatest share of a layer's directions that data may fill for their subspace to be recognised.
@@ -120,6 +123,7 @@ class AnalysisCriteria:
   symmetric: float = 1e-4
   moved: float = 1e-3
   probes: int = 24
+  steady: float = 0.01
   alike: float = 1e-3
   few_values: int = 16
   filled: float = 0.9
@@ -147,6 +151,8 @@ class AuditCriteria:
     fewer: verdict: p-value below which a class-level baseline identifies fewer samples.
     equal: verdict: structural similarity above which two images are the same.
     false_discovery_rate: scores: the expected share of non-members among those that are named as members, at most.
+    least_counted: scores: times that the least p-value of a sample counts, besides once, among those of all scores;
+      chosen on other classifiers (docs/audit.md).
     scored: scores: most samples of each kind that are scored together; the cost grows with their square.
     most_ratio: leaks: greatest ratio of distances; greater ones count as this.
     sources_samples: sources: most samples of each kind that are compared.
@@ -163,6 +169,12 @@ class AuditCriteria:
     doubted: description: the same below which it may fit better.
     worse: description: so many times the loss of guessing no training leaves on its data.
     overconfident: description: confidence minus accuracy on training data that no training leaves.
+    too_sure: description: deviations of confidence over accuracy from which that is no chance.
+    not_too_sure: description: the same up to which a classifier is not too sure, and may only be hardly trained.
+    hardly: description: share of the way from chance to perfection below which such a one is hardly trained.
+    half: description: the same from which a classifier knows its data, or another description may be right.
+    mostly: description: the same from which the inputs of large data are taken for right.
+    nearly: description: the same that another description must come if the given one is not too sure.
     unsure: description: confidence above chance of what was hardly trained, as a share of the accuracy above chance.
     flat: description: margin at which the gradient of the loss is 0 in single precision, in logits.
     held: description: correlation of a kernel with its start up to which nothing of that is held.
@@ -183,6 +195,7 @@ class AuditCriteria:
   fewer: float = 0.05
   equal: float = 0.99
   false_discovery_rate: float = 0.05
+  least_counted: float = 4.0
   scored: int = 1500
   most_ratio: float = 1e3
   sources_samples: int = 1500
@@ -198,6 +211,12 @@ class AuditCriteria:
   doubted: float = 0.05
   worse: float = 1.2
   overconfident: float = 0.15
+  too_sure: float = 4.0
+  not_too_sure: float = 2.0
+  hardly: float = 0.3
+  half: float = 0.5
+  mostly: float = 0.9
+  nearly: float = 0.95
   unsure: float = 0.2
   flat: float = 104.0
   held: float = 0.05

@@ -131,7 +131,7 @@ def statistics_distance(statistics: PyTree, stored: PyTree) -> jax.Array:
 
 @_checks.annotated
 def collapse(features: ArrayLike, of_class: ArrayLike, scale: ArrayLike) -> jax.Array:
-  """How far samples are from the common features of their class (`kkt_jax.analysis.last_layer.collapsed_features`).
+  """How far samples are from their class's features (`kkt_jax.analysis.last_layer.LastLayer.collapsed_features`).
 
   Args:
     features: of the samples [M, F].

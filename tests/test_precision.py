@@ -38,7 +38,6 @@ def use(classifier, name):
       jacobians.per_sample_jacobians(apply_fn, PARAMS, X)
     case "equations":
       kkt.derivative_equations(apply_fn, PARAMS, X)
-      kkt.parameter_equations(apply_fn, PARAMS, X)
       kkt.scaling_error(apply_fn, PARAMS, jax.tree.map(jnp.ones_like, PARAMS), X, jnp.ones(1))
     case "symmetries":
       symmetries.least_residual(apply_fn, PARAMS, CONDITIONS, X)

@@ -11,22 +11,24 @@ import math
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kkt_jax import _checks, kkt
 from kkt_jax._precision import full_precision
 from kkt_jax._typing import PyTree
-from kkt_jax.analysis import _probing, forms
-from kkt_jax.analysis.first_layer import FirstLayer, origin_of, read_first_layer
-from kkt_jax.analysis.forms import FORMS
-from kkt_jax.analysis.last_layer import collapsed_features, decay_limit, LastLayer, margin_of, read_last_layer
+from kkt_jax.analysis.first_layer import FirstLayer, FirstReading, origin_of, read_first_layer
+from kkt_jax.analysis.last_layer import LastLayer, read_last_layer
+from kkt_jax.analysis.probing import Probes
 from kkt_jax.analysis.subspace import is_image, Subspace
 from kkt_jax.classifiers.classifier import Classifier
+from kkt_jax.classifiers.decay import WeightDecay
 from kkt_jax.criteria import AnalysisCriteria
-from kkt_jax.kkt import functionals, homogeneity, symmetries
-from kkt_jax.kkt.conditions import Conditions
+from kkt_jax.kkt import homogeneity
+from kkt_jax.kkt.conditions import Conditions, conditions_by_form
+from kkt_jax.kkt.symmetries import Attainable, Symmetries
 
+#: The stationarity conditions that weights can obey.
+FORMS = ("weight_decay", "max_margin", "change")
 _DEFAULT = AnalysisCriteria()
 
 
@@ -59,8 +61,7 @@ class Examination:
       ``"other"``.
     last: the last dense layer, or None.
     margin: the typical margin of the training data in logits as the last layer reveals it, or None.
-    most_weight_decay: the greatest weight decay with which training can have ended at the last layer, or None. Weights
-      alone do not tell whether a smaller one is right.
+    rounded: whether all matrices of the parameters hold values that 16 bits can represent.
     probes: the random inputs that were tried [K, *input_shape].
     criteria: by which all this was decided.
   """
@@ -81,7 +82,7 @@ class Examination:
   roles: PyTree
   last: LastLayer | None
   margin: float | None
-  most_weight_decay: float | None
+  rounded: bool
   probes: jax.Array
   criteria: AnalysisCriteria = _DEFAULT
 
@@ -123,12 +124,23 @@ class Examination:
     return 0 if self.subspace is None else self.subspace.most_samples
 
   @property
+  def most_weight_decay(self) -> float | None:
+    """The greatest ``weight_decay`` with which training can have ended at the last layer; None if that is unknown.
+
+    Weights alone do not tell whether a smaller one is right.
+    """
+    given, last = self.classifier.weight_decay, self.last
+    if last is None or given is None:
+      return None if last is None else last.most_weight_decay
+    return float(given) * last.most_weight_decay / last.decay if last.decay else None
+
+  @property
   def class_features(self) -> tuple[jax.Array, jax.Array] | None:
     """The common features of each class before the last ReLU [C, F] and their scales [F]; None if not revealed."""
     last = self.last
-    if self.margin is None or last is None or last.scale is None or last.shift is None:
+    if self.margin is None or last is None or last.scale is None or (features := last.collapsed_features) is None:
       return None
-    return collapsed_features(last.kernel, last.scale, last.shift), last.scale
+    return features, last.scale
 
   def _decay(self) -> str:
     """In words, whether the weights agree with the weight decay that they are said to have had."""
@@ -169,7 +181,6 @@ class Examination:
     """The findings in plain words."""
     params, limit = self.classifier.params, self.criteria.unexplained
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    rounded = ["They are rounded to 16 bits, which hides whatever is fainter."]
     rough = jax.eval_shape(self.classifier.apply_fn, params, self.probes[:2]).dtype.itemsize < 4
     trained = {
       "weight_decay": "weights trained to convergence with weight decay",
@@ -181,7 +192,7 @@ class Examination:
       f" {'batch norm' if self.classifier.batch_coupled else 'no batch norm'}.",
       f"They are examined as {trained}, because {self.why}.{self._decay()}",
       *([f"The function never uses {', '.join(self.unused)}."] if self.unused else []),
-      *(rounded if _probing.rounded(params, self.criteria) else []),
+      *(["They are rounded to 16 bits, which hides whatever is fainter."] if self.rounded else []),
       *(["The function computes in 16 bits, which hides whatever is fainter."] if rough else []),
       *self._left_out(),
       f"At least {self.bound:.2%} of {'the rest' if self.left_out else 'the stationarity target'} is unreachable by any"
@@ -239,6 +250,7 @@ def examine(
   Raises:
     ValueError: another form, or the change of a classifier whose start is unknown.
 
+  >>> import jax.numpy as jnp
   >>> from kkt_jax.classifiers.classifier import make_classifier
   >>> params = {"w1": jnp.eye(4), "w2": jnp.ones((4, 2))}
   >>> relu = make_classifier(lambda p, x: jnp.maximum(x @ p["w1"], 0) @ p["w2"], params, (4,))
@@ -249,38 +261,28 @@ def examine(
     _checks.check_choice("form", form, FORMS)
   if form == "change" and classifier.initial_params is None:
     raise ValueError("form must not be 'change' for a classifier without initial_params.")
-  params = classifier.params
-  probes = _probes(classifier, seed, criteria.probes)
-  _check_logits(classifier, probes)
-  known = functionals.functionals(classifier.apply_fn, params, probes)
-  unused = _unused(known)
-  rates = kkt.balanced(homogeneity.summed_equations(classifier.apply_fn, params, probes, known), params)
-  error = float(kkt.scaling_error(classifier.apply_fn, params, rates.rates, probes, np.linspace(-0.5, 0.5, 5)))
-  symmetric = symmetries.Symmetries(params, known, criteria=criteria)
-  free = symmetric.scale_invariant()
-  start, layer, subspace, first, left = read_first_layer(classifier, probes, criteria)
+  probes = Probes.drawn(classifier, seed, criteria)
+  known = probes.sums()
+  params, scales = known.params, np.linspace(-0.5, 0.5, 5)
+  rates = kkt.balanced(homogeneity.summed_equations(known), params)
+  error = float(kkt.scaling_error(classifier.apply_fn, params, rates.rates, probes.x, scales))
+  symmetric = Symmetries(known, criteria=criteria)
+  free, unused = symmetric.scale_invariant(), symmetric.tree([name in known.unused for name in known.names])
+  first, last = read_first_layer(probes), read_last_layer(probes)
+  conditions = conditions_by_form(classifier, rates, free=free, unused=unused, left=first.left)
   tried = [form] if form else FORMS[2:] if classifier.initial_params is not None else FORMS[:2]
-  conditions = forms.possible_conditions(classifier, rates, free, known, left)
-  possible = {name: forms.attainable(symmetric, conditions[name], first, criteria) for name in tried}
-  blurred = subspace is not None and bool(subspace.blur)
-  if form is None and classifier.initial_params is not None:
-    form, why = "change", f"their start is known, of which {left:.4g} times its weights are still in them"
-  else:
-    choice = lambda: forms.choose(classifier, rates, error, possible, blurred, criteria)
-    form, why = (form, "it was asked for") if form else choice()
-  chosen = possible[form]
-  if chosen.bound > criteria.unexplained or (first is not None and known.names[first] in chosen.left_out):
+  possible = {name: symmetric.attainable(conditions[name], first.place) for name in tried}
+  form, why = (form, "it was asked for") if form else _chosen(classifier, rates, error, possible, first, criteria)
+  chosen, subspace = possible[form], first.subspace
+  if chosen.bound > criteria.unexplained or (first.place is not None and known.names[first.place] in chosen.left_out):
     subspace = None  # a rank alone is no subspace of data
-  last = read_last_layer(classifier, probes, criteria)
-  most_decay, beyond = decay_limit(classifier, last)
-  if beyond and form == "weight_decay":
-    chosen = possible[form] = forms.short_of(chosen, beyond)
-  leaves, structure = jax.tree.flatten(params)
-  roles = ["kernel" if leaf.ndim > 1 else "other" for leaf in leaves]
-  if first is not None:
-    roles[first] = "first kernel"
-  if last.bias is not None:
-    roles[last.bias] = "last bias"
+  if last is not None and last.beyond and form == "weight_decay":
+    chosen = possible[form] = chosen.short_of(last.beyond)
+  roles = ["kernel" if leaf.ndim > 1 else "other" for leaf in probes.leaves]
+  if first.place is not None:
+    roles[first.place] = "first kernel"
+  if last is not None and last.bias_place is not None:
+    roles[last.bias_place] = "last bias"
   return Examination(
     classifier=classifier,
     form=form,
@@ -288,87 +290,59 @@ def examine(
     conditions=chosen.conditions,
     bounds={name: attainable.bound for name, attainable in possible.items()},
     left_out=chosen.left_out,
-    unused=unused,
+    unused=known.unused,
     free=free,
     rates=rates,
     scaling_error=error,
-    start=classifier.offset if classifier.offset is not None else start,
-    first=layer,
+    start=first.start if classifier.offset is None else classifier.offset,
+    first=first.layer,
     subspace=subspace,
-    roles=jax.tree.unflatten(structure, roles),
-    last=last.layer,
-    margin=margin_of(classifier, last),
-    most_weight_decay=most_decay,
-    probes=probes,
+    roles=symmetric.tree(roles),
+    last=last,
+    margin=None if last is None else last.margin,
+    rounded=probes.rounded,
+    probes=probes.x,
     criteria=criteria,
   )
 
 
-def _probes(classifier: Classifier, seed: int, count: int = AnalysisCriteria().probes) -> jax.Array:
-  """Random inputs [K, *input_shape], in the classifier's units."""
-  key, shape = jax.random.key(seed), (count, *classifier.input_shape)
-  if classifier.value_range is None:
-    return jax.random.normal(key, shape)
-  return classifier.from_unit(jax.random.uniform(key, shape))
-
-
-@_checks.annotated
-@full_precision
-def check_outputs(classifier: Classifier, *, seed: int = 0) -> tuple[str, ...]:
-  """Checks that the outputs are logits, each of which depends on its own input and on the parameters.
-
-  Args:
-    classifier: the classifier.
-    seed: of the random inputs that are tried.
-
-  Returns:
-    The names of the tensors on which no logit depends.
-
-  Raises:
-    ValueError: logits that are not finite, the same for all inputs, probabilities, different in another batch (batch
-      norm on batch statistics, dropout) or independent of all parameters.
-
-  >>> from kkt_jax.classifiers.classifier import make_classifier
-  >>> check_outputs(make_classifier(lambda p, x: x @ p["w"], {"w": jnp.eye(2), "step": jnp.ones(())}, (2,)))
-  ('step',)
-  """
-  probes = _probes(classifier, seed)
-  _check_logits(classifier, probes)
-  known = functionals.functionals(classifier.apply_fn, classifier.params, probes, margins=False)
-  return _unused(known)
-
-
-def _check_logits(classifier: Classifier, probes: jax.Array) -> None:
-  """See `check_outputs`."""
-  logits_of = lambda x: np.asarray(jax.jit(classifier.predict_fn)(classifier.params, x), np.float64)
-  logits = logits_of(probes)
-  if not np.isfinite(logits).all():
-    raise ValueError("classifier must give finite logits; of random inputs in its range some are NaN or infinite.")
-  others = jnp.tile(probes[::-2], (2, *[1] * len(classifier.input_shape)))[: len(probes)]
-  apart = np.abs(logits[::-2] - logits_of(others)[: len(logits[::-2])]).max()
-  if apart > 0.01 * np.abs(logits).max():
-    raise ValueError(
-      "classifier must give each input its own logits at inference (predict_fn); those of random inputs change with the"
-      f" rest of their batch, by up to {apart:.2g}. Is batch norm on batch statistics, or dropout on?"
+def _chosen(
+  classifier: Classifier,
+  rates: kkt.RateSolution,
+  error: float,
+  possible: Mapping[str, Attainable],
+  first: FirstReading,
+  criteria: AnalysisCriteria,
+) -> tuple[str, str]:
+  """The form, and why."""
+  if classifier.initial_params is not None:
+    return "change", f"their start is known, of which {first.left:.4g} times its weights are still in them"
+  if classifier.weight_decay is not None:
+    at_most = " at most" if isinstance(classifier.weight_decay, WeightDecay) else ""
+    return "weight_decay", f"their weight decay is known,{at_most} {classifier.weight_decay:g}"
+  if classifier.batch_coupled:
+    return (
+      "max_margin",
+      "batch norm undoes the scale of the weights before it, which weight decay would shrink for ever",
     )
-  if not np.ptp(logits, axis=0).any():
-    raise ValueError(
-      "classifier must tell inputs apart; it gives all random inputs the same logits: its units are dead, or its"
-      " weights are 0."
+  # A linear last layer alone is always quasi-homogeneous; if nothing before it is, there is no other solution.
+  trivial = bool(rates.null_space_dimension == 0) and float(rates.target_rate) > 1 - criteria.scaling
+  if error > criteria.scaling or trivial:
+    return "weight_decay", "nothing before the last layer is quasi-homogeneous, which the max-margin form needs"
+  blurred = first.subspace is not None and bool(first.subspace.blur)
+  decay, margin = possible["weight_decay"].bound, possible["max_margin"].bound
+  if min(decay, margin) > criteria.unexplained:
+    if abs(decay - margin) <= criteria.tie * decay:
+      return "weight_decay", f"neither form fits, and one as little as the other ({decay:.2g} is out of reach)"
+    return (
+      "weight_decay" if decay < margin else "max_margin",
+      f"neither form fits ({decay:.2g} and {margin:.2g} of the targets are out of reach) and it fits better",
     )
-  wide = [logits, *(logits_of(probes * factor) for factor in (30.0, 1000.0))]
-  difference = [output[:, 1] - output[:, 0] for output in wide]
-  many = all(np.all((output >= 0) & (output <= 1)) for output in wide)
-  one = classifier.num_classes == 2 and np.ptp(difference) > 0 and all(np.all((d >= 0) & (d <= 1)) for d in difference)
-  if many or one:
-    raise ValueError(
-      "classifier must return logits; its outputs are in [0, 1] for every input, as probabilities are. Leave out the"
-      " softmax or sigmoid at its end (in Keras: activation=None)."
+  if margin <= criteria.unexplained and (blurred or possible["weight_decay"].left_out):
+    return "max_margin", "they still hold some of their initialisation, which weight decay would have undone"
+  if decay <= max(criteria.missing, margin):
+    return (
+      "weight_decay",
+      f"its layers are in the balance that weight decay brings about ({decay:.2g} of it is missing)",
     )
-
-
-def _unused(known: functionals.Functionals) -> tuple[str, ...]:
-  """The names of the tensors on which no logit of any random input depends."""
-  if len(known.unused) == len(known.names):
-    raise ValueError("apply_fn must compute the logits from params; they do not depend on any of them.")
-  return known.unused
+  return "max_margin", f"its layers lack the balance that weight decay brings about ({decay:.2g} of it is missing)"

@@ -15,8 +15,8 @@ import numpy as np
 
 from kkt_jax import _checks
 from kkt_jax._precision import full_precision
-from kkt_jax.analysis import _probing
-from kkt_jax.analysis.noise import subspace_above_noise
+from kkt_jax.analysis.noise import Directions, directions_above_noise
+from kkt_jax.analysis.probing import Probes
 from kkt_jax.analysis.subspace import Subspace
 from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.criteria import AnalysisCriteria
@@ -84,6 +84,29 @@ class FirstLayer:
     determined = np.linalg.norm(bias) > 0 and np.linalg.norm(bias - inside @ rows) <= most
     return u @ (inside / s) if determined else None
 
+  @functools.cached_property
+  def affine(self) -> tuple[np.ndarray, Directions] | None:
+    """The point nearest to ``start`` [D] with ``normal . (x - start) = 1``, and the r - 1 directions that it leaves.
+
+    It is what tells a sample from a darker or a brighter one. None without a normal.
+
+    >>> inputs = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    >>> signals = np.array([[1.0, 2.0, -1.0], [0.5, -1.0, 3.0]])
+    >>> layer = FirstLayer(inputs.T @ signals, np.zeros(3), 0, False, 1.0, signals.sum(axis=0), 2, 1.0)
+    >>> point, directions = layer.affine
+    >>> print(point.round(6), np.abs(directions.basis[:, 0]).round(3))
+    [0.5 0.5 0. ] [0.707 0.707 0.   ]
+    """
+    normal = self.normal
+    if normal is None:
+      return None
+    u, s, _ = self.factors
+    along = u.T @ normal
+    along /= np.linalg.norm(along)
+    basis, values, _ = np.linalg.svd((u - np.outer(u @ along, along)) * s, full_matrices=False)
+    point = self.start + normal / float(normal @ normal)
+    return point, Directions(basis[:, : self.rank - 1], values[: self.rank - 1])
+
 
 def origin_of(classifier: Classifier, start: jax.Array | None) -> jax.Array:
   """Where samples start [*input_shape], in units of the range: what is subtracted from them, or else its middle."""
@@ -92,78 +115,6 @@ def origin_of(classifier: Classifier, start: jax.Array | None) -> jax.Array:
     return jnp.full(classifier.input_shape, 0.5 if bounded else 0.0)
   unit = classifier.to_unit(start)
   return jnp.clip(unit, 0.0, 1.0) if bounded else unit
-
-
-def affine_subspace(first: FirstLayer, classifier: Classifier) -> Subspace | None:
-  """The affine subspace of the training inputs, around its point nearest to the layer's start; None without a normal.
-
-  Among the r directions of the kernel, the equation ``normal . (x - start) = 1`` leaves r - 1 free. It is what tells a
-  sample from a darker or a brighter one.
-
-  >>> from kkt_jax.classifiers.classifier import make_classifier
-  >>> inputs = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-  >>> signals = np.array([[1.0, 2.0, -1.0], [0.5, -1.0, 3.0]])
-  >>> layer = FirstLayer(inputs.T @ signals, np.zeros(3), 0, False, 1.0, signals.sum(axis=0), 2, 1.0)
-  >>> found = affine_subspace(layer, make_classifier(lambda w, x: x @ w, jnp.eye(3), (3,)))
-  >>> print(found.origin.round(6), np.abs(found.basis[:, 0]).round(3))
-  [0.5 0.5 0. ] [0.707 0.707 0.   ]
-  """
-  normal = first.normal
-  if normal is None:
-    return None
-  u, s, _ = first.factors
-  along = u.T @ normal
-  along /= np.linalg.norm(along)
-  basis, values, _ = np.linalg.svd((u - np.outer(u @ along, along)) * s, full_matrices=False)
-  point = (first.start + normal / float(normal @ normal)).reshape(classifier.input_shape)
-  origin = classifier.to_unit(jnp.asarray(point, jnp.float32))
-  return _subspace(origin, basis, values, first.rank - 1, first.criteria)
-
-
-def input_subspace(kernel: ArrayLike, origin: ArrayLike, *, tolerance: float) -> Subspace:
-  """The subspace of the training inputs, read off the weights of a fully connected first layer.
-
-  With weight decay w the stationarity of the first layer is ``W = (1 / w) mean_i x_i delta_i^T`` with back-propagated
-  signals delta: every column of W [D, F] is a combination of the training inputs. With F > N the singular values fall
-  off a cliff behind the rank of the data, at most N, and the left singular vectors before it span the training inputs
-  exactly. The classifier must be trained to convergence: what is left of the initialisation blurs the cliff.
-
-  Args:
-    kernel: W [D, F].
-    origin: what is subtracted from the inputs [...], of D values, in units of their range.
-    tolerance: singular values up to this share of the greatest are left out, in (0, 1): between the data's last one and
-      what is left of the initialisation; 2e-7 leaves out rounding errors only.
-
-  Returns:
-    A `Subspace` of dimension r <= min(D, F).
-
-  Raises:
-    ValueError: ``kernel`` is not such a matrix, holds NaN, infinities or only zeros, or ``tolerance`` is out of range.
-
-  >>> import jax.numpy as jnp
-  >>> kernel = jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 0.0, 0.0]])
-  >>> subspace = input_subspace(kernel, jnp.zeros(3), tolerance=1e-6)
-  >>> subspace.basis.shape, subspace.singular_values.tolist()
-  ((3, 2), [3.0, 2.0])
-  """
-  kernel = jnp.asarray(kernel)
-  _checks.check_rank("kernel", kernel, 2, "[D, F]")
-  _checks.check_finite("kernel", kernel)
-  if not 0 < tolerance < 1:
-    raise ValueError(f"tolerance must be in (0, 1); got {tolerance}.")
-  basis, values, _ = jnp.linalg.svd(kernel, full_matrices=False)
-  rank = int(jnp.sum(values > tolerance * values[0]))
-  if not rank:
-    raise ValueError("kernel must not be all zeros.")
-  return Subspace(jnp.asarray(origin), basis[:, :rank], values[:rank])
-
-
-def _subspace(
-  origin: jax.Array, basis: np.ndarray, values: np.ndarray, rank: int, criteria: AnalysisCriteria
-) -> Subspace:
-  """The subspace that the first ``rank`` singular vectors span."""
-  kept, singular_values = jnp.asarray(basis[:, :rank], jnp.float32), jnp.asarray(values[:rank], jnp.float32)
-  return Subspace(origin, kept, singular_values, criteria=criteria)
 
 
 @full_precision
@@ -230,50 +181,54 @@ class FirstReading(NamedTuple):
   left: float = 1.0
 
 
-def read_first_layer(classifier: Classifier, x: jax.Array, criteria: AnalysisCriteria = _DEFAULT) -> FirstReading:
-  """What the first layer of a network reveals, found by its gradients at three inputs x [3, *input_shape].
+def read_first_layer(probes: Probes) -> FirstReading:
+  """What the first layer of a network reveals, found by its gradients at three inputs.
 
   The gradient of any logit by the kernel of such a layer is the outer product of the layer's input with another vector.
   So the direction of what the layer sees of each input x_i follows from gradients, ``x_i - m = c_i u_i``, and three
   inputs determine their c_i and the constant m that was subtracted.
   """
-  leaves = jax.tree.leaves(classifier.params)
-  flat = np.asarray(x[:3], np.float64).reshape(3, -1)
-  matrices = _probing.matrices(leaves, flat.shape[1], axis=0) if flat.shape[1] > 1 else []
-  of_samples = _probing.gradients(
-    classifier,
-    np.linspace(-1.0, 1.0, classifier.num_classes, dtype=np.float32),
-    x[:3],
-    _probing.layers(leaves, matrices),
-  )
+  classifier, criteria, leaves = probes.classifier, probes.criteria, probes.leaves
+  flat = np.asarray(probes.x[:3], np.float64).reshape(3, -1)
+  matrices = probes.matrices(flat.shape[1], axis=0) if flat.shape[1] > 1 else []
+  slopes = np.linspace(-1.0, 1.0, classifier.num_classes, dtype=np.float32)
+  of_samples = probes.gradients(slopes, len(flat), matrices)
   for place, turned in matrices:
     upright = lambda leaf, turned=turned: np.asarray(leaf).T if turned else np.asarray(leaf)
     gradients = [upright(of_sample[place]) for of_sample in of_samples]
     constant = _constant(flat, gradients, criteria.alike)
     if constant is None:
       continue  # its inputs are not the data: another layer, or they go through something else first
-    kernel = upright(leaves[place])
     start = jnp.asarray(constant.reshape(classifier.input_shape), jnp.float32)
+    kernel = upright(leaves[place])
     if kernel.shape[1] <= classifier.num_classes:
       return FirstReading(start, place=place)  # such as a last layer, which tells of classes
-    # Batch norm makes the gradients of a batch add up to 0: their span is one of differences, around the data's mean.
-    around_mean = not classifier.batch_coupled or float(np.std(constant)) > criteria.alike * np.abs(flat).max()
-    left = 1.0
-    if classifier.initial_params is not None:
-      kernel, left = _change(kernel, upright(jax.tree.leaves(classifier.initial_params)[place]))
-    noise = around_mean and classifier.initial_params is None and not _probing.rounded(classifier.params, criteria)
-    rank, subspace = 0, None
-    if around_mean or classifier.initial_params is None:
-      origin = origin_of(classifier, start if classifier.offset is None else classifier.offset)
-      rank, subspace = _span(kernel, origin, noise=noise, num_classes=classifier.num_classes, criteria=criteria)
+    initial, left = classifier.initial_params, 1.0
+    if initial is not None:
+      kernel, left = _change(kernel, upright(jax.tree.leaves(initial)[place]))
     at, gain = _first_bias(leaves, of_samples, gradients, flat - constant, criteria.alike)
     decays = classifier.decays
     bias = None if at is None or decays[at] != decays[place] else np.asarray(leaves[at])
+    # Batch norm makes the gradients of a batch add up to 0: their span is one of differences, around the data's mean.
+    around_mean = not classifier.batch_coupled or float(np.std(constant)) > criteria.alike * np.abs(flat).max()
+    noise = around_mean and initial is None and not probes.rounded
+    rank, directions = 0, None
+    if around_mean or initial is None:
+      rank, directions = _span(kernel, noise=noise, num_classes=classifier.num_classes, criteria=criteria)
     layer = FirstLayer(kernel / gain, constant, place, turned, gain, bias, rank, decays[place], criteria)
-    if subspace and not (subspace.blur or classifier.initial_params is not None or classifier.batch_coupled):
-      subspace = affine_subspace(layer, classifier) or subspace
+    subspace = None if directions is None else _subspace(classifier, layer, directions, start)
     return FirstReading(start, layer, subspace, place, left)
   return FirstReading()
+
+
+def _subspace(classifier: Classifier, layer: FirstLayer, directions: Directions, start: jax.Array) -> Subspace:
+  """The subspace of directions around what is subtracted, or the affine one where the layer's bias tells it."""
+  origin = origin_of(classifier, start if classifier.offset is None else classifier.offset)
+  if classifier.initial_params is None and not (classifier.batch_coupled or directions.blur) and layer.affine:
+    point, directions = layer.affine
+    origin = classifier.to_unit(jnp.asarray(point.reshape(classifier.input_shape), jnp.float32))
+  basis, values = (jnp.asarray(array, jnp.float32) for array in directions[:2])
+  return Subspace(origin, basis, values, directions.blur, layer.criteria)
 
 
 def _first_bias(
@@ -337,14 +292,9 @@ def _change(kernel: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _span(
-  kernel: np.ndarray,
-  origin: jax.Array,
-  *,
-  noise: bool = True,
-  num_classes: int = 0,
-  criteria: AnalysisCriteria = _DEFAULT,
-) -> tuple[int, Subspace | None]:
-  """The rank at which the singular values fall, and the subspace of those directions if it is that of the data.
+  kernel: np.ndarray, *, noise: bool = True, num_classes: int = 0, criteria: AnalysisCriteria = _DEFAULT
+) -> tuple[int, Directions | None]:
+  """The rank at which the singular values fall, and those directions if they are those of the data.
 
   The kernel ``sum_i x_i s_i^T`` has the rank of the signals s_i where these are fewer than the samples: samples of one
   class that open the same gates are fitted alike, and two classes leave two to a dozen directions, whatever the number
@@ -355,9 +305,9 @@ def _span(
   fitted_alike = 2 * num_classes + criteria.groups if num_classes else 0
   if rank:
     enough = rank > (fitted_alike if sharp else criteria.many * num_classes)
-    return rank, _subspace(origin, basis, values, rank, criteria) if enough else None
-  above = subspace_above_noise(kernel, origin, criteria) if noise else None
-  return 0, above if above is not None and above.dimension > fitted_alike else None
+    return rank, Directions(basis[:, :rank], values[:rank]) if enough else None
+  above = directions_above_noise(kernel, criteria) if noise else None
+  return 0, above if above is not None and len(above.singular_values) > fitted_alike else None
 
 
 def _fall(singular_values: np.ndarray, criteria: AnalysisCriteria = _DEFAULT) -> tuple[int, bool]:

@@ -1,17 +1,28 @@
-"""The subspace above the noise that a small random initialisation leaves in a first layer. Beyond the paper."""
+"""The directions above the noise that a small random initialisation leaves in a first layer. Beyond the paper."""
 
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
-from kkt_jax.analysis.subspace import Subspace
 from kkt_jax.criteria import AnalysisCriteria
 
 _SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)  # quantiles of the spectrum that are held against those of noise
 _DEFAULT = AnalysisCriteria()
+
+
+class Directions(NamedTuple):
+  """In which directions the columns of a first layer's kernel lie; its fields are those of `Subspace`.
+
+  Attributes:
+    basis: orthonormal columns [D, r], the most important direction first.
+    singular_values: how strongly each direction is written into the weights [r].
+    blur: what noise is left outside of them, in the unit of ``singular_values``.
+  """
+
+  basis: np.ndarray
+  singular_values: np.ndarray
+  blur: float = 0.0
 
 
 class NoiseFloor(NamedTuple):
@@ -90,49 +101,43 @@ def _noise_quantiles(n: int, m: int) -> np.ndarray:
   return np.sqrt(np.interp(_SHARES, distribution / distribution[-1], squares))
 
 
-def subspace_above_noise(
-  kernel: ArrayLike, origin: ArrayLike, criteria: AnalysisCriteria = _DEFAULT
-) -> Subspace | None:
-  """The subspace of the training inputs above what is left of a small random initialisation, see `noise_floor`.
+def directions_above_noise(kernel: ArrayLike, criteria: AnalysisCriteria = _DEFAULT) -> Directions | None:
+  """The directions of the training inputs above what is left of a small random initialisation, see `noise_floor`.
 
   Inputs that never vary, such as black pixels at the border, have rows of W that only hold the initialisation; they are
   recognised by their length, and left out, so that they blur nothing.
 
   Args:
     kernel: W [D, F].
-    origin: what is subtracted from the inputs [...], of D values, in units of their range.
     criteria: the thresholds.
 
   Returns:
-    A `Subspace` with its blur; None if there is no such floor.
+    `Directions` with their blur; None if there is no such floor.
 
   >>> random = np.random.default_rng(0)
   >>> weights = 1e-3 * random.normal(size=(60, 90)) + random.normal(size=(60, 5)) @ random.normal(size=(5, 90))
-  >>> subspace = subspace_above_noise(weights, np.zeros(60))
-  >>> subspace.basis.shape, round(subspace.blur, 4)  # 1e-3 sqrt(60 - 5)
+  >>> found = directions_above_noise(weights)
+  >>> found.basis.shape, round(found.blur, 4)  # 1e-3 sqrt(60 - 5)
   ((60, 5), 0.0074)
   """
-  kernel, origin = np.asarray(kernel), jnp.asarray(origin)
-  above = _above_noise(kernel, len(kernel), origin, criteria)
+  kernel = np.asarray(kernel)
+  above = _above_noise(kernel, len(kernel), criteria)
   if above is None:
     return None
-  floor, subspace = above
+  floor, directions = above
   squares = np.sum(np.square(kernel, dtype=np.float64), axis=1)
   width = kernel.shape[1]
   loud = squares > floor.deviation**2 * (width + criteria.quiet * (2 * width) ** 0.5)
   if not loud.all():
-    above = _above_noise(np.where(loud[:, None], kernel, 0), int(loud.sum()), origin, criteria)
-  return subspace if above is None else above[1]
+    above = _above_noise(np.where(loud[:, None], kernel, 0), int(loud.sum()), criteria)
+  return directions if above is None else above[1]
 
 
-def _above_noise(
-  kernel: np.ndarray, rows: int, origin: jax.Array, criteria: AnalysisCriteria
-) -> tuple[NoiseFloor, Subspace] | None:
-  """The noise floor and the subspace of a matrix of which ``rows`` rows are not 0."""
+def _above_noise(kernel: np.ndarray, rows: int, criteria: AnalysisCriteria) -> tuple[NoiseFloor, Directions] | None:
+  """The noise floor and the directions of a matrix of which ``rows`` rows are not 0."""
   basis, values, _ = np.linalg.svd(kernel, full_matrices=False)
   floor = noise_floor(values[:rows], (rows, kernel.shape[1]), criteria)
   if floor is None or not floor.rank:
     return None
   rank, deviation = floor
-  blur = deviation * (rows - rank) ** 0.5
-  return floor, Subspace(origin, jnp.asarray(basis[:, :rank]), jnp.asarray(values[:rank]), blur, criteria)
+  return floor, Directions(basis[:, :rank], values[:rank], deviation * (rows - rank) ** 0.5)

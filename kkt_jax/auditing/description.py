@@ -103,7 +103,7 @@ def check(
       " the range of the inputs may be wrong."
     )
   better, p_value = labels, 0.0 if labels else 1.0
-  if not better and (wrong or main.kappa < 0.9 or main.images.x.size <= criteria.values):
+  if not better and (wrong or main.kappa < criteria.mostly or main.images.x.size <= criteria.values):
     better, p_value = _other_inputs(classifier, main, other, wrong)
   better = str(near) or better
   known = not wrong and p_value >= criteria.fits
@@ -153,7 +153,7 @@ def check_start(classifier: Classifier, train: Samples | None, criteria: AuditCr
   if before < after:
     return (
       f"the training data fit the start better (loss {before:.3g}) than the weights that were trained on them"
-      f" ({after:.3g}). Were --checkpoint and --initial_checkpoint exchanged?"
+      f" ({after:.3g}). Were params and initial_params exchanged?"
     )
   return ""
 
@@ -251,10 +251,10 @@ class _Answers:
     """Whether labels and probabilities are predicted no better than by the frequencies of the classes."""
     above = stats.binomtest(int(self.hits.sum()), len(self.hits), self.chance, alternative="greater").pvalue
     error = max(self.gains.std() / len(self.gains) ** 0.5, 1e-6)
-    return above >= self.criteria.significant and self.kappa < 0.5 and self.gains.mean() < 2 * error
+    return above >= self.criteria.significant and self.kappa < self.criteria.half and self.gains.mean() < 2 * error
 
   def is_overconfident(self) -> bool:
-    return self.confidence - self.accuracy > self.criteria.overconfident and self.excess > 4
+    return self.confidence - self.accuracy > self.criteria.overconfident and self.excess > self.criteria.too_sure
 
   def is_better_than(self, other: "_Answers") -> bool:
     table = [[int(answers.hits.sum()), int((~answers.hits).sum())] for answers in (self, other)]
@@ -311,10 +311,9 @@ def _other_inputs(classifier: Classifier, now: _Answers, other: _Answers | None,
     fewer, farther = now.p_value_of(of.hits), 1.0
     if other is not None and beside is not None and of.hits.sum() >= now.hits.sum():
       farther = _p_value_of_areas((now, other), (of, beside))
-    if not wrong and now.excess <= 2:  # what was hardly trained, and is not too sure, may do better on centred inputs
-      fewer, least_kappa = (fewer if now.kappa < 0.3 else max(fewer, farther)), 0.95
-    else:
-      least_kappa = 0.5
+    least_kappa = now.criteria.half
+    if not wrong and now.excess <= now.criteria.not_too_sure:  # and hardly trained: it may do better on centred inputs
+      fewer, least_kappa = (fewer if now.kappa < now.criteria.hardly else max(fewer, farther)), now.criteria.nearly
     p_values[what] = min(fewer, farther) if of.kappa >= least_kappa else 1.0
   least = min(p_values.values(), default=1.0)
   p_value = min(1.0, 2 * len(tried) * least)

@@ -16,7 +16,6 @@ from kkt_jax.metrics import conformal_p_values, epsilon_lower_bound, q_values, R
 
 _DEFAULT = AuditCriteria()
 _LEAST_P = 1e-9  # tails below are approximations
-_EXTRA = 4  # times that the least p-value counts, besides once: chosen on other classifiers, see docs/audit.md
 _PAIRS = 10**7  # of images that are compared before the training
 SCORES = {
   "multipliers": "their multiplier in the stationarity sum",
@@ -104,16 +103,20 @@ def score(examination: Examination, train: Samples, held_out: Samples, criteria:
   x, y = np.concatenate([asked.x, others.x]), np.concatenate([asked.y, others.y])
   classifier = examination.classifier
   scores = candidates.scores(examination, classifier.from_unit(x), np.asarray(classifier.labels)[y])
-  return compared(asked, {name: (values[: len(asked.y)], values[len(asked.y) :]) for name, values in scores.items()})
+  sides = {name: (values[: len(asked.y)], values[len(asked.y) :]) for name, values in scores.items()}
+  return compared(asked, sides, criteria)
 
 
-def compared(asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Scored:
+def compared(
+  asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]], criteria: AuditCriteria = _DEFAULT
+) -> Scored:
   """The curves, the risks and the p-value of scores of samples [n] and of held-out ones [m], by the score's name."""
   curves = {name: roc(*sides) for name, sides in values.items()}
   best = max(curves, key=lambda name: (curves[name].points[0].members, curves[name].auc))
   p_values = {name: _p_value(*sides, curves[name].points[0].members) for name, sides in values.items()}
   surest = min(p_values, key=lambda name: (p_values[name], name != best))
-  return Scored(curves, best, values, risks(asked, values), min(1.0, len(p_values) * p_values[surest]), surest)
+  p_value = min(1.0, len(p_values) * p_values[surest])
+  return Scored(curves, best, values, risks(asked, values, criteria), p_value, surest)
 
 
 def suspects(
@@ -122,39 +125,44 @@ def suspects(
   """Scores samples together with held-out ones, all with the labels that the classifier predicts."""
   others = held_out.at_most(criteria.scored)
   scores = candidates.scores(examination, examination.classifier.from_unit(np.concatenate([asked.x, others.x])))
-  return risks(asked, {name: (values[: len(asked.x)], values[len(asked.x) :]) for name, values in scores.items()})
+  sides = {name: (values[: len(asked.x)], values[len(asked.x) :]) for name, values in scores.items()}
+  return risks(asked, sides, criteria)
 
 
-def risks(asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Sequence[Risk]:
+def risks(
+  asked: Samples, values: Mapping[str, tuple[np.ndarray, np.ndarray]], criteria: AuditCriteria = _DEFAULT
+) -> Sequence[Risk]:
   """The risk of each sample by itself, the surest member first.
 
   Args:
     asked: the samples [n].
     values: by score, those of the samples [n] and of held-out samples [m].
+    criteria: how often the least p-value counts.
   """
-  names, sides = list(values), [np.stack(side) for side in zip(*values.values(), strict=True)]
-  p_values, joint = _p_values(*sides)
+  names, (own, others) = list(values), [np.stack(side) for side in zip(*values.values(), strict=True)]
+  p_values, joint = _p_values(own, others, criteria.least_counted)
   best, order = p_values.argmin(axis=0), np.lexsort([p_values.mean(axis=0), joint])
   rows = zip(asked.names, asked.y.tolist(), joint.tolist(), q_values(joint).tolist(), best.tolist(), strict=True)
   ranked = [Risk(name, label, p, q, names[place]) for name, label, p, q, place in rows]
   return [ranked[place] for place in order]
 
 
-def _p_values(asked: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _p_values(asked: np.ndarray, others: np.ndarray, least_counted: float) -> tuple[np.ndarray, np.ndarray]:
   """The p-values of each sample by each score [K, n], and by all of them together [n].
 
-  Together they are combined as Fisher does, the least p-value counted five times, since often one score tells what the
+  Together they are combined as Fisher does, the least p-value counted more often, since often one score tells what the
   others do not; and this is compared with what every held-out sample has among the sample in question and the others.
   So non-members are exchangeable with these, however scores depend on one another, and K scores cost no factor of K.
 
   Args:
     asked: the scores [K, n].
     others: those of the held-out samples [K, m].
+    least_counted: how often the least p-value counts besides once.
   """
   p_values = np.stack([conformal_p_values(*sides) for sides in zip(asked, others, strict=True)])
   count = others.shape[1] + 1
   as_high = np.stack([count - 1 - np.searchsorted(np.sort(scores), scores) for scores in others])
-  combined = lambda p: -np.log(p).sum(axis=0) - _EXTRA * np.log(p.min(axis=0))
+  combined = lambda p: -np.log(p).sum(axis=0) - least_counted * np.log(p.min(axis=0))
   # [K, m] for one sample after the other: with all at once memory would grow with n times m.
   among = ((as_high + (scores[:, None] >= others)) / count for scores in asked.T)
   as_far = [np.sum(combined(p) >= one - 1e-9) for p, one in zip(among, combined(p_values), strict=True)]

@@ -12,7 +12,8 @@ import numpy as np
 import kkt_jax
 from kkt_jax import _checks, metrics
 from kkt_jax._errors import InputError
-from kkt_jax.analysis.examination import check_outputs, Examination, examine
+from kkt_jax.analysis.examination import Examination, examine
+from kkt_jax.analysis.probing import check_outputs
 from kkt_jax.auditing import data, description, matching, membership, pictures, verdict
 from kkt_jax.auditing.report import AuditReport, CONTROLS, Leak, ROWS
 from kkt_jax.auditing.samples import Given, given_samples, Samples

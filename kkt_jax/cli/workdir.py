@@ -17,22 +17,13 @@ _NO_RESULTS = {"config.json", ".lock", "log.txt"}
 class Workdir:
   """The folder of one run. Only a run of the same config goes on in a folder that holds results."""
 
-  def __init__(
-    self,
-    path: str | os.PathLike[str],
-    config: Any,
-    *,
-    flag: str = "workdir",
-    tensorboard: bool = False,
-    alone: bool = True,
-  ):
+  def __init__(self, path: str | os.PathLike[str], config: Any, *, flag: str = "workdir", alone: bool = True):
     """Creates the folder, or opens the one of an earlier run.
 
     Args:
       path: the folder.
       config: a frozen dataclass, or a mapping of settings; written to ``config.json``.
       flag: the flag that names the folder, for error messages.
-      tensorboard: also write the logged metrics for TensorBoard.
       alone: keep other processes out of the folder for as long as this one lives.
 
     Raises:
@@ -40,8 +31,7 @@ class Workdir:
         cannot be written.
     """
     wanted = json.loads(json.dumps(dict(config) if isinstance(config, Mapping) else dataclasses.asdict(config)))
-    self.path, self._flag, self._tensorboard = check_folder(path, flag=flag), flag, tensorboard
-    self._board: Any = None
+    self.path, self._flag = check_folder(path, flag=flag), flag
     self._metrics_file, config_file = self.path / "metrics.jsonl", self.path / "config.json"
     try:
       self.path.mkdir(parents=True, exist_ok=True)
@@ -89,12 +79,6 @@ class Workdir:
     """Appends one line to ``metrics.jsonl``."""
     with _open(self._metrics_file, "a") as file:
       file.write(json.dumps({"step": step, **metrics}) + "\n")
-    if self._tensorboard:
-      import tensorboardX  # only when asked for
-
-      self._board = self._board or tensorboardX.SummaryWriter(str(self.path / "tensorboard"))
-      for name, value in metrics.items():
-        self._board.add_scalar(name, value, step)
 
   def forget_after(self, step: int) -> None:
     """Drops the logged lines after ``step``, which a resumed run will write again, and a line cut short by a kill."""
@@ -109,8 +93,6 @@ class Workdir:
   def finish(self, metrics: Mapping[str, Any]) -> None:
     """Writes the final metrics to ``metrics.json``."""
     write_json(self.path / "metrics.json", metrics)
-    if self._board is not None:
-      self._board.close()
 
 
 def read_log(folder: pathlib.Path) -> list[dict[str, float]]:

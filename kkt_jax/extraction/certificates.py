@@ -32,7 +32,6 @@ from kkt_jax.extraction import signals, vertices
 #: The kinds of evidence, the strongest first.
 EVIDENCE = ("equations", "levels", "range")
 _HALVES = 96  # blends that are measured to see how far training has converged
-_NEARLY = 0.85  # share of the values that a vertex needs at an end from which a point may be on levels
 _PIXELS = 48  # on which combinations of three are looked at first
 
 
@@ -185,7 +184,7 @@ def gather(
   """
   assert examination.subspace is not None
   subspace, shape = examination.subspace, examination.classifier.input_shape
-  coordinates, apart = np.asarray(subspace.in_float64.coordinates(unit)), criteria.apart * criteria.same
+  coordinates, apart = np.asarray(subspace.in_float64.coordinates(unit)), criteria.least_distance
   order = np.argsort(-measured.tight, kind="stable")
   first_of = first_alike(coordinates[order], apart)
   owner = np.empty(len(unit), int)
@@ -196,7 +195,8 @@ def gather(
     distinct = distinct[first_alike(np.concatenate([old, coordinates[distinct]]), apart)[len(old) :] >= len(old)]
   misfit, duals = by_equations(examination, unit[distinct], criteria)
   told = misfit < 1
-  tried = told | measured.vertex[distinct] | (measured.tight[distinct] > _NEARLY * subspace.required_active(criteria))
+  nearly = measured.tight[distinct] > criteria.nearly * subspace.required_active(criteria)
+  tried = told | measured.vertex[distinct] | nearly
   distinct, misfit, duals, told = distinct[tried], misfit[tried], duals[tried], told[tried]
   whole, off = unit[distinct], np.zeros(len(distinct))
   if len(distinct):

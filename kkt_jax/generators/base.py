@@ -21,6 +21,7 @@ from kkt_jax.analysis.examination import Examination
 from kkt_jax.networks import conditioned, kaiming
 
 _CODES, _GUESSES = 50, 2  # samples of each label; and guesses for each sample that may be certified
+_FREE_CODES, _SPARE = 20, 1.2  # the same with free multipliers
 
 # (theta, statistics, noise [M, D], y [M], t [M], train) -> (x [M, ...], statistics); the statistics are the generator's
 # own running averages (batch norm), an empty tree for generators without them.
@@ -119,15 +120,25 @@ def stratified_noise(dimensions: int, *, size: Callable[[jax.Array], Any] = lamb
   return noise
 
 
-def codes_for(examinations: Sequence[Examination]) -> int:
+def codes_for(examinations: Sequence[Examination], *, free: bool = False) -> int:
   """Samples of each label that a table learns by default.
 
   Fifty; and twice as many as there can be training samples where those can be certified as vertices, because not every
   guess leads to one of its own.
+
+  Args:
+    examinations: of the classifiers.
+    free: whether each sample has multipliers of its own, which become 0 for one too many: then twenty will do, and
+      a fifth more in all than the subspace has dimensions.
   """
+  least, spare = (_FREE_CODES, _SPARE) if free else (_CODES, _GUESSES)
   revealed = [(e.subspace, e.classifier.num_classes) for e in examinations if e.subspace is not None]
-  needed = [_GUESSES * subspace.most_samples / classes for subspace, classes in revealed if subspace.certifies]
-  return max([_CODES, *map(math.ceil, needed)])
+  needed = [
+    spare * (subspace.dimension if free else subspace.most_samples) / classes
+    for subspace, classes in revealed
+    if free or subspace.certifies
+  ]
+  return max([least, *map(math.ceil, needed)])
 
 
 def table(codes: int = _CODES, *, in_span: bool = True, deviation: float = 1.0) -> GeneratorFactory:

@@ -6,13 +6,7 @@ Needs jax, numpy, scipy and optax only. Multipliers have names that need their m
 from kkt_jax.kkt import multipliers
 from kkt_jax.kkt.conditions import Conditions, max_margin_conditions, weigh_tensors, weight_decay_conditions
 from kkt_jax.kkt.diagnostics import diagnose, Diagnosis
-from kkt_jax.kkt.homogeneity import (
-  derivative_equations,
-  DerivativeEquations,
-  parameter_equations,
-  scale_params,
-  scaling_error,
-)
+from kkt_jax.kkt.homogeneity import derivative_equations, DerivativeEquations, scale_params, scaling_error
 from kkt_jax.kkt.jacobians import per_sample_jacobians
 from kkt_jax.kkt.losses import (
   cosine_distance,
@@ -38,5 +32,5 @@ from kkt_jax.kkt.symmetries import least_residual
 __all__ = ["Conditions", "DerivativeEquations", "Diagnosis", "RULES", "RateSolution", "balanced", "cosine_distance"]
 __all__ += ["derivative_equations", "diagnose", "duality_loss", "given_rates", "gradient_descent", "groups_table"]
 __all__ += ["last_layer", "least_norm", "least_residual", "margins", "max_margin_conditions", "multipliers"]
-__all__ += ["parameter_equations", "parameter_groups", "per_sample_jacobians", "relative_residual", "scale_params"]
+__all__ += ["parameter_groups", "per_sample_jacobians", "relative_residual", "scale_params"]
 __all__ += ["scaling_error", "stationarity_residual", "stationarity_sum", "weigh_tensors", "weight_decay_conditions"]

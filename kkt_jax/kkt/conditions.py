@@ -9,7 +9,7 @@ That is Lambda = I with the classifier's own probabilities as multipliers.
 from collections.abc import Mapping
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from kkt_jax import _checks
 from kkt_jax._tree import tensor_names
 from kkt_jax._typing import PyTree
+from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.classifiers.decay import decay_of_tensors, DecayLike
 from kkt_jax.kkt.rates import parameter_groups, RateSolution
 
@@ -38,6 +39,11 @@ class Conditions:
 
   target: PyTree
   mask: PyTree
+
+  def without(self, left_out: PyTree) -> Self:
+    """The same without some tensors, a tree of bools like the parameters."""
+    masks = jax.tree.map(lambda out, leaf: jnp.zeros_like(leaf) if out else leaf, left_out, self.mask)
+    return dataclasses.replace(self, mask=masks)
 
 
 @_checks.annotated
@@ -131,6 +137,31 @@ def weight_decay_conditions(params: PyTree, *, weight_decay: DecayLike = 1.0) ->
 def _decayed(params: PyTree, strengths: PyTree) -> tuple[PyTree, PyTree]:
   """Target and mask."""
   return jax.tree.map(lambda p, w: (w * p).astype(p.dtype), params, strengths), jax.tree.map(jnp.ones_like, params)
+
+
+def conditions_by_form(
+  classifier: Classifier, solution: RateSolution, *, free: PyTree, unused: PyTree, left: float
+) -> dict[str, Conditions]:
+  """The conditions of each form that a classifier's weights can obey, ``"change"`` only if their start is known.
+
+  With momentum, minibatches and weight decay alike, weights are a multiple of the start and a sum of gradients along
+  the way. The gradients at its end stand for these.
+
+  Args:
+    classifier: the classifier.
+    solution: Lambda, which has a target group.
+    free: which tensors have no scale of their own, a tree of bools; weight decay leaves no condition on them.
+    unused: which tensors have no condition in any form, as the function does not use them.
+    left: what is left of a known start.
+  """
+  params = classifier.params
+  decay = Conditions(*_decayed(params, jax.tree.unflatten(jax.tree.structure(params), classifier.decays)))
+  target, mask, _ = _of_groups(params, parameter_groups(solution), solution.target_rate)
+  possible = {"weight_decay": decay.without(free), "max_margin": Conditions(target, mask)}
+  if classifier.initial_params is not None:
+    change = jax.tree.map(lambda last, first: last - left * first, params, classifier.initial_params)
+    possible["change"] = Conditions(change, decay.mask)
+  return {form: conditions.without(unused) for form, conditions in possible.items()}
 
 
 @_checks.annotated

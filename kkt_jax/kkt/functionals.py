@@ -16,6 +16,7 @@ import numpy as np
 from kkt_jax._precision import full_precision
 from kkt_jax._tree import tensor_names
 from kkt_jax._typing import ApplyFn, PyTree
+from kkt_jax.classifiers.dataflow import bias_tensors
 
 _LOGITS, _MARGINS = 8, 48  # sums of logits, and of margins, or a quarter more than there are tensors
 _LARGE = 10**6  # parameters from which a sum runs over few inputs
@@ -50,18 +51,26 @@ class Changes(NamedTuple):
 
 
 class Functionals(NamedTuple):
-  """Sums of logits at given parameters.
+  """Sums of a network's logits at given parameters.
 
   Attributes:
+    apply_fn: the network.
+    params: the parameters, arrays.
+    x: the inputs.
     values: the sums [R].
     changes: by each tensor, in the order of the leaves, in float64.
     names: of the tensors, in this order.
+    biases: which tensors are biases, in this order.
     num_classes: how many logits an input has.
   """
 
+  apply_fn: ApplyFn
+  params: PyTree
+  x: ArrayLike
   values: np.ndarray
   changes: list[Changes]
   names: list[str]
+  biases: tuple[bool, ...]
   num_classes: int
 
   @property
@@ -78,6 +87,18 @@ class Functionals(NamedTuple):
   def margins(self) -> list[Changes]:
     """The changes of the other sums, of margins, which a common shift of an input's logits leaves alone."""
     return jax.tree.map(lambda change: change[_LOGITS:], self.changes)
+
+  @property
+  def normals(self) -> PyTree:
+    """The random numbers of `Changes`, a tree like the parameters."""
+    return jax.tree.map(lambda leaf: jnp.asarray(normal(leaf)), self.params)
+
+  def along(self, direction: PyTree) -> tuple[np.ndarray, ...]:
+    """Derivatives along a direction: of further sums [S], and of theirs along each tensor, even and uneven [S, U]."""
+    pairs = sums(self.apply_fn, self.params, self.x, max(32, len(self.names) // 2))
+    normals = self.normals
+    rows = [jax.device_get(_along(self.apply_fn, self.params, *pair, normals, direction)) for pair in pairs]
+    return tuple(map(np.stack, zip(*rows, strict=True)))
 
 
 @full_precision
@@ -97,7 +118,9 @@ def functionals(apply_fn: ApplyFn, params: PyTree, x: ArrayLike, *, margins: boo
   measured = [jax.device_get(_changes(apply_fn, params, *pair, normals)) for pair in sums(apply_fn, params, x, count)]
   stacked = lambda *rows: np.asarray(np.stack(rows), np.float64)
   values, changes = jax.tree.map(stacked, *measured)
-  return Functionals(values, changes, tensor_names(params), jax.eval_shape(apply_fn, params, x).shape[1])
+  names, biases = tensor_names(params), bias_tensors(apply_fn, params, jnp.asarray(x))
+  num_classes = jax.eval_shape(apply_fn, params, x).shape[1]
+  return Functionals(apply_fn, params, x, values, changes, names, biases, num_classes)
 
 
 def normal(leaf: jax.Array) -> np.ndarray:
@@ -149,3 +172,18 @@ def _of_tensor(gradient: jax.Array, value: jax.Array, random: jax.Array) -> Chan
     jnp.vdot(jnp.sum(gradient, axis=-1) if value.ndim else gradient, first(random)),
     jnp.vdot(first(gradient), first(random)),
   )
+
+
+@functools.partial(jax.jit, static_argnames="apply_fn")
+def _along(
+  apply_fn: ApplyFn, params: PyTree, x: jax.Array, weights: jax.Array, normals: PyTree, direction: PyTree
+) -> tuple[jax.Array, ...]:
+  """Derivatives along a direction: of a sum, of its derivatives along each tensor [U] and along each uneven one [U]."""
+
+  def rows(params: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
+    value, gradient = jax.value_and_grad(lambda p: jnp.vdot(apply_fn(p, x), weights))(params)
+    products = [slope * p for slope, p in zip(*map(jax.tree.leaves, (gradient, params)), strict=True)]
+    uneven = [jnp.vdot(product, normal) for product, normal in zip(products, jax.tree.leaves(normals), strict=True)]
+    return value, jnp.stack([jnp.sum(product) for product in products]), jnp.stack(uneven)
+
+  return jax.jvp(rows, (params,), (direction,))[1]

@@ -20,7 +20,6 @@ from kkt_jax._tree import tensor_names
 from kkt_jax._typing import ApplyFn, PyTree
 from kkt_jax.classifiers.dataflow import bias_tensors
 from kkt_jax.kkt import functionals
-from kkt_jax.kkt.jacobians import per_sample_jacobians
 
 _QUIET = 1e-2  # what scaling a bias changes, next to the logits, below which its rate takes rows along a direction
 
@@ -124,88 +123,34 @@ def derivative_equations(
 
 
 @full_precision
-def summed_equations(
-  apply_fn: ApplyFn, params: PyTree, x: jax.Array, known: functionals.Functionals
-) -> DerivativeEquations:
+def summed_equations(known: functionals.Functionals) -> DerivativeEquations:
   """`derivative_equations` of random sums of the logits, hardly more than there are tensors.
 
   For large networks rows along a random direction are added only if some bias or vector hardly moves the logits.
 
   Args:
-    apply_fn: as in `derivative_equations`.
-    params: zeta, arrays of floats of at least 32 bits.
-    x: inputs [K, ...], finite floats.
-    known: the sums, of the same.
+    known: the sums, of parameters of at least 32 bits.
 
   >>> params = {"weight": jnp.array([[2.0]]), "shift": jnp.array([3.0])}
   >>> apply_fn, x = lambda p, x: x @ p["weight"] + p["shift"], jnp.array([[5.0]])
-  >>> equations = summed_equations(apply_fn, params, x, functionals.functionals(apply_fn, params, x, margins=False))
+  >>> equations = summed_equations(functionals.functionals(apply_fn, params, x, margins=False))
   >>> print((equations.coefficients[0] / equations.values[0] * 13).round(2))  # shift * 3 + weight * 10 = 13
   [ 3. 10.]
   """
-  leaves, structure = jax.tree.flatten(params)
-  biases = bias_tensors(apply_fn, params, x)
-  chosen = np.array([bias or leaf.ndim <= 1 for bias, leaf in zip(biases, leaves, strict=True)])
+  leaves = jax.tree.leaves(known.params)
+  chosen = np.array([bias or leaf.ndim <= 1 for bias, leaf in zip(known.biases, leaves, strict=True)])
   scaled, uneven, random = (np.stack([change[k] for change in known.changes], axis=1) for k in range(3))
   rows, sizes = [scaled], [scaled, uneven]
   values = [known.values]
   size, scale, moved = (np.linalg.norm(block[: len(known.logits)], axis=0) for block in (known.values, scaled, random))
-  normals = jax.tree.unflatten(structure, [jnp.asarray(functionals.normal(leaf)) for leaf in leaves])
-  direction, heard = _second_order_direction(params, normals, moved, size, chosen)
-  quiet = scale < _QUIET * size if functionals.large(params) else True
+  direction, heard = _second_order_direction(known.params, known.normals, moved, size, chosen)
+  quiet = scale < _QUIET * size if functionals.large(known.params) else True
   if np.any(np.asarray(heard) & quiet):
-    sums = functionals.sums(apply_fn, params, x, max(32, len(leaves) // 2))
-    further = [jax.device_get(_moved_rows(apply_fn, params, *of, normals, direction)) for of in sums]
-    for parts, more in zip((values, rows, sizes), zip(*further, strict=True), strict=True):
-      parts.append(np.stack(more))
+    for parts, more in zip((values, rows, sizes), known.along(direction), strict=True):
+      parts.append(more)
   dtype = jnp.result_type(*leaves)
   coefficients, whole, squares = (jnp.asarray(np.concatenate(blocks), dtype) for blocks in (rows, values, sizes))
-  return DerivativeEquations(coefficients, whole, jnp.linalg.norm(squares, axis=0), biases)
-
-
-@functools.partial(jax.jit, static_argnames="apply_fn")
-def _moved_rows(
-  apply_fn: ApplyFn, params: PyTree, x: jax.Array, weights: jax.Array, normals: PyTree, direction: PyTree
-) -> tuple[jax.Array, ...]:
-  """Derivatives along a direction: of a sum, of its derivatives along each tensor [U] and along each uneven one [U]."""
-
-  def rows(params: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
-    value, gradient = jax.value_and_grad(lambda p: jnp.vdot(apply_fn(p, x), weights))(params)
-    products = [slope * p for slope, p in zip(*map(jax.tree.leaves, (gradient, params)), strict=True)]
-    uneven = [jnp.vdot(product, normal) for product, normal in zip(products, jax.tree.leaves(normals), strict=True)]
-    return value, jnp.stack([jnp.sum(product) for product in products]), jnp.stack(uneven)
-
-  return jax.jvp(rows, (params,), (direction,))[1]
-
-
-@_checks.annotated
-@full_precision
-def parameter_equations(apply_fn: ApplyFn, params: PyTree, x: ArrayLike) -> DerivativeEquations:
-  """Eq. 9 with a rate per parameter instead of per tensor; hopelessly under-determined except for tiny networks.
-
-  Args:
-    apply_fn: ``(params, x[K, ...]) -> logits[K, C]`` with exact derivatives; the samples must not interact.
-    params: zeta, P numbers, floating point.
-    x: K inputs [K, ...].
-
-  Returns:
-    The system, with R = K * C rows and U = P columns.
-
-  Raises:
-    ValueError: as `derivative_equations` and `kkt_jax.kkt.per_sample_jacobians`.
-
-  >>> import jax.numpy as jnp
-  >>> equations = parameter_equations(lambda w, x: x @ w, jnp.array([[2.0], [3.0]]), jnp.array([[5.0, 7.0]]))
-  >>> print(equations.coefficients, equations.values)  # w_0 * 10 + w_1 * 21 = 31
-  [[10. 21.]] [31.]
-  """
-  params, x = _prepare(params, x)
-  jacobians = per_sample_jacobians(apply_fn, params, x)
-  columns = jax.tree.map(lambda p, jacobian: (p[None, None] * jacobian).reshape(-1, p.size), params, jacobians)
-  coefficients = jnp.concatenate(jax.tree.leaves(columns), axis=1)
-  biases = np.repeat(bias_tensors(apply_fn, params, x), [leaf.size for leaf in jax.tree.leaves(params)])
-  sizes = jnp.linalg.norm(coefficients, axis=0)
-  return DerivativeEquations(coefficients, apply_fn(params, x).reshape(-1), sizes, tuple(biases.tolist()))
+  return DerivativeEquations(coefficients, whole, jnp.linalg.norm(squares, axis=0), known.biases)
 
 
 def scale_params(params: PyTree, rates: PyTree, alpha: ArrayLike) -> PyTree:

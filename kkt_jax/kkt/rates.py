@@ -51,7 +51,7 @@ class RateSolution:
 
 @_checks.annotated
 @full_precision
-def balanced(equations: DerivativeEquations, params: PyTree, *, rcond: float | None = None) -> RateSolution:
+def balanced(equations: DerivativeEquations, params: PyTree) -> RateSolution:
   """Lambda whose greatest rate of a multiplicative tensor (everything but biases) is least, then the sum of squares.
 
   It describes trained classifiers best (BUILD_NOTES.md, "Lambda"). The target group is every tensor with that greatest
@@ -70,17 +70,16 @@ def balanced(equations: DerivativeEquations, params: PyTree, *, rcond: float | N
   ============================  ==========================================================================
 
   Args:
-    equations: the system, from `derivative_equations` or `parameter_equations`.
-    params: zeta, whose tensors or parameters the columns stand for.
-    rcond: singular values below ``rcond`` times the greatest count as 0, and so do columns below ``rcond`` times the
-      size of the greatest; in (0, 1). If None, the root of the dtype's eps, and at least 1e-6.
+    equations: the system, from `derivative_equations`. Singular values below the root of the dtype's eps (at least
+      1e-6) times the greatest count as 0, and so do columns of such a size.
+    params: zeta, whose tensors the columns stand for.
 
   Returns:
     A `RateSolution`; its rates are constants, through which no gradient flows.
 
   Raises:
-    ValueError: all tensors are biases; the target group is empty, zero or not finite; ``rcond`` out of range; columns
-      that stand neither for the tensors nor for the parameters. Values are looked at outside of jit and vmap only.
+    ValueError: all tensors are biases; the target group is empty, zero or not finite; columns that do not stand for the
+      tensors. Values are looked at outside of jit and vmap only.
 
   >>> import jax.numpy as jnp
   >>> from kkt_jax.kkt import derivative_equations
@@ -96,7 +95,7 @@ def balanced(equations: DerivativeEquations, params: PyTree, *, rcond: float | N
   cure = "pass derivative_equations(..., biases=) a pytree of bool that says which tensors are biases"
   if not kernels.any():
     raise ValueError(f"equations must have a tensor that is no bias, or no rate can be balanced; {cure}.")
-  solution = _solve(equations, params, kernels, kernels, rcond, even=True)
+  solution = _solve(equations, params, kernels, kernels, even=True)
   if _checks.concrete(_has_target(params, solution)) is False:
     raise ValueError(
       f"params must have a tensor of the target rate, {float(solution.target_rate):.3g}, that is neither zero nor"
@@ -107,7 +106,7 @@ def balanced(equations: DerivativeEquations, params: PyTree, *, rcond: float | N
 
 @_checks.annotated
 @full_precision
-def least_norm(equations: DerivativeEquations, params: PyTree, *, rcond: float | None = None) -> RateSolution:
+def least_norm(equations: DerivativeEquations, params: PyTree) -> RateSolution:
   """Lambda with the least sum of squares over all tensors: the paper's least squares to the letter.
 
   The target group is every tensor with the greatest rate; in a network with biases that is the last bias alone.
@@ -120,14 +119,12 @@ def least_norm(equations: DerivativeEquations, params: PyTree, *, rcond: float |
   [2.]
   """
   everything = np.ones(equations.coefficients.shape[1], bool)
-  return _solve(equations, params, everything, everything, rcond)
+  return _solve(equations, params, everything, everything)
 
 
 @_checks.annotated
 @full_precision
-def last_layer(
-  equations: DerivativeEquations, params: PyTree, *, layer: str, rcond: float | None = None
-) -> RateSolution:
+def last_layer(equations: DerivativeEquations, params: PyTree, *, layer: str) -> RateSolution:
   """Lambda with the least sum of squares over all tensors but those of one layer, which takes the rate.
 
   If ``layer`` is the last one, its kernel and bias have rate 1 and everything else has rate 0 and zero conditions.
@@ -135,7 +132,6 @@ def last_layer(
   Args:
     equations: as in `balanced`.
     params: as in `balanced`.
-    rcond: as in `balanced`.
     layer: path of the layer, such as ``"Dense_2"``; its tensors begin with it and ``/`` or ``.``.
 
   Returns:
@@ -154,8 +150,7 @@ def last_layer(
   if not inside.any():
     raise ValueError(f"layer must be the path of a layer; got {layer!r}, and the tensors are {names}.")
   biases = _biases(equations)
-  minimised = ~np.repeat(inside, _repeats(equations, params))
-  return _solve(equations, params, minimised, biases if biases.all() else ~biases, rcond)
+  return _solve(equations, params, ~inside, biases if biases.all() else ~biases)
 
 
 RULES: Mapping[str, Callable[..., RateSolution]] = {"balanced": balanced, "least_norm": least_norm}
@@ -253,33 +248,14 @@ def _biases(equations: DerivativeEquations) -> np.ndarray:
   return np.array(equations.biases or [False] * equations.coefficients.shape[1], bool)
 
 
-def _repeats(equations: DerivativeEquations, params: PyTree) -> list[int]:
-  """How many unknowns each tensor has: 1, or the number of its parameters."""
-  sizes = [int(jnp.size(leaf)) for leaf in jax.tree.leaves(params)]
-  num_unknowns = equations.coefficients.shape[1]
-  if num_unknowns not in (len(sizes), sum(sizes)):
-    raise ValueError(
-      f"equations must have one column for each of the {len(sizes)} tensors or {sum(sizes)} parameters of params;"
-      f" got {num_unknowns} columns."
-    )
-  return [1] * len(sizes) if num_unknowns == len(sizes) else sizes
-
-
 def _solve(
-  equations: DerivativeEquations, params: PyTree, minimised: Any, aimed: Any, rcond: float | None, *, even: bool = False
+  equations: DerivativeEquations, params: PyTree, minimised: Any, aimed: Any, *, even: bool = False
 ) -> RateSolution:
   """The solution that is least over the ``minimised`` unknowns [U]; its target rate is the greatest ``aimed`` one."""
-  if rcond is None:
-    # Coefficients are right to a few eps: an equation of size s gives its rates an error of eps / s, and without it an
-    # error of s remains; the two meet at the root of eps. (With eps * max(R, U), usual elsewhere, the columns of 1e-5
-    # that batch norm's epsilon leaves of a symmetry counted, and moved rates by 2e-3 in single precision. Whether they
-    # count makes no other difference: rates of 0 before the normalisation satisfy them.) The floor is for networks that
-    # compute in single precision inside of a double one.
-    rcond = max(float(jnp.finfo(equations.coefficients.dtype).eps) ** 0.5, 1e-6)
-  elif not 0 < rcond < 1:
-    raise ValueError(f"rcond must lie between 0 and 1, exclusively; got {rcond}.")
-  repeats = tuple(_repeats(equations, params))
-  return _least_squares(jax.lax.stop_gradient(equations), params, minimised, aimed, repeats, rcond, even)
+  number, columns = len(jax.tree.leaves(params)), equations.coefficients.shape[1]
+  if columns != number:
+    raise ValueError(f"equations must have one column for each of the {number} tensors of params; got {columns}.")
+  return _least_squares(jax.lax.stop_gradient(equations), params, minimised, aimed, even)
 
 
 @jax.jit
@@ -289,11 +265,17 @@ def _has_target(params: PyTree, solution: RateSolution) -> jax.Array:
   return jnp.isfinite(solution.target_rate) & jnp.any(jnp.stack(jax.tree.leaves(inside)))
 
 
-@functools.partial(jax.jit, static_argnames=("repeats", "rcond", "even"))
+@functools.partial(jax.jit, static_argnames="even")
 def _least_squares(
-  equations: DerivativeEquations, params: PyTree, minimised: Any, aimed: Any, repeats: Any, rcond: float, even: bool
+  equations: DerivativeEquations, params: PyTree, minimised: Any, aimed: Any, even: bool
 ) -> RateSolution:
   """The exact solution that `_choose` prefers, as a pytree."""
+  # Coefficients are right to a few eps: an equation of size s gives its rates an error of eps / s, and without it an
+  # error of s remains; the two meet at the root of eps. (With eps * max(R, U), usual elsewhere, the columns of 1e-5
+  # that batch norm's epsilon leaves of a symmetry counted, and moved rates by 2e-3 in single precision. Whether they
+  # count makes no other difference: rates of 0 before the normalisation satisfy them.) The floor is for networks that
+  # compute in single precision inside of a double one.
+  rcond = max(float(jnp.finfo(equations.coefficients.dtype).eps) ** 0.5, 1e-6)
   dtype = jnp.promote_types(equations.coefficients.dtype, jnp.float32)
   coefficients, values = equations.coefficients.astype(dtype), equations.values.astype(dtype)
   num_rows, num_unknowns = coefficients.shape
@@ -321,9 +303,8 @@ def _least_squares(
   leaves, structure = jax.tree.flatten(params)
 
   def unflatten(unknowns: jax.Array) -> PyTree:
-    pieces = jnp.split(unknowns, np.cumsum(repeats)[:-1])
-    full = [jnp.broadcast_to(piece, jnp.size(leaf)) for piece, leaf in zip(pieces, leaves, strict=True)]
-    return jax.tree.unflatten(structure, [f.reshape(jnp.shape(leaf)) for f, leaf in zip(full, leaves, strict=True)])
+    whole = [jnp.broadcast_to(unknown, jnp.shape(leaf)) for unknown, leaf in zip(unknowns, leaves, strict=True)]
+    return jax.tree.unflatten(structure, whole)
 
   rank, target_rate = jnp.sum(kept), jnp.max(jnp.where(aimed & ~undetermined, rates, -jnp.inf))
   return RateSolution(unflatten(rates), residual, rank, num_unknowns - rank, target_rate, unflatten(undetermined))

@@ -22,7 +22,7 @@ has in them. ``_units_of`` finds the coefficients (here 1 and -1) by trying, ``_
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.typing import ArrayLike
@@ -92,7 +92,7 @@ def least_residual(
   _checks.check_batch("x", x)
   _checks.check_finite("x", x)
   known = functionals.functionals(apply_fn, params, x)
-  return Symmetries(params, known, criteria=criteria).bound(conditions)([])
+  return Symmetries(known, criteria=criteria).bound(conditions)([])
 
 
 _Parts = dict[str, dict[str, float]]  # squared length of what the target has in a family, by tensor that it moves
@@ -131,13 +131,28 @@ class _Tensor:
 _Known = dict[tuple[_Tensor, ...], tuple[str, dict[str, float]] | None]
 
 
+class Attainable(NamedTuple):
+  """Conditions that data can satisfy, the tensors that were left out for that, and the bound on the others."""
+
+  conditions: Conditions
+  left_out: Mapping[str, float]
+  bound: float
+
+  def short_of(self, least: float) -> "Attainable":
+    """The same with a greater bound: at least so much, squared and absolute, is out of reach for another reason."""
+    trees = (self.conditions.target, self.conditions.mask)
+    parts = zip(*([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)] for tree in trees), strict=True)
+    whole = sum(float(np.sum(np.square(target * mask))) for target, mask in parts)
+    return self._replace(bound=max(self.bound, min(1.0, least / max(whole, 1e-300))))
+
+
 class Symmetries:
   """The symmetries of a network at given parameters, for any conditions; what they need of it is computed once."""
 
-  def __init__(self, params: PyTree, known: functionals.Functionals, *, criteria: AnalysisCriteria = _DEFAULT):
-    """Takes the arguments of `least_residual`, and how random sums of margins change."""
-    self.params, self.changes, self.criteria = params, known.margins, criteria
-    self.names, self.leaves, self.num_classes = known.names, jax.tree.leaves(params), known.num_classes
+  def __init__(self, known: functionals.Functionals, *, criteria: AnalysisCriteria = _DEFAULT):
+    """Takes how random sums of margins change, and the ``criteria`` of `least_residual`."""
+    self.params, self.changes, self.criteria = known.params, known.margins, criteria
+    self.names, self.leaves, self.num_classes = known.names, jax.tree.leaves(known.params), known.num_classes
 
   def bound(self, conditions: Conditions) -> Callable[[Collection[str]], LeastResidual]:
     """`least_residual` as a function of the tensors, by name, that are left out."""
@@ -165,6 +180,37 @@ class Symmetries:
 
     return without
 
+  def attainable(self, conditions: Conditions, first: int | None) -> "Attainable":
+    """The conditions without the tensors of which most is out of reach, if data can satisfy the others.
+
+    A tensor on which no symmetry bears has a bound of 0 whatever it is. So what is left must be moved by one, and be
+    the first kernel, at place ``first``, or more than half of the parameters.
+    """
+    sizes = {name: leaf.size for name, leaf in zip(self.names, self.leaves, strict=True)}
+
+    def tells(residual: LeastResidual) -> bool:
+      known = first is not None and self.names[first] in residual.by_tensor
+      return known or 2 * sum(sizes[name] for name in residual.by_tensor) > sum(sizes.values())
+
+    judge = self.bound(conditions)
+    whole = rest = judge([])
+    left: list[str] = []
+    while rest.value > self.criteria.unexplained and len(left) < self.criteria.left_out:
+      worst = sorted(rest.by_tensor, key=lambda name: -rest.by_tensor[name])[: self.criteria.tried]
+      trials = ((name, judge([*left, name])) for name in worst)
+      name, trial = next(((name, of) for name, of in trials if tells(of)), ("", rest))
+      if not name:
+        break
+      left, rest = [*left, name], trial
+    if rest.value > self.criteria.unexplained:
+      return Attainable(conditions, {}, whole.value)
+    left_out = {name: whole.by_tensor.get(name, 0.0) for name in left}
+    return Attainable(conditions.without(self.tree([name in left for name in self.names])), left_out, rest.value)
+
+  def tree(self, leaves: Sequence[Any]) -> PyTree:
+    """One value for each tensor, as a tree like the parameters."""
+    return jax.tree.unflatten(jax.tree.structure(self.params), leaves)
+
   def scale_invariant(self) -> PyTree:
     """Which tensors can be scaled up, alone or together with others, without any change of the margins.
 
@@ -178,7 +224,7 @@ class Symmetries:
     >>> net = lambda w, x: (x @ w["a"]) / jnp.linalg.norm(x @ w["a"]) @ w["b"]
     >>> params = {"a": jnp.array([[1.0, 2.0, 0.0], [4.0, -3.0, 1.0]]), "b": jnp.eye(3)}
     >>> known = functionals.functionals(net, params, jnp.array([[1.0, 2.0], [3.0, -1.0]]))
-    >>> print(Symmetries(params, known).scale_invariant())
+    >>> print(Symmetries(known).scale_invariant())
     {'a': True, 'b': False}
     """
     from scipy import optimize  # type: ignore[import-untyped]
@@ -192,7 +238,7 @@ class Symmetries:
         -null[row], A_ub=np.vstack([-null, null]), b_ub=np.repeat([1e-6, 1.0], len(null)), bounds=(None, None)
       )
       invariant[place] = bool(solved.success and -solved.fun > self.criteria.moved)
-    return jax.tree.unflatten(jax.tree.structure(self.params), list(invariant.values()))
+    return self.tree(list(invariant.values()))
 
   def _shifts(self, tensors: Sequence[_Tensor]) -> _Parts:
     """What the targets have in shifts of all logits alike: the same change of all output columns."""

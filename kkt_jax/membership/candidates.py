@@ -36,6 +36,33 @@ _ARGUMENTS, _BLOCK = 2**27, 64  # most arguments of gates that are kept, and can
 _LEAST_RIDGE = 1e-9  # relative to an atom's own square: keeps a factorisation possible
 
 
+class _Candidates(NamedTuple):
+  """Candidates that are checked, and what the classifier says of them.
+
+  Attributes:
+    classifier: the classifier.
+    x: the candidates [M, *input_shape].
+    classes: of their labels [M].
+    logits: at inference [M, C].
+  """
+
+  classifier: Classifier
+  x: jax.Array
+  classes: jax.Array
+  logits: jax.Array
+
+  @classmethod
+  def of(cls, classifier: Classifier, x: ArrayLike, labels: ArrayLike | None) -> "_Candidates":
+    """Raises ValueError for shapes that do not fit, numbers that are not finite, and labels that are not known."""
+    x = jnp.asarray(x)
+    _checks.check_finite("x", x)
+    logits = classifier.predict(x)
+    if labels is None:
+      return cls(classifier, x, jnp.argmax(logits, axis=1), logits)
+    _checks.check_labels("labels", labels, len(x))
+    return cls(classifier, x, classifier.classes_of(labels), logits)
+
+
 @_checks.annotated
 @full_precision
 def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = None) -> dict[str, np.ndarray]:
@@ -56,27 +83,24 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
     value; ``together``, the ranks by multipliers and boundaries, with batch norm those by multipliers and margin, as
     Fisher combines p-values; and what needs no theory, ``loss``, minus the cross-entropy.
   """
-  classifier = examination.classifier
-  x = jnp.asarray(x)
-  _checks.check_finite("x", x)
-  logits = classifier.predict(x)
-  labels = jnp.asarray(classifier.labels)[jnp.argmax(logits, axis=1)] if labels is None else labels
-  conditions = _of_first_kernel(examination)
+  classifier, conditions = examination.classifier, _of_first_kernel(examination)
+  given = _Candidates.of(classifier, x, labels)
   weighed = conditions is examination.conditions and examination.form != "weight_decay"
-  scored = {"multipliers": multipliers(classifier, conditions, x, labels, weighed=weighed)}
+  scored = {"multipliers": _multipliers(given, conditions, weighed=weighed)}
   if examination.subspace is not None:
-    scored["subspace"] = -np.asarray(examination.subspace.distance(classifier.to_unit(x)))
+    scored["subspace"] = -np.asarray(examination.subspace.distance(classifier.to_unit(given.x)))
   if certificates.applicable(examination):
-    scored["signal"] = -signals.signals(examination, x, labels).distance
-  if relaxation.gates(classifier.predict_fn, classifier.params, x[:2]):
-    scored["boundaries"] = boundary_scores(classifier, x)
-  classes = classifier.classes_of(labels)
+    labels = np.asarray(classifier.labels)[given.classes]
+    scored["signal"] = -signals.signals(examination, given.x, labels).distance
+  if relaxation.gates(classifier.predict_fn, classifier.params, given.x[:2]):
+    scored["boundaries"] = boundary_scores(classifier, given.x)
   if examination.form == "max_margin":
-    scored["margin"] = common_margin(losses.runner_up_margin(logits, classes), examination.margin)
+    scored["margin"] = common_margin(losses.runner_up_margin(given.logits, given.classes), examination.margin)
   second = scored.get("boundaries" if classifier.statistics is None else "margin")
   if second is not None:
     scored["together"] = _joined([scored["multipliers"], second])
-  return scored | {"loss": -np.asarray(optax.losses.softmax_cross_entropy_with_integer_labels(logits, classes))}
+  lost = optax.losses.softmax_cross_entropy_with_integer_labels(given.logits, given.classes)
+  return scored | {"loss": -np.asarray(lost)}
 
 
 @_checks.annotated
@@ -116,13 +140,21 @@ def multipliers(
   Raises:
     ValueError: shapes that do not fit, or a label that the classifier does not know.
   """
-  x = jnp.asarray(x)
-  correlations = _correlations(classifier, conditions, x, labels, chunk_size)
+  _checks.check_at_least("chunk_size", chunk_size, 1)
+  given = _Candidates.of(classifier, x, labels)
+  return _multipliers(given, conditions, ridge=ridge, weighed=weighed, chunk_size=chunk_size)
+
+
+def _multipliers(
+  given: _Candidates, conditions: Conditions, *, ridge: float = 0.1, weighed: bool = False, chunk_size: int = 32
+) -> np.ndarray:
+  """See `multipliers`."""
+  correlations = _correlations(given, conditions, chunk_size)
   if weighed:
     parts = _parts(correlations, ridge)[0] / correlations.sizes
-    weights = _weights(classifier, conditions, x, labels, parts, chunk_size)
-    correlations = _correlations(classifier, weigh_tensors(conditions, weights), x, labels, chunk_size)
-  return _scaled_parts(classifier, correlations, x, labels, ridge)
+    weights = _weights(given, conditions, parts, chunk_size)
+    correlations = _correlations(given, weigh_tensors(conditions, weights), chunk_size)
+  return _scaled_parts(given, correlations, ridge)
 
 
 @_checks.annotated
@@ -150,12 +182,11 @@ def change_scores(before: Classifier, after: Classifier, x: ArrayLike, labels: A
   change = jax.tree.map(lambda first, last: first - last, before.params, after.params)
   if not any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(change)):
     raise ValueError("after must have other parameters than before; they are equal, so nothing was removed.")
-  x = jnp.asarray(x)
-  conditions = Conditions(change, jax.tree.map(jnp.ones_like, change))
-  correlations = _correlations(before, conditions, x, labels, 32)
+  given = _Candidates.of(before, x, labels)
+  correlations = _correlations(given, Conditions(change, jax.tree.map(jnp.ones_like, change)), 32)
   return {
     "change": correlations.products / correlations.length,
-    "change_multipliers": _scaled_parts(before, correlations, x, labels, 0.1),
+    "change_multipliers": _scaled_parts(given, correlations, 0.1),
   }
 
 
@@ -173,13 +204,8 @@ class _Correlations(NamedTuple):
   sizes: np.ndarray
 
 
-def _correlations(
-  classifier: Classifier, conditions: Conditions, x: jax.Array, labels: ArrayLike, chunk_size: int
-) -> _Correlations:
-  _checks.check_shape("x", x, (len(x), *classifier.input_shape), "[M, *input_shape]")
-  _checks.check_labels("labels", labels, len(x))
-  _checks.check_at_least("chunk_size", chunk_size, 1)
-  classes = classifier.classes_of(labels)
+def _correlations(given: _Candidates, conditions: Conditions, chunk_size: int) -> _Correlations:
+  classifier, x, classes, _ = given
   masks = jax.tree.leaves(conditions.mask)
   kept = [i for i, mask in enumerate(masks) if bool(jnp.any(mask != 0))]
   masked = lambda tree: [leaf * masks[i] for i, leaf in enumerate(jax.tree.leaves(tree)) if i in kept]
@@ -205,21 +231,16 @@ def _log_odds(classifier: Classifier, params: PyTree, x: jax.Array, classes: jax
   return -jax.nn.logsumexp(-losses.margins(classifier.predict_fn(params, x), classes), axis=1)
 
 
-def _weights(
-  classifier: Classifier,
-  conditions: Conditions,
-  x: jax.Array,
-  labels: ArrayLike,
-  parts: np.ndarray,
-  chunk_size: int,
-) -> dict[str, float]:
+def _weights(given: _Candidates, conditions: Conditions, parts: np.ndarray, chunk_size: int) -> dict[str, float]:
   """By tensor the inverse variance of what a sum of gradients leaves of the target; 0 for a target that is 0."""
+
+  classifier, x, classes, _ = given
 
   @jax.jit
   def summed(params: PyTree, parts: jax.Array, x: jax.Array, index: jax.Array) -> PyTree:
     return jax.grad(lambda own: parts @ _log_odds(classifier, own, x, index))(params)
 
-  classes, order = jnp.asarray(classifier.classes_of(labels)), np.argsort(-parts, kind="stable")
+  order = np.argsort(-parts, kind="stable")
   total = jax.tree.map(jnp.zeros_like, classifier.params)
   for start in range(0, int(np.sum(parts > 0)), chunk_size):
     chunk = order[start : start + chunk_size]
@@ -234,12 +255,10 @@ def _weights(
   return weights
 
 
-def _scaled_parts(
-  classifier: Classifier, correlations: _Correlations, x: jax.Array, labels: ArrayLike, ridge: float
-) -> np.ndarray:
+def _scaled_parts(given: _Candidates, correlations: _Correlations, ridge: float) -> np.ndarray:
   """The multipliers times the probabilities of the labels; where they are 0, the slope of the least squares."""
   parts, slopes = _parts(correlations, ridge)
-  probability = np.asarray(jax.nn.softmax(classifier.predict(x))[jnp.arange(len(x)), classifier.classes_of(labels)])
+  probability = np.asarray(jax.nn.softmax(given.logits)[jnp.arange(len(given.classes)), given.classes])
   return np.where(parts > 0, parts * probability, np.minimum(slopes, 0.0))
 
 

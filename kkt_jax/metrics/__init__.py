@@ -24,26 +24,7 @@ from kkt_jax.metrics.similarity import (
   ssim_nearest_indices,
 )
 
-__all__ = [
-  "Point",
-  "RECOVERED_SSIM",
-  "Roc",
-  "Trial",
-  "conformal_p_values",
-  "epsilon_lower_bound",
-  "faithfulness",
-  "kernel_distance",
-  "nearer_to_training",
-  "pairwise_distance",
-  "pairwise_mse",
-  "pairwise_ncc",
-  "pairwise_ssim",
-  "precision_coverage",
-  "precision_recall",
-  "q_values",
-  "retrieval",
-  "roc",
-  "ssim",
-  "ssim_nearest_indices",
-  "within_class_distance",
-]
+__all__ = ["Point", "RECOVERED_SSIM", "Roc", "Trial", "conformal_p_values", "epsilon_lower_bound", "faithfulness"]
+__all__ += ["kernel_distance", "nearer_to_training", "pairwise_distance", "pairwise_mse", "pairwise_ncc"]
+__all__ += ["pairwise_ssim", "precision_coverage", "precision_recall", "q_values", "retrieval", "roc", "ssim"]
+__all__ += ["ssim_nearest_indices", "within_class_distance"]

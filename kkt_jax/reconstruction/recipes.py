@@ -7,7 +7,6 @@ decides on settings. A user's classifier and those of the experiments go through
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import difflib
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +28,6 @@ from kkt_jax.reconstruction.terms import Batch, Term
 Measure = Callable[[Conditions, PyTree], jax.Array]
 OptimizerFactory = Callable[[int], optax.GradientTransformation]
 _CHOSEN: Any = None  # what `default` fills in
-_CODES, _SPARE = 20, 1.2  # samples of each class; and by how much more than the subspace's dimensions they are in all
 RESERVED = ("stationarity", "residual", "total", "margin", "gradient_norm")  # names of other logged metrics
 
 
@@ -320,20 +318,11 @@ def default(examinations: Sequence[Examination]) -> Recipe:
     rising = lambda progress: jnp.clip((progress - begin) / 0.6, 0.0, 1.0)
     shared["softmax_distance"] = Term(0.3, terms.softmax_distance, rising)
   return Recipe(
-    generators.table(codes=max(_CODES, *map(_codes, examinations))),
+    generators.table(generators.codes_for(examinations, free=True)),
     free_multipliers(),
     Stationarity(72.0, losses.cosine_distance, begin=begin),
     {"duality": Term(14.0, terms.duality(delta=0.1 if converged else 1.0)), **shared},
     dataclasses.replace(schedule, eta=adam(0.02)),
-  )
-
-
-def _codes(examination: Examination) -> int:
-  """The samples of each class that a subspace needs: somewhat more in all than it has dimensions."""
-  return (
-    0
-    if examination.subspace is None
-    else math.ceil(_SPARE * examination.subspace.dimension / examination.classifier.num_classes)
   )
 
 

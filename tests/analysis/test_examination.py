@@ -18,10 +18,11 @@ from trained_networks import (
 
 import kkt_jax
 from kkt_jax import examine
-from kkt_jax.analysis import _probing, examination, first_layer
+from kkt_jax.analysis import examination, first_layer
 from kkt_jax.analysis.first_layer import read_first_layer
+from kkt_jax.analysis.probing import Probes
+from kkt_jax.analysis.subspace import Subspace
 from kkt_jax.classifiers import Evaluation
-from kkt_jax.criteria import AnalysisCriteria
 from kkt_jax.kkt import conditions, losses, pretrain
 
 slow = pytest.mark.slow
@@ -96,7 +97,7 @@ def test_a_span_is_recognised_exactly(rank):
   data, mixed = random((40, rank)), random((rank, 32), 1)
   classifier = kkt_jax.make_classifier(mlp, mlp_params(data @ mixed, width=32), (40,))
   probes = jax.random.uniform(jax.random.key(0), (3, 40))
-  start, first, subspace, place, _ = read_first_layer(classifier, probes)
+  start, first, subspace, place, _ = read_first_layer(Probes(classifier, probes))
   assert first.rank == rank
   basis = first.factors[0]
   np.testing.assert_allclose(basis @ basis.T @ data, data, atol=1e-4)
@@ -135,23 +136,25 @@ def test_a_fall_of_the_singular_values_must_be_steep_and_end_in_almost_nothing(s
 def test_without_a_sharp_fall_there_must_be_many_directions_for_each_class():
   left, right = (np.linalg.qr(np.asarray(random((size, 60), size), np.float64))[0] for size in (80, 60))
   of = lambda rank: (left * np.r_[np.geomspace(1, 1e-3, rank), np.full(60 - rank, 5e-5)]) @ right.T
-  assert first_layer._span(of(24), jnp.zeros(80), num_classes=3) == (24, None)
-  rank, subspace = first_layer._span(of(25), jnp.zeros(80), num_classes=3)
-  assert (rank, subspace.dimension) == (25, 25)
+  assert first_layer._span(of(24), num_classes=3) == (24, None)
+  rank, directions = first_layer._span(of(25), num_classes=3)
+  assert (rank, directions.basis.shape) == (25, (80, 25))
 
 
 def test_a_span_above_a_floor_of_noise_is_recognised_and_said_to_be_blurred():
   kernel = random((20, 5)) @ random((5, 16), 1) + 5e-3 * random((20, 16), 2)
-  rank, subspace = first_layer._span(kernel, jnp.zeros(20))
+  of = lambda directions: Subspace(jnp.zeros(20), *directions)
+  rank, directions = first_layer._span(kernel)
+  subspace = of(directions)
   assert rank == 0  # of the kernel it cannot be told
   assert subspace.basis.shape == (20, 5)
   assert subspace.blur == pytest.approx(5e-3 * 15**0.5, rel=0.3)
   said = examination._blurred(subspace)
   assert "those that stand out of noise (what is left of the initialisation, or rounding)" in said
   assert f"the faintest by {subspace.blur / subspace.singular_values[-1]:.2g} of its length" in said
-  rank, cliff = first_layer._span(random((20, 5)) @ random((5, 16), 1), jnp.zeros(20))
-  assert (rank, cliff.dimension, cliff.blur, examination._blurred(cliff)) == (5, 5, 0, "")
-  assert first_layer._span(kernel, jnp.zeros(20), noise=False) == (0, None)
+  rank, cliff = first_layer._span(random((20, 5)) @ random((5, 16), 1))
+  assert (rank, cliff.basis.shape, cliff.blur, examination._blurred(of(cliff))) == (5, (20, 5), 0, "")
+  assert first_layer._span(kernel, noise=False) == (0, None)
 
 
 def in_balance(kernel, **changes):
@@ -218,7 +221,7 @@ def test_data_that_go_through_something_else_first_leave_no_span(before):
   params = mlp_params(random((20, 3)) @ random((3, 16), 1))
   classifier = kkt_jax.make_classifier(lambda p, x: mlp(p, before(x)), params, (20,))
   probes = jax.random.uniform(jax.random.key(0), (3, 20))
-  assert read_first_layer(classifier, probes) == (None, None, None, None, 1.0)
+  assert read_first_layer(Probes(classifier, probes)) == (None, None, None, None, 1.0)
 
 
 def test_a_first_layer_needs_no_bias_and_its_inputs_may_be_scaled_one_by_one():
@@ -229,9 +232,9 @@ def test_a_first_layer_needs_no_bias_and_its_inputs_may_be_scaled_one_by_one():
     x = x - mean[None]
     return jax.nn.relu(x / jnp.linalg.norm(x, axis=1)[:, None] @ p[0]) @ p[1]
 
-  start, first, subspace, place, _ = read_first_layer(
-    kkt_jax.make_classifier(apply_fn, params, (40,)), jax.random.uniform(jax.random.key(0), (3, 40))
-  )
+  classifier = kkt_jax.make_classifier(apply_fn, params, (40,))
+  probes = Probes(classifier, jax.random.uniform(jax.random.key(0), (3, 40)))
+  start, first, subspace, place, _ = read_first_layer(probes)
   np.testing.assert_allclose(start, mean, atol=1e-4)
   assert (subspace.dimension, place) == (15, 0)
   assert first.bias is None and first.normal is None
@@ -307,7 +310,7 @@ class TestUnits:
   def test_inputs_that_are_scaled_too_are_taken_apart(self, high, shift, scale):
     classifier = self.classifier((0.0, high), lambda x: (x - shift) / scale)
     x = classifier.from_unit(jax.random.uniform(jax.random.key(0), (3, 40)))
-    start, first, subspace, _, _ = read_first_layer(classifier, x)
+    start, first, subspace, _, _ = read_first_layer(Probes(classifier, x))
     np.testing.assert_allclose(start / high, shift / high, atol=1e-4)
     assert subspace.dimension == 15
     assert first.gain == pytest.approx(1 / scale, rel=1e-3)
@@ -455,7 +458,7 @@ class TestKnownStart:
   @pytest.mark.parametrize("momentum", [0.0, 0.9])
   def test_the_change_of_the_first_kernel_tells_the_span(self, momentum):
     x, _, classifier = self.trained(momentum=momentum)
-    _, first, subspace, _, left = read_first_layer(classifier, random((3, 40), 8))
+    _, first, subspace, _, left = read_first_layer(Probes(classifier, random((3, 40), 8)))
     assert left == pytest.approx(1.0, abs=1e-5)
     assert first.rank == subspace.dimension == 15  # samples
     np.testing.assert_allclose(x @ subspace.basis @ subspace.basis.T, x, atol=0.02)
@@ -463,14 +466,14 @@ class TestKnownStart:
   def test_with_batch_norm_it_is_a_span_of_differences_and_told_around_a_mean_only(self):
     _, _, classifier = self.trained()
     coupled = dataclasses.replace(classifier, statistics={})
-    assert read_first_layer(coupled, random((3, 40), 8))[2] is None
+    assert read_first_layer(Probes(coupled, random((3, 40), 8)))[2] is None
     mean = random((1, 40), 9)
     centred = dataclasses.replace(coupled, forward=lambda p, x, train: Evaluation(mlp(p, x if train else x - mean)))
-    assert read_first_layer(centred, random((3, 40), 8))[2].dimension == 15
+    assert read_first_layer(Probes(centred, random((3, 40), 8)))[2].dimension == 15
 
   def test_what_weight_decay_left_of_the_start_is_found_and_taken_away(self):
     x, first, classifier = self.trained(weight_decay=0.1)
-    _, _, subspace, _, left = read_first_layer(classifier, random((3, 40), 8))
+    _, _, subspace, _, left = read_first_layer(Probes(classifier, random((3, 40), 8)))
     assert left == pytest.approx(0.99**20, abs=1e-5)  # each step leaves 1 - .1 * .1 of it
     assert subspace.dimension == 15
     np.testing.assert_allclose(x @ subspace.basis @ subspace.basis.T, x, atol=0.02)
@@ -643,4 +646,5 @@ class TestSilence:
     assert said not in str(whole) and whole.first.rank == 15
     assert said in str(found)
     assert found.first.rank == 0 and found.subspace is None  # no direction can be told from rounding
-    assert not _probing.rounded({"w": jnp.ones((4, 4)), "b": random(4)}, AnalysisCriteria())  # which tells nothing
+    ones = kkt_jax.make_classifier(mlp, jax.tree.map(jnp.ones_like, params), (40,))
+    assert not Probes(ones, whole.probes).rounded  # which tells nothing

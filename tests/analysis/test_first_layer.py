@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kkt_jax.analysis.first_layer import FirstLayer, input_moments, input_subspace
-from kkt_jax.analysis.noise import noise_floor, subspace_above_noise
-from kkt_jax.kkt import pretrain
+from kkt_jax.analysis.first_layer import FirstLayer, input_moments
+from kkt_jax.analysis.noise import directions_above_noise, noise_floor
 
 
 def layer(width=64, seed=0):
@@ -53,52 +52,6 @@ def test_statistics_of_another_layer_are_named():
     input_moments(kernel, bias, outputs.mean(0), jnp.ones(3))
 
 
-@pytest.mark.slow
-def test_subspace_of_a_converged_classifier_lies_in_that_of_its_data():
-  x = jax.random.normal(jax.random.key(0), (6, 12))
-  y = jnp.arange(6) % 3
-  keys = jax.random.split(jax.random.key(1))
-  params = {"first": jax.random.normal(keys[0], (12, 32)) / 4, "last": jax.random.normal(keys[1], (32, 3)) / 4}
-
-  def apply(params, x):
-    return jax.nn.softplus(x @ params["first"]) @ params["last"]
-
-  result = pretrain.gradient_descent(
-    apply,
-    params,
-    x,
-    y,
-    pretrain.Descent(num_steps=1500, learning_rate=0.5, weight_decay=0.02, momentum=0.9, steps_per_call=500),
-  )
-  subspace = input_subspace(result.params["first"], np.zeros(len(result.params["first"])), tolerance=1e-5)
-  rank = subspace.dimension
-  assert 3 <= rank <= 6  # of 12 possible ones; at most the number of samples
-  np.testing.assert_allclose(subspace.basis.T @ subspace.basis, np.eye(rank), atol=1e-5)
-  of_data = np.linalg.qr(np.asarray(x).T)[0]  # [12, 6]
-  np.testing.assert_allclose(of_data @ of_data.T @ subspace.basis, subspace.basis, atol=2e-3)
-
-
-def test_subspace_of_combinations_of_samples_is_that_of_the_samples():
-  x = jax.random.normal(jax.random.key(0), (6, 12))
-  subspace = input_subspace(x.T @ jax.random.normal(jax.random.key(1), (6, 32)), np.zeros(x.shape[1]), tolerance=1e-5)
-  assert subspace.dimension == 6  # the number of samples, read off the weights
-  np.testing.assert_allclose(x @ subspace.basis @ subspace.basis.T, x, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-  ("kernel", "tolerance", "message"),
-  [
-    (jnp.ones(3), 0.1, r"^kernel must"),
-    (jnp.zeros((2, 3)), 0.1, r"^kernel must not be all zeros"),
-    (jnp.full((2, 3), jnp.nan), 0.1, r"^kernel must"),
-    (jnp.ones((2, 3)), 1.0, r"^tolerance must be in \(0, 1\); got 1\.0"),
-  ],
-)
-def test_subspace_refuses_what_has_none(kernel, tolerance, message):
-  with pytest.raises(ValueError, match=message):
-    input_subspace(kernel, np.zeros(len(kernel)), tolerance=tolerance)
-
-
 # Subspaces above what a small random initialisation leaves.
 
 
@@ -142,7 +95,7 @@ def test_any_independent_entries_will_do():
 )
 def test_without_a_floor_of_noise_there_is_none(kernel):
   assert floor_of(kernel) is None
-  assert subspace_above_noise(kernel, np.zeros(len(kernel))) is None
+  assert directions_above_noise(kernel) is None
 
 
 def test_noise_is_mistaken_for_data_once_in_a_thousand_times():
@@ -153,7 +106,7 @@ def test_noise_is_mistaken_for_data_once_in_a_thousand_times():
 
 def test_the_blur_is_the_angle_with_the_true_subspace():
   kernel, data = planted((200, 300), 20, noise=0.02)
-  subspace = subspace_above_noise(kernel, np.zeros(len(kernel)))
+  subspace = directions_above_noise(kernel)
   true = np.linalg.qr(data)[0]
   angles = np.linalg.norm(subspace.basis - true @ (true.T @ subspace.basis), axis=0)
   np.testing.assert_allclose(angles, subspace.blur / subspace.singular_values, rtol=0.2)
@@ -163,8 +116,8 @@ def test_the_blur_is_the_angle_with_the_true_subspace():
 def test_inputs_that_never_vary_blur_nothing():
   kernel, data = planted((200, 300), 20, noise=0.02)
   kernel[:80] -= data[:80] @ np.linalg.lstsq(data, kernel, rcond=None)[0]  # 80 rows of the initialisation
-  subspace = subspace_above_noise(kernel, np.zeros(len(kernel)))
-  assert subspace.dimension == 20
+  subspace = directions_above_noise(kernel)
+  assert subspace.basis.shape == (200, 20)
   np.testing.assert_allclose(subspace.basis[:80], 0, atol=1e-6)
   assert subspace.blur == pytest.approx(0.02 * (200 - 80 - 20) ** 0.5, rel=0.05)
 

@@ -284,14 +284,6 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
   assert (tmp_path / "a.json").read_text() == "1\n"
 
 
-def test_tensorboard_files_are_written_without_tensorflow(tmp_path):
-  out = Workdir(tmp_path, Config(), tensorboard=True)
-  assert not (tmp_path / "tensorboard").exists()  # a folder that does not count as a result
-  out.log(1, {"loss": 0.5})
-  out.finish({"loss": 0.5})
-  assert list((tmp_path / "tensorboard").glob("events*"))
-
-
 # Progress.
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import kkt_jax
 from kkt_jax.analysis.first_layer import read_first_layer
+from kkt_jax.analysis.probing import Probes
 from kkt_jax.classifiers import relaxation
 from kkt_jax.criteria import Criteria
 from kkt_jax.extraction import certificates, signals
@@ -62,7 +63,7 @@ def otherwise(apply_fn, params, value_range=(0.0, HIGH), weight_decay=DECAY):
   """What is found of the same weights that are stored, or fed, in another way."""
   classifier = kkt_jax.make_classifier(apply_fn, params, (SIZE,), value_range=value_range, weight_decay=weight_decay)
   probes = classifier.from_unit(jax.random.uniform(jax.random.key(1), (24, SIZE)))
-  start, first, *_ = read_first_layer(classifier, probes)
+  start, first, *_ = read_first_layer(Probes(classifier, probes))
   return dataclasses.replace(examined(), classifier=classifier, start=start, first=first, probes=probes)
 
 

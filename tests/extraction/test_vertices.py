@@ -12,7 +12,7 @@ import pytest
 from kkt_jax import generators
 from kkt_jax.analysis import Subspace
 from kkt_jax.analysis import subspace as subspaces
-from kkt_jax.analysis.noise import subspace_above_noise
+from kkt_jax.analysis.noise import directions_above_noise
 from kkt_jax.classifiers import make_classifier
 from kkt_jax.criteria import Criteria
 from kkt_jax.extraction import exact, vertices
@@ -87,7 +87,7 @@ def test_a_span_that_noise_blurs_proves_less_and_nothing_that_is_false(noise, le
   x, subspace, others = data()
   random = np.random.default_rng(1)
   kernel = (x - subspace.origin[None]).T @ random.normal(size=(NUM, 100)) + noise * random.normal(size=(SIZE, 100))
-  blurred = subspace_above_noise(kernel, subspace.origin)
+  blurred = subspaces.Subspace(subspace.origin, *directions_above_noise(kernel))
   assert blurred.dimension == NUM - 1
   for guesses in (near(x), others):
     polished = vertices.polish(guesses, blurred)

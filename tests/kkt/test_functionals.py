@@ -71,7 +71,7 @@ def test_lambda_of_sums_is_that_of_all_logits(large, bias, monkeypatch):
   params, x = case()
   params["b"] = bias * params["b"]
   known = functionals.functionals(three_layers, params, x)
-  found = rates.balanced(homogeneity.summed_equations(three_layers, params, x, known), params)
+  found = rates.balanced(homogeneity.summed_equations(known), params)
   whole = rates.balanced(homogeneity.derivative_equations(three_layers, params, x), params)
   assert int(found.null_space_dimension) == int(whole.null_space_dimension)
   for a, b in zip(*(jax.tree.leaves(own.rates) for own in (found, whole)), strict=True):
@@ -82,7 +82,7 @@ def test_with_batch_norm_rates_are_on_the_last_normalisation_and_the_last_layer(
   classifier, x, _ = random_mlp(batch_norm=True, num_samples=20)
   known = functionals.functionals(classifier.apply_fn, classifier.params, x)
   solve = functools.partial(rates.balanced, params=classifier.params)
-  found = solve(homogeneity.summed_equations(classifier.apply_fn, classifier.params, x, known))
+  found = solve(homogeneity.summed_equations(known))
   assert float(found.target_rate) == pytest.approx(0.5, abs=1e-3)
   groups = rates.parameter_groups(found)
   assert int(groups["Dense_0"]["kernel"][0, 0]) == -1 and int(groups["BatchNorm_1"]["scale"][0]) == 0

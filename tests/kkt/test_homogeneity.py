@@ -15,13 +15,7 @@ import scipy.linalg
 import scipy.optimize
 
 from kkt_jax import tensor_names
-from kkt_jax.kkt.homogeneity import (
-  derivative_equations,
-  DerivativeEquations,
-  parameter_equations,
-  scale_params,
-  scaling_error,
-)
+from kkt_jax.kkt.homogeneity import derivative_equations, DerivativeEquations, scale_params, scaling_error
 from kkt_jax.kkt.rates import balanced, given_rates, groups_table, last_layer, least_norm, parameter_groups
 
 ALPHAS = np.linspace(-1.0, 1.0, 5)
@@ -100,16 +94,6 @@ def test_rows_run_over_inputs_then_outputs_and_kernels_alone_have_no_second_orde
   equations = derivative_equations(lambda w, x: x @ w, jnp.array([[2.0, 3.0]]), jnp.array([[1.0], [10.0]]))
   np.testing.assert_allclose(equations.values, [2.0, 3.0, 20.0, 30.0])
   np.testing.assert_allclose(equations.coefficients, [[2.0], [3.0], [20.0], [30.0]])
-
-
-def test_parameter_rows_by_hand():
-  # h = [6, 0]: u gives 2 * 3 * 5 and 0 (closed gate), v gives 5 * 6 and 4 * 0; the logit is 30.
-  params = {"u": jnp.array([[2.0, -1.0]]), "v": jnp.array([[5.0], [4.0]])}
-  network = lambda p, x: jax.nn.relu(x @ p["u"]) @ p["v"]
-  equations = parameter_equations(network, params, jnp.array([[3.0]]))
-  np.testing.assert_allclose(equations.coefficients, [[30.0, 0.0, 30.0, 0.0]])
-  np.testing.assert_allclose(equations.values, [30.0])
-  assert equations.biases == (False,) * 4
 
 
 def test_higher_order_rows_by_hand():
@@ -375,24 +359,6 @@ def test_higher_order_rows_are_satisfied_and_do_not_remove_the_null_space():
     assert int(solution.null_space_dimension) == 2
 
 
-@pytest.mark.slow
-def test_a_rate_per_parameter_frees_every_hidden_unit_and_is_balanced_like_tensors():
-  # Every hidden unit can be rescaled against its outgoing weights: 3 units, 3 null directions; 1/2 each, as by tensors.
-  with jax.enable_x64(True):
-    params, x = layers((2, 3, 1)), inputs(80, 2)
-    equations = parameter_equations(mlp, params, x)
-    assert equations.coefficients.shape == (80, 6 + 3 + 3 + 1)
-    solution = balanced(equations, params)
-    assert (int(solution.rank), int(solution.null_space_dimension)) == (13 - 3, 3)
-    chex.assert_trees_all_equal_shapes(solution.rates, params)
-    expected = [
-      np.full(leaf.shape, rate) for leaf, rate in zip(jax.tree.leaves(params), (0.5, 0.5, 0.5, 1), strict=True)
-    ]
-    chex.assert_trees_all_close(jax.tree.leaves(solution.rates), expected, atol=1e-6)
-    for rule in (least_norm, functools.partial(last_layer, layer="1")):
-      assert float(scaling_error(mlp, params, rule(equations, params).rates, x, ALPHAS)) < 1e-6
-
-
 def test_one_input_leaves_a_larger_null_space():
   params = {"u": normal(1, 2), "v": normal(2, 1), "w": normal(1, 1)}
   network = lambda p, x: x @ p["u"] @ p["v"] + x**2 @ p["w"]
@@ -503,17 +469,7 @@ def test_no_rate_grows_for_a_trace_of_the_greatest():
   assert_rates(balanced(by_hand([[1e-5, 1.0, 1.0]], [1.0]), PARAMS), [0, 0.5, 0.5], atol=1e-3)
 
 
-def test_rcond_decides_which_equations_count():
-  # Singular values 1 and 1e-3: the second equation, w = 5, is heard only below rcond = 1e-3.
-  equations = by_hand([[1.0, 0.0], [0.0, 1e-3]], [1.0, 5e-3])
-  params = {"v": jnp.array([1.0]), "w": jnp.array([1.0])}
-  heard, ignored, default = (least_norm(equations, params, rcond=rcond) for rcond in (1e-4, 1e-2, None))
-  assert_rates(heard, [1.0, 5.0], atol=1e-3)
-  assert_rates(ignored, [1.0, 0.0], atol=1e-3)
-  assert [int(solution.rank) for solution in (heard, ignored, default)] == [2, 1, 2]
-
-
-def test_default_rcond_is_the_root_of_eps_and_not_below_one_in_a_million():
+def test_equations_count_from_the_root_of_eps_and_not_below_one_in_a_million():
   params = {"v": jnp.array([1.0]), "w": jnp.array([1.0])}
   ranks = {}
   for x64 in (False, True):
@@ -655,9 +611,8 @@ def test_balanced_never_takes_the_last_bias_in_silence():
   ids=["empty", "integers", "zero size", "nan", "colliding names"],
 )
 def test_parameters_that_cannot_be_solved_for_are_refused(params, needs):
-  for function in (derivative_equations, parameter_equations):
-    with pytest.raises(ValueError, match=rf"^params.* must .*{needs}"):
-      function(lambda p, x: x @ p["w"], params, inputs(3, 2))
+  with pytest.raises(ValueError, match=rf"^params.* must .*{needs}"):
+    derivative_equations(lambda p, x: x @ p["w"], params, inputs(3, 2))
 
 
 @pytest.mark.parametrize(
@@ -670,15 +625,9 @@ def test_parameters_that_cannot_be_solved_for_are_refused(params, needs):
   ids=["no batch", "empty", "integers"],
 )
 def test_inputs_that_are_no_batch_of_floats_are_refused(x, needs):
-  for call in (derivative_equations, parameter_equations, lambda f, p, x: scaling_error(f, p, p, x, ALPHAS)):
+  for call in (derivative_equations, lambda f, p, x: scaling_error(f, p, p, x, ALPHAS)):
     with pytest.raises(ValueError, match=f"^x must .*{needs}"):
       call(mlp, layers(), x)
-
-
-@pytest.mark.parametrize("rcond", [0.0, -1e-4, 1.0, float("nan")])
-def test_rcond_must_be_a_fraction(rcond):
-  with pytest.raises(ValueError, match=r"^rcond must lie between 0 and 1, exclusively; got"):
-    least_norm(by_hand(np.eye(3), np.ones(3)), PARAMS, rcond=rcond)
 
 
 @pytest.mark.parametrize("layer", ["Dense", "Dense_", "kernel", ""])
@@ -690,8 +639,8 @@ def test_layer_must_be_the_whole_path_of_one(layer):
   assert_rates(last_layer(by_hand([[1.0, 1.0]], [1.0]), params, layer="Dense_1"), [1, 0])
 
 
-def test_columns_must_stand_for_the_tensors_or_the_parameters():
-  with pytest.raises(ValueError, match=r"^equations must have one column for each of the 4 tensors or 13 par.* got 5"):
+def test_columns_must_stand_for_the_tensors():
+  with pytest.raises(ValueError, match=r"^equations must have one column for each of the 4 tensors of params; got 5"):
     least_norm(by_hand(np.ones((2, 5)), np.ones(2)), layers((2, 3, 1)))
 
 
