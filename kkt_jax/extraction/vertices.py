@@ -7,6 +7,7 @@ alone reveal, and there are few such vertices. `polish` moves samples to the ver
 at an end of the range: any point of the subspace can be chosen to have r of them, but only training images have more.
 """
 
+from collections.abc import Callable
 import functools
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ _FIRST, _LAST = 0.1, 1e-3  # distance from an end that counts as none, at the fi
 _REFITS, _FAR = 8, 20.0  # fits to values that have arrived; how much farther they may be in the first one
 _APART = 0.1  # weight of what known samples say of the others; 1 loses those that are hardly written into the weights
 _AT_ONCE = 50  # samples
+_PRODUCTS = 2**25  # numbers of products of directions that are kept while samples are polished
 _NEAR = 0.2  # from an end of the range, from where polishing can still bring a value there
 _VARIANCE = 0.05  # of a value, at least, where random points are drawn: the start may be 0 throughout
 _ALONE = 0.75  # share of a pixel's distance from its end that is its own; the rest is that of the pixels around it
@@ -377,11 +379,12 @@ def _polished(
   """
   shape, start, basis = subspace.origin.shape, subspace.origin.reshape(-1), subspace.basis
   rows = basis[moving]
+  gram_of = _weighted_gram(rows)
 
   def solve(c: jax.Array, weights: jax.Array, ends: jax.Array, others: Others | None) -> jax.Array:
     """Weighted least squares, weakly tied to the present point, which stays where the system cannot be solved."""
     weights = weights[moving]
-    gram, wanted = (rows * weights[:, None]).T @ rows, rows.T @ (weights * (ends - start)[moving])
+    gram, wanted = gram_of(weights), rows.T @ (weights * (ends - start)[moving])
     if others is not None:
       apart = _APART * others.gram / jnp.sum(jnp.square(others.size @ jnp.append(c, 1.0)))
       gram, wanted = gram + apart[:-1, :-1], wanted - apart[:-1, -1]
@@ -408,6 +411,22 @@ def _polished(
     return jax.lax.scan(refit, c, jnp.geomspace(_FAR * _LAST, _LAST, _REFITS))[0]
 
   return jax.lax.map(lambda pair: one(*pair), (c, trust), batch_size=_AT_ONCE)
+
+
+def _weighted_gram(rows: jax.Array) -> Callable[[jax.Array], jax.Array]:
+  """From weights [P] to ``rows^T diag(weights) rows`` [r, r].
+
+  Products of columns that differ are kept, each pair once, if they are few enough: then there is one matrix product of
+  many points, of half as many operations.
+  """
+  count, r = rows.shape
+  if count * r * (r + 1) // 2 > _PRODUCTS:
+    return lambda weights: (rows.T * weights[None]) @ rows
+  first, second = np.tril_indices(r)
+  place = np.zeros((r, r), int)
+  place[first, second] = place[second, first] = np.arange(len(first))
+  products = rows[:, first] * rows[:, second]
+  return lambda weights: (weights @ products)[place]
 
 
 def _with_neighbours(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
