@@ -5,6 +5,7 @@ of these is a term that the caller weighs, and each is data-free: it looks at ge
 """
 
 from collections.abc import Mapping
+import functools
 import math
 
 import jax
@@ -40,12 +41,28 @@ def total_variation(x: ArrayLike) -> jax.Array:
     raise ValueError(f"x must be images [M, H, W] or [M, H, W, C] with H, W >= 2; got shape {x.shape}.")
   channels, row = math.prod(x.shape[3:]), math.prod(x.shape[2:])
   flat = x.reshape(x.shape[0], -1)  # over one axis loops are fast; the last column has no neighbour, and counts as 0
-  last = flat.shape[1] - row - channels
-  down, across = flat[:, row : row + last] - flat[:, :last], flat[:, channels : channels + last] - flat[:, :last]
-  inside = np.arange(last) % row < row - channels
+  down, across = _differences(flat, row, channels)
+  inside = np.arange(down.shape[1]) % row < row - channels
   tiny = 1e-3
   lengths = jnp.where(inside, jnp.sqrt(down**2 + across**2 + tiny**2) - tiny, 0.0)
   return jnp.sum(lengths, axis=1) / float(np.count_nonzero(inside))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _differences(flat: jax.Array, *steps: int) -> list[jax.Array]:
+  """How much larger the values two steps on are, [M, D - sum of steps] each; the first step is the greatest."""
+  last = flat.shape[1] - sum(steps)
+  return [flat[:, step : step + last] - flat[:, :last] for step in steps]
+
+
+def _pulled_back(row: int, channels: int, _: None, gradients: list[jax.Array]) -> tuple[jax.Array]:
+  """As JAX has it, but each gradient is laid out among zeros once: one loop over four paddings is thrice as slow."""
+  roomy = jax.lax.optimization_barrier([jnp.pad(gradient, ((0, 0), (row, row + channels))) for gradient in gradients])
+  at = lambda array, step: array[:, row - step : array.shape[1] - step]
+  return (sum(at(array, step) - at(array, 0) for array, step in zip(roomy, (row, channels), strict=True)),)
+
+
+_differences.defvjp(lambda flat, *steps: (_differences(flat, *steps), None), _pulled_back)
 
 
 @_checks.annotated

@@ -43,6 +43,17 @@ def test_total_variation_refuses_what_is_no_image(shape):
     priors.total_variation(jnp.ones(shape))
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 3, 1), (2, 3, 5, 2), (1, 2, 2)])
+def test_the_gradient_of_total_variation_is_that_of_finite_differences(shape):
+  x = np.random.default_rng(0).normal(size=shape)
+  with jax.enable_x64(True):
+    total = lambda x: jnp.vdot(jnp.arange(1.0, shape[0] + 1), priors.total_variation(x))
+    gradient, step = jax.jit(jax.grad(total))(jnp.asarray(x)), 1e-6
+    for place in np.ndindex(*shape):
+      moved = step * (place == np.indices(shape).T).all(-1).T
+      np.testing.assert_allclose((total(x + moved) - total(x - moved)) / (2 * step), gradient[place], atol=1e-8)
+
+
 def test_a_flat_image_has_no_gradient_of_total_variation():
   gradient = jax.grad(lambda x: priors.total_variation(x)[0])(jnp.ones((1, 3, 3)))
   np.testing.assert_array_equal(gradient, 0.0)

@@ -109,7 +109,7 @@ def _of_labels(
     batch_norm=config.batch_norm,
     init_scale=_SMALL if config.batch_norm else 1.0,
   )
-  variables: Any = module.init(key, jnp.zeros((1, *x.shape[1:])))
+  variables: Any = jax.jit(module.init)(key, x[:1])
   if config.batch_norm:
     params = variables["params"]
     params["Dense_0"]["kernel"] *= config.first_init_scale / _SMALL

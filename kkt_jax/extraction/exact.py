@@ -6,7 +6,6 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kkt_jax.analysis.examination import Examination
@@ -64,7 +63,7 @@ class Effort:
 
 def find(
   examination: Examination,
-  guesses: jax.Array,
+  guesses: jax.Array | np.ndarray,
   y: np.ndarray,
   effort: Effort,
   *,
@@ -97,6 +96,7 @@ def find(
   """
   classifier, subspace = examination.classifier, examination.subspace
   criteria = criteria or Criteria()
+  guesses = np.asarray(guesses)  # what JAX did would be compiled for every shape
   led, fresh = np.zeros(len(guesses), bool), np.ones(len(guesses), bool)
   nothing: list[Any] = [*(np.zeros(0, kind) for kind in (int, int, bool, int)), criteria]
   exact = known or Exact(np.zeros((0, *classifier.input_shape), np.float32), *nothing)
@@ -105,7 +105,7 @@ def find(
   assert subspace is not None
   most, idle, at_random = subspace.most_samples, 0, True
   every = max(len(guesses) // (effort.points or len(guesses)), 1)
-  typical = np.asarray(jnp.mean(guesses, axis=0))
+  typical = np.mean(guesses, axis=0)
   pool: Candidates | None = None
   others: vertices.Others | None = None
   if known is not None and len(known.y):
@@ -120,15 +120,15 @@ def find(
     led, guesses, y = ~fresh, guesses[fresh], y[fresh]
   for number in range(effort.rounds if len(guesses) else 0):
     key = jax.random.key(number)
-    seen, seen_y = jnp.concatenate([guesses, exact.unit]), np.concatenate([y, exact.y])
+    seen, seen_y = np.concatenate([guesses, exact.unit]), np.concatenate([y, exact.y])
     drawn = at_random and number > 0 and number % 2 == (others is None)  # later where what is found leads on
     taken = slice(number % every, None, every) if number else slice(None)
     likely = None
     if drawn:
-      starts = vertices.search(key, subspace, len(y[taken]), around=typical, known=exact.unit)
+      starts: Any = vertices.search(key, subspace, len(y[taken]), around=typical, known=exact.unit)
     else:
-      alike = jnp.log(y[:, None] == seen_y[None, :])
-      starts = ((guesses + seen[jax.random.categorical(key, alike, axis=1)]) / 2 if number else guesses)[taken]
+      alike = (y[:, None] == seen_y[None, :]) * np.random.default_rng(number).random((len(y), len(seen)))
+      starts = ((guesses + seen[np.argmax(alike, axis=1)]) / 2 if number else guesses)[taken]
       likely = vertices.likely_ends(starts, y[taken], seen, seen_y)
     x = np.asarray(vertices.polish(starts, subspace, likely=likely, others=others, num_steps=effort.num_steps))
     x = _right_way(classifier, x, np.asarray(subspace.origin), typical, criteria)
@@ -154,7 +154,12 @@ def find(
 
 
 def hope(
-  examination: Examination, guesses: jax.Array, y: np.ndarray, *, few: int = _FEW, criteria: Criteria | None = None
+  examination: Examination,
+  guesses: jax.Array | np.ndarray,
+  y: np.ndarray,
+  *,
+  few: int = _FEW,
+  criteria: Criteria | None = None,
 ) -> float:
   """The share of a few guesses that polishing turns into training samples; at 0 a search is not worth its time.
 

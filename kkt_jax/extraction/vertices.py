@@ -7,8 +7,9 @@ alone reveal, and there are few such vertices. `polish` moves samples to the ver
 at an end of the range: any point of the subspace can be chosen to have r of them, but only training images have more.
 """
 
+from collections.abc import Callable
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ _FIRST, _LAST = 0.1, 1e-3  # distance from an end that counts as none, at the fi
 _REFITS, _FAR = 8, 20.0  # fits to values that have arrived; how much farther they may be in the first one
 _APART = 0.1  # weight of what known samples say of the others; 1 loses those that are hardly written into the weights
 _AT_ONCE = 50  # samples
+_PRODUCTS = 2**25  # numbers of products of directions that are kept while samples are polished
 _NEAR = 0.2  # from an end of the range, from where polishing can still bring a value there
 _VARIANCE = 0.05  # of a value, at least, where random points are drawn: the start may be 0 throughout
 _ALONE = 0.75  # share of a pixel's distance from its end that is its own; the rest is that of the pixels around it
@@ -113,10 +115,9 @@ def polish(
   [[1.   1.   0.75 0.  ]]
   """
   x = _checked(x, subspace)
-  trust = jnp.ones((2, *x.shape)) if likely is None else (-1 / jnp.log(jnp.asarray(likely))) ** 0.5
-  _checks.check_shape("likely", trust, (2, *x.shape), "[2, M, ...]")
-  trust = trust.reshape(2, x.shape[0], -1).swapaxes(0, 1)
-  return subspace.points(_polished(subspace.coordinates(x), trust, subspace, subspace.moving, others, num_steps))
+  if likely is not None:
+    _checks.check_shape("likely", likely, (2, *x.shape), "[2, M, ...]")
+  return _polished(x, likely, subspace, subspace.moving, others, num_steps)
 
 
 @jax.jit
@@ -334,7 +335,6 @@ def promising(x: ArrayLike, subspace: Subspace) -> np.ndarray:
   return near >= subspace.required_active()
 
 
-@full_precision
 def search(
   key: jax.Array,
   subspace: Subspace,
@@ -355,33 +355,33 @@ def search(
   Returns:
     Points [M, ...], as far from there as black and white values of its mean would be, and not next to it.
   """
-  start = jnp.asarray(subspace.origin if around is None else around)
-  c = jax.random.normal(key, (num_samples, subspace.dimension))
+  start, basis = np.asarray(subspace.origin if around is None else around), np.asarray(subspace.basis)
+  c = np.array(jax.random.normal(key, (num_samples, subspace.dimension)))
   if known is not None and np.size(known):
-    offsets = (jnp.asarray(known) - start[None]).reshape(np.shape(known)[0], -1)
-    directions = jnp.linalg.qr((offsets @ subspace.basis).T)[0]
+    offsets = (np.asarray(known) - start[None]).reshape(np.shape(known)[0], -1)
+    directions = np.linalg.qr((offsets @ basis).T)[0]
     c -= c @ directions @ directions.T
-  variances = jnp.where(subspace.free_coordinates, jnp.maximum(start * (1 - start), _VARIANCE).reshape(-1), 0.0)
-  far = jnp.sqrt(jnp.sum(variances))
-  c *= far / jnp.maximum(jnp.linalg.norm(c, axis=1, keepdims=True), 1e-6)
-  return (start.reshape(1, -1) + c @ subspace.basis.T).reshape(num_samples, *start.shape)
+  variances = np.where(subspace.free_coordinates, np.maximum(start * (1 - start), _VARIANCE).reshape(-1), 0.0)
+  c *= np.sqrt(np.sum(variances)) / np.maximum(np.linalg.norm(c, axis=1, keepdims=True), 1e-6)
+  points = (start.reshape(1, -1) + c @ basis.T).reshape(num_samples, *start.shape)
+  return jnp.asarray(points, subspace.basis.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
 def _polished(
-  c: jax.Array, trust: jax.Array, subspace: Subspace, moving: np.ndarray, others: Others | None, num_steps: int
+  x: jax.Array, likely: Any, subspace: Subspace, moving: np.ndarray, others: Others | None, num_steps: int
 ) -> jax.Array:
-  """Coefficients [M, r] of the polished samples; trust [M, 2, D] in values that go to either end.
-
-  Only the values at the indices ``moving`` count.
-  """
+  """See `polish`; only the values at the indices ``moving`` count."""
+  trust = jnp.ones((2, *x.shape)) if likely is None else (-1 / jnp.log(jnp.asarray(likely))) ** 0.5
+  trust = trust.reshape(2, x.shape[0], -1).swapaxes(0, 1)
   shape, start, basis = subspace.origin.shape, subspace.origin.reshape(-1), subspace.basis
   rows = basis[moving]
+  gram_of = _weighted_gram(rows)
 
   def solve(c: jax.Array, weights: jax.Array, ends: jax.Array, others: Others | None) -> jax.Array:
     """Weighted least squares, weakly tied to the present point, which stays where the system cannot be solved."""
     weights = weights[moving]
-    gram, wanted = (rows * weights[:, None]).T @ rows, rows.T @ (weights * (ends - start)[moving])
+    gram, wanted = gram_of(weights), rows.T @ (weights * (ends - start)[moving])
     if others is not None:
       apart = _APART * others.gram / jnp.sum(jnp.square(others.size @ jnp.append(c, 1.0)))
       gram, wanted = gram + apart[:-1, :-1], wanted - apart[:-1, -1]
@@ -407,7 +407,23 @@ def _polished(
     c, _ = jax.lax.scan(descend, c, jnp.geomspace(_FIRST, _LAST, num_steps))
     return jax.lax.scan(refit, c, jnp.geomspace(_FAR * _LAST, _LAST, _REFITS))[0]
 
-  return jax.lax.map(lambda pair: one(*pair), (c, trust), batch_size=_AT_ONCE)
+  return subspace.points(jax.lax.map(lambda pair: one(*pair), (subspace.coordinates(x), trust), batch_size=_AT_ONCE))
+
+
+def _weighted_gram(rows: jax.Array) -> Callable[[jax.Array], jax.Array]:
+  """From weights [P] to ``rows^T diag(weights) rows`` [r, r].
+
+  Products of columns that differ are kept, each pair once, if they are few enough: then there is one matrix product of
+  many points, of half as many operations.
+  """
+  count, r = rows.shape
+  if count * r * (r + 1) // 2 > _PRODUCTS:
+    return lambda weights: (rows.T * weights[None]) @ rows
+  first, second = np.tril_indices(r)
+  place = np.zeros((r, r), int)
+  place[first, second] = place[second, first] = np.arange(len(first))
+  products = rows[:, first] * rows[:, second]
+  return lambda weights: (weights @ products)[place]
 
 
 def _with_neighbours(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:

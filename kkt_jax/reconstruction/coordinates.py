@@ -8,13 +8,13 @@ function stays the user's: its program is read up to where inputs meet the first
 from collections.abc import Sequence
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from kkt_jax._precision import full_precision
 from kkt_jax.analysis.examination import Examination
@@ -119,30 +119,29 @@ def in_coordinates(
   )
   within = dataclasses.replace(classifier, forward=exact, params=params, input_shape=shift.shape, initial_params=None)
   made = Equations(within, Conditions(target, jax.tree.unflatten(structure, leaves)), jnp.asarray(size), shift)
-  drawn = jax.random.normal(jax.random.key(0), (8, subspace.dimension)) / 2
-  x = classifier.from_unit(subspace.points(drawn))
-  for train in (True, False):
-    logits, gradients = _tried(classifier, x, train)
-    try:
-      logits_within, gradients_within = _tried(within, made.inputs(drawn), train)
-    except NotImplementedError:
-      return None
-    # Gradients, too: inputs may have met another parameter before the kernel, such as a learned mean.
-    sides = (logits, reduced(gradients)), (logits_within, gradients_within)
-    pairs = zip(*map(jax.tree.leaves, sides), strict=True)
-    least = optax.tree.norm(gradients) / 10  # a gradient that is 0, as of a bias before batch norm, is rounding errors
-    if not all(jnp.linalg.norm(a - b) <= _SAME * (jnp.linalg.norm(a) + least) for a, b in pairs):
-      return None
-  return made
+  generator = np.random.default_rng(0)
+  drawn = generator.normal(scale=0.5, size=(8, subspace.dimension)).astype(np.float32)
+  directions = generator.normal(size=(8, classifier.num_classes)).astype(np.float32)
+  logits, gradients = _tried(classifier, classifier.from_unit(subspace.points(drawn)), directions)
+  try:
+    logits_within, gradients_within = _tried(within, made.inputs(jnp.asarray(drawn)), directions)
+  except NotImplementedError:
+    return None
+  # Gradients, too: inputs may have met another parameter before the kernel, such as a learned mean.
+  sides = (logits, reduced(gradients)), (logits_within, gradients_within)
+  pairs = [[np.asarray(leaf, np.float64) for leaf in pair] for pair in zip(*map(jax.tree.leaves, sides), strict=True)]
+  norm = lambda *leaves: math.sqrt(sum(np.sum(np.square(np.asarray(leaf, np.float64))) for leaf in leaves))
+  least = norm(*jax.tree.leaves(gradients)) / 10  # one that is 0, as of a bias before batch norm, is rounding errors
+  return made if all(norm(a - b) <= _SAME * (norm(a) + least) for a, b in pairs) else None
 
 
-@functools.partial(jax.jit, static_argnames="train")
-def _tried(classifier: Classifier, x: jax.Array, train: bool) -> tuple[jax.Array, Any]:
-  """Logits, and the gradients by the parameters of a random sum of them."""
+@jax.jit
+def _tried(classifier: Classifier, x: jax.Array, directions: jax.Array) -> tuple[jax.Array, Any]:
+  """Logits as in training, and the gradients by the parameters of their sum along some directions."""
 
   def summed(params: Any) -> tuple[jax.Array, jax.Array]:
-    logits = classifier.exact_forward(params, x, train).logits
-    return jnp.vdot(jax.random.normal(jax.random.key(1), logits.shape, logits.dtype), logits), logits
+    logits = classifier.exact_forward(params, x, True).logits
+    return jnp.vdot(directions.astype(logits.dtype), logits), logits
 
   gradients, logits = jax.grad(summed, has_aux=True)(classifier.params)
   return logits, gradients

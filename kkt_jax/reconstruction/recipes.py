@@ -379,16 +379,17 @@ def network_multipliers(
       hidden=hidden,
     )
     raw: Any = network.apply
+    init = jax.jit(network.init)
     place_of = generators.places_of(examinations)
-    zero = jnp.zeros(1, jnp.int32)
-    probe = jnp.zeros((1, *examinations[0].classifier.input_shape))
+    zero = np.zeros(1, np.int32)
+    probe = np.zeros((1, *examinations[0].classifier.input_shape), np.float32)
 
     def apply(eta: PyTree, classifier: Classifier, batch: Batch) -> jax.Array:
       t = jnp.full(batch.y.shape, batch.t)
       outputs = raw(eta, batch.x, place_of(batch.y), t)[:, : classifier.num_classes]
       return multipliers.from_network(outputs, positive=positive)
 
-    return Multipliers(lambda key: network.init(key, probe, zero, zero), apply, scaled)
+    return Multipliers(lambda key: init(key, probe, zero, zero), apply, scaled)
 
   return make
 

@@ -125,6 +125,8 @@ class Reconstruction:
     if _checks.concrete(knows.any(axis=1).all()) is False:
       unknown = sorted(set(labels[~knows.any(axis=1)].tolist()))
       raise ValueError(f"y must hold labels that a classifier knows; no classifier knows {unknown}.")
+    if knows.shape[1] == 1:  # nothing to draw, and nothing to compile
+      return jnp.asarray(np.zeros(len(knows), np.int32))
     return jax.random.categorical(key, jnp.where(knows, 0.0, -jnp.inf), axis=1)
 
   def every_sample(self) -> tuple[jax.Array, np.ndarray]:

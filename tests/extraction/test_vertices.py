@@ -40,6 +40,14 @@ def near(samples, amount=0.25):
   return jnp.asarray((1 - amount) * samples + amount * np.roll(samples, 1, axis=0))
 
 
+def test_a_system_is_the_same_whether_products_of_directions_are_kept_or_not(monkeypatch):
+  rows, weights = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3))), jnp.arange(7.0)
+  kept = vertices._weighted_gram(rows)(weights)
+  monkeypatch.setattr(vertices, "_PRODUCTS", 0)
+  np.testing.assert_allclose(kept, vertices._weighted_gram(rows)(weights), rtol=1e-5)
+  np.testing.assert_allclose(kept, rows.T @ jnp.diag(weights) @ rows, rtol=1e-5)
+
+
 def test_what_is_near_a_training_sample_is_polished_to_it_and_certified():
   x, subspace, _ = data()
   polished = vertices.polish(near(x), subspace)
