@@ -109,6 +109,21 @@ class Samples:
     random = np.random.default_rng(0) if random is None else random
     return self.only(np.sort(random.choice(len(self.y), count, replace=False)))
 
+  def in_proportion(self, name: str, like: "Samples") -> "Samples":
+    """As many of these, called ``name``, as have the classes of others in their proportions; always the same.
+
+    Raises:
+      InputError: there is none of a class that the others have.
+    """
+    wanted = np.bincount(like.y)
+    there = np.bincount(self.y, minlength=len(wanted))[: len(wanted)]
+    if lacking := np.flatnonzero((wanted > 0) & (there == 0)).tolist():
+      raise InputError(f"{name} must hold samples of every class to compare with; it has none of class {lacking[0]}.")
+    share = min(there[wanted > 0] / wanted[wanted > 0])
+    random, counts = np.random.default_rng(0), np.ceil(share * wanted - 1e-9).astype(int)
+    drawn = [random.choice(np.flatnonzero(self.y == k), count, replace=False) for k, count in enumerate(counts)]
+    return self.only(np.sort(np.concatenate(drawn)))
+
   def digest(self) -> str:
     """SHA-256 of the samples and their classes."""
     return hashlib.sha256(self.x.tobytes() + self.y.tobytes()).hexdigest()
