@@ -130,13 +130,14 @@ def audit_unlearning(
   difference = membership.compared(asked, {name: (values[:count], values[count:]) for name, values in change.items()})
   first, last = (membership.score(examination, asked, others, criteria) for examination in (once, now))
   control = None if kept is None else membership.score(now, kept, source.in_proportion("held_out", kept), criteria)
+  named = lambda scored: scored._replace(risks=membership.labelled(scored.risks, before.labels))
   return UnlearningReport(
     remains=_remains(first, last, control, criteria),
     change=_change(difference, criteria),
-    before=first,
-    after=last,
-    retained=control,
-    difference=difference,
+    before=named(first),
+    after=named(last),
+    retained=None if control is None else named(control),
+    difference=named(difference),
     criteria=criteria,
   )
 
