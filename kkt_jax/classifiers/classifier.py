@@ -336,7 +336,8 @@ def make_classifier(
   >>> linear.num_classes, linear.labels
   (3, (0, 1, 2))
   """
-  input_shape = _checks.sizes("input_shape", input_shape)
+  if not (input_shape := _checks.sizes("input_shape", input_shape)):
+    raise ValueError("input_shape must have an axis; got (). Numbers are vectors of one value, (1,).")
   checked = _checked_params(params, initial_params)
   forward, num_classes = _checked_forward(apply_fn, checked["params"], input_shape, statistics)
   if value_range is not None:

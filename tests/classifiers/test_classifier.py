@@ -91,6 +91,7 @@ REFUSED = {
   "a name": ({"params": {"w": jnp.ones((2, 3)), "name": "mlp"}}, r"^params, at name, must be floating point"),
   "an integer start": ({"initial_params": jnp.ones((2, 3), int)}, r"^initial_params.* must be floating point"),
   "classes": ({"apply_fn": lambda w, x: jnp.argmax(x @ w, axis=1)}, r"^apply_fn must return logits.*got dtype int32"),
+  "no axis": ({"input_shape": ()}, r"^input_shape must have an axis; got \(\)"),
   "a number of inputs": ({"input_shape": 2}, r"^input_shape must be a sequence of integers; got 2"),
   "names of classes": ({"labels": ("cat", "dog", "cow")}, r"^labels must be a sequence of integers; got \('cat'"),
   "a range of one": ({"value_range": (1,)}, r"^value_range must be \(least, greatest\)"),
