@@ -65,7 +65,8 @@ def check_batch(name: str, value: Any) -> None:
 def check_floating(name: str, value: Any) -> None:
   """Raises ValueError unless ``value`` holds floating-point numbers."""
   if not jnp.issubdtype(_dtype(value), jnp.floating):
-    raise ValueError(f"{name} must be floating point; got dtype {_dtype(value)}.")
+    got = f"dtype {value.dtype}" if isinstance(value, jax.Array | np.ndarray) else f"a {type(value).__name__}"
+    raise ValueError(f"{name} must be floating point; got {got}.")
 
 
 def check_all_floating(name: str, tree: PyTree) -> None:
@@ -75,9 +76,10 @@ def check_all_floating(name: str, tree: PyTree) -> None:
 
 
 def arrays(name: str, tree: PyTree) -> PyTree:
-  """A pytree whose numbers of Python's own are arrays; a ValueError that names a leaf that is not floating point."""
+  """A pytree of arrays, from what can be made ones; a ValueError that names a leaf that is not floating point."""
   check_all_floating(name, tree)
-  return jax.tree.map(lambda leaf: leaf if hasattr(leaf, "shape") else jnp.asarray(leaf, jnp.result_type(float)), tree)
+  known = lambda leaf: isinstance(leaf, jax.Array | np.ndarray)
+  return jax.tree.map(lambda leaf: leaf if known(leaf) else jnp.asarray(leaf, jnp.result_type(float)), tree)
 
 
 def check_labels(name: str, value: Any, num_samples: int) -> None:
@@ -109,7 +111,7 @@ def floats(value: Any) -> jax.Array:
 
 def _dtype(value: Any) -> Any:
   try:
-    return jnp.result_type(value if hasattr(value, "dtype") else jnp.asarray(value))
+    return jnp.result_type(value if isinstance(value, jax.Array | np.ndarray | np.generic) else jnp.asarray(value))
   except (TypeError, ValueError):  # strings and objects, which JAX does not know
     return np.dtype(object)
 

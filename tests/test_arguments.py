@@ -139,3 +139,17 @@ def test_what_is_missing_or_too_much_is_said_with_the_name_of_the_function():
     losses.margins(LOGITS)
   with pytest.raises(TypeError, match=r"^margins\(\) got an unexpected keyword argument 'weights'"):
     losses.margins(LOGITS, Y, weights=1.0)
+
+
+@pytest.mark.parametrize(
+  ("leaf", "got"),
+  [
+    (jax.ShapeDtypeStruct((2, 3), jnp.float32), "a ShapeDtypeStruct"),
+    (object(), "a object"),
+    (np.ones((2, 3), ">f4"), "dtype >f4"),
+    (np.ones((2, 3), object), "dtype object"),
+  ],
+)
+def test_a_parameter_that_is_no_array_is_called_what_it_is(leaf, got):
+  with pytest.raises(ValueError, match=f"^params, at w, must be floating point; got {got}"):
+    kkt_jax.make_classifier(lambda p, x: x @ p["w"], {"w": leaf}, (2,))

@@ -56,7 +56,7 @@ def compared(
     check_disjoint("train", train, held_out, classifier)
   remarks: list[str] = []
   for name, samples in given.items():
-    given[name], said = _distinct(name, samples, classifier)
+    given[name], said = distinct(name, samples, classifier)
     remarks += said
   if len(given) == 2:
     remarks += membership.limits(given["train"], given["held_out"], criteria or AuditCriteria())
@@ -75,8 +75,8 @@ def check_disjoint(name: str, samples: Samples, held_out: Samples, classifier: C
     )
 
 
-def _distinct(name: str, samples: Samples, classifier: Classifier) -> tuple[Samples, list[str]]:
-  """Samples without repetitions, and a remark if there were any."""
+def distinct(name: str, samples: Samples, classifier: Classifier) -> tuple[Samples, list[str]]:
+  """Samples without repetitions of one class, and a remark if there were any."""
   keys = [(label, row.tobytes()) for label, row in zip(samples.y, _rounded(samples, classifier), strict=True)]
   first = {key: place for place, key in reversed([*enumerate(keys)])}
   repeated = [(place, first[key]) for place, key in enumerate(keys) if first[key] != place]
@@ -89,4 +89,4 @@ def _distinct(name: str, samples: Samples, classifier: Classifier) -> tuple[Samp
 
 def _rounded(samples: Samples, classifier: Classifier) -> np.ndarray:
   """Samples rounded so that the last bits make no difference, if they lie in a range."""
-  return samples.x if classifier.value_range is None else np.round(samples.x, 4) + np.float32(0)
+  return (samples.x if classifier.value_range is None else np.round(samples.x, 4)) + np.float32(0)  # -0 is 0

@@ -26,7 +26,7 @@ def read_samples(path: str, classifier: Classifier, *, labelled: bool = True, na
 
   Args:
     path: an ``.npz`` file with ``x`` [N, *input_shape] and ``y`` [N], or a folder with a folder of images for each
-      class, 0, 1, and so on.
+      class, 0, 1, and so on, or whatever its label is.
     classifier: whose samples they are.
     labelled: whether there are labels; else the classifier gives them, and a folder's images may lie anywhere in it.
     name: of the argument, for errors.
@@ -100,13 +100,13 @@ def _read_folder(
   input_shape = classifier.input_shape
   if len(input_shape) != 3 or input_shape[2] not in _MODES:
     raise InputError(f"folders are for images [H, W, channels]; the classifier takes {input_shape}.")
-  wanted = [str(label) for label in range(classifier.num_classes)] if labelled else []
+  wanted = [str(label) for label in classifier.labels] if labelled else []
   folders = {folder.name for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")}
   if labelled and (strange := sorted(folders ^ set(wanted))):
     which = "missing" if strange[0] not in folders else "no class"
-    raise InputError(
-      f"it must hold a folder of images for each class, 0 to {classifier.num_classes - 1}; {strange[0]!r} is {which}."
-    )
+    plain = classifier.labels == tuple(range(len(wanted)))
+    called = f"0 to {wanted[-1]}" if plain else ", ".join(wanted)
+    raise InputError(f"it must hold a folder of images for each class, {called}; {strange[0]!r} is {which}.")
   files = [file for label in wanted for file in sorted((path / label).iterdir())] or sorted(path.rglob("*"))
   files = [file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg") and file.is_file()]
   if not files:

@@ -39,7 +39,7 @@ class Risk(NamedTuple):
 
   Attributes:
     name: its file, or its place from 0.
-    label: its class; what the classifier takes a candidate for.
+    label: of its class, or of the one that the classifier takes a candidate for.
     p_value: of standing out so far in all scores together if it is no member.
     q_value: the least false-discovery rate at which it counts as a member, among all that are asked about.
     score: the name of the score by which it stands out most.
@@ -86,6 +86,11 @@ class Scored(NamedTuple):
   def others(self) -> int:
     """How many held-out samples were scored."""
     return len(self.values[self.best][1])
+
+
+def labelled(risks: Sequence[Risk], labels: Sequence[int]) -> Sequence[Risk]:
+  """Risks with a classifier's own labels in the place of classes."""
+  return [risk._replace(label=labels[risk.label]) for risk in risks]
 
 
 def with_p(value: float) -> str:

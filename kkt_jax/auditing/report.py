@@ -51,7 +51,7 @@ class Leak(NamedTuple):
 
   Attributes:
     name: its file, or its place from 0.
-    label: its class.
+    label: of its class.
     how: "certified" or "identified" (among real samples of its class).
     ratio: how much farther away than this sample the nearest of its group is; infinite for an equal one.
     pictures: PNG: the sample, the reconstructed one, and the held-out image nearest to that; or none.
@@ -71,7 +71,8 @@ class AuditReport:
   Attributes:
     verdict: in words.
     answers: the verdict's two parts: ``"Reconstruction"``, and ``"Membership inference"`` if there are scores.
-    examination: what the weights reveal without any data.
+    examination: what the weights reveal without any data. It and all samples here have classes from 0 for labels.
+    labels: the classifier's own, which stand for these classes in `leaks`, `scored`, `candidates` and `by_class`.
     reconstruction: the trained generator; None if the weights are too far from all conditions, or do not satisfy them
       with their own data.
     generated: all that it can draw, in [0, 1].
@@ -93,6 +94,7 @@ class AuditReport:
   verdict: Verdict
   answers: Mapping[str, Verdict] = dataclasses.field(default_factory=dict)
   examination: Examination
+  labels: Sequence[int]
   reconstruction: Reconstruction | None = None
   generated: Samples | None = None
   train: Samples | None = None
@@ -126,12 +128,12 @@ class AuditReport:
     return [
       {
         "class": label,
-        "tested": 0 if trial is None else int(np.sum(trial.y == label)),
-        "identified": 0 if trial is None else int(np.sum(trial.hits[trial.y == label])),
+        "tested": 0 if trial is None else int(np.sum(trial.y == place)),
+        "identified": 0 if trial is None else int(np.sum(trial.hits[trial.y == place])),
         "scored": sum(risk.label == label for risk in risks),
         "named": sum(risk.label == label and risk in named for risk in risks),
       }
-      for label in range(self.examination.classifier.num_classes)
+      for place, label in enumerate(self.labels)
     ]
 
   @property
@@ -231,11 +233,14 @@ class AuditReport:
       columns = max(pictures.COLUMNS // len(np.unique(self.generated.y)), 1)
       caption = "Reconstructed samples in odd rows, the most similar training image below each."
       drawn["pairs.png"] = (caption, matching.similar_pairs(self.generated, self.train, columns=columns))
-    drawn["samples.png"] = ("Reconstructed samples, a row for each class, unselected.", rows_of_classes(self.generated))
+    drawn["samples.png"] = (
+      "Reconstructed samples, a row for each class, unselected.",
+      rows_of_classes(self.generated, self.labels),
+    )
     if self.reconstruction is not None and any(self.certified.values()):
       exact = self.reconstruction.exact[0]
       caption = "Samples that the weights alone certify as training samples, a row for each class."
-      drawn["certified.png"] = (caption, rows_of_classes(Samples(exact.unit, exact.y)))
+      drawn["certified.png"] = (caption, rows_of_classes(Samples(exact.unit, exact.y), self.labels))
     return drawn
 
   def to_html(self, settings: Mapping[str, Any] | None = None, made: Mapping[str, str] | None = None) -> str:
@@ -330,10 +335,10 @@ class AuditReport:
     }
 
 
-def rows_of_classes(samples: Samples) -> bytes:
-  """PNG of the first images of every class, a row each."""
-  labels = np.unique(samples.y)[: pictures.COLUMNS]
-  rows = [(f"class {label}", samples.x[samples.y == label][: pictures.COLUMNS]) for label in labels]
+def rows_of_classes(samples: Samples, labels: Sequence[int]) -> bytes:
+  """PNG of the first images of every class, a row each, with the labels that stand for the classes."""
+  classes = np.unique(samples.y)[: pictures.COLUMNS]
+  rows = [(f"class {labels[k]}", samples.x[samples.y == k][: pictures.COLUMNS]) for k in classes]
   return pictures.image_rows(rows)
 
 

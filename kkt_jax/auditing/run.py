@@ -106,7 +106,7 @@ def audit(
     alone=candidates is not None,
     criteria=config.criteria,
   )
-  asked, criteria = given_samples("candidates", classifier, candidates), config.criteria
+  asked, criteria, labels = given_samples("candidates", classifier, candidates), config.criteria, classifier.labels
   classifier = dataclasses.replace(classifier, labels=tuple(range(classifier.num_classes)))  # as those of samples are
   fit = _fit(classifier, given.train, given.held_out, config)
   remarks = [*(fit.doubts if fit is not None else ()), *given.remarks]
@@ -140,6 +140,7 @@ def audit(
   report = AuditReport(
     verdict=verdict.refusal(examination.bound),
     examination=examination,
+    labels=labels,
     reconstruction=reconstruction,
     train=given.train,
     remarks=remarks,
@@ -150,7 +151,18 @@ def audit(
     criteria=criteria,
     identity=_identity(examination, sets, config.form, config.force, criteria, recipe.schedule.steps, seed),
   )
-  return _concluded(report, given.held_out, likeness)
+  return _labelled(_concluded(report, given.held_out, likeness))
+
+
+def _labelled(report: AuditReport) -> AuditReport:
+  """The report with the classifier's own labels of samples in the place of classes."""
+  labels, scored, asked = report.labels, report.scored, report.candidates
+  return dataclasses.replace(
+    report,
+    leaks=[leak._replace(label=labels[leak.label]) for leak in report.leaks],
+    scored=None if scored is None else scored._replace(risks=membership.labelled(scored.risks, labels)),
+    candidates=None if asked is None else membership.labelled(asked, labels),
+  )
 
 
 def _fit(

@@ -36,6 +36,7 @@ class Samples:
     for name, values in (("x", self.x), ("y", self.y)):
       if not _checks.is_numbers(values) or not np.ndim(values):
         raise InputError(f"{name} must be an array of numbers, one row for each sample; got {values!r:.60}.")
+      object.__setattr__(self, name, np.asarray(values))
     if not self.names:
       object.__setattr__(self, "names", tuple(f"sample {place}" for place in range(len(self.x))))
     for name, column in (("y", self.y), ("names", self.names)):
@@ -66,6 +67,8 @@ class Samples:
     if x.shape[1:] != shape or x.ndim != len(shape) + 1:
       wanted = ", ".join(map(str, shape))
       raise InputError(f"{name}: x must have shape [N, {wanted}]; got {x.shape}.")
+    if not len(x):
+      raise InputError(f"{name}: x must hold at least one sample; got shape {x.shape}.")
     if not (x.dtype == np.uint8 or jnp.issubdtype(x.dtype, jnp.floating)):
       raise InputError(f"{name}: x must be uint8 or floating point; got {x.dtype}.")
     unit = _unit(name, x, classifier)
@@ -74,8 +77,8 @@ class Samples:
     labels, known = np.asarray(y), classifier.labels
     if labels.shape != x.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
       raise InputError(f"{name}: y must be {len(x)} integers; got {labels.dtype} of shape {labels.shape}.")
-    if not len(labels) or not np.isin(labels, known).all():
-      got = f"{labels.min()} to {labels.max()}" if len(labels) else "none"
+    if not np.isin(labels, known).all():
+      got = f"{labels.min()} to {labels.max()}"
       plain = known == tuple(range(len(known)))
       wanted = f"lie in 0 to {len(known) - 1}" if plain else f"be among the classifier's, {known}"
       raise InputError(f"{name}: labels must {wanted}; got {got}.")
@@ -109,6 +112,21 @@ class Samples:
     random = np.random.default_rng(0) if random is None else random
     return self.only(np.sort(random.choice(len(self.y), count, replace=False)))
 
+  def in_proportion(self, name: str, like: "Samples") -> "Samples":
+    """As many of these, called ``name``, as have the classes of others in their proportions; always the same.
+
+    Raises:
+      InputError: there is none of a class that the others have.
+    """
+    wanted = np.bincount(like.y)
+    there = np.bincount(self.y, minlength=len(wanted))[: len(wanted)]
+    if lacking := np.flatnonzero((wanted > 0) & (there == 0)).tolist():
+      raise InputError(f"{name} must hold samples of every class to compare with; it has none of class {lacking[0]}.")
+    share = min(there[wanted > 0] / wanted[wanted > 0])
+    random, counts = np.random.default_rng(0), np.ceil(share * wanted - 1e-9).astype(int)
+    drawn = [random.choice(np.flatnonzero(self.y == k), count, replace=False) for k, count in enumerate(counts)]
+    return self.only(np.sort(np.concatenate(drawn)))
+
   def digest(self) -> str:
     """SHA-256 of the samples and their classes."""
     return hashlib.sha256(self.x.tobytes() + self.y.tobytes()).hexdigest()
@@ -133,11 +151,13 @@ def given_samples(name: str, classifier: Classifier, given: Given | None) -> Sam
 def _unit(name: str, x: np.ndarray, classifier: Classifier) -> np.ndarray:
   """Samples in [0, 1], from bytes or from numbers in the classifier's range; as they are if it has none."""
   if classifier.value_range is None:
-    if x.dtype == np.uint8 or not np.all(np.isfinite(x)):
+    with np.errstate(over="ignore"):
+      unit = x.astype(np.float32)
+    if x.dtype == np.uint8 or not np.all(np.isfinite(unit)):
       raise InputError(f"{name}: x must be floating point and finite, for the classifier has no value_range.")
-    return x.astype(np.float32)
+    return unit
   low, high = classifier.value_range
-  if x.size and (x.dtype == np.uint8 or (low, high) == (0, 255)) and 0 < x.max() <= _FAINT:
+  if (x.dtype == np.uint8 or (low, high) == (0, 255)) and 0 < x.max() <= _FAINT:
     raise InputError(
       f"{name}: x holds nothing above {x.max():.3g}, and 255 stands for the greatest value: it is stored in another"
       " range."
@@ -145,6 +165,6 @@ def _unit(name: str, x: np.ndarray, classifier: Classifier) -> np.ndarray:
   if x.dtype == np.uint8:
     return x.astype(np.float32) / 255
   unit = np.asarray(classifier.to_unit(x.astype(np.float32)))
-  if x.size and not (unit.min() >= -1e-3 and unit.max() <= 1 + 1e-3):  # NaN is neither
+  if not (unit.min() >= -1e-3 and unit.max() <= 1 + 1e-3):  # NaN is neither
     raise InputError(f"{name}: x must lie in the classifier's range, {low} to {high}; got {x.min()} to {x.max()}.")
   return np.clip(unit, 0, 1)

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from kkt_jax import _checks
 from kkt_jax._errors import InputError
 from kkt_jax.analysis.examination import examine
 from kkt_jax.auditing import data, membership, sources
 from kkt_jax.auditing.membership import Scored, SCORES
-from kkt_jax.auditing.samples import Given, given_samples
+from kkt_jax.auditing.samples import Given, given_samples, Samples
 from kkt_jax.auditing.verdict import Verdict
 from kkt_jax.classifiers.classifier import Classifier
 from kkt_jax.criteria import AuditCriteria
@@ -75,6 +76,7 @@ class UnlearningReport:
     return ["unlearning.json"]
 
 
+@_checks.annotated
 def audit_unlearning(
   before: Classifier,
   after: Classifier,
@@ -90,8 +92,9 @@ def audit_unlearning(
     before: the classifier that was trained on them.
     after: the same network after they were removed: trained again, fine-tuned, or changed by any unlearning method.
     forgotten: the removed samples: `Samples`, or a pair of ``x`` [N, *input_shape] and integer classes ``y`` [N].
-    held_out: non-members: other data of the same source, in neither training set. With m of them no p-value of a single
-      sample is below 1 / (m + 1).
+    held_out: non-members: other data of the same source, in neither training set. As many of them take part as have
+      the classes of ``forgotten`` in its proportions, for the change tells classes from one another, too. With m of
+      them no p-value of a single sample is below 1 / (m + 1).
     retained: samples that stayed in the training set, as a control.
     criteria: what counts as evidence.
 
@@ -101,13 +104,16 @@ def audit_unlearning(
   Raises:
     InputError: (a `ValueError`) classifiers of two networks or with equal parameters, or data that do not fit.
   """
-  asked, others, kept = (
-    given_samples(name, before, given)
-    for name, given in (("forgotten", forgotten), ("held_out", held_out), ("retained", retained))
-  )
-  if asked is None or others is None:
-    raise InputError("forgotten and held_out must be given; got None.")
-  data.check_disjoint("forgotten", asked, others, before)
+
+  def read(name: str, given: Given | None) -> Samples:
+    if (samples := given_samples(name, before, given)) is None:
+      raise InputError(f"{name} must be given; got None.")
+    return data.distinct(name, samples, before)[0]
+
+  asked, source = read("forgotten", forgotten), read("held_out", held_out)
+  kept = None if retained is None else read("retained", retained)
+  data.check_disjoint("forgotten", asked, source, before)
+  others = source.in_proportion("held_out", asked)
   apart = sources.p_value(asked, others, criteria)
   if apart < criteria.significant:
     raise InputError(
@@ -117,20 +123,21 @@ def audit_unlearning(
   x, classes = np.concatenate([asked.x, others.x]), np.concatenate([asked.y, others.y])
   try:
     change = candidates.change_scores(before, after, before.from_unit(x), np.asarray(before.labels)[classes])
+    once, now = examine(before), examine(after)
   except ValueError as error:
     raise InputError(str(error)) from error
   count = len(asked.y)
   difference = membership.compared(asked, {name: (values[:count], values[count:]) for name, values in change.items()})
-  now = examine(after)
-  first, last = (membership.score(examination, asked, others, criteria) for examination in (examine(before), now))
-  control = None if kept is None else membership.score(now, kept, others, criteria)
+  first, last = (membership.score(examination, asked, others, criteria) for examination in (once, now))
+  control = None if kept is None else membership.score(now, kept, source.in_proportion("held_out", kept), criteria)
+  named = lambda scored: scored._replace(risks=membership.labelled(scored.risks, before.labels))
   return UnlearningReport(
     remains=_remains(first, last, control, criteria),
     change=_change(difference, criteria),
-    before=first,
-    after=last,
-    retained=control,
-    difference=difference,
+    before=named(first),
+    after=named(last),
+    retained=None if control is None else named(control),
+    difference=named(difference),
     criteria=criteria,
   )
 

@@ -283,6 +283,8 @@ class _Forward:
   def __call__(self, params: PyTree, x: jax.Array, train: bool) -> Evaluation:
     output = self.apply_fn(params, x, *[train] if self.batch_norm else [])
     whole = output if isinstance(output, Evaluation) else Evaluation(output)
+    if x.shape[0] == 1:  # a function that squeezes has dropped that axis
+      whole = whole._replace(logits=whole.logits.reshape(1, -1))
     return whole._replace(logits=lifted_logits(whole.logits)) if self.one_logit else whole
 
 
@@ -334,7 +336,8 @@ def make_classifier(
   >>> linear.num_classes, linear.labels
   (3, (0, 1, 2))
   """
-  input_shape = _checks.sizes("input_shape", input_shape)
+  if not (input_shape := _checks.sizes("input_shape", input_shape)):
+    raise ValueError("input_shape must have an axis; got (). Numbers are vectors of one value, (1,).")
   checked = _checked_params(params, initial_params)
   forward, num_classes = _checked_forward(apply_fn, checked["params"], input_shape, statistics)
   if value_range is not None:
@@ -355,16 +358,18 @@ def make_classifier(
 
 def _checked_params(params: PyTree, initial_params: PyTree | None) -> dict[str, PyTree]:
   """``params`` and ``initial_params``, in float32 if some have 16 bits; a ValueError if they are none."""
+  params = _checks.arrays("params", params)
   _checks.check_params("params", params)
   if isinstance(params, Mapping) and (running := _statistics.split(params, frozenset())[1]):
     raise ValueError(
       f"params must hold no running statistics of batch norm, which are no parameters; got"
       f" {_statistics.some_names(running)}. kkt_jax.Subject with a train_fn takes them, see docs/audit.md."
     )
-  params = _in_32_bits(_checks.arrays("params", params))
+  params = _in_32_bits(params)
   if initial_params is not None:
+    initial_params = _checks.arrays("initial_params", initial_params)
     _checks.check_params("initial_params", initial_params)
-    initial_params = _in_32_bits(_checks.arrays("initial_params", initial_params))
+    initial_params = _in_32_bits(initial_params)
     _checks.check_same_shapes("initial_params", initial_params, "params", params)
     pairs = zip(*map(jax.tree.leaves, (initial_params, params)), strict=True)
     if all(bool(jnp.array_equal(a, b)) for a, b in pairs):

@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 #: Primitives that only call, and where their program is.
 INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
 _OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call")
+_RUN_AGAIN = ("checkpoint", "remat2")  # what `jax.checkpoint` is called, depending on the version
 _GUARD = 1e-3  # max(norm, 1e-6) keeps a division finite: a positive constant below this makes no gate
 
 
@@ -295,6 +296,8 @@ def _evaluate(closed: Any, arguments: Sequence[_Value], report: _Report) -> list
       outputs = _evaluate(equation.params[INLINED[name]], inputs, report)
     elif name == "custom_jvp_call" and _only_gates(equation.params["call_jaxpr"]):
       outputs = _evaluate(equation.params["call_jaxpr"], inputs, report)
+    elif name in _RUN_AGAIN:
+      outputs = [_Value(array, depends=depends) for array in _checkpointed(equation.params, inputs, noted)]
     else:
       if name not in _OWN_DERIVATIVE:
         equation = equation.replace(params={k: _inside(v, noted) for k, v in equation.params.items()})
@@ -311,6 +314,22 @@ def run(jaxpr: Any, equation: Any, arrays: Sequence[Any]) -> list[Any]:
   variables = {v: a for v, a in zip(equation.invars, arrays, strict=True) if not isinstance(v, core.Literal)}
   alone = jaxpr.replace(constvars=[], invars=list(variables), outvars=equation.outvars, eqns=[equation])
   return core.jaxpr_as_fun(core.ClosedJaxpr(alone, []))(*variables.values())
+
+
+def _checkpointed(settings: Any, inputs: Sequence[_Value], report: _Report) -> Sequence[Any]:
+  """What a program gives that is to be run again for its derivative; its gates are outside of loops, too."""
+  program = settings["jaxpr"]
+  closed = program if isinstance(program, core.ClosedJaxpr) else core.ClosedJaxpr(program, [])
+
+  def again(*arrays: Any) -> tuple[list[Any], list[jax.Array]]:
+    within = dataclasses.replace(report, roots=[])
+    values = _evaluate(closed, list(map(_Value, arrays)), within)
+    return [value.array for value in values], within.roots
+
+  again = jax.checkpoint(again, policy=settings["policy"], prevent_cse=settings["prevent_cse"])
+  outputs, roots = again(*(value.array for value in inputs))
+  report.roots.extend(roots)
+  return outputs
 
 
 def _inside(parameter: Any, report: _Report) -> Any:

@@ -58,7 +58,7 @@ def from_sklearn(estimator: Any, *, labels: Sequence[int] | None = None, **known
     raise ValueError("estimator must tell one label per sample; it was fitted to several at once.")
   if labels is None and np.issubdtype(np.asarray(last.classes_).dtype, np.integer):
     labels = list(map(operator.index, last.classes_))
-  features = int(estimator.n_features_in_)
+  features = int([*before, last][0].n_features_in_)
 
   def scaled(x: np.ndarray) -> np.ndarray:
     for step in before:

@@ -10,7 +10,7 @@ import functools
 import inspect
 from typing import Any, Self
 
-from flax import errors, nnx
+from flax import core, errors, nnx
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,8 @@ class Subject:
       ValueError: ``variables`` lack "params" or "batch_stats", or hold running statistics without a ``train_fn``, or
         one that is not ``apply_fn`` with the statistics of the batch; or see `kkt_jax.classifiers.make_classifier`.
     """
+    thaw: Callable[[Any], Any] = core.unfreeze
+    variables, initial = thaw(variables), thaw(initial)
     stored = _statistics.Stored.of(variables)
     if self.train_fn is not None:
       _statistics.canonical(_statistics.merge(stored.counters, stored.statistics))
@@ -128,7 +130,9 @@ class Subject:
       classifier = make_classifier(forward, params, shape, statistics=_statistics.canonical(statistics), **known)
       if self.train_fn.__module__ != __name__:  # that of a module is the same function by construction
         _normalised.check_train_fn(evaluate, inference, classifier, statistics)
-    like = _statistics.Stored.of(self.variables_like()).params  # last: a function that fails on others says more
+    like = _statistics.Stored.of(
+      core.unfreeze(self.variables_like())
+    ).params  # last: a function that fails on others says more
     _checks.check_same_shapes("variables", stored.params, "what init_fn returns", like)
     return classifier if self.offset is None else classifier.with_offset(self.offset)
 
@@ -218,6 +222,7 @@ class Subject:
 
     normalised = "batch_stats" in collections
     if normalised:
+      _statistics.canonical(collections["batch_stats"])  # spectral norm has others there
       if not (arguments or attributes):
         raise ValueError(
           f"module has batch norm, and no argument or attribute {', '.join(_SWITCHES)} that switches it to the"
@@ -336,8 +341,9 @@ def from_linen(
   >>> from_linen(module, module.init(jax.random.key(0), jnp.zeros((1, 2))), input_shape=(2,)).num_classes
   3
   """
-  if "params" not in variables:
-    raise ValueError(f"variables must hold 'params'; got {sorted(map(str, variables))}.")
+  if not isinstance(variables, Mapping) or "params" not in variables:
+    got = sorted(map(str, variables)) if isinstance(variables, Mapping) else f"a {type(variables).__name__}"
+    raise ValueError(f"variables must hold 'params'; got {got}.")
   subject = Subject.from_linen(module, input_shape=input_shape, **known)
   bare = "params" not in subject.variables_like()
   return subject.classifier(variables["params"] if bare else dict(variables), labels)

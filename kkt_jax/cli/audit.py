@@ -165,7 +165,7 @@ def _train(
 
   def draw(reconstruction: "kkt_jax.Reconstruction") -> None:
     path = out.path / f"samples_{int(reconstruction.state.step):06d}.png"
-    path.write_bytes(rows_of_classes(generated(reconstruction)))
+    path.write_bytes(rows_of_classes(generated(reconstruction), examination.classifier.labels))
 
   return train_generator(
     Workdir(out.path / name, {}) if beside else out,

@@ -92,7 +92,7 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
   if certificates.applicable(examination):
     labels = np.asarray(classifier.labels)[given.classes]
     scored["signal"] = -signals.signals(examination, given.x, labels).distance
-  if relaxation.gates(classifier.predict_fn, classifier.params, given.x[:2]):
+  if any(shape[:1] == given.x.shape[:1] for shape in _arguments_of_gates(classifier, given.x)):
     scored["boundaries"] = boundary_scores(classifier, given.x)
   if examination.form == "max_margin":
     scored["margin"] = common_margin(losses.runner_up_margin(given.logits, given.classes), examination.margin)
@@ -376,12 +376,18 @@ def boundary_scores(classifier: Classifier, x: ArrayLike) -> np.ndarray:
   return total
 
 
+def _arguments_of_gates(classifier: Classifier, x: jax.Array) -> list[tuple[int, ...]]:
+  """The shapes of the gates' arguments outside of loops and branches; those of single samples are [M, ...]."""
+  of = functools.partial(relaxation.pre_activations, classifier.predict_fn)
+  return [root.shape for root in jax.eval_shape(of, classifier.params, x)]
+
+
 def _distances(classifier: Classifier, x: jax.Array) -> list[np.ndarray]:
   """For each layer, how far [M, units] candidates are from its boundaries, in deviations of what changes at all."""
   _checks.check_shape("x", x, (len(x), *classifier.input_shape), "[M, *input_shape]")
   _checks.check_at_least("the number of candidates", x.shape[0], 2)
   of = jax.jit(functools.partial(relaxation.pre_activations, classifier.predict_fn))
-  shapes = [root.shape for root in jax.eval_shape(of, classifier.params, x)]
+  shapes = _arguments_of_gates(classifier, x)
   kept = [place for place, shape in enumerate(shapes) if shape[:1] == x.shape[:1]]
   if not kept:
     raise ValueError("classifier must have gates such as ReLU, with an argument for each sample; it has none.")

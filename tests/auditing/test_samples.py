@@ -6,6 +6,7 @@ import pytest
 
 import kkt_jax
 from kkt_jax.auditing import data, membership, Samples
+from kkt_jax.auditing.samples import given_samples
 
 X, Y = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32), np.arange(6, dtype=np.int32) % 2
 
@@ -101,3 +102,13 @@ def test_false_discoveries_stay_below_the_stated_rate(share):
     false.append(np.mean(~members[named]) if named.size else 0)
     found.append(np.mean(np.isin(np.flatnonzero(members), named)))
   assert np.mean(false) <= 0.05 and np.mean(found) > (0.15 if share < 0.2 else 0.6)
+
+
+def test_no_samples_and_numbers_beyond_float32_are_refused_and_lists_are_taken():
+  own = kkt_jax.make_classifier(lambda w, x: x @ w, jnp.ones((4, 2)), (4,), value_range=None)
+  for given in (np.zeros((0, 4)), (np.zeros((0, 4)), np.zeros(0, int))):
+    with pytest.raises(ValueError, match=r"^candidates: x must hold at least one sample; got shape \(0, 4\)"):
+      given_samples("candidates", own, given)
+  with pytest.raises(ValueError, match="^train: x must be floating point and finite"):
+    given_samples("train", own, (np.full((1, 4), 1e300), [0]))
+  assert given_samples("train", own, Samples([[0.5] * 4], [1])).x.shape == (1, 4)

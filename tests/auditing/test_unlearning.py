@@ -14,6 +14,7 @@ from kkt_jax.cli import audit
 from kkt_jax.cli.flags import UsageError
 from kkt_jax.kkt import pretrain
 from kkt_jax.membership import change_scores
+from kkt_jax.metrics import roc
 
 DIMENSIONS, CLASSES, MEMBERS, REMOVED = 60, 3, 40, 8
 
@@ -68,8 +69,31 @@ def test_one_sample_stands_first_by_the_change(data, before):
 def test_a_single_sample_can_be_asked_about(data, before):
   x, y = data["members"]
   report = kkt_jax.audit_unlearning(before, trained(x[1:], y[1:]), (x[:1], y[:1]), data["held_out"])
-  assert report.change.level == "none" and report.difference.risks[0].p_value == pytest.approx(1 / 201)  # both scores
+  alike = int(np.sum(data["held_out"][1] == y[0]))  # held-out samples of its class
+  assert report.difference.risks[0].p_value == pytest.approx(1 / (alike + 1))  # both scores
+  assert report.change.level == "none"
   assert report.difference.curves["change"].points[0].members == 1
+
+
+def test_samples_are_compared_with_those_of_their_own_classes_and_count_once():
+  random = np.random.default_rng(0)
+  y = random.integers(0, CLASSES, 360)
+  x = (random.normal(size=(360, DIMENSIONS)) + 6 * np.eye(CLASSES, DIMENSIONS)[y]).astype(np.float32)
+  members, held_out = np.arange(60), np.arange(60, 360)
+  of_class = lambda places: places[y[places] == 1]
+  stay, never = np.setdiff1d(members, of_class(members)[:10]), of_class(held_out)[:12]
+  rest = np.setdiff1d(held_out, never)
+  before, after = trained(x[members], y[members]), trained(x[stay], y[stay])
+  both = np.concatenate([never, rest])
+  change = change_scores(before, after, x[both], y[both])["change"]
+  assert roc(change[:12], change[12:]).auc > 0.8  # by their class, for class 1 has lost samples
+  repeated = np.append(never, [never[0]] * 3)
+  report = kkt_jax.audit_unlearning(before, after, (x[repeated], y[repeated]), (x[rest], y[rest]))
+  assert report.change.level == "none" and report.difference.p_value > 0.05
+  assert report.difference.members == 12 and report.difference.others == len(of_class(rest))
+  others = rest[y[rest] != 1]
+  with pytest.raises(kkt_jax._errors.InputError, match="held_out must hold samples of every class .* none of class 1"):
+    kkt_jax.audit_unlearning(before, after, (x[never], y[never]), (x[others], y[others]))
 
 
 def test_what_was_not_removed_is_still_there(data, before):

@@ -91,6 +91,7 @@ REFUSED = {
   "a name": ({"params": {"w": jnp.ones((2, 3)), "name": "mlp"}}, r"^params, at name, must be floating point"),
   "an integer start": ({"initial_params": jnp.ones((2, 3), int)}, r"^initial_params.* must be floating point"),
   "classes": ({"apply_fn": lambda w, x: jnp.argmax(x @ w, axis=1)}, r"^apply_fn must return logits.*got dtype int32"),
+  "no axis": ({"input_shape": ()}, r"^input_shape must have an axis; got \(\)"),
   "a number of inputs": ({"input_shape": 2}, r"^input_shape must be a sequence of integers; got 2"),
   "names of classes": ({"labels": ("cat", "dog", "cow")}, r"^labels must be a sequence of integers; got \('cat'"),
   "a range of one": ({"value_range": (1,)}, r"^value_range must be \(least, greatest\)"),
@@ -244,3 +245,15 @@ def test_numbers_of_python_s_own_are_parameters():
   scaled = lambda p, x: p["scale"] * (x @ p["kernel"])
   made = make_linear(apply_fn=scaled, params={"kernel": jnp.ones((2, 3)), "scale": 2.0})
   assert made.params["scale"].shape == () and made.params["scale"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("logits", [1, 3])
+def test_a_function_that_squeezes_its_output_takes_a_batch_of_one(logits):
+  params = {"a": jnp.ones((4, 5)), "b": jnp.linspace(-1, 1, 5 * logits).reshape(5, logits)}
+  plain = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
+  wanted, squeezed = (
+    make_classifier(fn, params, (4,)) for fn in (plain, lambda p, x: jnp.tanh(x @ p["a"]).squeeze() @ p["b"].squeeze())
+  )
+  x = jnp.linspace(0, 1, 12).reshape(3, 4)
+  for batch in (x, x[:1]):
+    np.testing.assert_array_equal(squeezed.predict(batch), wanted.predict(batch))

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from kkt_jax.classifiers import make_classifier, Subject
-from kkt_jax.classifiers.relaxation import computed_in, gates, relax_gates, relaxed, relaxed_relu
+from kkt_jax.classifiers.relaxation import (
+  computed_in,
+  gates,
+  given_gates,
+  pre_activations,
+  relax_gates,
+  relaxed,
+  relaxed_relu,
+)
 
 SHARPNESS = 3.0
 X = np.array([-1.0, -0.1, 0.0, 0.2, 7.0], np.float32)
@@ -164,6 +172,17 @@ def test_a_free_gate_is_what_it_is_told_at_the_kink_and_the_sign_of_its_argument
   for others in ([], [jnp.zeros(3)]):  # of no gate of this shape
     slope = jax.grad(lambda w, others=others: free(w, x, others)[0])(0.1)
     assert float(slope) == pytest.approx(float(jax.nn.sigmoid(SHARPNESS * 0.1)), rel=1e-6)
+
+
+def test_a_gate_that_is_run_again_for_its_derivative_is_given_like_any_other():
+  w, x, gate = 0.5, jnp.linspace(-1, 1, 4), jnp.linspace(0.1, 0.7, 4)
+  again = lambda w, x: jax.checkpoint(lambda h: nn.relu(h))(w * nn.relu(x + 2))
+  assert [root.tolist() for root in pre_activations(again, w, x)] == [(x + 2).tolist(), (w * (x + 2)).tolist()]
+  slope = jax.grad(lambda w: jnp.sum(given_gates(again)(w, x, [jnp.ones(4), gate])))(w)
+  assert float(slope) == pytest.approx(float(gate @ (x + 2)), rel=1e-6)
+  free = relax_gates(again, sharpness=SHARPNESS)
+  at_kink = jax.grad(lambda w: jnp.sum(free(w, x, [jnp.zeros(4), jnp.full(4, 2.0)])))(0.0)
+  assert float(at_kink) == pytest.approx(float(jax.nn.sigmoid(2.0) * jnp.sum(x + 2)), rel=1e-3)
 
 
 def test_gates_have_a_second_derivative():

@@ -32,7 +32,7 @@ def network(**settings):
 def test_probabilities_are_those_of_the_estimator(last, classes):
   x, y = DATA[classes]
   for scaler in (StandardScaler(), MinMaxScaler()):
-    estimator = make_pipeline(scaler, last).fit(x, y)
+    estimator = make_pipeline("passthrough", scaler, last).fit(x, y)
     own = kkt_jax.from_sklearn(estimator)
     assert (own.input_shape, own.labels, own.value_range) == ((x.shape[1],), tuple(range(classes)), None)
     found = jax.nn.softmax(own.predict(jnp.asarray(x, jnp.float32)))

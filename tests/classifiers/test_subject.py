@@ -5,8 +5,8 @@ import pathlib
 
 import chex
 from example_networks import ConvClassifier, inputs, random_like
+from flax import core, nnx
 from flax import linen as nn
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,6 +188,28 @@ class WithConstants(nn.Module):
   @nn.compact
   def __call__(self, x):
     return nn.Dense(3)(x) * self.variable("constants", "scale", lambda: jnp.ones(())).value
+
+
+def test_frozen_variables_are_taken_and_a_state_of_training_or_spectral_norm_is_named():
+  module = nn.Dense(3)
+  variables = module.init(jax.random.key(0), jnp.zeros((1, 4)))
+  x = jnp.linspace(0, 1, 8).reshape(2, 4)
+  for given in (core.freeze(variables), {"params": core.freeze(variables["params"])}):
+    classifier = from_linen(module, given, input_shape=(4,))
+    np.testing.assert_array_equal(classifier.predict(x), module.apply(variables, x))
+  frozen = Subject(module.apply, lambda: core.freeze(variables), (4,))
+  np.testing.assert_array_equal(frozen.classifier(variables).predict(x), module.apply(variables, x))
+  for other, got in ((object(), "a object"), (None, "a NoneType"), (variables["params"], r"\['bias', 'kernel'\]")):
+    with pytest.raises(ValueError, match=f"^variables must hold 'params'; got {got}"):
+      from_linen(module, other, input_shape=(4,))
+
+  class Spectral(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      return nn.SpectralNorm(nn.Dense(3))(x, update_stats=train)
+
+  with pytest.raises(ValueError, match="^batch_stats must hold a mean and a variance .* got 'Dense_0/kernel/sigma'"):
+    Subject.from_linen(Spectral(), input_shape=(4,))
 
 
 def test_other_collections_are_constants():

@@ -277,7 +277,7 @@ def test_data_in_the_classifier_s_own_units_and_bytes_mean_the_same(tmp_path):
     ({"x": np.zeros((1, *SHAPE), np.float32), "y": np.array([2**32])}, "labels must lie in 0 to 2; got 4294967296"),
     ({"x": np.zeros((1, *SHAPE), np.float32), "y": np.array([2**63], np.uint64)}, "labels must lie in 0 to 2"),
     ({"x": np.zeros((2, *SHAPE), np.float32), "y": np.array([0, 1])}, "every class; it has none of class 2"),
-    ({"x": np.zeros((0, *SHAPE), np.float32), "y": np.zeros(0, int)}, "cannot be read|labels must lie in"),
+    ({"x": np.zeros((0, *SHAPE), np.float32), "y": np.zeros(0, int)}, "cannot be read|at least one sample"),
     ({"x": np.full((3, *SHAPE), 2.0), "y": np.arange(3)}, "x must lie in the classifier's range, 0.0 to 1.0; got 2.0"),
     ({"x": np.full((3, *SHAPE), np.nan), "y": np.arange(3)}, "x must lie in the classifier's range"),
     ({"x": np.zeros((2, *SHAPE), np.uint16), "y": np.zeros(2, int)}, "x must be uint8 or floating point"),
@@ -370,6 +370,17 @@ def test_images_that_do_not_fit_are_named(tmp_path, name, content, said):
   path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
   with pytest.raises(InputError, match=said):
     read(tmp_path)
+
+
+def test_folders_are_named_by_the_labels_that_a_classifier_has(tmp_path):
+  in_folders(tmp_path)
+  apply_fn = lambda w, x: x.reshape(len(x), -1) @ w
+  others = kkt_jax.make_classifier(apply_fn, jnp.ones((64, 3)), (8, 8, 1), labels=(2, 0, 1))
+  found = auditing.read_samples(str(tmp_path), others)
+  assert found.names == ("2/one.png", "0/one.png", "1/one.png") and found.y.tolist() == [0, 1, 2]
+  further = kkt_jax.make_classifier(apply_fn, jnp.ones((64, 3)), (8, 8, 1), labels=(5, 1, 2))
+  with pytest.raises(InputError, match="for each class, 5, 1, 2; '0' is no class"):
+    auditing.read_samples(str(tmp_path), further)
 
 
 def test_held_out_data_that_hold_training_samples_are_refused(tmp_path):
@@ -473,7 +484,11 @@ def fixture_images_at_risk():
   scored = membership.score(examination, train, others)
   return run._concluded(
     auditing.AuditReport(
-      verdict=verdict.Verdict("open", "No verdict.", ()), examination=examination, train=train, scored=scored
+      verdict=verdict.Verdict("open", "No verdict.", ()),
+      examination=examination,
+      labels=range(3),
+      train=train,
+      scored=scored,
     ),
     others,
     None,
@@ -500,13 +515,16 @@ def test_samples_are_named_at_a_false_discovery_rate(known_members, tmp_path):
   scored = membership.score(examination, members, others)
   answer = verdict.of_scores(scored)
   found = auditing.AuditReport(
-    verdict=answer, answers={"Membership inference": answer}, examination=examination, scored=scored
+    verdict=answer, answers={"Membership inference": answer}, examination=examination, labels=range(3), scored=scored
   )
   assert {own.score for own in found.at_risk} == {"multipliers"} and len(found.members) == len(found.at_risk) == 30
   assert (
     dataclasses.replace(found, criteria=AuditCriteria(false_discovery_rate=0.01)).members == []
   )  # 2 / 61 is the least p-value
   assert [row["named"] for row in found.by_class] == [row["scored"] for row in found.by_class] == [10, 10, 10]
+  own = run._labelled(dataclasses.replace(found, labels=(5, 7, 6)))
+  assert [(row["class"], row["scored"], row["named"]) for row in own.by_class] == [(k, 10, 10) for k in (5, 7, 6)]
+  assert [risk.label for risk in own.at_risk] == [(5, 7, 6)[risk.label] for risk in found.at_risk]
   assert found.states["Membership inference"] == ("found", answer) and found.to_dict()["epsilon_lower_bound"] > 1
   confounded = dataclasses.replace(found, remarks=[membership.Confounded("other source")], candidates=scored.risks)
   assert confounded.members == [] and "Of 30 candidates 0 stand out as members" in confounded.to_html()
@@ -585,7 +603,12 @@ def test_nobody_is_named_where_the_data_differ_without_the_weights(known_members
   examination, members, others = known_members
   scored = membership.score(examination, members, others)
   report = auditing.AuditReport(
-    verdict=verdict.refusal(0.3), examination=examination, scored=scored, candidates=scored.risks, remarks=remarks
+    verdict=verdict.refusal(0.3),
+    examination=examination,
+    labels=range(3),
+    scored=scored,
+    candidates=scored.risks,
+    remarks=remarks,
   )
   concluded = run._concluded(report, others, None)
   said = f"{concluded.verdict} {concluded.answers['Membership inference']}"
@@ -598,7 +621,7 @@ def test_a_report_made_in_python_has_a_section_for_each_answer(known_members, tm
   scored = membership.score(examination, members, others)
   answers = {"Reconstruction": verdict.refusal(0.3), "Membership inference": verdict.of_scores(scored)}
   both = verdict.with_scores(answers["Reconstruction"], scored)
-  report = auditing.AuditReport(verdict=both, answers=answers, examination=examination, scored=scored)
+  report = auditing.AuditReport(verdict=both, answers=answers, examination=examination, labels=range(3), scored=scored)
   assert report.save(tmp_path) == ["report.html", "report.json", "members.csv", "scores.png"]
   page = (tmp_path / "report.html").read_text()
   for question, own in answers.items():

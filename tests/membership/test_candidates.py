@@ -66,6 +66,19 @@ def test_of_many_gates_some_are_counted_in_blocks_of_candidates(monkeypatch):
   assert half[1:20:2].max() < half[0:20:2].min()
 
 
+def test_boundaries_are_the_same_in_what_is_checkpointed_and_left_out_where_all_gates_are_in_a_loop():
+  random = np.random.default_rng(2)
+  plain, x = with_kinks_on(random.normal(size=(6, 5)).astype(np.float32)), random.normal(size=(9, 5))
+  scores = lambda function: candidates.scores(kkt_jax.examine(make_classifier(function, plain.params, (5,))), x)
+  expected = scores(plain.apply_fn)
+  checkpointed = scores(jax.checkpoint(plain.apply_fn))
+  assert list(checkpointed) == list(expected)
+  np.testing.assert_allclose(checkpointed["boundaries"], expected["boundaries"], rtol=1e-6)
+  one_by_one = scores(lambda p, x: jax.lax.map(lambda row: plain.apply_fn(p, row[None])[0], x))
+  assert list(one_by_one) == [name for name in expected if name not in ("boundaries", "together")]
+  np.testing.assert_allclose(one_by_one["multipliers"], expected["multipliers"], rtol=1e-4, atol=1e-6)
+
+
 def test_it_needs_gates_two_candidates_and_a_distance():
   x = np.zeros((3, 5), np.float32)
   linear = make_classifier(lambda w, x: x @ w, jnp.ones((5, 2)), (5,))
