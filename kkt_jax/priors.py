@@ -5,7 +5,6 @@ of these is a term that the caller weighs, and each is data-free: it looks at ge
 """
 
 from collections.abc import Mapping
-import functools
 import math
 
 import jax
@@ -48,8 +47,7 @@ def total_variation(x: ArrayLike) -> jax.Array:
   return jnp.sum(lengths, axis=1) / float(np.count_nonzero(inside))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _differences(flat: jax.Array, *steps: int) -> list[jax.Array]:
+def _steps_on(flat: jax.Array, *steps: int) -> list[jax.Array]:
   """How much larger the values two steps on are, [M, D - sum of steps] each; the first step is the greatest."""
   last = flat.shape[1] - sum(steps)
   return [flat[:, step : step + last] - flat[:, :last] for step in steps]
@@ -62,7 +60,8 @@ def _pulled_back(row: int, channels: int, _: None, gradients: list[jax.Array]) -
   return (sum(at(array, step) - at(array, 0) for array, step in zip(roomy, (row, channels), strict=True)),)
 
 
-_differences.defvjp(lambda flat, *steps: (_differences(flat, *steps), None), _pulled_back)
+_differences = jax.custom_vjp(_steps_on, nondiff_argnums=(1, 2))
+_differences.defvjp(lambda flat, *steps: (_steps_on(flat, *steps), None), _pulled_back)
 
 
 @_checks.annotated

@@ -52,6 +52,10 @@ def test_the_gradient_of_total_variation_is_that_of_finite_differences(shape):
     for place in np.ndindex(*shape):
       moved = step * (place == np.indices(shape).T).all(-1).T
       np.testing.assert_allclose((total(x + moved) - total(x - moved)) / (2 * step), gradient[place], atol=1e-8)
+    along = lambda amount: jax.grad(total)(jnp.asarray(x + amount * x**2))
+    np.testing.assert_allclose(
+      jax.jvp(jax.grad(total), (x,), (x**2,))[1], (along(step) - along(-step)) / (2 * step), atol=1e-6
+    )
 
 
 def test_a_flat_image_has_no_gradient_of_total_variation():

@@ -20,6 +20,8 @@ from kkt_jax.cli.flags import flag
 _MOST: Mapping[str, Mapping[str, float]] = {
   "stationarity": {"time": 2.0},
   "whole step": {"time": 3.0, "operations": 2.5},
+  "whole step in 99 dimensions": {"time": 2.2, "operations": 1.5},
+  "whole step in 499 dimensions": {"time": 3.3, "operations": 2.5},
 }
 
 
@@ -70,9 +72,9 @@ def run(config: Config, workdir: pathlib.Path) -> Mapping[str, Any]:
       jacobians = steps.stationarity(classifier, x, y, explicit=True)
       rows[f"{name}: stationarity, explicit Jacobians"] = timing.measure(jacobians, min(config.repeats, 3))
   for kind, batch_norm in (("batch norm", True), ("weight decay", False)):
-    for in_span in (False, True):
-      whole, plain = steps.whole_step(batch_norm=batch_norm, in_span=in_span)
-      compare(f"mnist, {kind}", "whole step in a span" if in_span else "whole step", whole, plain)
+    for dimensions in (0, 99, 499):  # of spans of 100 and 500 digits
+      where = f" in {dimensions} dimensions" if dimensions else ""
+      compare(f"mnist, {kind}", f"whole step{where}", *steps.whole_step(batch_norm=batch_norm, dimensions=dimensions))
   base, many = (rows[f"width 256, {count} classes: stationarity"] for count in (10, 100))
   growth = {"time": many.milliseconds / base.milliseconds, "memory": many.megabytes / base.megabytes}
   failures = missed(ratios)

@@ -41,7 +41,7 @@ def mlp(hidden: Sequence[int], num_classes: int, *, seed: int = 0, **known: Any)
   return kkt_jax.from_linen(module, variables, input_shape=_SHAPE, **known)
 
 
-def whole_step(*, batch_norm: bool, in_span: bool = False) -> tuple[timing.Call, timing.Call]:
+def whole_step(*, batch_norm: bool, dimensions: int = 0) -> tuple[timing.Call, timing.Call]:
   """A step of the table's training in `experiments.mnist`, and a plain step of its classifier on as many samples.
 
   The classifier has random weights. What a step costs does not depend on their values, but on what they reveal: of
@@ -49,19 +49,17 @@ def whole_step(*, batch_norm: bool, in_span: bool = False) -> tuple[timing.Call,
 
   Args:
     batch_norm: whether the classifier has batch norm; weight decay if not.
-    in_span: with a random span of as many dimensions as that of the run's digits; without, samples are free.
+    dimensions: of a random span in which samples lie, one less than the digits of a run; if 0, samples are free.
   """
   settings, examination = _examined(batch_norm)
-  if in_span:
-    dimensions = 10 * settings.samples_per_class - 1  # one less, as their mean is subtracted
+  if dimensions:
     basis = jnp.linalg.qr(jax.random.normal(jax.random.key(1), (784, dimensions)))[0]
     subspace = Subspace(examination.origin, basis, jnp.ones(dimensions))
     examination = dataclasses.replace(examination, subspace=subspace)
   recipe = images.recipe_of(settings, [examination], drawings=True)
   begin = start([examination.classifier], recipe, examinations=[examination])
   x = jax.random.uniform(jax.random.key(1), (begin.problem.generator.batch_size, *_SHAPE))
-  call = timing.Call(*training_step(begin))
-  return call, plain_step(examination.classifier, x, jnp.arange(len(x)) % 10)
+  return timing.Call(*training_step(begin)), plain_step(examination.classifier, x, jnp.arange(len(x)) % 10)
 
 
 @functools.cache

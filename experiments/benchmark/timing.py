@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import os
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -71,15 +72,19 @@ def measure(call: Call, repeats: int) -> Measurement:
 def in_turn(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
   """Seconds of every call, each called in turn, so that a machine whose speed drifts favours none.
 
+  On a single core (``taskset -c 0``) seconds of the processor: what else runs there does not count.
+
   >>> sorted(len(seconds) for seconds in in_turn({"a": lambda: 1, "b": lambda: 2}, 3).values())
   [3, 3]
   """
   seconds: dict[str, list[float]] = {name: [] for name in calls}
+  cores = getattr(os, "sched_getaffinity", lambda process: "several")(0)
+  clock = time.process_time if len(cores) == 1 and jax.default_backend() == "cpu" else time.perf_counter
   for _ in range(repeats + 1):
     for name, call in calls.items():
-      begin = time.perf_counter()
+      begin = clock()
       call()
-      seconds[name].append(time.perf_counter() - begin)
+      seconds[name].append(clock() - begin)
   return {name: durations[1:] for name, durations in seconds.items()}  # the first calls do not count
 
 
