@@ -79,9 +79,10 @@ def scores(examination: Examination, x: ArrayLike, labels: ArrayLike | None = No
     weighed); ``subspace``, minus the share of a candidate outside the subspace of the training data, where that is
     revealed; ``signal``, minus the distance of a candidate's own signal from the row space of the first kernel
     (`kkt_jax.extraction.signals`), which needs no other sample, where weight decay has made that space; ``boundaries``
-    (`boundary_scores`), where there are gates; ``margin`` (`common_margin`), where training drove all margins to one
-    value; ``together``, the ranks by multipliers and boundaries, with batch norm those by multipliers and margin, as
-    Fisher combines p-values; and what needs no theory, ``loss``, minus the cross-entropy.
+    (`boundary_scores`), where gates outside of loops have samples along their first axis; ``margin``
+    (`common_margin`), where training drove all margins to one value; ``together``, the ranks by multipliers and
+    boundaries, with batch norm those by multipliers and margin, as Fisher combines p-values; and what needs no theory,
+    ``loss``, minus the cross-entropy.
   """
   classifier, conditions = examination.classifier, _of_first_kernel(examination)
   given = _Candidates.of(classifier, x, labels)
