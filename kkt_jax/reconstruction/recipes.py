@@ -312,7 +312,7 @@ def default(examinations: Sequence[Examination]) -> Recipe:
       softmax_multipliers(),
       Stationarity(72.0, losses.mean_relative_residual, weighed_conditions, begin, free_gates=True, equalised=0.25),
       {"duality": Term(14.0, terms.duality(delta=1.0)), **shared},
-      dataclasses.replace(schedule, steps=3000, nearly_all=0.98),
+      dataclasses.replace(schedule, steps=3000, nearly_all=0.99),
     )
   if decay:
     rising = lambda progress: jnp.clip((progress - begin) / 0.6, 0.0, 1.0)
