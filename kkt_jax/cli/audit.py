@@ -79,7 +79,7 @@ class Config:
     " weights are too far from all conditions, or do not obey them with these data.",
   )
   codes: int = flag(0, "Samples of each class; 0 is what suits the classifier.", lower=0, upper=100_000)
-  steps: int = flag(1500, "Training steps.", lower=1)
+  steps: int = flag(0, "Training steps; 0 is what suits the classifier.", lower=0)
   weights: str = flag("", "Other weights of terms of the loss: stationarity=0,total_variation=10.")
   seed: int = flag(0, "Seed of everything random.", lower=0, upper=2**32 - 1)  # all that JAX reads of it
   log_every: int = flag(50, "Steps between logged metrics.", lower=1, group="Output")
@@ -214,7 +214,9 @@ def recipe_of(config: Config, examination: "kkt_jax.Examination") -> "kkt_jax.Re
   """The default recipe of the classifier, with the settings that were given by hand."""
   import kkt_jax
 
-  recipe = kkt_jax.reconstruction.recipes.default([examination]).with_schedule(steps=config.steps)
+  recipe = kkt_jax.reconstruction.recipes.default([examination])
+  if config.steps:
+    recipe = recipe.with_schedule(steps=config.steps)
   if config.codes:
     recipe = dataclasses.replace(recipe, generator=kkt_jax.generators.table(codes=config.codes))
   return weights.with_weights(recipe, config.weights)

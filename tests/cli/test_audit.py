@@ -892,3 +892,11 @@ def test_an_example_is_trained_and_stored_with_its_data_and_says_how_to_audit_it
   for images, count in zip(read_both(given["train_data"], given["held_out_data"], own)[:2], (10, 2), strict=True):
     assert images.x.shape == (10 * count, *own.input_shape)
     assert network == "head" or (images.x.min(), images.x.max()) == (0, 1)
+
+
+def test_the_command_trains_as_the_library_does_unless_it_is_told_otherwise(stored):
+  examination = kkt_jax.examine(flax_classifier(0))
+  default = kkt_jax.reconstruction.recipes.default([examination]).schedule.steps
+  for steps, wanted in ((0, default), (7, 7)):
+    assert audit.recipe_of(config(stored, codes=0, steps=steps), examination).schedule.steps == wanted
+  assert audit.Config().steps == 0
