@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
+from sklearn.datasets import load_digits
 
 import kkt_jax
 from kkt_jax.auditing import data, membership, sources, verdict
@@ -75,6 +76,15 @@ def test_vectors_and_constant_values_are_compared_as_well():
   first, second = Samples(x[:40], y[:40]), Samples(x[40:], y[40:])
   assert sources.p_value(first, second) > 0.01
   assert sources.p_value(first, Samples(second.x + 1, second.y)) < 0.01
+
+
+def test_digits_held_out_by_order_are_other_writers():
+  """`sklearn.datasets.load_digits` has writers one after the other (findings/sklearn_digits_in_order.sh)."""
+  x, y = load_digits(return_X_y=True)
+  digits = Samples((x / 16).astype(np.float32).reshape(-1, 8, 8, 1), y.astype(np.int32))
+  parts = lambda order: [Samples(digits.x[rows], digits.y[rows]) for rows in (order[:100], order[100:600])]
+  assert sources.p_value(*parts(np.arange(600))) < 0.01
+  assert sources.p_value(*parts(np.random.default_rng(0).permutation(600))) > 0.05
 
 
 def test_nobody_is_accused_by_data_that_differ_without_the_weights():
