@@ -69,12 +69,12 @@ docs: $(VENV)/.docs build/docs/.library ## the documentation in build/docs/html;
 
 # Without running its notebooks, which takes minutes. Pages of modules that are gone would be warnings.
 site: $(VENV)/.docs
-	rm -f docs/api/kkt_jax*.rst
+	rm -rf docs/api/kkt_jax*.rst build/site/html
 	$(PY) -m sphinx -q -W --keep-going -E -D nb_execution_mode=off -d build/site/doctrees docs build/site/html
 
 # What notebooks gave is kept for as long as neither they nor the library nor the configuration change.
 build/docs/.library: $(shell find kkt_jax docs -name '*.py')
-	rm -rf build/docs
+	rm -rf build/docs docs/api/kkt_jax*.rst
 	@mkdir -p $(@D) && touch $@
 
 lint: setup ## check style, formatting and types

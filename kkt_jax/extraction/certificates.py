@@ -1,17 +1,11 @@
 """Which samples are certified to be training samples, by what evidence, under which assumptions. No data are seen.
 
-=========  ==================================================  ================================================
-evidence   what is checked of a sample                         what must hold besides
-=========  ==================================================  ================================================
-equations  its own signal stands in the weights, at its scale  weight decay, trained to convergence, no batch
-           (`kkt_jax.extraction.signals`)                                 norm, samples that do not depend on one
-           another
-levels     all its values lie on the levels of 8-bit images,   values of that many levels
-           many more than the subspace can choose
-range      it is a firm vertex of the subspace cut with the    values that reach the ends of their range, and a
-           range of values (`kkt_jax.extraction.vertices`)                subspace that tells a sample from a brighter
-           one
-=========  ==================================================  ================================================
+- *equations*: its signal stands in the weights, at its scale (`kkt_jax.extraction.signals`). Besides there must be
+  weight decay, training to convergence, no batch norm, and samples that do not depend on one another.
+- *levels*: all its values lie on the levels of 8-bit images, many more than the subspace can choose. Values must be of
+  that many levels.
+- *range*: it is a firm vertex of the subspace cut with the range of values (`kkt_jax.extraction.vertices`). Values must
+  reach the ends of their range, and the subspace must tell a sample from a brighter one.
 
 All need a subspace that is that of the data (`kkt_jax.analysis.examination`) and one explanation only: samples that
 account for one another, or that can be put together to others which would pass as well, are *ambiguous*, and none of

@@ -146,7 +146,9 @@ def likely_ends(x: ArrayLike, y: ArrayLike, others: ArrayLike, others_y: ArrayLi
 
 
 def certify(x: ArrayLike, subspace: Subspace, criteria: Criteria = _DEFAULT) -> Certificates:
-  """Which samples are certified by the subspace alone: tight, firm, in the range, and not the origin.
+  """Which samples have the evidence of the range: tight, firm, in the range, and not the origin.
+
+  Whether they are certified is decided by `kkt_jax.extraction.certificates.unambiguous`.
 
   They must be firm also where all black values may become one grey, and all white ones another. Else a picture with
   even areas would pass when it is made so bright that one of them is white, if a black image is in it. Where the

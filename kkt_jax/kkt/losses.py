@@ -40,7 +40,7 @@ def is_true_class(values: jax.Array, classes: ArrayLike) -> jax.Array:
 
 @_checks.annotated
 def margins(logits: ArrayLike, classes: ArrayLike) -> jax.Array:
-  """Classification margins Phi_y - Phi_c, the left-hand side of Eq. 3b.
+  """Classification margins Phi_y - Phi_c, the left-hand side of Eqs. 2b and 3b.
 
   Args:
     logits: [M, C], C at least 2.
@@ -83,7 +83,7 @@ def runner_up_margin(logits: ArrayLike, classes: ArrayLike) -> jax.Array:
 
 @_checks.annotated
 def runner_up_set(logits: ArrayLike, classes: ArrayLike, *, tolerance: float = 0.0) -> jax.Array:
-  """The set S_i of Eq. 6: the wrong classes whose logit is the greatest among the wrong ones.
+  """The set S_i of Eqs. 2d, 3d and 6: the wrong classes whose logit is the greatest among the wrong ones.
 
   Args:
     logits: [M, C].

@@ -19,7 +19,7 @@ from kkt_jax.kkt.conditions import Conditions
 def from_network(
   raw: ArrayLike, *, positive: Callable[[jax.Array], jax.Array] = jax.nn.softplus, log_scale: ArrayLike = 0.0
 ) -> jax.Array:
-  """Multipliers from the output mu' of the network h: dual feasibility, Eq. 3c.
+  """Multipliers from the output mu' of the network h: dual feasibility, Eqs. 2c and 3c.
 
   Where it departs from the paper: ``mu = ReLU(mu')`` is ``positive=jax.nn.relu``. Started at random it dies within a
   hundred steps (every mu 0, no gradient). Softplus, the default, cannot: its gradient is positive everywhere.

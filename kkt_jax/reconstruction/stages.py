@@ -236,7 +236,7 @@ def distil(
   begin = dataclasses.replace(table, trainer=trainer, state=trainer.mark(state), table=table)
   made = train(begin, observer=observer)
   return min(
-    (begin, made), key=lambda reconstruction: _loss(trainer, reconstruction.state._replace(step=made.state.step))
+    (begin, made), key=lambda reconstruction: _mean_total(trainer, reconstruction.state._replace(step=made.state.step))
   )
 
 
@@ -339,7 +339,7 @@ def _best_start(trainer: Trainer, seed: int, observer: Observer) -> TrainState:
   return trainer.mark(min(tried, key=lambda pair: pair[0])[1])
 
 
-def _loss(trainer: Trainer, state: TrainState) -> float:
+def _mean_total(trainer: Trainer, state: TrainState) -> float:
   """The loss of a state, a mean over a few batches of noise that are the same for every state."""
   count = None if trainer.recipe.schedule.steps_per_call == 1 else 1
   keys = jax.random.split(jax.random.key(0), 4)

@@ -268,7 +268,7 @@ def _loss(
   classifiers: Sequence[Classifier],
   equations: Sequence[Equations],
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
-  """The loss of a batch, summed over classifiers (Eqs. 7, 12, 13), with metrics and running averages."""
+  """The loss of a batch (Eq. 7, minimised in Eq. 12), summed over classifiers (Eq. 13), with metrics and averages."""
   progress = _progress(problem, state)
   samples = _samples(problem, classifiers, key, progress)
   of_part = lambda part: _means(problem, params, state.statistics, classifiers, equations, part)
