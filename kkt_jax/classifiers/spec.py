@@ -130,9 +130,8 @@ class Subject:
       classifier = make_classifier(forward, params, shape, statistics=_statistics.canonical(statistics), **known)
       if self.train_fn.__module__ != __name__:  # that of a module is the same function by construction
         _normalised.check_train_fn(evaluate, inference, classifier, statistics)
-    like = _statistics.Stored.of(
-      core.unfreeze(self.variables_like())
-    ).params  # last: a function that fails on others says more
+    wanted = core.unfreeze(self.variables_like())  # last: a function that fails on others says more
+    like = _statistics.Stored.of(wanted).params
     _checks.check_same_shapes("variables", stored.params, "what init_fn returns", like)
     return classifier if self.offset is None else classifier.with_offset(self.offset)
 

@@ -108,7 +108,7 @@ def in_coordinates(
   target = reduced(conditions.target, outside=True)
   kernel = np.asarray(jax.tree.leaves(params)[first.place])
   strengths = np.linalg.norm(kernel, axis=1, keepdims=True)
-  least = strengths[subspace.dimension - 1]
+  least = max(float(strengths[subspace.dimension - 1, 0]), 1e-30)
   weights = mask.min() * (least / np.maximum(strengths, least)) ** equalised
   leaves[first.place] = jnp.asarray(np.broadcast_to(weights, kernel.shape), mask.dtype)
   shift = jnp.asarray([*(begin @ basis), length, 0.0], jnp.float32)
